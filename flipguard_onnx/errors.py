@@ -1,0 +1,35 @@
+"""Everything that can go wrong, as a tree.
+
+FlipguardError
+├── ModelError               the file cannot be read as a model, or is damaged
+├── UnsupportedModelError    a readable model that the tool does not handle
+├── SchemeError              a scheme, policy or option value that does not exist or does not fit
+├── DeviceError              the requested device is not there
+└── ValidationError          the output did not pass; nothing was written
+
+Each message is one line that names the tensor or the file, the value found and what is allowed.
+"""
+
+
+class FlipguardError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ModelError(FlipguardError):
+    """The file cannot be read as an ONNX model, or its data is damaged."""
+
+
+class UnsupportedModelError(FlipguardError):
+    """The model is readable, but there is nothing here that can be guarded."""
+
+
+class SchemeError(FlipguardError):
+    """An option names a scheme, policy or value that is not allowed."""
+
+
+class DeviceError(FlipguardError):
+    """The requested device cannot be used."""
+
+
+class ValidationError(FlipguardError):
+    """The written model did not behave as it must."""

@@ -1,0 +1,80 @@
+"""Choose the device: `get_backend` returns the module whose functions run the kernels."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import DeviceError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def get_backend(device: str = "auto") -> ModuleType:
+    """Return the kernels for `device`: "cpu", "cuda", or "auto" (CUDA where there is a GPU).
+
+    Raises DeviceError when the device is unknown or not there.
+    """
+    if device not in DEVICES:
+        raise DeviceError(f"device {device!r} is unknown; allowed: {', '.join(DEVICES)}")
+    if device == "cuda" or (device == "auto" and _nvidia_driver_present()):
+        missing = _what_cuda_lacks()
+        if not missing:
+            with _cache_directory():
+                return import_module(".cuda", __name__)
+        if device == "cuda":
+            raise DeviceError(f"device 'cuda' is not usable: {missing}")
+    with _cache_directory():
+        return import_module(".cpu", __name__)
+
+
+def _nvidia_driver_present() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or os.name == "nt"
+
+
+def _what_cuda_lacks() -> str:
+    try:
+        from numba import cuda
+    except ImportError as error:
+        return f"numba.cuda does not import ({error}); install flipguard-onnx[gpu]"
+    if cuda.is_available():  # type: ignore[no-untyped-call]
+        return ""
+    return "numba.cuda finds no NVIDIA GPU or driver on this machine"
+
+
+@contextmanager
+def _cache_directory() -> Iterator[None]:
+    """Let numba keep the compiled kernels in a folder named after their source.
+
+    numba's own choice is `__pycache__` beside the module: not writable once installed for all
+    users, and blind to changes in `scalar.py`, whose functions the kernels contain.
+    """
+    import numba
+
+    config: Any = numba.config
+    if config.CACHE_DIR:  # the user chose one
+        yield
+        return
+    source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    config.CACHE_DIR = str(_cache_root() / hashlib.sha256(source).hexdigest()[:16])
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = ""
+
+
+def _cache_root() -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = base / "flipguard-onnx"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if os.access(root, os.W_OK):
+            return root
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="flipguard-onnx-"))

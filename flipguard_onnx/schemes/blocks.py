@@ -1,0 +1,116 @@
+"""What affine and codebook grids share: the cut into blocks, the margins, the Grid itself."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A tensor as `rows` rows of `cols` weights, each row cut into blocks of `size`.
+
+    The last block of a row may be shorter. One scale per block.
+    """
+
+    rows: int
+    cols: int
+    size: int
+
+    @property
+    def per_row(self) -> int:
+        return -(-self.cols // self.size)
+
+    @property
+    def count(self) -> int:
+        return self.rows * self.per_row
+
+    def extremes(self, weights: Floats, backend: ModuleType) -> tuple[Floats, Floats]:
+        """Smallest and largest weight of every block, shape [count]."""
+        low, high = np.empty(self.count, np.float32), np.empty(self.count, np.float32)
+        backend.extremes(weights, self.cols, self.size, low, high)
+        return low, high
+
+    def spread(self, per_block: Floats) -> Floats:
+        """Repeat one value per block to one value per weight, shape [rows * cols]."""
+        rows = np.repeat(per_block.reshape(self.rows, self.per_row), self.size, axis=1)
+        return rows[:, : self.cols].reshape(-1)
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Where every weight stands.
+
+    codes: int8 [n], the nearest level's number (an integer code, or an index into the codebook).
+    offsets: float32 [n], signed distance to that level as a fraction of the gap to the level on
+    that side; 0 for weights that cannot move (they set the scale, or have no neighbour there).
+    """
+
+    codes: Codes
+    offsets: Floats
+
+    @classmethod
+    def empty(cls, n: int) -> "Margins":
+        return cls(np.empty(n, np.int8), np.empty(n, np.float32))
+
+    @property
+    def neighbours(self) -> Codes:
+        """The code on the other side of every weight's nearest boundary."""
+        return self.codes + np.sign(self.offsets).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class Grid(ABC):
+    """The levels of one tensor under one scheme. Arrays are flat, one value per block.
+
+    scale: float32, as it is stored (already rounded to the weights' own type).
+    operand: float32, what the quantizer divides or multiplies by.
+    unit: float32, the weight that stands at position 1.
+    absmax: float32; weights of that magnitude set the scale and never move.
+    """
+
+    blocks: Blocks
+    scale: Floats
+    operand: Floats
+    unit: Floats
+    absmax: Floats
+
+    @abstractmethod
+    def encode(self, weights: Floats, backend: ModuleType) -> Codes:
+        """Codes [n] of flat float32 weights [n], as the downstream quantizer would choose them."""
+
+    @abstractmethod
+    def analyze(self, weights: Floats, backend: ModuleType) -> Margins:
+        """Codes and offsets of flat float32 weights [n]."""
+
+    @abstractmethod
+    def cross(
+        self, weights: Floats, margins: Margins, flips: npt.NDArray[np.bool_], backend: ModuleType
+    ) -> Floats:
+        """A copy in which every flipped weight stands just past its nearest boundary."""
+
+    @abstractmethod
+    def decode(self, codes: Codes) -> Floats:
+        """The values that the codes stand for, float32 [n]."""
+
+    @abstractmethod
+    def errors(self, margins: Margins) -> Floats:
+        """|scaled weight - nearest level| in scaled units, as the paper ranks weights."""
+
+    def same_as(self, other: "Grid") -> bool:
+        """Whether both grids put every level at the same place, bit for bit."""
+        return np.array_equal(self.scale, other.scale) and np.array_equal(
+            self.operand, other.operand
+        )
+
+
+def finite_reciprocal(values: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """1 / value in float32, 0 where the value is 0; and where the result is finite and not 0."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.where(values != 0, np.float32(1) / values, np.float32(0))
+    return inverse, np.isfinite(inverse) & (inverse != 0)
