@@ -1,0 +1,50 @@
+"""Guard quantized ONNX models against quantization-conditioned backdoors.
+
+The public names load on first use, so that the command line answers `--help` at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import (
+        DeviceError,
+        FlipguardError,
+        ModelError,
+        SchemeError,
+        UnsupportedModelError,
+        ValidationError,
+    )
+    from .pipeline import guard, inspect, verify
+
+_HOME = {
+    "guard": ".pipeline",
+    "inspect": ".pipeline",
+    "verify": ".pipeline",
+    "FlipguardError": ".errors",
+    "ModelError": ".errors",
+    "UnsupportedModelError": ".errors",
+    "SchemeError": ".errors",
+    "DeviceError": ".errors",
+    "ValidationError": ".errors",
+}
+
+__all__ = [
+    "DeviceError",
+    "FlipguardError",
+    "ModelError",
+    "SchemeError",
+    "UnsupportedModelError",
+    "ValidationError",
+    "guard",
+    "inspect",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

@@ -52,7 +52,7 @@ class AffineGrid(Grid):
             moved,
             self.blocks.cols,
             self.blocks.size,
-            self.unit,
+            self.scale,
             margins.codes,
             margins.offsets,
             flips,
@@ -89,13 +89,14 @@ class Int8:
         degenerate = scale == 0 if storage == np.float16 else exact < np.finfo(np.float32).tiny
         scale[degenerate] = 1.0
         absmax[degenerate] = 0.0  # such a scale says nothing of its weights: all stay
+        # a subnormal scale may be rounded so far down that its extremes lie past 127
+        past_127 = np.any(np.rint(absmax / scale) > 127)
         return AffineGrid(
             blocks,
             scale=scale,
             operand=scale,
-            unit=scale,
             absmax=absmax,
-            lowest=-127,
+            lowest=-128 if past_127 else -127,  # onnxruntime clips codes to -128..127
             highest=127,
             rule=scalar.DIVIDE_HALF_EVEN,
         )
@@ -114,19 +115,17 @@ class Int4:
     ) -> AffineGrid:
         """scale = -extreme / 8, where the extreme keeps its sign; a tie goes to the negative one.
 
-        The reciprocal is taken of the float32 scale, before it is cast to float16 weights' type.
+        The reciprocal is taken of the scale as it is stored, in the weights' own type.
         """
         low, high = blocks.extremes(weights, backend)
         extreme = np.where(np.abs(high) > np.abs(low), high, low)
-        exact: Floats = np.divide(extreme, -8, dtype=np.float32)
-        operand, usable = finite_reciprocal(exact)
+        scale = np.divide(extreme, -8, dtype=np.float32).astype(storage).astype(np.float32)
+        operand, usable = finite_reciprocal(scale)
         absmax = np.where(usable, np.abs(extreme), np.float32(0))
-        scale = exact.astype(storage).astype(np.float32)
         return AffineGrid(
             blocks,
             scale=scale,
             operand=operand,
-            unit=exact,
             absmax=absmax,
             lowest=-8,
             highest=7,

@@ -70,14 +70,12 @@ class Grid(ABC):
 
     scale: float32, as it is stored (already rounded to the weights' own type).
     operand: float32, what the quantizer divides or multiplies by.
-    unit: float32, the weight that stands at position 1.
     absmax: float32; weights of that magnitude set the scale and never move.
     """
 
     blocks: Blocks
     scale: Floats
     operand: Floats
-    unit: Floats
     absmax: Floats
 
     @abstractmethod

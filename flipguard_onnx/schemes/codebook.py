@@ -50,7 +50,7 @@ class CodebookGrid(Grid):
             moved,
             self.blocks.cols,
             self.blocks.size,
-            self.unit,
+            self.scale,
             self.pivots,
             margins.codes,
             margins.offsets,
@@ -59,8 +59,7 @@ class CodebookGrid(Grid):
         return moved
 
     def decode(self, codes: Codes) -> Floats:
-        values: Floats = self.levels[codes] * self.blocks.spread(self.scale)
-        return values
+        return np.asarray(self.levels[codes] * self.blocks.spread(self.scale), np.float32)
 
     def errors(self, margins: Margins) -> Floats:
         gaps = np.abs(self.levels[margins.neighbours] - self.levels[margins.codes])
@@ -87,7 +86,7 @@ class Codebook:
         absmax = np.maximum(np.abs(low), np.abs(high))
         operand, usable = finite_reciprocal(absmax)
         return CodebookGrid(
-            blocks, absmax, operand, absmax, np.where(usable, absmax, 0), self.levels, self.pivots
+            blocks, absmax, operand, np.where(usable, absmax, 0), self.levels, self.pivots
         )
 
 
@@ -115,8 +114,8 @@ NF4 = Codebook(
         0.7229568362236023,
         1.0,
     ),
-    pivots=_float32(
-        -0.8480964004993439,
+    pivots=_float32(  # onnxruntime's, each the float32 that the C compiler makes of its decimals
+        -0.84809643,
         -0.6106329262256622,
         -0.4599952697753906,
         -0.33967943489551544,
@@ -124,13 +123,13 @@ NF4 = Codebook(
         -0.13791173323988914,
         -0.045525018125772476,
         0.03979014977812767,
-        0.1202552504837513,
+        0.120255254,
         0.2035212516784668,
         0.2920137718319893,
         0.3893125355243683,
-        0.5016634166240692,
+        0.5016634,
         0.6427869200706482,
-        0.8614784181118011,
+        0.8614784,
     ),
     stored=np.arange(16, dtype=np.uint8),
     bnb4_type=1,

@@ -1,0 +1,5 @@
+"""`python -m flipguard_onnx`."""
+
+from .cli import main
+
+main()

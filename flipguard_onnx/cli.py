@@ -1,0 +1,230 @@
+"""The command line: parse, call the library, print, return the exit code.
+
+0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input, or
+nothing to guard.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import FlipguardError, ValidationError
+
+if TYPE_CHECKING:
+    from .report import Inspection, Report, Verification
+
+SCHEME_NAMES = ("int8", "int4", "nf4", "fp4")
+
+
+class DefaultGroup(click.Group):
+    """A group whose first command is meant when none is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help", "--version"):
+            args = ["guard", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=DefaultGroup, no_args_is_help=True)
+@click.version_option(__version__, prog_name="flipguard-onnx")
+def main() -> None:
+    """Guard ONNX models against quantization-conditioned backdoors.
+
+    `flipguard-onnx MODEL` is short for `flipguard-onnx guard MODEL`.
+    """
+
+
+def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that guard and inspect share."""
+    for option in reversed(
+        (
+            click.option(
+                "--scheme",
+                type=click.Choice(SCHEME_NAMES),
+                default="int8",
+                show_default=True,
+                help="Number format of the output.",
+            ),
+            click.option(
+                "--granularity",
+                type=click.Choice(("channel", "tensor")),
+                default="channel",
+                show_default=True,
+                help="int8: one scale per output channel or per tensor.",
+            ),
+            click.option(
+                "--block-size",
+                type=int,
+                help="4 bits: weights per scale: 16, 32, 64, 128 or 256.  [default: int4 32, "
+                "nf4 and fp4 64]",
+            ),
+            click.option(
+                "--include", multiple=True, metavar="PATTERN", help="Guard only tensors like this."
+            ),
+            click.option(
+                "--exclude", multiple=True, metavar="PATTERN", help="Leave tensors like this."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of everything that reports."""
+    report = click.option("--report", type=click.Path(path_type=Path), help="Write JSON here.")
+    quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
+    return report(quiet(command))
+
+
+def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of everything that validates."""
+    data = click.option(
+        "--data",
+        type=click.Path(path_type=Path),
+        help=".npz with the model's inputs, for the validation.  [default: made up]",
+    )
+    drift = click.option(
+        "--max-drift",
+        type=click.FloatRange(min=0, min_open=True),
+        default=3.0,
+        show_default=True,
+        help="Allowed drift, as a multiple of plain quantization's.",
+    )
+    return data(drift(command))
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@format_options
+@click.option(
+    "--policy",
+    type=click.Choice(("unbiased", "topk", "none")),
+    default="unbiased",
+    show_default=True,
+    help="Which weights cross a boundary; none is plain rounding.",
+)
+@click.option(
+    "--tau",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="unbiased: draw only weights this near to a boundary, in half-gaps; 1 draws all.",
+)
+@click.option(
+    "--ratio", type=float, default=0.1, show_default=True, help="topk: share of each block."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="Of the draws.  [default: fresh entropy, recorded]"
+)
+@click.option(
+    "--emit",
+    type=click.Choice(("qdq", "float", "both")),
+    default="qdq",
+    show_default=True,
+    help="A quantized graph, or the same graph with moved weights for your own quantizer.",
+)
+@click.option("--standard-ops", is_flag=True, help="No operators of com.microsoft.")
+@click.option(
+    "--device",
+    type=click.Choice(("auto", "cpu", "cuda")),
+    default="auto",
+    show_default=True,
+    help="Where the kernels run.",
+)
+@validation_options
+@click.option("--no-validate", is_flag=True, help="Write without running the result.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="[default: MODEL.flipguard-SCHEME.onnx beside the input]",
+)
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@report_options
+def guard(no_validate: bool, report: Path | None, quiet: bool, **options: Any) -> None:
+    """Guard MODEL and write it quantized."""
+    with failures(), progress_bar(quiet) as progress:
+        from . import guard as run
+
+        result = run(validate=not no_validate, progress=progress, **options)
+    publish(result, report, quiet)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@format_options
+@report_options
+def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
+    """Show what would be guarded in MODEL and what would be skipped; write no model."""
+    with failures():
+        from . import inspect as run
+
+        result = run(**options)
+    publish(result, report, quiet)
+
+
+@main.command()
+@click.argument("original", type=click.Path(path_type=Path))
+@click.argument("guarded", type=click.Path(path_type=Path))
+@click.option(
+    "--scheme",
+    type=click.Choice(SCHEME_NAMES),
+    help="Measure against plain quantization to this.  [default: as recorded in GUARDED, or int8]",
+)
+@validation_options
+@report_options
+def verify(report: Path | None, quiet: bool, **options: Any) -> None:
+    """Validate GUARDED against ORIGINAL, as guard does with its own output."""
+    with failures():
+        from . import verify as run
+
+        result = run(**options)
+    publish(result, report, quiet)
+
+
+def publish(result: "Report | Inspection | Verification", path: Path | None, quiet: bool) -> None:
+    """Print the result and write it as JSON."""
+    if path:
+        path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+    if not quiet:
+        click.echo(result.render())
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Turn the package's errors into one line and an exit code."""
+    try:
+        yield
+    except FlipguardError as error:
+        click.echo(f"flipguard-onnx: {error}", err=True)
+        sys.exit(1 if isinstance(error, ValidationError) else 2)
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on a terminal; a line per stage elsewhere; nothing when quiet."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with click.progressbar(length=1, file=sys.stderr, show_pos=True) as bar:
+
+            def draw(stage: str, done: int, total: int) -> None:
+                bar.label, bar.length, bar.pos = stage, total, done
+                bar.finished = False
+                bar.render_progress()
+
+            yield draw
+    else:
+
+        def line(stage: str, done: int, total: int) -> None:
+            if done == 0:
+                click.echo(f"{stage} ...", err=True)
+
+        yield line

@@ -1,0 +1,132 @@
+"""The models that a run writes, each a copy of the source that takes the weights one by one."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.inliner
+from onnx import ModelProto
+
+from .errors import UnsupportedModelError
+from .flip import Flips
+from .model import Model, Output
+from .qdq import Emitter, form_of, opset_for
+from .schemes import Scheme
+from .weights import Weight, find_weights
+
+
+class Sink(Protocol):
+    """Takes the guarded tensors by name, then writes the model."""
+
+    output: Output
+
+    def put(self, name: str, scheme: Scheme, flips: Flips) -> None: ...
+
+    def save(self, source: Model, metadata: dict[str, str]) -> None: ...
+
+
+class Quantized:
+    """A graph with codes: the guarded ones, or those of plain rounding."""
+
+    def __init__(
+        self, proto: ModelProto, output: Output, standard_ops: bool, plain: bool = False
+    ) -> None:
+        self.output = output
+        self._plain = plain
+        self._proto = _copy(proto)
+        self._weights = _by_name(self._proto)
+        self._emitter = Emitter(self._proto, output, standard_ops)
+
+    def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
+        codes = flips.plain if self._plain else flips.codes
+        self._emitter.emit(self._weights[name], scheme, flips.grid, codes)
+
+    def save(self, source: Model, metadata: dict[str, str]) -> None:
+        self._emitter.finish()
+        _save(self._proto, self.output, source, metadata)
+
+
+class Rewritten:
+    """The same graph with other float weights; `values` picks them from the Flips."""
+
+    def __init__(
+        self, proto: ModelProto, output: Output, values: Callable[[Flips], npt.NDArray[Any]]
+    ) -> None:
+        self.output = output
+        self._values = values
+        self._proto = _copy(proto)
+        self._weights = _by_name(self._proto)
+
+    def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
+        weight = self._weights[name]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type)
+        values = weight.stored(self._values(flips)).astype(dtype)
+        inline = weight.node is not None
+        self.output.store(weight.tensor, np.ascontiguousarray(values).tobytes(), inline)
+
+    def save(self, source: Model, metadata: dict[str, str]) -> None:
+        _save(self._proto, self.output, source, metadata)
+
+
+def guarded_values(flips: Flips) -> npt.NDArray[Any]:
+    """Float weights from which the user's own quantizer makes the guarded codes."""
+    return flips.guarded
+
+
+def decoded_values(flips: Flips) -> npt.NDArray[Any]:
+    """What the guarded codes stand for."""
+    return flips.grid.decode(flips.codes)
+
+
+def prepare(
+    source: Model, weights: list[Weight], schemes: list[Scheme], standard_ops: bool
+) -> ModelProto:
+    """The source's graph at an opset that has the forms its weights will take.
+
+    Raises UnsupportedModelError when onnx cannot convert the model that far.
+    """
+    needed = max(
+        opset_for(form_of(use, weight, scheme, standard_ops), scheme, use.elem_type)
+        for weight, scheme in zip(weights, schemes, strict=True)
+        for use in weight.uses
+    )
+    proto = source.proto
+    found = [_opset(entity) for entity in (proto, *proto.functions)]
+    if min(found) >= needed:
+        return proto
+    try:
+        if proto.functions:
+            proto = onnx.inliner.inline_local_functions(proto)
+        return onnx.version_converter.convert_version(proto, needed)
+    except Exception as error:  # the converter raises bare RuntimeError and its own types
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UnsupportedModelError(
+            f"{source.path}: opset {min(found)} cannot be converted to {needed}, "
+            f"which this scheme needs: {reason}"
+        ) from None
+
+
+def _opset(entity: Any) -> int:
+    versions = [o.version for o in entity.opset_import if o.domain in ("", "ai.onnx")]
+    return max(versions, default=1 << 31)  # a function without standard operators has no say
+
+
+def _copy(proto: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    return copy
+
+
+def _by_name(proto: ModelProto) -> dict[str, Weight]:
+    return {weight.name: weight for weight in find_weights(proto)[0]}
+
+
+def _save(proto: ModelProto, output: Output, source: Model, metadata: dict[str, str]) -> None:
+    kept = [entry for entry in proto.metadata_props if entry.key not in metadata]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    output.save(proto, source)

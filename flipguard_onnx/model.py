@@ -1,0 +1,275 @@
+"""Open a model without copying its data about, and write one so that it is whole or absent.
+
+Large tensors are taken out of the protobuf when a model is opened and stand in it as references,
+whether they came from the file itself or from an external data file. So copying, converting and
+editing a graph moves no weights; `Output` puts them back, one after the other, when it saves.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorProto
+
+from .errors import ModelError, UnsupportedModelError
+
+DETACH_BYTES = 1024  # smaller tensors stay in the protobuf
+INLINE_LIMIT = (
+    1 << 30
+)  # an output with more data than this gets a .data file; protobuf ends at 2 GiB
+ALIGNMENT = 64
+_DETACHED = "detached:"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of bytes in an external data file."""
+
+    file: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model: where a tensor in `proto` is a reference, `payloads` has its data."""
+
+    path: Path
+    proto: ModelProto
+    payloads: dict[str, bytes | Region]
+    sha256: str
+    data_sha256: dict[str, str]  # by location of the external data file
+    size: int  # bytes of the file and its data files
+
+    def array(self, tensor: TensorProto) -> npt.NDArray[Any]:
+        """The tensor's values, shaped; a read-only view where the data allows it."""
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return np.frombuffer(self.raw(tensor), dtype=dtype).reshape(tuple(tensor.dims))
+
+    def raw(self, tensor: TensorProto) -> memoryview:
+        """The bytes behind a tensor that stands in the proto as a reference."""
+        payload = self.payloads[_entry(tensor, "location")]
+        if isinstance(payload, bytes):
+            return memoryview(payload)
+        if payload.length == 0:
+            return memoryview(b"")
+        return np.memmap(payload.file, np.uint8, "r", payload.offset, (payload.length,)).data
+
+
+def open_model(path: str | os.PathLike[str]) -> Model:
+    """Read an ONNX file; external data is mapped when it is asked for.
+
+    Raises ModelError when the file is missing, is not an ONNX model or lacks its data, and
+    UnsupportedModelError for sparse initializers.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError:
+        raise ModelError(f"{path}: not an ONNX model (its protobuf does not parse)") from None
+    if not proto.graph.node or not proto.opset_import:
+        raise ModelError(f"{path}: not an ONNX model (no nodes, or no opset_import)")
+    if any(graph.sparse_initializer for graph in graphs(proto)):
+        raise UnsupportedModelError(f"{path}: sparse initializers are not supported")
+    payloads, files = _detach(path, proto)
+    size = len(content) + sum(file.stat().st_size for file in files.values())
+    return Model(
+        path,
+        proto,
+        payloads,
+        hashlib.sha256(content).hexdigest(),
+        {location: file_sha256(file) for location, file in sorted(files.items())},
+        size,
+    )
+
+
+def graphs(proto: ModelProto) -> Iterator[GraphProto]:
+    """The main graph and every subgraph in If, Loop and Scan nodes, functions included."""
+
+    def nested(body: GraphProto | FunctionProto) -> Iterator[GraphProto]:
+        for node in body.node:
+            for attribute in node.attribute:
+                for graph in subgraphs(attribute):
+                    yield graph
+                    yield from nested(graph)
+
+    yield proto.graph
+    yield from nested(proto.graph)
+    for function in proto.functions:
+        yield from nested(function)
+
+
+def subgraphs(attribute: AttributeProto) -> list[GraphProto]:
+    """The graphs that an attribute holds."""
+    return [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+
+
+def tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    """Every initializer, then every tensor in a node's attribute."""
+    for graph in graphs(proto):
+        yield from graph.initializer
+    yield from attribute_tensors(proto)
+
+
+def attribute_tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    """The tensors in Constant nodes and the like, functions included."""
+    bodies: list[GraphProto | FunctionProto] = [*graphs(proto), *proto.functions]
+    for body in bodies:
+        for node in body.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+
+
+def refer(tensor: TensorProto, location: str, offset: int = 0, length: int | None = None) -> None:
+    """Let the tensor point to data elsewhere instead of holding it."""
+    for field in ("raw_data", "float_data", "int32_data", "external_data"):
+        tensor.ClearField(field)
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    if length is not None:
+        tensor.external_data.add(key="offset", value=str(offset))
+        tensor.external_data.add(key="length", value=str(length))
+
+
+@contextmanager
+def workspace(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder`, on the same file system; removed at the end."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".flipguard-", dir=folder) as path:
+            yield Path(path)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be written: {error.strerror}") from None
+
+
+class Output:
+    """A model being written: tensors go in one by one, `save` finishes, `publish` makes it appear.
+
+    Everything is written into `folder` under its final names, so that it can be loaded and tried
+    there. With `external`, tensors go on to a data file as they come.
+    """
+
+    def __init__(self, folder: Path, target: Path, external: bool) -> None:
+        self.target = target
+        self.path = folder / target.name
+        self._folder = folder
+        self._data_path = folder / f"{target.name}.data"
+        folder.mkdir()
+        self._data = self._data_path.open("wb") if external else None
+
+    def store(self, tensor: TensorProto, raw: bytes | memoryview, inline: bool = False) -> None:
+        """Give the tensor its data: into the protobuf, or on to the data file.
+
+        inline: for tensors in attributes, which cannot have external data.
+        """
+        if inline or self._data is None or len(raw) < DETACH_BYTES:
+            for field in ("float_data", "int32_data", "external_data", "data_location"):
+                tensor.ClearField(field)
+            tensor.raw_data = bytes(raw)
+            return
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+        refer(tensor, self._data_path.name, self._data.tell(), len(raw))
+        self._data.write(raw)
+
+    def save(self, proto: ModelProto, source: Model) -> None:
+        """Write the proto; tensors that still refer to the source's data bring it along."""
+        for graph in graphs(proto):
+            for tensor in graph.initializer:
+                if _is_detached(tensor):
+                    self.store(tensor, source.raw(tensor))
+        for tensor in attribute_tensors(proto):
+            if _is_detached(tensor):
+                self.store(tensor, source.raw(tensor), inline=True)
+        if self._data:
+            self._data.close()
+        self.path.write_bytes(proto.SerializeToString(deterministic=True))
+
+    @property
+    def size(self) -> int:
+        """Bytes written."""
+        return sum(file.stat().st_size for file in self._folder.iterdir())
+
+    def publish(self) -> None:
+        """Move the finished files to the target, the data file first."""
+        if self._data:
+            os.replace(self._data_path, self.target.parent / self._data_path.name)
+        os.replace(self.path, self.target)
+
+
+def file_sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _detach(path: Path, proto: ModelProto) -> tuple[dict[str, bytes | Region], dict[str, Path]]:
+    """Turn large and external tensors into references; their data, and the files by location."""
+    payloads: dict[str, bytes | Region] = {}
+    files: dict[str, Path] = {}
+    for tensor in tensors(proto):
+        payload: bytes | Region = tensor.raw_data
+        if tensor.data_location == TensorProto.EXTERNAL:
+            location = _entry(tensor, "location")
+            files[location] = _external_path(path, tensor.name, location)
+            payload = _region(path, tensor, files[location])
+        elif len(tensor.raw_data) < DETACH_BYTES:
+            continue
+        key = f"{_DETACHED}{len(payloads)}"
+        payloads[key] = payload
+        refer(tensor, key)
+    return payloads, files
+
+
+def _is_detached(tensor: TensorProto) -> bool:
+    return _entry(tensor, "location").startswith(_DETACHED)
+
+
+def _entry(tensor: TensorProto, key: str) -> str:
+    return next((entry.value for entry in tensor.external_data if entry.key == key), "")
+
+
+def _external_path(model: Path, name: str, location: str) -> Path:
+    """The data file, which must lie under the model's folder or that of its real path."""
+    file = model.parent / location
+    roots = {model.parent.resolve(), model.resolve().parent}
+    if not location or not any(file.resolve().is_relative_to(root) for root in roots):
+        raise ModelError(
+            f"{model}: tensor {name!r} has its data at {location!r}; "
+            "allowed: a file under the model's folder"
+        )
+    if not file.is_file():
+        raise ModelError(f"{model}: tensor {name!r} needs the data file {location!r}, not there")
+    return file
+
+
+def _region(model: Path, tensor: TensorProto, file: Path) -> Region:
+    """Where the tensor's data lies; it must be as long as its shape says, and inside the file."""
+    size = file.stat().st_size
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    count = int(np.prod(tensor.dims, dtype=np.int64))
+    bits = 4 if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) else 8 * dtype.itemsize
+    needed = (count * bits + 7) // 8
+    offset = int(_entry(tensor, "offset") or 0)
+    length = int(_entry(tensor, "length") or needed)
+    if length != needed or offset < 0 or offset + length > size:
+        raise ModelError(
+            f"{model}: tensor {tensor.name!r} needs {needed} bytes but refers to {length} bytes "
+            f"at {offset} of {file.name!r}, which has {size}"
+        )
+    return Region(file, offset, length)

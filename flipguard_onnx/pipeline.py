@@ -1,0 +1,358 @@
+"""guard(), inspect() and verify(): the stages of a run, one after the other."""
+
+import os
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from . import __version__
+from .emit import Quantized, Rewritten, Sink, decoded_values, guarded_values, prepare
+from .errors import ModelError, SchemeError, UnsupportedModelError
+from .flip import Policy, flip, tensor_key
+from .kernels import get_backend
+from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model, workspace
+from .qdq import scheme_for
+from .report import Inspection, Report, Tensor, Verification
+from .schemes import SCHEMES, Blocks, Codebook, Scheme, get_scheme
+from .validate import MAX_DRIFT, Candidates, Validation, compare
+from .weights import Skipped, Weight, find_weights
+
+EMITS = ("qdq", "float", "both")
+GRANULARITIES = ("channel", "tensor")
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
+
+Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class Format:
+    """A scheme with its granularity (int8) or block size (4 bits)."""
+
+    scheme: str = "int8"
+    granularity: str = "channel"
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        bits = get_scheme(self.scheme).bits
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        if self.block_size is None:
+            return
+        if bits == 8:
+            raise SchemeError("block size is for int4, nf4 and fp4; int8 has a granularity")
+        if self.block_size not in BLOCK_SIZES:
+            allowed = ", ".join(map(str, BLOCK_SIZES))
+            raise SchemeError(f"block size is {self.block_size}; allowed: {allowed}")
+
+    def plan(self, weight: Weight) -> tuple[Scheme, Blocks]:
+        """The scheme that this weight gets, and the blocks of weights that share a scale."""
+        scheme = scheme_for(weight, SCHEMES[self.scheme])
+        if scheme.bits == 8:
+            return scheme, weight.blocks(None, flat=self.granularity == "tensor")
+        size = self.block_size or scheme.block_size
+        return scheme, weight.blocks(size, flat=isinstance(scheme, Codebook))
+
+
+def guard(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    scheme: str = "int8",
+    *,
+    granularity: str = "channel",
+    block_size: int | None = None,
+    policy: str = "unbiased",
+    tau: float = 1.0,
+    ratio: float = 0.1,
+    seed: int | None = None,
+    emit: str = "qdq",
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    device: str = "auto",
+    data: str | os.PathLike[str] | None = None,
+    max_drift: float = MAX_DRIFT,
+    output: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    validate: bool = True,
+    standard_ops: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Guard a model against quantization-conditioned backdoors and write it quantized.
+
+    Parameters
+    ----------
+    model : path of an ONNX file, or a ModelProto (then `output` is required)
+    scheme : "int8", "int4", "nf4" or "fp4"
+    granularity : "channel" or "tensor": how many weights share an int8 scale
+    block_size : weights per scale at 4 bits: 16, 32, 64, 128 or 256 (default: int4 32, others 64)
+    policy : "unbiased" (with `tau`, 0 < tau <= 1, in half-gaps), "topk" (with `ratio`,
+        0 < ratio <= 1, the paper's k) or "none" (round to nearest)
+    seed : 0 or above; by default fresh entropy from the operating system. It is in the report.
+    emit : "qdq" (quantized graph), "float" (the same graph with moved weights) or "both"
+    include, exclude : shell patterns over tensor names
+    device : "auto", "cpu" or "cuda"
+    data : .npz file with inputs for the validation; by default inputs are made up
+    max_drift : allowed drift from the original, as a multiple of plain quantization's
+    output : path to write; by default beside the input
+    force : overwrite an existing output
+    validate : try the result with onnxruntime before it appears at `output`
+    standard_ops : only operators of the ONNX standard, none of com.microsoft
+    progress : called with (stage, steps done, steps in all)
+
+    Returns
+    -------
+    Report : the paths written, counts, skipped tensors and the validation
+
+    Raises
+    ------
+    ModelError, UnsupportedModelError, SchemeError, DeviceError : the input or an option is not
+        usable; nothing is written
+    ValidationError : the result did not pass; nothing is left behind
+    """
+    started = time.perf_counter()
+    form = Format(scheme, granularity, block_size)
+    rule = Policy(policy, tau, ratio)
+    _one_of("emit", emit, EMITS)
+    seed = _seed(seed)
+    backend = get_backend(device)
+    say = progress or (lambda *_: None)
+    with ExitStack() as stack:
+        source = _open(model, output, stack)
+        targets = _targets(source.path, output, scheme, emit, force)
+        weights, skipped = _find(source, include, exclude)
+        plan = [form.plan(weight) for weight in weights]
+        prepared = prepare(source, weights, [kind for kind, _ in plan], standard_ops)
+        folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
+        sinks = _sinks(source, prepared, targets, folder, validate, standard_ops)
+
+        tensors = []
+        for done, (weight, (kind, blocks)) in enumerate(zip(weights, plan, strict=True)):
+            say("guarding", done, len(weights))
+            values = weight.canonical(_finite(source, weight))
+            key = tensor_key(seed, weight.name)
+            flips = flip(weight.name, values, kind, blocks, rule, key, backend)
+            for sink in sinks.values():
+                sink.put(weight.name, kind, flips)
+            tensors.append(
+                Tensor(weight.name, weight.op, weight.shape, kind.name, weight.size, flips.count)
+            )
+        say("guarding", len(weights), len(weights))
+
+        report = Report(
+            version=__version__,
+            input=str(source.path),
+            input_sha256=source.sha256,
+            input_data_sha256=source.data_sha256,
+            input_bytes=source.size,
+            scheme=scheme,
+            granularity=granularity,
+            block_size=block_size or SCHEMES[scheme].block_size,
+            policy=policy,
+            tau=tau if policy == "unbiased" else None,
+            ratio=ratio if policy == "topk" else None,
+            seed=seed if policy == "unbiased" else None,
+            device=backend.__name__.rpartition(".")[2],
+            tensors=tuple(tensors),
+            skipped=tuple(skipped),
+        )
+        for sink in sinks.values():
+            sink.save(source, report.metadata())
+        if validate:
+            say("validating", 0, 1)
+            tried = _try(source, sinks, Path(data) if data else None, max_drift)
+            report = replace(report, validation=tried)
+            say("validating", 1, 1)
+        _require_unchanged(source)
+        finished = [sinks[wanted].output for wanted in targets]
+        written = {str(file.target): file.size for file in finished}
+        for file in finished:
+            file.publish()
+    return replace(report, outputs=written, seconds=time.perf_counter() - started)
+
+
+def inspect(
+    model: str | os.PathLike[str],
+    scheme: str = "int8",
+    *,
+    granularity: str = "channel",
+    block_size: int | None = None,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+) -> Inspection:
+    """What guard() would do with a model; nothing is computed or written.
+
+    Parameters and errors as in guard().
+    """
+    form = Format(scheme, granularity, block_size)
+    source = open_model(model)
+    weights, skipped = _find(source, include, exclude)
+    tensors, saved = [], 0
+    for weight in weights:
+        kind, blocks = form.plan(weight)
+        width = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).itemsize
+        saved += weight.size * width - (weight.size * kind.bits // 8 + blocks.count * width)
+        tensors.append(Tensor(weight.name, weight.op, weight.shape, kind.name, weight.size, None))
+    return Inspection(
+        str(source.path),
+        source.sha256,
+        source.size,
+        source.size - saved,
+        scheme,
+        tuple(tensors),
+        tuple(skipped),
+    )
+
+
+def verify(
+    original: str | os.PathLike[str],
+    guarded: str | os.PathLike[str],
+    scheme: str | None = None,
+    *,
+    data: str | os.PathLike[str] | None = None,
+    max_drift: float = MAX_DRIFT,
+) -> Verification:
+    """Validate any model against the one that it was made from.
+
+    The measure is plain quantization of `original`, to `scheme` or, by default, to the one that
+    guard() recorded in `guarded` (int8 when there is no record).
+
+    Raises ValidationError when `guarded` does not load or run, or drifts further than allowed;
+    other errors as in guard().
+    """
+    source, candidate = open_model(original), open_model(guarded)
+    record = {entry.key: entry.value for entry in candidate.proto.metadata_props}
+    scheme = scheme or record.get("flipguard.scheme", "int8")
+    with ExitStack() as stack:
+        folder = stack.enter_context(workspace(Path(os.environ.get("TMPDIR", "/tmp"))))
+        plain = guard(
+            source.path, scheme, policy="none", output=folder / "plain.onnx", validate=False
+        )
+        files = Candidates(source.path, Path(next(iter(plain.outputs))), candidate.path)
+        result = compare(source, files, Path(data) if data else None, max_drift)
+    made_from = record.get("flipguard.input_sha256")
+    return Verification(
+        str(source.path),
+        str(candidate.path),
+        scheme,
+        None if made_from is None else made_from == source.sha256,
+        result,
+    )
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SchemeError(f"{option} {value!r} is unknown; allowed: {', '.join(allowed)}")
+
+
+def _seed(seed: int | None) -> int:
+    if seed is None:
+        return secrets.randbits(128)
+    if seed < 0:
+        raise SchemeError(f"seed is {seed}; allowed: 0 and above")
+    return seed
+
+
+def _open(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    output: str | os.PathLike[str] | None,
+    stack: ExitStack,
+) -> Model:
+    if not isinstance(model, onnx.ModelProto):
+        return open_model(model)
+    if output is None:
+        raise SchemeError("a ModelProto has no path to write beside; output must be given")
+    folder = stack.enter_context(workspace(Path(output).parent))
+    path = folder / "model.onnx"
+    try:
+        path.write_bytes(model.SerializeToString())
+    except ValueError as error:
+        raise ModelError(f"the ModelProto cannot be serialized: {error}") from None
+    return open_model(path)
+
+
+def _targets(
+    source: Path, output: str | os.PathLike[str] | None, scheme: str, emit: str, force: bool
+) -> dict[str, Path]:
+    """Where each kind of output goes: none over the input, none over anything without `force`."""
+    base = Path(output) if output else source.with_name(f"{source.stem}.flipguard-{scheme}.onnx")
+    moved = base
+    if emit == "both" or not output:
+        moved = base.with_name(f"{base.stem}-float{base.suffix}")
+    targets = {"qdq": base, "float": moved}
+    if emit != "both":
+        targets = {emit: targets[emit]}
+    for target in targets.values():
+        if not target.parent.is_dir():
+            raise ModelError(f"{target.parent}: no such folder to write to")
+        if target.exists() and target.samefile(source):
+            raise ModelError(f"{target}: is the input; the output needs another name")
+        if target.exists() and not force:
+            raise ModelError(f"{target}: exists already; --force overwrites it")
+    return targets
+
+
+def _find(
+    source: Model, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> tuple[list[Weight], list[Skipped]]:
+    try:
+        weights, skipped = find_weights(source.proto, include, exclude)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{source.path}: {error}") from None
+    if not weights:
+        reasons = sorted({tensor.reason for tensor in skipped}) or ["no float tensors"]
+        raise UnsupportedModelError(f"{source.path}: nothing to guard: {'; '.join(reasons[:3])}")
+    return weights, skipped
+
+
+def _sinks(
+    source: Model,
+    prepared: onnx.ModelProto,
+    targets: dict[str, Path],
+    folder: Path,
+    validate: bool,
+    standard_ops: bool,
+) -> dict[str, Sink]:
+    """Everything that this run writes: what was asked for, and what the validation compares."""
+    external = source.size > INLINE_LIMIT or bool(source.data_sha256)
+
+    def output(kind: str) -> Output:
+        return Output(folder / kind, targets.get(kind, folder / f"{kind}.onnx"), external)
+
+    sinks: dict[str, Sink] = {}
+    if validate or "qdq" in targets:
+        sinks["qdq"] = Quantized(prepared, output("qdq"), standard_ops)
+    if "float" in targets:
+        sinks["float"] = Rewritten(source.proto, output("float"), guarded_values)
+    if validate:
+        sinks["plain"] = Quantized(prepared, output("plain"), standard_ops, plain=True)
+        sinks["decoded"] = Rewritten(source.proto, output("decoded"), decoded_values)
+    return sinks
+
+
+def _try(source: Model, sinks: dict[str, Sink], data: Path | None, max_drift: float) -> Validation:
+    paths = {kind: sink.output.path for kind, sink in sinks.items()}
+    files = Candidates(
+        source.path, paths["plain"], paths["qdq"], paths["decoded"], paths.get("float")
+    )
+    return compare(source, files, data, max_drift)
+
+
+def _finite(source: Model, weight: Weight) -> npt.NDArray[np.generic]:
+    values = source.array(weight.tensor)
+    bad = values.size - int(np.count_nonzero(np.isfinite(values)))
+    if bad:
+        raise ModelError(
+            f"{source.path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite; "
+            "allowed: finite ones (--exclude leaves a tensor as it is)"
+        )
+    return values
+
+
+def _require_unchanged(source: Model) -> None:
+    now = {name: file_sha256(source.path.parent / name) for name in source.data_sha256}
+    if file_sha256(source.path) != source.sha256 or now != source.data_sha256:
+        raise ModelError(f"{source.path}: changed while it was being guarded; nothing was written")

@@ -1,0 +1,267 @@
+"""What a run found and did: plain data, and its rendering as text. JSON is `to_dict` dumped."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .validate import Drift, Validation, pooled
+from .weights import Skipped
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One guarded tensor; `flips` is None where nothing was computed."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    scheme: str
+    weights: int
+    flips: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What guard() would do. `output_bytes` is an estimate."""
+
+    input: str
+    input_sha256: str
+    input_bytes: int
+    output_bytes: int
+    scheme: str
+    tensors: tuple[Tensor, ...]
+    skipped: tuple[Skipped, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def render(self) -> str:
+        lines = [
+            f"{self.input}  {_megabytes(self.input_bytes)}, sha256 {self.input_sha256[:16]}",
+            f"scheme    {self.scheme}: about {_megabytes(self.output_bytes)} when written",
+            "",
+            *_table(
+                ("tensor", "operator", "shape", "scheme", "weights"),
+                [
+                    (t.name, t.op, "x".join(map(str, t.shape)), t.scheme, f"{t.weights:,}")
+                    for t in self.tensors
+                ],
+            ),
+            "",
+            *_skipped_lines(self.skipped),
+            _coverage_line(self.tensors, self.skipped),
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of guard().
+
+    outputs: bytes by path. seed: None where the policy draws nothing. seconds: wall time.
+    """
+
+    version: str
+    input: str
+    input_sha256: str
+    input_data_sha256: dict[str, str]
+    input_bytes: int
+    scheme: str
+    granularity: str
+    block_size: int | None
+    policy: str
+    tau: float | None
+    ratio: float | None
+    seed: int | None
+    device: str
+    tensors: tuple[Tensor, ...]
+    skipped: tuple[Skipped, ...]
+    validation: Validation | None = None
+    outputs: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def weights(self) -> int:
+        """How many weights were guarded."""
+        return sum(tensor.weights for tensor in self.tensors)
+
+    @property
+    def flips(self) -> int:
+        """How many of them crossed a boundary."""
+        return sum(tensor.flips or 0 for tensor in self.tensors)
+
+    @property
+    def coverage(self) -> float:
+        """Guarded weights / all float weights of the model."""
+        return coverage(self.tensors, self.skipped)
+
+    def metadata(self) -> dict[str, str]:
+        """What goes into the model's metadata_props: all that is needed to repeat the run."""
+        entries = {
+            "version": self.version,
+            "scheme": self.scheme,
+            "granularity": self.granularity if self.block_size is None else None,
+            "block_size": self.block_size,
+            "policy": self.policy,
+            "tau": self.tau,
+            "ratio": self.ratio,
+            "seed": self.seed,
+            "input_sha256": self.input_sha256,
+            "input_data_sha256": " ".join(self.input_data_sha256.values()) or None,
+            "weights": self.weights,
+            "flips": self.flips,
+            "coverage": f"{self.coverage:.6f}",
+        }
+        return {f"flipguard.{k}": str(v) for k, v in entries.items() if v is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types; `seed` is a string, since JSON readers round large numbers."""
+        result = asdict(self)
+        result["seed"] = None if self.seed is None else str(self.seed)
+        return result | {
+            "weights": self.weights,
+            "flips": self.flips,
+            "coverage": self.coverage,
+        }
+
+    def render(self) -> str:
+        settings = {
+            "unbiased": f"unbiased, tau {self.tau}",
+            "topk": f"topk, ratio {self.ratio}",
+            "none": "none (round to nearest)",
+        }
+        form = self.granularity if self.block_size is None else f"blocks of {self.block_size}"
+        share = self.flips / max(self.weights, 1)
+        lines = [
+            f"input     {self.input}  {_megabytes(self.input_bytes)}, "
+            f"sha256 {self.input_sha256[:16]}",
+            f"scheme    {self.scheme}, {form}",
+            f"policy    {settings[self.policy]}"
+            + ("" if self.seed is None else f", seed {self.seed}"),
+            "",
+            *_table(
+                ("operator", "scheme", "tensors", "weights", "flipped"), _by_operator(self.tensors)
+            ),
+            "",
+            *_skipped_lines(self.skipped),
+            _coverage_line(self.tensors, self.skipped) + f", {share:.2%} of them flipped",
+            *(_validation_lines(self.validation) if self.validation else ["", "not validated"]),
+            "",
+            *(
+                f"written   {path}  {_megabytes(size)} ({size / self.input_bytes:.0%} of the input)"
+                for path, size in self.outputs.items()
+            ),
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of verify(). made_from: `guarded` records this original (None: no record)."""
+
+    original: str
+    guarded: str
+    scheme: str
+    made_from: bool | None
+    validation: Validation
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def render(self) -> str:
+        origin = {
+            True: "recorded as made from this original",
+            False: "recorded as made from ANOTHER original",
+            None: "no record of what it was made from",
+        }
+        lines = [
+            f"original  {self.original}",
+            f"guarded   {self.guarded}: {origin[self.made_from]}",
+            f"measure   plain {self.scheme} quantization of the original",
+            *_validation_lines(self.validation),
+        ]
+        return "\n".join(lines)
+
+
+def coverage(tensors: Iterable[Tensor], skipped: Iterable[Skipped]) -> float:
+    """Guarded weights / all constant float values, those of skipped tensors included."""
+    guarded = sum(tensor.weights for tensor in tensors)
+    return guarded / max(guarded + sum(tensor.size for tensor in skipped), 1)
+
+
+def _by_operator(tensors: Sequence[Tensor]) -> list[tuple[str, ...]]:
+    groups: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.op, tensor.scheme].append(tensor)
+    rows: list[tuple[str, ...]] = []
+    for (op, scheme), members in groups.items():
+        weights = sum(t.weights for t in members)
+        flips = sum(t.flips or 0 for t in members)
+        rows.append((op, scheme, str(len(members)), f"{weights:,}", f"{flips / weights:.2%}"))
+    return rows
+
+
+def _coverage_line(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> str:
+    weights = sum(tensor.weights for tensor in tensors)
+    return (
+        f"guarded   {weights:,} weights in {len(tensors)} tensors, "
+        f"{coverage(tensors, skipped):.2%} of all"
+    )
+
+
+def _skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
+    reasons: dict[str, list[Skipped]] = defaultdict(list)
+    for tensor in skipped:
+        reasons[tensor.reason].append(tensor)
+    return [
+        f"skipped   {len(members)} tensors, {sum(t.size for t in members):,} values: {reason}"
+        for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1]))
+    ]
+
+
+def _validation_lines(validation: Validation) -> list[str]:
+    rows = []
+    for name, plain, guarded in (
+        ("exact", validation.plain_exact, validation.guarded_exact),
+        ("default", validation.plain_default, validation.guarded_default),
+    ):
+        for theirs, ours in zip(plain, guarded, strict=True):
+            rows.append((ours.output, f"{name}, plain", *_drift_cells(theirs)))
+            rows.append((ours.output, f"{name}, guarded", *_drift_cells(ours)))
+    rows += [(drift.output, "float, moved", *_drift_cells(drift)) for drift in validation.moved]
+    head = ("output", "run", "relative L2", "cosine", "max abs", "SQNR dB", "top-1")
+    return [
+        "",
+        *_table(head, rows),
+        "",
+        f"valid     on {validation.feeds} inputs ({validation.inputs}): drift of all outputs "
+        f"{pooled(validation.guarded_exact):.5f}, plain quantization's "
+        f"{pooled(validation.plain_exact):.5f}",
+    ]
+
+
+def _drift_cells(drift: Drift) -> tuple[str, ...]:
+    return (
+        f"{drift.relative_l2:.5f}",
+        f"{drift.cosine:.6f}",
+        f"{drift.max_abs:.3g}",
+        f"{drift.sqnr_db:.1f}",
+        "" if drift.top1 is None else f"{drift.top1:.1%}",
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Left-aligned text in the first two columns, right-aligned figures after them."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (head, *rows)
+    ]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"

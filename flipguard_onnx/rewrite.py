@@ -1,0 +1,157 @@
+"""Edit a graph: add constants and nodes, replace nodes, and tidy up once at the end."""
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from .model import Output, graphs
+from .weights import Scope
+
+CONTRIB = "com.microsoft"
+IR_VERSION_4_BIT = 10  # the first with 4-bit integer tensors
+
+
+class Rewriter:
+    """Collects the edits of one model; `finish` carries them out.
+
+    New nodes depend on constants only, so they go to the front of their graph.
+    """
+
+    def __init__(self, proto: ModelProto, output: Output) -> None:
+        self._proto = proto
+        self._output = output
+        self._names = _all_names(proto)
+        self._scopes: list[Scope] = []
+        self._first: dict[int, list[NodeProto]] = defaultdict(list)  # by graph
+        self._instead: dict[int, list[NodeProto]] = {}  # by the node replaced
+
+    def fresh(self, name: str) -> str:
+        """The name itself, or with a number where the model has it already."""
+        unused, count = name, 1
+        while unused in self._names:
+            count += 1
+            unused = f"{name}_{count}"
+        self._names.add(unused)
+        return unused
+
+    def constant(self, scope: Scope, name: str, values: npt.NDArray[Any]) -> str:
+        """Add an array as a constant; returns its name."""
+        data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
+        return self.tensor(
+            scope, name, data_type, values.shape, np.ascontiguousarray(values).tobytes()
+        )
+
+    def tensor(
+        self, scope: Scope, name: str, data_type: int, shape: tuple[int, ...], raw: bytes
+    ) -> str:
+        """Add a constant from its bytes: an initializer, or a node where it is a function's."""
+        name = self.fresh(name)
+        tensor = TensorProto(name=name, data_type=data_type, dims=shape)
+        if isinstance(scope.body, GraphProto):
+            self._output.store(tensor, raw)
+            scope.body.initializer.append(tensor)
+        else:
+            tensor.raw_data = raw
+            self._prepend(scope, helper.make_node("Constant", [], [name], value=tensor))
+        return name
+
+    def node(self, scope: Scope, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Add a node that depends on constants only; returns the name of its output."""
+        output = self.fresh(output)
+        name = output.removesuffix("_Output")
+        self._prepend(scope, helper.make_node(op, inputs, [output], name=name, **attributes))
+        return output
+
+    def replace(self, scope: Scope, node: NodeProto, nodes: list[NodeProto]) -> None:
+        """Put `nodes` where `node` stands; the last one yields its outputs."""
+        self._scopes.append(scope)
+        self._instead[id(node)] = nodes
+
+    def remove_initializer(self, scope: Scope, name: str) -> None:
+        """Drop an initializer, and the graph input that stands for it in old models."""
+        if isinstance(scope.body, GraphProto):
+            remove_named(scope.body.initializer, name)
+            remove_named(scope.body.input, name)
+
+    def finish(self) -> None:
+        """Put the new nodes in place and drop the ones that nothing reads any more."""
+        # innermost graphs first: rebuilding a graph copies the ones inside it
+        for scope in sorted(self._scopes, key=_depth, reverse=True):
+            nodes = self._first.pop(id(scope.body), [])
+            for node in scope.body.node:
+                nodes.extend(self._instead.pop(id(node), [node]))
+            del scope.body.node[:]
+            scope.body.node.extend(nodes)
+        _drop_unread_nodes(self._proto)
+        _import_what_is_used(self._proto)
+
+    def _prepend(self, scope: Scope, node: NodeProto) -> None:
+        self._scopes.append(scope)
+        self._first[id(scope.body)].append(node)
+
+
+def remove_named(fields: Any, name: str) -> None:
+    """Delete the entries of that name from a repeated protobuf field."""
+    for index in reversed(range(len(fields))):
+        if fields[index].name == name:
+            del fields[index]
+
+
+def bodies(proto: ModelProto) -> list[GraphProto | FunctionProto]:
+    """Every graph, subgraph and function body."""
+    return [*graphs(proto), *proto.functions]
+
+
+def output_names(body: GraphProto | FunctionProto) -> list[str]:
+    """The names of what a graph or a function returns."""
+    if isinstance(body, GraphProto):
+        return [value.name for value in body.output]
+    return list(body.output)
+
+
+def _depth(scope: Scope) -> int:
+    return 0 if scope.parent is None else 1 + _depth(scope.parent)
+
+
+def _all_names(proto: ModelProto) -> set[str]:
+    names: set[str] = set()
+    for body in bodies(proto):
+        for node in body.node:
+            names.update(node.input, node.output)
+        if isinstance(body, GraphProto):
+            names.update(value.name for value in body.input)
+            names.update(tensor.name for tensor in body.initializer)
+    return names
+
+
+def _drop_unread_nodes(proto: ModelProto) -> None:
+    """Remove Identity, Transpose, Cast and Constant nodes whose results nothing reads."""
+    dropped = True
+    while dropped:
+        dropped = False
+        read = {name for body in bodies(proto) for node in body.node for name in node.input}
+        read.update(name for body in bodies(proto) for name in output_names(body))
+        for body in bodies(proto):
+            for index in reversed(range(len(body.node))):
+                node = body.node[index]
+                passes_on = node.op_type in ("Identity", "Transpose", "Cast", "Constant")
+                if passes_on and not read.intersection(node.output):
+                    del body.node[index]
+                    dropped = True
+
+
+def _import_what_is_used(proto: ModelProto) -> None:
+    """Import the contrib operators where they are used; 4-bit tensors want a newer IR."""
+    in_graphs = any(node.domain == CONTRIB for graph in graphs(proto) for node in graph.node)
+    if in_graphs and all(entry.domain != CONTRIB for entry in proto.opset_import):
+        proto.opset_import.add(domain=CONTRIB, version=1)
+    for function in proto.functions:
+        used = any(node.domain == CONTRIB for node in function.node)
+        if used and all(entry.domain != CONTRIB for entry in function.opset_import):
+            function.opset_import.add(domain=CONTRIB, version=1)
+    types = {tensor.data_type for graph in graphs(proto) for tensor in graph.initializer}
+    if types & {TensorProto.INT4, TensorProto.UINT4}:
+        proto.ir_version = max(proto.ir_version, IR_VERSION_4_BIT)
