@@ -6,6 +6,7 @@ FlipguardError
 ├── SchemeError              a scheme, policy or option value that does not exist or does not fit
 ├── DeviceError              the requested device is not there
 └── ValidationError          the output did not pass; nothing was written
+    └── DriftError           it runs, but drifts too far from the original
 
 Each message is one line that names the tensor or the file, the value found and what is allowed.
 """
@@ -33,3 +34,7 @@ class DeviceError(FlipguardError):
 
 class ValidationError(FlipguardError):
     """The written model did not behave as it must."""
+
+
+class DriftError(ValidationError):
+    """The written model's outputs are further from the original's than allowed."""

@@ -19,7 +19,8 @@ from .errors import ModelError
 
 Feed = dict[str, npt.NDArray[Any]]
 
-FEEDS = 4  # how many are made up
+FEEDS, FEWER_FEEDS = 8, 4  # how many are made up, for small models and for large ones
+LARGE = 32_000_000  # bytes
 SIZES = (64, 32, 16, 512, 576, 256, 224, 128, 8, 400, 1)  # for open dimensions, in this order
 UNKNOWN_INTEGERS = 100  # integers that index no table are drawn below this
 SAMPLING_RATE = 16000
@@ -62,8 +63,9 @@ def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
     return [{i.name: arrays[i.name].astype(i.dtype) for i in inputs}]
 
 
-def made_up_feeds(proto: ModelProto, seed: int = 0) -> Iterator[list[Feed]]:
-    """Candidates, each a list of FEEDS feeds; the caller takes the first that the model accepts."""
+def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterator[list[Feed]]:
+    """Candidates, each a list of feeds; the caller takes the first that the model accepts."""
+    count = FEEDS if model_bytes < LARGE else FEWER_FEEDS
     inputs = _inputs(proto)
     open_dims = list(dict.fromkeys(d for i in inputs for d in i.dims if isinstance(d, str)))
     tried = set()
@@ -75,7 +77,7 @@ def made_up_feeds(proto: ModelProto, seed: int = 0) -> Iterator[list[Feed]]:
                 continue
             tried.add(key)
             rng = np.random.default_rng(seed)
-            yield [{i.name: _values(i, sizes, size, rng) for i in inputs} for _ in range(FEEDS)]
+            yield [{i.name: _values(i, sizes, size, rng) for i in inputs} for _ in range(count)]
 
 
 def _inputs(proto: ModelProto) -> list[Input]:

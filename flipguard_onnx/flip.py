@@ -108,7 +108,8 @@ def _topk(grid: Grid, margins: Margins, ratio: float) -> Mask:
     padded = np.full((blocks.rows, blocks.per_row * blocks.size), -1, np.float32)
     padded[:, : blocks.cols] = grid.errors(margins).reshape(blocks.rows, blocks.cols)
     padded = padded.reshape(blocks.count, blocks.size)
-    quota = np.floor(ratio * np.count_nonzero(padded >= 0, axis=1)).astype(np.int64)
+    exact = ratio * np.count_nonzero(padded >= 0, axis=1)
+    quota = np.floor(exact + 1e-9).astype(np.int64)  # 0.29 * 100 is 28.999999999999996
     rank = np.empty(padded.shape, np.int64)
     order = np.argsort(-padded, axis=1, kind="stable")
     np.put_along_axis(rank, order, np.arange(blocks.size)[None, :], axis=1)
@@ -128,16 +129,21 @@ def _place(
     """Codes and weights after the flips.
 
     A flipped weight takes the value of its own type nearest past the boundary that encodes to the
-    neighbour's code. Where the type is too coarse to hold one, the weight stays as it was.
+    neighbour's code, and never one short of its target: a float16 on the boundary itself would be
+    rounded one way by some quantizers and the other way by others. Where the type is too coarse
+    to hold such a value, the weight stays as it was.
     """
     wanted = np.where(flips, margins.neighbours, margins.codes)
     target = grid.cross(weights, margins, flips, backend)
     guarded = np.where(flips, target.astype(values.dtype), values)
-    away = np.where(target > weights, np.inf, -np.inf).astype(values.dtype)
+    upward = target > weights
+    away = np.where(upward, np.inf, -np.inf).astype(values.dtype)
     absmax = grid.blocks.spread(grid.absmax)
     for _ in range(MAX_STEPS):
         stored = guarded.astype(np.float32)
-        missed = (grid.encode(stored, backend) != wanted) | (flips & (np.abs(stored) > absmax))
+        short = np.where(upward, stored < target, stored > target)
+        missed = flips & (short | (np.abs(stored) > absmax))
+        missed |= grid.encode(stored, backend) != wanted
         if not missed.any():
             return wanted, guarded
         guarded[missed] = np.nextafter(guarded[missed], away[missed])

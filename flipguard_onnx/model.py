@@ -170,7 +170,7 @@ class Output:
         self.path = folder / target.name
         self._folder = folder
         self._data_path = folder / f"{target.name}.data"
-        folder.mkdir()
+        folder.mkdir(parents=True)
         self._data = self._data_path.open("wb") if external else None
 
     def store(self, tensor: TensorProto, raw: bytes | memoryview, inline: bool = False) -> None:

@@ -14,7 +14,7 @@ import onnx
 
 from . import __version__
 from .emit import Quantized, Rewritten, Sink, decoded_values, guarded_values, prepare
-from .errors import ModelError, SchemeError, UnsupportedModelError
+from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
 from .flip import Policy, flip, tensor_key
 from .kernels import get_backend
 from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model, workspace
@@ -27,6 +27,7 @@ from .weights import Skipped, Weight, find_weights
 EMITS = ("qdq", "float", "both")
 GRANULARITIES = ("channel", "tensor")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
+DRAWS = 3  # a draw that drifts too far is thrown away, this many times at the most
 
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
@@ -91,7 +92,8 @@ def guard(
     block_size : weights per scale at 4 bits: 16, 32, 64, 128 or 256 (default: int4 32, others 64)
     policy : "unbiased" (with `tau`, 0 < tau <= 1, in half-gaps), "topk" (with `ratio`,
         0 < ratio <= 1, the paper's k) or "none" (round to nearest)
-    seed : 0 or above; by default fresh entropy from the operating system. It is in the report.
+    seed : 0 or above; by default fresh entropy from the operating system, and up to three draws
+        when one drifts too far. The seed used is in the report and in the model's metadata.
     emit : "qdq" (quantized graph), "float" (the same graph with moved weights) or "both"
     include, exclude : shell patterns over tensor names
     device : "auto", "cpu" or "cuda"
@@ -117,7 +119,6 @@ def guard(
     form = Format(scheme, granularity, block_size)
     rule = Policy(policy, tau, ratio)
     _one_of("emit", emit, EMITS)
-    seed = _seed(seed)
     backend = get_backend(device)
     say = progress or (lambda *_: None)
     with ExitStack() as stack:
@@ -127,45 +128,51 @@ def guard(
         plan = [form.plan(weight) for weight in weights]
         prepared = prepare(source, weights, [kind for kind, _ in plan], standard_ops)
         folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
-        sinks = _sinks(source, prepared, targets, folder, validate, standard_ops)
-
-        tensors = []
-        for done, (weight, (kind, blocks)) in enumerate(zip(weights, plan, strict=True)):
-            say("guarding", done, len(weights))
-            values = weight.canonical(_finite(source, weight))
-            key = tensor_key(seed, weight.name)
-            flips = flip(weight.name, values, kind, blocks, rule, key, backend)
-            for sink in sinks.values():
-                sink.put(weight.name, kind, flips)
-            tensors.append(
-                Tensor(weight.name, weight.op, weight.shape, kind.name, weight.size, flips.count)
+        seeds = _seeds(seed, policy)
+        for draw, drawn_seed in enumerate(seeds, 1):
+            sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)
+            tensors = []
+            for done, (weight, (kind, blocks)) in enumerate(zip(weights, plan, strict=True)):
+                say("guarding", done, len(weights))
+                values = weight.canonical(_finite(source, weight))
+                key = tensor_key(drawn_seed, weight.name)
+                flips = flip(weight.name, values, kind, blocks, rule, key, backend)
+                for sink in sinks.values():
+                    sink.put(weight.name, kind, flips)
+                tensors.append(Tensor.of(weight, kind, flips.count))
+            say("guarding", len(weights), len(weights))
+            report = Report(
+                version=__version__,
+                input=str(source.path),
+                input_sha256=source.sha256,
+                input_data_sha256=source.data_sha256,
+                input_bytes=source.size,
+                scheme=scheme,
+                granularity=granularity,
+                block_size=block_size or SCHEMES[scheme].block_size,
+                policy=policy,
+                tau=tau if policy == "unbiased" else None,
+                ratio=ratio if policy == "topk" else None,
+                seed=drawn_seed if policy == "unbiased" else None,
+                draws=draw,
+                device=backend.__name__.rpartition(".")[2],
+                tensors=tuple(tensors),
+                skipped=tuple(skipped),
             )
-        say("guarding", len(weights), len(weights))
-
-        report = Report(
-            version=__version__,
-            input=str(source.path),
-            input_sha256=source.sha256,
-            input_data_sha256=source.data_sha256,
-            input_bytes=source.size,
-            scheme=scheme,
-            granularity=granularity,
-            block_size=block_size or SCHEMES[scheme].block_size,
-            policy=policy,
-            tau=tau if policy == "unbiased" else None,
-            ratio=ratio if policy == "topk" else None,
-            seed=seed if policy == "unbiased" else None,
-            device=backend.__name__.rpartition(".")[2],
-            tensors=tuple(tensors),
-            skipped=tuple(skipped),
-        )
-        for sink in sinks.values():
-            sink.save(source, report.metadata())
-        if validate:
+            for sink in sinks.values():
+                sink.save(source, report.metadata())
+            if not validate:
+                break
             say("validating", 0, 1)
-            tried = _try(source, sinks, Path(data) if data else None, max_drift)
+            try:
+                tried = _try(source, sinks, Path(data) if data else None, max_drift)
+            except DriftError:
+                if draw == len(seeds):
+                    raise
+                continue
             report = replace(report, validation=tried)
             say("validating", 1, 1)
+            break
         _require_unchanged(source)
         finished = [sinks[wanted].output for wanted in targets]
         written = {str(file.target): file.size for file in finished}
@@ -195,7 +202,7 @@ def inspect(
         kind, blocks = form.plan(weight)
         width = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).itemsize
         saved += weight.size * width - (weight.size * kind.bits // 8 + blocks.count * width)
-        tensors.append(Tensor(weight.name, weight.op, weight.shape, kind.name, weight.size, None))
+        tensors.append(Tensor.of(weight, kind, None))
     return Inspection(
         str(source.path),
         source.sha256,
@@ -248,12 +255,13 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise SchemeError(f"{option} {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
-def _seed(seed: int | None) -> int:
-    if seed is None:
-        return secrets.randbits(128)
-    if seed < 0:
+def _seeds(seed: int | None, policy: str) -> list[int]:
+    """The seeds to try in turn: a given one alone, else fresh entropy for every draw."""
+    if seed is None and policy == "unbiased":
+        return [secrets.randbits(128) for _ in range(DRAWS)]
+    if seed is not None and seed < 0:
         raise SchemeError(f"seed is {seed}; allowed: 0 and above")
-    return seed
+    return [seed or 0]
 
 
 def _open(

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .schemes import Scheme
 from .validate import Drift, Validation, pooled
-from .weights import Skipped
+from .weights import Skipped, Weight
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class Tensor:
     scheme: str
     weights: int
     flips: int | None
+
+    @classmethod
+    def of(cls, weight: Weight, scheme: Scheme, flips: int | None) -> "Tensor":
+        return cls(weight.name, weight.op, weight.shape, scheme.name, weight.size, flips)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Inspection:
 class Report:
     """The result of guard().
 
-    outputs: bytes by path. seed: None where the policy draws nothing. seconds: wall time.
+    outputs: bytes by path. seed: None where the policy draws nothing. draws: how many it took
+    until one passed. seconds: wall time.
     """
 
     version: str
@@ -74,6 +80,7 @@ class Report:
     tau: float | None
     ratio: float | None
     seed: int | None
+    draws: int
     device: str
     tensors: tuple[Tensor, ...]
     skipped: tuple[Skipped, ...]

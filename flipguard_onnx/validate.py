@@ -7,6 +7,7 @@ more than `max_drift` times what plain quantization does. One drift is judged, p
 outputs: rounding errors are a draw of luck, and an output of a few values is too small a sample.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from .errors import ValidationError
+from .errors import DriftError, ValidationError
 from .feeds import load_feeds, made_up_feeds
 from .model import Model
 
@@ -90,7 +91,7 @@ class Runner:
             return
         problem = "no inputs"
         session = _session(source.path, exact=True)
-        for feeds in made_up_feeds(source.proto):
+        for feeds in made_up_feeds(source.proto, source.size):
             try:
                 outputs = [session.run(None, feed) for feed in feeds]
             except Exception as error:  # onnxruntime raises bare exceptions of many types
@@ -182,19 +183,19 @@ def check_model(path: Path, original: Path) -> None:
 def pooled(drifts: Sequence[Drift]) -> float:
     """Root mean square of the outputs' relative L2, weighted by their numbers of values."""
     values = sum(drift.values for drift in drifts)
-    return (sum(drift.values * drift.relative_l2**2 for drift in drifts) / max(values, 1)) ** 0.5
+    return math.sqrt(sum(d.values * d.relative_l2**2 for d in drifts) / max(values, 1))
 
 
 def judge(plain: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) -> None:
-    """Raise ValidationError when the guarded drift is above `max_drift` times plain's.
+    """Raise DriftError when the guarded drift is above `max_drift` times plain's.
 
     For outputs of n values in all, the bound is wider by 1 + 8 / sqrt(n).
     """
     values = sum(drift.values for drift in plain)
-    factor = max_drift * (1 + SMALL_SAMPLE / max(values, 1) ** 0.5)
+    factor = max_drift * (1 + SMALL_SAMPLE / math.sqrt(max(values, 1)))
     bound = factor * max(pooled(plain), DRIFT_FLOOR)
     if not pooled(guarded) <= bound:
-        raise ValidationError(
+        raise DriftError(
             f"the outputs drift by {pooled(guarded):.4f} (relative L2) from the original's; "
             f"allowed: {bound:.4f}, {factor:.2f} times plain quantization's"
         )
@@ -239,7 +240,7 @@ def _drift(name: str, pairs: list[tuple[Array, Array]]) -> Drift:
     values = x.size // len(pairs)
     if not np.issubdtype(x.dtype, np.floating):
         equal = float(np.mean(x == y)) if x.size else 1.0
-        return Drift(name, values, equal, float(equal < 1), (1 - equal) ** 0.5, np.inf, equal)
+        return Drift(name, values, equal, float(equal < 1), math.sqrt(1 - equal), np.inf, equal)
     top1 = None
     if all(w.ndim >= 2 and w.shape[-1] in LOGITS for w, _ in pairs):
         same = [np.ravel(np.argmax(w, -1) == np.argmax(f, -1)) for w, f in pairs]

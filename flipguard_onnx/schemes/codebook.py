@@ -62,7 +62,7 @@ class CodebookGrid(Grid):
         return np.asarray(self.levels[codes] * self.blocks.spread(self.scale), np.float32)
 
     def errors(self, margins: Margins) -> Floats:
-        gaps = np.abs(self.levels[margins.neighbours] - self.levels[margins.codes])
+        gaps: Floats = np.abs(self.levels[margins.neighbours] - self.levels[margins.codes])
         return np.abs(margins.offsets) * gaps
 
 
