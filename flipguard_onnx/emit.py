@@ -1,6 +1,7 @@
 """The models that a run writes, each a copy of the source that takes the weights one by one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,30 +81,38 @@ def decoded_values(flips: Flips) -> npt.NDArray[Any]:
     return flips.grid.decode(flips.codes)
 
 
-def prepare(
-    source: Model, weights: list[Weight], schemes: list[Scheme], standard_ops: bool
-) -> ModelProto:
-    """The source's graph at an opset that has the forms its weights will take.
-
-    Raises UnsupportedModelError when onnx cannot convert the model that far.
-    """
-    needed = max(
+def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: bool) -> int:
+    """The lowest version of the standard operators that has every form the weights will take."""
+    return max(
         opset_for(form_of(use, weight, scheme, standard_ops), scheme, use.elem_type)
         for weight, scheme in zip(weights, schemes, strict=True)
         for use in weight.uses
     )
-    proto = source.proto
-    found = [_opset(entity) for entity in (proto, *proto.functions)]
-    if min(found) >= needed:
-        return proto
+
+
+def inlined(source: Model, opset: int) -> Model:
+    """The source, with its local functions expanded if they are older than `opset`.
+
+    onnx converts graphs, not functions.
+    """
+    if all(_opset(function) >= opset for function in source.proto.functions):
+        return source
+    return replace(source, proto=onnx.inliner.inline_local_functions(source.proto))
+
+
+def converted(source: Model, opset: int) -> ModelProto:
+    """The source's graph at `opset` at least.
+
+    Raises UnsupportedModelError when onnx cannot convert it.
+    """
+    if _opset(source.proto) >= opset:
+        return source.proto
     try:
-        if proto.functions:
-            proto = onnx.inliner.inline_local_functions(proto)
-        return onnx.version_converter.convert_version(proto, needed)
+        return onnx.version_converter.convert_version(source.proto, opset)
     except Exception as error:  # the converter raises bare RuntimeError and its own types
         reason = str(error).strip().splitlines()[0][:200]
         raise UnsupportedModelError(
-            f"{source.path}: opset {min(found)} cannot be converted to {needed}, "
+            f"{source.path}: opset {_opset(source.proto)} cannot be converted to {opset}, "
             f"which this scheme needs: {reason}"
         ) from None
 

@@ -13,7 +13,16 @@ import numpy.typing as npt
 import onnx
 
 from . import __version__
-from .emit import Quantized, Rewritten, Sink, decoded_values, guarded_values, prepare
+from .emit import (
+    Quantized,
+    Rewritten,
+    Sink,
+    converted,
+    decoded_values,
+    guarded_values,
+    inlined,
+    needed_opset,
+)
 from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
 from .flip import Policy, flip, tensor_key
 from .kernels import get_backend
@@ -125,8 +134,11 @@ def guard(
         source = _open(model, output, stack)
         targets = _targets(source.path, output, scheme, emit, force)
         weights, skipped = _find(source, include, exclude)
+        opset = needed_opset(weights, [form.plan(w)[0] for w in weights], standard_ops)
+        source = inlined(source, opset)
+        weights, skipped = _find(source, include, exclude)
         plan = [form.plan(weight) for weight in weights]
-        prepared = prepare(source, weights, [kind for kind, _ in plan], standard_ops)
+        prepared = converted(source, opset)
         folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
         seeds = _seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):

@@ -11,6 +11,7 @@ from .model import Output, graphs
 from .weights import Scope
 
 CONTRIB = "com.microsoft"
+IR_VERSION = 4  # the first in which initializers need not be graph inputs
 IR_VERSION_4_BIT = 10  # the first with 4-bit integer tensors
 
 
@@ -144,7 +145,7 @@ def _drop_unread_nodes(proto: ModelProto) -> None:
 
 
 def _import_what_is_used(proto: ModelProto) -> None:
-    """Import the contrib operators where they are used; 4-bit tensors want a newer IR."""
+    """Import the contrib operators where they are used; ask for the IR that the tensors need."""
     in_graphs = any(node.domain == CONTRIB for graph in graphs(proto) for node in graph.node)
     if in_graphs and all(entry.domain != CONTRIB for entry in proto.opset_import):
         proto.opset_import.add(domain=CONTRIB, version=1)
@@ -153,5 +154,6 @@ def _import_what_is_used(proto: ModelProto) -> None:
         if used and all(entry.domain != CONTRIB for entry in function.opset_import):
             function.opset_import.add(domain=CONTRIB, version=1)
     types = {tensor.data_type for graph in graphs(proto) for tensor in graph.initializer}
-    if types & {TensorProto.INT4, TensorProto.UINT4}:
-        proto.ir_version = max(proto.ir_version, IR_VERSION_4_BIT)
+    four_bit = types & {TensorProto.INT4, TensorProto.UINT4}
+    needed = IR_VERSION_4_BIT if four_bit else IR_VERSION
+    proto.ir_version = max(proto.ir_version, needed)
