@@ -18,7 +18,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from .model import Output
 from .rewrite import CONTRIB, Rewriter, remove_named
 from .schemes import SCHEMES, Codebook, Grid, Scheme
-from .weights import Use, Weight, attribute
+from .scopes import Use, attribute
+from .weights import Weight
 
 FOUR_BIT_OPS = ("MatMul", "Gemm", "Gather")
 Array = npt.NDArray[Any]

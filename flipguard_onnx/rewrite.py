@@ -8,7 +8,7 @@ import numpy.typing as npt
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from .model import Output, graphs
-from .weights import Scope
+from .scopes import Scope
 
 CONTRIB = "com.microsoft"
 IR_VERSION = 4  # the first in which initializers need not be graph inputs

@@ -2,6 +2,10 @@
 
 Every function takes the same host arrays, copies them to the device, runs one thread per weight
 (`extremes`: per block) and copies the results back into the arrays it was given to fill.
+
+Equal bits need correctly rounded divisions (no `fastmath`) and no product fused with a following
+sum. cuda.jit has no switch for the latter; the compiled code (sm_80, sm_90) has none, because every
+product here is also used on its own.
 """
 
 import numpy as np
@@ -23,44 +27,36 @@ _uniform = _device(scalar.uniform)
 
 
 def extremes(weights, cols, block, lowest, highest):
-    """Smallest and largest weight of every block."""
     _launch(_extremes, [weights, cols, block], [lowest, highest])
 
 
 def encode_affine(weights, cols, block, operands, rule, low, high, codes):
-    """Codes of all weights under the given scales (or reciprocals)."""
     _launch(_encode_affine, [weights, cols, block, operands, rule, low, high], [codes])
 
 
 def analyze_affine(weights, cols, block, operands, absmax, rule, low, high, codes, offsets):
-    """Codes and offsets; weights at the block's absmax set the scale, so their offset is 0."""
     given = [weights, cols, block, operands, absmax, rule, low, high]
     _launch(_analyze_affine, given, [codes, offsets])
 
 
 def cross_affine(weights, cols, block, scales, codes, offsets, flips):
-    """Move every flipped weight just past its nearest boundary, in place."""
     _launch(_cross_affine, [cols, block, scales, codes, offsets, flips], [weights])
 
 
 def encode_codebook(weights, cols, block, operands, pivots, codes):
-    """Level indices of all weights; `operands` are the reciprocals of the block maxima."""
     _launch(_encode_codebook, [weights, cols, block, operands, pivots], [codes])
 
 
 def analyze_codebook(weights, cols, block, operands, absmax, pivots, levels, codes, offsets):
-    """Level indices and offsets; weights at the block's absmax set the scale: offset 0."""
     given = [weights, cols, block, operands, absmax, pivots, levels]
     _launch(_analyze_codebook, given, [codes, offsets])
 
 
 def cross_codebook(weights, cols, block, scales, pivots, codes, offsets, flips):
-    """Move every flipped weight just past the pivot on its offset's side, in place."""
     _launch(_cross_codebook, [cols, block, scales, pivots, codes, offsets, flips], [weights])
 
 
 def draw(offsets, key, limit, flips):
-    """Flip weight i with probability |offset|, where that exceeds `limit`; stream `key`."""
     _launch(_draw, [offsets, key, limit], [flips])
 
 
