@@ -88,9 +88,10 @@ def flip(
     margins = grid.analyze(weights, backend)
     if policy.name == "none":
         return Flips(grid, margins.codes, margins.codes, values)
-    flips = _unbiased(margins, policy.tau, key, backend)
     if policy.name == "topk":
         flips = _topk(grid, margins, policy.ratio)
+    else:
+        flips = _unbiased(margins, policy.tau, key, backend)
     codes, guarded = _place(values, weights, grid, margins, flips, backend)
     _check(name, values, guarded, codes != margins.codes, scheme, grid, codes, backend)
     return Flips(grid, margins.codes, codes, guarded)

@@ -1,0 +1,197 @@
+"""onnxruntime's own quantizers, called thinly.
+
+Every function takes `weights` [rows, cols], one row per output channel, float32 or float16, and
+returns (codes, scales), both flat, in row order; codes as the file stores them.
+"""
+
+import numpy as np
+import onnx
+import onnx.helper as oh
+import onnx.numpy_helper as nh
+import onnxruntime as ort
+from onnxruntime.capi import _pybind_state as native
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization.calibrate import CalibrationDataReader
+from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnxruntime.quantization.quant_utils import quantize_data
+
+BNB4 = {"fp4": 0, "nf4": 1}
+SYMMETRIC = {"WeightSymmetric": True, "ActivationSymmetric": False}
+
+
+def int8(weights, per_channel):
+    """`quantize_data`, which onnxruntime's int8 quantizers call per row or once for the tensor."""
+    parts = weights if per_channel else [weights]
+    results = [quantize_data(part, onnx.TensorProto.INT8, symmetric=True) for part in parts]
+    codes = np.concatenate([codes.reshape(-1) for _, _, codes in results])
+    return codes, np.array([scale for _, scale, _ in results])
+
+
+def int4(weights, block=32):
+    """`quantize_qdq_matmul_4bits`: the 4-bit QDQ form."""
+    cols, rows = weights.T.shape
+    per_row = -(-cols // block)
+    packed = np.zeros((cols * rows + 1) // 2, np.uint8)
+    scales = np.zeros((per_row, rows), weights.dtype)
+    zero_points = np.zeros((per_row * rows + 1) // 2, np.uint8)
+    native.quantize_qdq_matmul_4bits(
+        packed, weights.T.copy(), scales, zero_points, block, rows, cols, True
+    )
+    codes = _signed(_low_nibble_first(packed)[: cols * rows]).reshape(cols, rows)
+    return codes.T.reshape(-1), scales.T.reshape(-1)
+
+
+def int4_matmul_nbits(weights, block=32):
+    """`quantize_matmul_4bits`: the MatMulNBits form; rounds w * (1 / s) + 8 instead."""
+    cols, rows = weights.T.shape
+    per_row = -(-cols // block)
+    padded = np.ascontiguousarray(np.pad(weights.T, ((0, per_row * block - cols), (0, 0))))
+    packed = np.zeros((rows, per_row, block // 2), np.uint8)
+    scales = np.zeros((rows, per_row), weights.dtype)
+    zero_points = np.zeros((rows, (per_row + 1) // 2), np.uint8)
+    native.quantize_matmul_4bits(packed, padded, scales, zero_points, block, rows, cols, True)
+    codes = _low_nibble_first(packed.reshape(-1)).reshape(rows, -1)[:, :cols].astype(np.int8) - 8
+    return codes.reshape(-1), scales.reshape(-1)
+
+
+def bnb4(weights, kind, block=64):
+    """`quantize_matmul_bnb4`: nf4 or fp4, flat blocks over the rows."""
+    rows, cols = weights.shape
+    packed = np.zeros((weights.size + 1) // 2, np.uint8)
+    absmax = np.zeros(-(-weights.size // block), weights.dtype)
+    native.quantize_matmul_bnb4(packed, weights.copy(), absmax, block, BNB4[kind], rows, cols)
+    return _high_nibble_first(packed)[: weights.size], absmax
+
+
+def public_dynamic(weights, per_channel, folder):
+    """`quantize_dynamic` on a model file, QInt8, symmetric weights."""
+    source, target = _saved(weights, folder)
+    quantize_dynamic(
+        source, target, per_channel=per_channel, weight_type=QuantType.QInt8,
+        extra_options=SYMMETRIC,
+    )  # fmt: skip
+    return _int8_of(onnx.load(target))
+
+
+def public_static(weights, per_channel, folder):
+    """`quantize_static` on a model file, QDQ, QInt8, symmetric weights."""
+    source, target = _saved(weights, folder)
+    quantize_static(
+        source, target, _OneFeed(weights), quant_format=QuantFormat.QDQ, per_channel=per_channel,
+        weight_type=QuantType.QInt8, extra_options=SYMMETRIC,
+    )  # fmt: skip
+    return _int8_of(onnx.load(target))
+
+
+def public_int4(weights, folder, block=32):
+    """`MatMulNBitsQuantizer`, QDQ form, on a model file."""
+    quantizer = MatMulNBitsQuantizer(
+        _saved(weights, folder)[0],
+        block_size=block,
+        is_symmetric=True,
+        quant_format=QuantFormat.QDQ,
+    )
+    quantizer.process()
+    tensors = _initializers(quantizer.model.model)
+    packed = np.frombuffer(tensors["w_DQ_Q4"].raw_data, np.uint8)
+    codes = _signed(_low_nibble_first(packed)[: weights.size]).reshape(weights.T.shape)
+    return codes.T.reshape(-1), nh.to_array(tensors["w_DQ_scales"]).T.reshape(-1)
+
+
+def public_bnb4(weights, kind, folder, block=64):
+    """`MatMulBnb4Quantizer` on a model file."""
+    quantizer = MatMulBnb4Quantizer(onnx.load(_saved(weights, folder)[0]), BNB4[kind], block)
+    quantizer.process()
+    tensors = _initializers(quantizer.model.model)
+    codes = _high_nibble_first(nh.to_array(tensors["w_Bnb4"]))[: weights.size]
+    return codes, nh.to_array(tensors["w_absmax"])
+
+
+def bnb4_decoded(codes, absmax, rows, cols, kind, block=64):
+    """What MatMulBnb4 multiplies by: the operator run on the identity, back in row order."""
+    padded = np.append(codes, np.zeros(codes.size % 2, np.uint8))
+    packed = (padded[0::2] << 4 | padded[1::2]).astype(np.uint8)
+    node = oh.make_node(
+        "MatMulBnb4", ["x", "b", "s"], ["y"], domain="com.microsoft",
+        K=cols, N=rows, block_size=block, quant_type=BNB4[kind],
+    )  # fmt: skip
+    weights = {"b": packed, "s": absmax.astype(np.float32)}
+    session = ort.InferenceSession(_model(node, cols, rows, weights).SerializeToString())
+    return session.run(None, {"x": np.eye(cols, dtype=np.float32)})[0].T.reshape(-1)
+
+
+class _OneFeed(CalibrationDataReader):
+    def __init__(self, weights):
+        self.feeds = iter([{"x": np.ones((1, weights.shape[1]), weights.dtype)}])
+
+    def get_next(self):
+        return next(self.feeds, None)
+
+
+def _saved(weights, folder):
+    node = oh.make_node("MatMul", ["x", "w"], ["y"])
+    model = _model(node, weights.shape[1], weights.shape[0], {"w": weights.T.copy()})
+    onnx.save(model, folder / "model.onnx")
+    return str(folder / "model.onnx"), str(folder / "quantized.onnx")
+
+
+def _model(node, cols, rows, tensors):
+    kind = oh.np_dtype_to_tensor_dtype(tensors["w"].dtype) if "w" in tensors else 1
+    graph = oh.make_graph(
+        [node],
+        "g",
+        [oh.make_tensor_value_info("x", kind, [None, cols])],
+        [oh.make_tensor_value_info("y", kind, [None, rows])],
+        [nh.from_array(value, name) for name, value in tensors.items()],
+    )
+    opsets = [oh.make_opsetid("", 21), oh.make_opsetid("com.microsoft", 1)]
+    return oh.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _initializers(model):
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def _int8_of(model):
+    tensors = _initializers(model)
+    codes = nh.to_array(tensors["w_quantized"]).T.reshape(-1)
+    return codes, nh.to_array(tensors["w_scale"]).reshape(-1)
+
+
+def _low_nibble_first(packed):
+    return np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)
+
+
+def _high_nibble_first(packed):
+    return np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
+
+
+def _signed(nibbles):
+    return ((nibbles.astype(np.int8) + 8) % 16 - 8).astype(np.int8)
+
+
+# how each form cuts a [rows, cols] tensor: (rows, cols, block size)
+CUTS = {
+    "int8-channel": lambda rows, cols: (rows, cols, cols),
+    "int8-tensor": lambda rows, cols: (1, rows * cols, rows * cols),
+    "int4": lambda rows, cols: (rows, cols, 32),
+    "nf4": lambda rows, cols: (1, rows * cols, 64),
+    "fp4": lambda rows, cols: (1, rows * cols, 64),
+}
+ORACLES = {
+    "int8-channel": lambda w: int8(w, per_channel=True),
+    "int8-tensor": lambda w: int8(w, per_channel=False),
+    "int4": int4,
+    "nf4": lambda w: bnb4(w, "nf4"),
+    "fp4": lambda w: bnb4(w, "fp4"),
+}
+PUBLIC = {
+    "int8-channel": lambda w, folder: public_dynamic(w, True, folder),
+    "int8-tensor": lambda w, folder: public_dynamic(w, False, folder),
+    "int8-channel-static": lambda w, folder: public_static(w, True, folder),
+    "int8-tensor-static": lambda w, folder: public_static(w, False, folder),
+    "int4": public_int4,
+    "nf4": lambda w, folder: public_bnb4(w, "nf4", folder),
+    "fp4": lambda w, folder: public_bnb4(w, "fp4", folder),
+}

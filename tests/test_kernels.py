@@ -1,0 +1,135 @@
+"""The kernels: CPU and CUDA twins, the random stream, the choice of device.
+
+Run as a script (`NUMBA_ENABLE_CUDASIM=1 python tests/test_kernels.py`) it compares the twins in
+numba's CUDA simulator, which has to be chosen before numba is imported.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import numba.cuda
+import numpy as np
+import pytest
+from oracles import CUTS
+
+from flipguard_onnx.errors import DeviceError
+from flipguard_onnx.flip import Policy, flip, tensor_key
+from flipguard_onnx.kernels import cuda, get_backend
+from flipguard_onnx.schemes import SCHEMES, Blocks
+
+CPU = get_backend("cpu")
+
+
+def functions(module):
+    public = {n: f for n, f in vars(module).items() if callable(f) and not n.startswith("_")}
+    return {
+        name: list(inspect.signature(getattr(function, "py_func", function)).parameters)
+        for name, function in public.items()
+    }
+
+
+def test_twins_have_the_same_names_and_parameters():
+    assert functions(cuda) == functions(CPU)
+    assert "draw" in functions(CPU)
+
+
+def test_twins_agree_in_the_simulator():
+    command = [sys.executable, "-W", "ignore", __file__]
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f"{form}:equal" for form in CUTS]
+
+
+def compare_twins():
+    gpu = get_backend("cuda")
+    assert gpu is cuda
+    cuda.THREADS = 32  # idle threads cost as much as busy ones here; and several blocks are run
+    for form in CUTS:
+        compare_kernels(form, edge_cases().astype(np.float32), gpu)
+        compare_flips(form, edge_cases().astype(np.float16), gpu)
+        print(f"{form}:equal")
+
+
+def compare_kernels(form, weights, gpu):
+    scheme = SCHEMES[form.split("-")[0]]
+    blocks = Blocks(*CUTS[form](*weights.shape))
+    flat = weights.reshape(-1)
+
+    def steps(backend):
+        yield from blocks.extremes(flat, backend)
+        grid = scheme.fit(flat, blocks, flat.dtype, CPU)
+        yield grid.encode(flat, backend)
+        margins = grid.analyze(flat, backend)
+        yield from (margins.codes, margins.offsets)
+        flips = np.empty(flat.size, bool)
+        backend.draw(margins.offsets, np.uint64(2**64 - 5), np.float32(0.1), flips)
+        yield flips
+        yield grid.cross(flat, margins, margins.offsets != 0, backend)
+
+    for step, (ours, theirs) in enumerate(zip(steps(CPU), steps(gpu), strict=True)):
+        assert ours.tobytes() == theirs.tobytes(), (form, step)
+
+
+def compare_flips(form, weights, gpu):
+    scheme = SCHEMES[form.split("-")[0]]
+    blocks = Blocks(*CUTS[form](*weights.shape))
+    given = ["w", weights.reshape(-1), scheme, blocks, Policy(), tensor_key(3, "w")]
+    ours, theirs = flip(*given, CPU), flip(*given, gpu)
+    assert ours.count > 0
+    assert ours.codes.tobytes() == theirs.codes.tobytes(), form
+    assert ours.guarded.tobytes() == theirs.guarded.tobytes(), form
+
+
+def edge_cases():
+    """Two rows of 70: random weights, half steps, both zeros, an all-zero block, a ragged one."""
+    weights = 0.05 * np.random.default_rng(0).standard_normal((2, 70))
+    weights[0, :8] = [127 / 512, 0.5 / 512, 1.5 / 512, -2.5 / 512, -0.0, 0.0, -1e-9, 1e-7]
+    weights[1, :32] = 0
+    return weights
+
+
+def test_extremes_of_ragged_blocks():
+    weights = np.array([3, 1, 2, -5, 7, 0, 0, -1, 8, -9], np.float32)
+    low, high = Blocks(2, 5, 2).extremes(weights, CPU)
+    np.testing.assert_array_equal(low, [1, -5, 7, 0, -1, -9])
+    np.testing.assert_array_equal(high, [3, 2, 7, 0, 8, -9])
+
+
+def test_stream_is_splitmix64():
+    """Published vectors of SplitMix64 seeded with 1234567; a draw uses the upper 24 bits."""
+    vectors = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    uniforms = np.array([v >> 40 for v in vectors], np.float32) * np.float32(2.0**-24)
+    key, flips = np.uint64(1234567), np.empty(3, bool)
+    CPU.draw(np.nextafter(uniforms, np.float32(1)), key, np.float32(0), flips)
+    assert flips.all()
+    CPU.draw(uniforms, key, np.float32(0), flips)
+    assert not flips.any()
+
+
+@pytest.mark.parametrize("chance", [0.01, 0.25, -0.5])
+def test_draw_flips_with_the_given_probability(chance):
+    n = 200_000
+    flips = np.empty(n, bool)
+    CPU.draw(np.full(n, chance, np.float32), np.uint64(5), np.float32(0), flips)
+    p = abs(chance)
+    assert abs(flips.mean() - p) < 6 * np.sqrt(p * (1 - p) / n)
+    CPU.draw(np.full(n, chance, np.float32), np.uint64(5), np.float32(p), flips)
+    assert not flips.any()
+
+
+def test_unknown_device_is_named():
+    with pytest.raises(DeviceError, match=r"'tpu'.*auto, cpu, cuda"):
+        get_backend("tpu")
+
+
+@pytest.mark.skipif(numba.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(DeviceError, match="cuda"):
+        get_backend("cuda")
+
+
+if __name__ == "__main__":
+    compare_twins()

@@ -1,0 +1,138 @@
+"""The real models: guarded in every scheme, and our codes against onnxruntime's on their weights.
+
+They are downloaded by `python tools/fetch_models.py`; what is not there is skipped by name.
+"""
+
+import numpy as np
+import onnx
+import oracles
+import pytest
+from click.testing import CliRunner
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+
+import flipguard_onnx
+from flipguard_onnx.cli import main
+from flipguard_onnx.feeds import made_up_feeds
+from flipguard_onnx.flip import Policy, flip
+from flipguard_onnx.kernels import get_backend
+from flipguard_onnx.model import file_sha256, open_model
+from flipguard_onnx.schemes import SCHEMES
+from flipguard_onnx.weights import find_weights
+from tools.fetch_models import MODELS, path_of
+
+
+def downloaded(name):
+    path = path_of(name)
+    if not path.exists():
+        pytest.skip(f"{path.name} is not there; python tools/fetch_models.py {name}")
+    return path
+
+
+FLOAT_MODELS = [m.name for m in MODELS if not m.prequantized]
+INTEGER_MODELS = [m.name for m in MODELS if m.prequantized]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", FLOAT_MODELS)
+def test_guarded_in_every_scheme(tmp_path, name, scheme):
+    source = downloaded(name)
+    before = file_sha256(source)
+    output = tmp_path / "out.onnx"
+    report = flipguard_onnx.guard(source, scheme, output=output)
+    assert report.validation is not None
+    assert report.coverage > 0.98
+    assert 0.1 < report.flips / report.weights < 0.3
+    assert output.stat().st_size < 0.45 * source.stat().st_size
+    assert file_sha256(source) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+
+
+@pytest.mark.parametrize("name", INTEGER_MODELS)
+def test_quantized_models_are_refused_in_one_line(name):
+    result = CliRunner().invoke(main, ["inspect", str(downloaded(name))])
+    assert result.exit_code == 2
+    assert "already quantized" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def plain(weight, values, scheme, flat=False):
+    blocks = weight.blocks(SCHEMES[scheme].block_size, flat)
+    key, backend = np.uint64(0), get_backend("cpu")
+    return flip(
+        weight.name,
+        weight.canonical(values),
+        SCHEMES[scheme],
+        blocks,
+        Policy("none"),
+        key,
+        backend,
+    )
+
+
+def assert_same_int8(source, target, at_least):
+    """Every int8 weight of onnxruntime's output has our codes and scales."""
+    theirs = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(target).graph.initializer}
+    model = open_model(source)
+    compared = 0
+    for weight in find_weights(model.proto)[0]:
+        codes = theirs.get(f"{weight.name}_quantized")
+        if codes is None or codes.dtype != np.int8:
+            continue  # onnxruntime left it, or made uint8 of an embedding
+        scale = theirs[f"{weight.name}_scale"].reshape(-1)
+        flips = plain(weight, model.array(weight.tensor), "int8", flat=scale.size == 1)
+        assert np.array_equal(codes, weight.stored(flips.codes))
+        assert np.array_equal(scale, flips.grid.scale)
+        compared += weight.size
+    assert compared > at_least
+
+
+# quantize_dynamic ignores per_channel for Conv
+@pytest.mark.parametrize(("name", "per_channel"), [("minilm", True), ("open_nsfw", False)])
+def test_int8_codes_equal_quantize_dynamic(tmp_path, name, per_channel):
+    source, target = downloaded(name), tmp_path / "dynamic.onnx"
+    options = {"WeightSymmetric": True}
+    kind = QuantType.QInt8
+    quantize_dynamic(
+        source, target, per_channel=per_channel, weight_type=kind, extra_options=options
+    )
+    assert_same_int8(source, target, 5_000_000)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_int8_codes_equal_quantize_static(tmp_path, per_channel):
+    class Feeds(CalibrationDataReader):
+        feeds = iter(next(made_up_feeds(onnx.load(downloaded("magika")), 0)))
+
+        def get_next(self):
+            return next(self.feeds, None)
+
+    source, target = downloaded("magika"), tmp_path / "static.onnx"
+    kind = QuantType.QInt8
+    quantize_static(source, target, Feeds(), per_channel=per_channel, weight_type=kind)
+    assert_same_int8(source, target, 700_000)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "nf4", "fp4"])
+def test_4_bit_codes_equal_onnxruntimes(scheme):
+    model = open_model(downloaded("minilm"))
+    compared = 0
+    for weight in find_weights(model.proto)[0]:
+        if weight.op != "MatMul":
+            continue
+        values = model.array(weight.tensor)
+        flips = plain(weight, values, scheme, flat=scheme != "int4")
+        rows = np.ascontiguousarray(values.T)
+        if scheme == "int4":
+            codes, scales = oracles.int4(rows)
+        else:
+            codes, scales = oracles.bnb4(rows, scheme)
+        ours = flips.codes if scheme == "int4" else SCHEMES[scheme].stored[flips.codes]
+        assert np.array_equal(ours, codes)
+        assert np.array_equal(flips.grid.scale, scales)
+        compared += weight.size
+    assert compared > 5_000_000
