@@ -17,12 +17,14 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         ValidationError,
     )
+    from .metrics import der
     from .pipeline import guard, inspect, verify
 
 _HOME = {
     "guard": ".pipeline",
     "inspect": ".pipeline",
     "verify": ".pipeline",
+    "der": ".metrics",
     "FlipguardError": ".errors",
     "ModelError": ".errors",
     "UnsupportedModelError": ".errors",
@@ -38,6 +40,7 @@ __all__ = [
     "SchemeError",
     "UnsupportedModelError",
     "ValidationError",
+    "der",
     "guard",
     "inspect",
     "verify",

@@ -5,6 +5,7 @@ nothing to guard.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .errors import FlipguardError, ValidationError
+from .errors import FlipguardError, ModelError, ValidationError
 
 if TYPE_CHECKING:
     from .report import Inspection, Report, Verification
@@ -150,7 +151,7 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @report_options
 def guard(no_validate: bool, report: Path | None, quiet: bool, **options: Any) -> None:
     """Guard MODEL and write it quantized."""
-    with failures(), progress_bar(quiet) as progress:
+    with failures(report), progress_bar(quiet) as progress:
         from . import guard as run
 
         result = run(validate=not no_validate, progress=progress, **options)
@@ -163,7 +164,7 @@ def guard(no_validate: bool, report: Path | None, quiet: bool, **options: Any) -
 @report_options
 def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
     """Show what would be guarded in MODEL and what would be skipped; write no model."""
-    with failures():
+    with failures(report):
         from . import inspect as run
 
         result = run(**options)
@@ -182,7 +183,7 @@ def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
 @report_options
 def verify(report: Path | None, quiet: bool, **options: Any) -> None:
     """Validate GUARDED against ORIGINAL, as guard does with its own output."""
-    with failures():
+    with failures(report):
         from . import verify as run
 
         result = run(**options)
@@ -198,9 +199,11 @@ def publish(result: "Report | Inspection | Verification", path: Path | None, qui
 
 
 @contextmanager
-def failures() -> Iterator[None]:
-    """Turn the package's errors into one line and an exit code."""
+def failures(report: Path | None) -> Iterator[None]:
+    """Turn the package's errors into one line and an exit code; refuse a report path up front."""
     try:
+        if report and (report.is_dir() or not os.access(report.parent, os.W_OK)):
+            raise ModelError(f"{report}: the report cannot be written there")
         yield
     except FlipguardError as error:
         click.echo(f"flipguard-onnx: {error}", err=True)

@@ -1,11 +1,10 @@
 """guard(), inspect() and verify(): the stages of a run, one after the other."""
 
 import os
-import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,46 +26,13 @@ from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
 from .flip import Policy, flip, tensor_key
 from .kernels import get_backend
 from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model, workspace
-from .qdq import scheme_for
+from .options import EMITS, Format, draw_seeds, one_of
 from .report import Inspection, Report, Tensor, Verification
-from .schemes import SCHEMES, Blocks, Codebook, Scheme, get_scheme
+from .schemes import SCHEMES
 from .validate import MAX_DRIFT, Candidates, Validation, compare
 from .weights import Skipped, Weight, find_weights
 
-EMITS = ("qdq", "float", "both")
-GRANULARITIES = ("channel", "tensor")
-BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
-DRAWS = 3  # a draw that drifts too far is thrown away, this many times at the most
-
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
-
-
-@dataclass(frozen=True)
-class Format:
-    """A scheme with its granularity (int8) or block size (4 bits)."""
-
-    scheme: str = "int8"
-    granularity: str = "channel"
-    block_size: int | None = None
-
-    def __post_init__(self) -> None:
-        bits = get_scheme(self.scheme).bits
-        _one_of("granularity", self.granularity, GRANULARITIES)
-        if self.block_size is None:
-            return
-        if bits == 8:
-            raise SchemeError("block size is for int4, nf4 and fp4; int8 has a granularity")
-        if self.block_size not in BLOCK_SIZES:
-            allowed = ", ".join(map(str, BLOCK_SIZES))
-            raise SchemeError(f"block size is {self.block_size}; allowed: {allowed}")
-
-    def plan(self, weight: Weight) -> tuple[Scheme, Blocks]:
-        """The scheme that this weight gets, and the blocks of weights that share a scale."""
-        scheme = scheme_for(weight, SCHEMES[self.scheme])
-        if scheme.bits == 8:
-            return scheme, weight.blocks(None, flat=self.granularity == "tensor")
-        size = self.block_size or scheme.block_size
-        return scheme, weight.blocks(size, flat=isinstance(scheme, Codebook))
 
 
 def guard(
@@ -127,7 +93,7 @@ def guard(
     started = time.perf_counter()
     form = Format(scheme, granularity, block_size)
     rule = Policy(policy, tau, ratio)
-    _one_of("emit", emit, EMITS)
+    one_of("emit", emit, EMITS)
     backend = get_backend(device)
     say = progress or (lambda *_: None)
     with ExitStack() as stack:
@@ -140,7 +106,7 @@ def guard(
         plan = [form.plan(weight) for weight in weights]
         prepared = converted(source, opset)
         folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
-        seeds = _seeds(seed, policy)
+        seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)
             tensors = []
@@ -260,20 +226,6 @@ def verify(
         None if made_from is None else made_from == source.sha256,
         result,
     )
-
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise SchemeError(f"{option} {value!r} is unknown; allowed: {', '.join(allowed)}")
-
-
-def _seeds(seed: int | None, policy: str) -> list[int]:
-    """The seeds to try in turn: a given one alone, else fresh entropy for every draw."""
-    if seed is None and policy == "unbiased":
-        return [secrets.randbits(128) for _ in range(DRAWS)]
-    if seed is not None and seed < 0:
-        raise SchemeError(f"seed is {seed}; allowed: 0 and above")
-    return [seed or 0]
 
 
 def _open(

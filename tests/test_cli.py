@@ -106,6 +106,13 @@ def test_bad_options_get_exit_code_2(sample):
     assert "block size is 48" in one_line(call(sample, "--scheme", "nf4", "--block-size", 48))
 
 
+def test_a_report_that_cannot_be_written_stops_the_run(sample, tmp_path):
+    for path in (tmp_path / "none" / "r.json", tmp_path):
+        message = one_line(call("guard", sample, "--report", path))
+        assert message.endswith(f"{path}: the report cannot be written there\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
 def test_missing_external_data_is_named(tmp_path):
     path = save(matmul(), tmp_path, external=True)
     (tmp_path / "model.onnx.data").unlink()

@@ -261,7 +261,7 @@ def test_drift_beyond_the_bound_is_caught_and_nothing_is_left(tmp_path):
 def test_a_draw_that_drifts_too_far_is_drawn_again(tmp_path, monkeypatch):
     """Between the smallest and the largest drift of three draws lies a bound that some fail."""
     seeds = iter([1, 2, 3] * 2)
-    monkeypatch.setattr("flipguard_onnx.pipeline.secrets.randbits", lambda _: next(seeds))
+    monkeypatch.setattr("flipguard_onnx.options.secrets.randbits", lambda _: next(seeds))
     proto = SAMPLES["gather"]()
     ratio = {}
     for seed in (1, 2, 3):

@@ -1,0 +1,57 @@
+"""The options of a run, checked when they are given."""
+
+import secrets
+from dataclasses import dataclass
+
+from .errors import SchemeError
+from .qdq import scheme_for
+from .schemes import SCHEMES, Blocks, Codebook, Scheme, get_scheme
+from .weights import Weight
+
+EMITS = ("qdq", "float", "both")
+GRANULARITIES = ("channel", "tensor")
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
+DRAWS = 3  # a draw that drifts too far is thrown away, this many times at the most
+
+
+@dataclass(frozen=True)
+class Format:
+    """A scheme with its granularity (int8) or block size (4 bits)."""
+
+    scheme: str = "int8"
+    granularity: str = "channel"
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        bits = get_scheme(self.scheme).bits
+        one_of("granularity", self.granularity, GRANULARITIES)
+        if self.block_size is None:
+            return
+        if bits == 8:
+            raise SchemeError("block size is for int4, nf4 and fp4; int8 has a granularity")
+        if self.block_size not in BLOCK_SIZES:
+            allowed = ", ".join(map(str, BLOCK_SIZES))
+            raise SchemeError(f"block size is {self.block_size}; allowed: {allowed}")
+
+    def plan(self, weight: Weight) -> tuple[Scheme, Blocks]:
+        """The scheme that this weight gets, and the blocks of weights that share a scale."""
+        scheme = scheme_for(weight, SCHEMES[self.scheme])
+        if scheme.bits == 8:
+            return scheme, weight.blocks(None, flat=self.granularity == "tensor")
+        size = self.block_size or scheme.block_size
+        return scheme, weight.blocks(size, flat=isinstance(scheme, Codebook))
+
+
+def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise SchemeError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise SchemeError(f"{option} {value!r} is unknown; allowed: {', '.join(allowed)}")
+
+
+def draw_seeds(seed: int | None, policy: str) -> list[int]:
+    """The seeds to try in turn: a given one alone, else fresh entropy for every draw."""
+    if seed is None and policy == "unbiased":
+        return [secrets.randbits(128) for _ in range(DRAWS)]
+    if seed is not None and seed < 0:
+        raise SchemeError(f"seed is {seed}; allowed: 0 and above")
+    return [seed or 0]
