@@ -228,14 +228,17 @@ def _skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
 
 
 def _validation_lines(validation: Validation) -> list[str]:
-    rows = []
-    for name, plain, guarded in (
-        ("exact", validation.plain_exact, validation.guarded_exact),
-        ("default", validation.plain_default, validation.guarded_default),
-    ):
-        for theirs, ours in zip(plain, guarded, strict=True):
-            rows.append((ours.output, f"{name}, plain", *_drift_cells(theirs)))
-            rows.append((ours.output, f"{name}, guarded", *_drift_cells(ours)))
+    exact = validation.plain_exact, validation.guarded_exact
+    default = validation.plain_default, validation.guarded_default
+    runs = {"plain": exact[0], "guarded": exact[1]}
+    if exact != default:
+        runs |= {"plain, fused": default[0], "guarded, fused": default[1]}
+    drifts = zip(*runs.values(), strict=True)
+    rows = [
+        (drift.output, run, *_drift_cells(drift))
+        for output in drifts
+        for run, drift in zip(runs, output, strict=True)
+    ]
     rows += [(drift.output, "float, moved", *_drift_cells(drift)) for drift in validation.moved]
     head = ("output", "run", "relative L2", "cosine", "max abs", "SQNR dB", "top-1")
     return [

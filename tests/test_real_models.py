@@ -10,10 +10,13 @@ import pytest
 from click.testing import CliRunner
 from onnxruntime.quantization import (
     CalibrationDataReader,
+    QuantFormat,
     QuantType,
     quantize_dynamic,
     quantize_static,
 )
+from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import flipguard_onnx
 from flipguard_onnx.cli import main
@@ -136,3 +139,35 @@ def test_4_bit_codes_equal_onnxruntimes(scheme):
         assert np.array_equal(flips.grid.scale, scales)
         compared += weight.size
     assert compared > 5_000_000
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_onnxruntimes_tools_turn_the_moved_model_into_our_codes(tmp_path, scheme):
+    """The float model that we write, put through onnxruntime's own quantizer of that format."""
+    moved, output = tmp_path / "out-float.onnx", tmp_path / "out.onnx"
+    flipguard_onnx.guard(downloaded("fsmn_vad"), scheme, output=output, emit="both")
+    theirs = tmp_path / "theirs.onnx"
+    if scheme == "int8":
+        options = {"WeightSymmetric": True}
+        kind = QuantType.QInt8
+        quantize_dynamic(moved, theirs, per_channel=True, weight_type=kind, extra_options=options)
+        suffix, model = "quantized", onnx.load(theirs)
+    elif scheme == "int4":
+        quantizer = MatMulNBitsQuantizer(
+            str(moved), block_size=32, is_symmetric=True, quant_format=QuantFormat.QDQ
+        )
+        quantizer.process()
+        suffix, model = "DQ_Q4", quantizer.model.model
+    else:
+        quantizer = MatMulBnb4Quantizer(onnx.load(moved), SCHEMES[scheme].bnb4_type, 64)
+        quantizer.process()
+        suffix, model = "Bnb4", quantizer.model.model
+    found = {t.name: t for t in model.graph.initializer}
+    compared = 0
+    for ours in onnx.load(output).graph.initializer:
+        their = found.get(ours.name.removesuffix("quantized") + suffix)
+        if ours.name.endswith("_quantized") and their is not None and len(ours.dims) <= 2:
+            array = onnx.numpy_helper.to_array(their)
+            assert onnx.numpy_helper.to_array(ours).tobytes() == array.tobytes()
+            compared += 1
+    assert compared == 12
