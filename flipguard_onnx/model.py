@@ -169,7 +169,7 @@ class Output:
         self.target = target
         self.path = folder / target.name
         self._folder = folder
-        self._data_path = folder / f"{target.name}.data"
+        self._data_path = data_path(self.path)
         folder.mkdir(parents=True)
         self._data = self._data_path.open("wb") if external else None
 
@@ -208,8 +208,13 @@ class Output:
     def publish(self) -> None:
         """Move the finished files to the target, the data file first."""
         if self._data:
-            os.replace(self._data_path, self.target.parent / self._data_path.name)
+            os.replace(self._data_path, data_path(self.target))
         os.replace(self.path, self.target)
+
+
+def data_path(model: Path) -> Path:
+    """Where the external data of a written model goes."""
+    return model.with_name(f"{model.name}.data")
 
 
 def file_sha256(file: Path) -> str:

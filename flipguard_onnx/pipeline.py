@@ -1,6 +1,7 @@
 """guard(), inspect() and verify(): the stages of a run, one after the other."""
 
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from .emit import (
 from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
 from .flip import Policy, flip, tensor_key
 from .kernels import get_backend
-from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model, workspace
+from .model import INLINE_LIMIT, Model, Output, data_path, file_sha256, open_model, workspace
 from .options import EMITS, Format, draw_seeds, one_of
 from .report import Inspection, Report, Tensor, Verification
 from .schemes import SCHEMES
@@ -98,7 +99,7 @@ def guard(
     say = progress or (lambda *_: None)
     with ExitStack() as stack:
         source = _open(model, output, stack)
-        targets = _targets(source.path, output, scheme, emit, force)
+        targets = _targets(source, output, scheme, emit, force)
         weights, skipped = _find(source, include, exclude)
         opset = needed_opset(weights, [form.plan(w)[0] for w in weights], standard_ops)
         source = inlined(source, opset)
@@ -110,15 +111,15 @@ def guard(
         for draw, drawn_seed in enumerate(seeds, 1):
             sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)
             tensors = []
-            for done, (weight, (kind, blocks)) in enumerate(zip(weights, plan, strict=True)):
-                say("guarding", done, len(weights))
+            for weight, (kind, blocks) in zip(weights, plan, strict=True):
+                say("guarding", len(tensors), len(weights))
                 values = weight.canonical(_finite(source, weight))
                 key = tensor_key(drawn_seed, weight.name)
                 flips = flip(weight.name, values, kind, blocks, rule, key, backend)
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
                 tensors.append(Tensor.of(weight, kind, flips.count))
-            say("guarding", len(weights), len(weights))
+            say("guarding", len(tensors), len(weights))
             report = Report(
                 version=__version__,
                 input=str(source.path),
@@ -210,15 +211,26 @@ def verify(
     """
     source, candidate = open_model(original), open_model(guarded)
     record = {entry.key: entry.value for entry in candidate.proto.metadata_props}
-    scheme = scheme or record.get("flipguard.scheme", "int8")
-    with ExitStack() as stack:
-        folder = stack.enter_context(workspace(Path(os.environ.get("TMPDIR", "/tmp"))))
-        plain = guard(
-            source.path, scheme, policy="none", output=folder / "plain.onnx", validate=False
-        )
-        files = Candidates(source.path, Path(next(iter(plain.outputs))), candidate.path)
-        result = compare(source, files, Path(data) if data else None, max_drift)
     made_from = record.get("flipguard.input_sha256")
+    granularity, block_size = "channel", None
+    if scheme is None:
+        scheme = record.get("flipguard.scheme", "int8")
+        granularity = record.get("flipguard.granularity", granularity)
+        recorded = record.get("flipguard.block_size", "")
+        block_size = int(recorded) if recorded.isdecimal() else None
+    with workspace(Path(tempfile.gettempdir())) as folder:
+        plain = folder / "plain.onnx"
+        guard(
+            source.path,
+            scheme,
+            granularity=granularity,
+            block_size=block_size,
+            policy="none",
+            output=plain,
+            validate=False,
+        )
+        files = Candidates(source.path, plain, candidate.path)
+        result = compare(source, files, Path(data) if data else None, max_drift)
     return Verification(
         str(source.path),
         str(candidate.path),
@@ -247,23 +259,26 @@ def _open(
 
 
 def _targets(
-    source: Path, output: str | os.PathLike[str] | None, scheme: str, emit: str, force: bool
+    source: Model, output: str | os.PathLike[str] | None, scheme: str, emit: str, force: bool
 ) -> dict[str, Path]:
     """Where each kind of output goes: none over the input, none over anything without `force`."""
-    base = Path(output) if output else source.with_name(f"{source.stem}.flipguard-{scheme}.onnx")
+    path = source.path
+    base = Path(output) if output else path.with_name(f"{path.stem}.flipguard-{scheme}.onnx")
     moved = base
     if emit == "both" or not output:
         moved = base.with_name(f"{base.stem}-float{base.suffix}")
     targets = {"qdq": base, "float": moved}
     if emit != "both":
         targets = {emit: targets[emit]}
+    inputs = [path, *(path.parent / location for location in source.data_sha256)]
     for target in targets.values():
         if not target.parent.is_dir():
             raise ModelError(f"{target.parent}: no such folder to write to")
-        if target.exists() and target.samefile(source):
-            raise ModelError(f"{target}: is the input; the output needs another name")
-        if target.exists() and not force:
-            raise ModelError(f"{target}: exists already; --force overwrites it")
+        for file in (target, data_path(target)):
+            if file.exists() and any(file.samefile(other) for other in inputs):
+                raise ModelError(f"{file}: belongs to the input; the output needs another name")
+            if file.exists() and not force:
+                raise ModelError(f"{file}: exists already; --force overwrites it")
     return targets
 
 

@@ -228,13 +228,22 @@ def test_outputs_are_not_overwritten_without_force(tmp_path):
     written = tmp_path / "model.flipguard-int8.onnx"
     with pytest.raises(ModelError, match="exists already"):
         flipguard_onnx.guard(source, seed=2)
-    with pytest.raises(ModelError, match="is the input"):
+    with pytest.raises(ModelError, match="belongs to the input"):
         flipguard_onnx.guard(source, output=source, force=True)
     (tmp_path / "link.onnx").symlink_to(source)
-    with pytest.raises(ModelError, match="is the input"):
+    with pytest.raises(ModelError, match="belongs to the input"):
         flipguard_onnx.guard(source, output=tmp_path / "link.onnx", force=True)
     assert source.read_bytes() == before
     assert written.exists()
+
+
+def test_the_inputs_data_file_is_not_overwritten(tmp_path):
+    source = save(matmul(), tmp_path, external=True)
+    data = (tmp_path / "model.onnx.data").read_bytes()
+    source = source.rename(tmp_path / "renamed.onnx")
+    with pytest.raises(ModelError, match=r"model\.onnx\.data: belongs to the input"):
+        flipguard_onnx.guard(source, output=tmp_path / "model.onnx", force=True)
+    assert (tmp_path / "model.onnx.data").read_bytes() == data
 
 
 def test_a_corrupted_output_is_caught_and_nothing_is_left(tmp_path, monkeypatch):
