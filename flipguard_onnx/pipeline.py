@@ -110,7 +110,7 @@ def guard(
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)
-            tensors = []
+            tensors: list[Tensor] = []
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
                 say("guarding", len(tensors), len(weights))
                 values = weight.canonical(_finite(source, weight))
