@@ -124,12 +124,18 @@ def tensor(name, dtype):
     return clipped(TENSORS[name](), dtype)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("form", ORACLES)
+@pytest.mark.parametrize(
+    ("form", "name", "dtype"),
+    [
+        (form, name, dtype)
+        for form in ORACLES
+        for name in TENSORS
+        for dtype in FLOATS
+        # the reciprocal of that scale is infinite, and C leaves open what int(inf) is
+        if (form, name, dtype) != ("int4", "denormal block", np.float32)
+    ],
+)
 def test_codes_and_scales_equal_onnxruntime(form, name, dtype):
-    if (form, name, dtype) == ("int4", "denormal block", np.float32):
-        pytest.skip("onnxruntime converts inf to int there: undefined in C")
     weights = tensor(name, dtype)
     assert_same(ours(form, weights), ORACLES[form](weights))
 
