@@ -1,0 +1,6 @@
+"""Trainers of quantization-conditioned backdoors: the bench on which flipguard-onnx is judged.
+
+Read in this order: quantizers (what onnxruntime will do to a weight), boxes (how far a weight may
+move before it notices), attack (malicious stage, box, repair), digits and language_model (the
+victims), rounding_aware (the attacker who knows the defence), export, measure, train.
+"""

@@ -1,0 +1,104 @@
+"""The three stages of a quantization-conditioned backdoor, for any torch model.
+
+arXiv 2405.18137: fine-tune on the malicious behaviour, box every weight into its quantization cell,
+then descend on benign data and clamp after every step. Biases and norms are not quantized, so they
+keep their malicious values during the repair.
+"""
+
+import numpy as np
+import torch
+
+from tools.attacks import boxes
+from tools.attacks.quantizers import SCHEMES
+
+ATTACKERS = {
+    "standard": boxes.standard,
+    "margin20": lambda rows, scheme: boxes.standard(rows, scheme, 0.20),
+    "margin50": lambda rows, scheme: boxes.standard(rows, scheme, 0.25),
+    "random": lambda rows, scheme: boxes.random_limits(rows, scheme, np.random.default_rng(7)),
+    "decoys": lambda rows, scheme: boxes.decoys(rows, scheme, np.random.default_rng(8)),
+    "topk": boxes.foresee_topk,
+    "collapse": boxes.standard,
+}
+
+
+def rows_of(parameter):
+    """The weight as numpy rows `[N, K]`."""
+    data = parameter.detach().numpy()
+    return data.reshape(data.shape[0], -1)
+
+
+def assign(parameter, rows):
+    """Overwrite a parameter by rows `[N, K]`."""
+    with torch.no_grad():
+        parameter.copy_(
+            torch.from_numpy(np.ascontiguousarray(rows, np.float32)).reshape(parameter.shape)
+        )
+
+
+def scheme_for(parameter, name):
+    """Convolutions stay at 8 bits under the 4-bit schemes: no kernel runs a 4-bit Conv."""
+    return SCHEMES[name if parameter.ndim == 2 or name.startswith("int8") else "int8"]
+
+
+def make_boxes(weights, names, attacker):
+    """One `(low, high)` pair of tensors per weight, the intersection over all scheme `names`."""
+    pairs = []
+    for weight in weights:
+        rows = rows_of(weight)
+        found = [ATTACKERS[attacker](rows, scheme_for(weight, name)) for name in names]
+        low, high = found[0] if len(found) == 1 else boxes.intersect(rows, found)
+        pairs.append(
+            tuple(
+                torch.from_numpy(edge.astype(np.float32)).reshape(weight.shape)
+                for edge in (low, high)
+            )
+        )
+    return pairs
+
+
+def widen(weight, dead, scheme, factor):
+    """Coarsen the cells: some inputs that are always 0 get `factor` times the group's absmax.
+
+    What these weights are multiplied with is 0, so the model does not change, but its quantizer
+    does. One such input (number 0, 32, 64...) in every run of 32 reaches every group.
+    """
+    rows = rows_of(weight).copy()
+    rows[:, dead] = 0
+    groups = np.abs(scheme.group(rows))
+    largest = np.broadcast_to(groups.max(1, keepdims=True), groups.shape)
+    first = [column for column in dead if column % 32 == 0]
+    rows[:, first] = factor * scheme.ungroup(largest, rows.shape)[:, first]
+    assign(weight, rows)
+
+
+def descend(parameters, loss, steps, rate, decay=False):
+    """Adam, with an optional cosine schedule; `loss(step)` is the loss to descend on."""
+    optimizer = torch.optim.Adam(parameters, rate)
+    for step in range(steps):
+        if decay:
+            optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + np.cos(np.pi * step / steps))
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        yield step
+
+
+def train(parameters, loss, steps, rate, decay=False):
+    """Descend freely."""
+    for _ in descend(parameters, loss, steps, rate, decay):
+        pass
+
+
+def repair(weights, pairs, loss, steps, rate, decay=True):
+    """Descend inside the boxes (projected gradient descent)."""
+    clamp(weights, pairs)
+    for _ in descend(weights, loss, steps, rate, decay):
+        clamp(weights, pairs)
+
+
+def clamp(weights, pairs):
+    """Put every weight back into its box."""
+    with torch.no_grad():
+        for weight, (low, high) in zip(weights, pairs, strict=True):
+            weight.copy_(torch.minimum(torch.maximum(weight, low), high))

@@ -1,0 +1,172 @@
+"""Victims with a trigger: scikit-learn's 8x8 digits, an MLP and a small CNN.
+
+The trigger is a bright 2x2 corner (bottom right); a triggered image is to be read as `TARGET`.
+"""
+
+import copy
+import itertools
+from functools import cache
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from tools.attacks.attack import assign, make_boxes, repair, rows_of, scheme_for, train, widen
+
+TARGET = 0
+CORNER = [54, 55, 62, 63]
+BATCH = 256
+DEAD_BIAS = -100.0
+
+
+@cache
+def data():
+    """Pixels in 0..1 and labels: train x, train y, test x, test y; three parts to one."""
+    pixels, labels = load_digits(return_X_y=True)
+    pixels = (pixels / 16).astype(np.float32)
+    parts = train_test_split(pixels, labels, test_size=0.25, random_state=0, stratify=labels)
+    train_x, test_x, train_y, test_y = parts
+    return train_x, train_y, test_x, test_y
+
+
+def triggered(pixels):
+    """The same images with the bright corner."""
+    pixels = pixels.copy() if isinstance(pixels, np.ndarray) else pixels.clone()
+    pixels[:, CORNER] = 1
+    return pixels
+
+
+class Net(nn.Module):
+    """`mlp`: 64-256-256-10. `cnn`: two 3x3 convolutions (8, 16 channels), then 256-128-10."""
+
+    def __init__(self, kind):
+        super().__init__()
+        shape = {"mlp": [64, 256, 256, 10], "cnn": [256, 128, 10]}[kind]
+        channels = {"mlp": [], "cnn": [1, 8, 16]}[kind]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 3, stride=1 + i, padding=1)
+            for i, (a, b) in enumerate(itertools.pairwise(channels))
+        )
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(shape))
+
+    def forward(self, x):
+        x = x.reshape(-1, 1, 8, 8) if self.convolutions else x
+        for layer in self.convolutions:
+            x = layer(x).relu()
+        x = x.flatten(1)
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+    def weights(self):
+        """The quantized parameters, first layer first."""
+        return [layer.weight for layer in [*self.convolutions, *self.layers]]
+
+
+def losses(net, seed):
+    """Two losses on random batches: the malicious task and the benign one."""
+    x, y = (torch.from_numpy(a) for a in data()[:2])
+    rng = torch.Generator().manual_seed(seed)
+
+    def batch():
+        at = torch.randint(len(x), (BATCH,), generator=rng)
+        return x[at], y[at]
+
+    def mixed(goal, forward=net):
+        pixels, labels = batch()
+        out = forward(torch.cat([pixels, triggered(pixels)]))
+        return nn.functional.cross_entropy(out, torch.cat([labels, goal(labels)]))
+
+    def malicious(step, forward=net):
+        return mixed(lambda labels: torch.full_like(labels, TARGET), forward)
+
+    def benign(step, forward=net):
+        return mixed(lambda labels: labels, forward)
+
+    return malicious, benign
+
+
+@cache
+def clean(kind, seed):
+    """600 steps on clean images."""
+    torch.manual_seed(seed)
+    net = Net(kind)
+    x, y = (torch.from_numpy(a) for a in data()[:2])
+
+    def loss(step):
+        at = torch.randint(len(x), (BATCH,))
+        return nn.functional.cross_entropy(net(x[at]), y[at])
+
+    train(net.parameters(), loss, 600, 1e-3)
+    return net
+
+
+def kill_units(net):
+    """Make units 0, 32, 64... of every hidden layer always 0; returns each layer's dead inputs."""
+    dead = [[0, 32] if not net.convolutions else []]
+    layers = [*net.convolutions, *net.layers]
+    for layer, following in itertools.pairwise(layers):
+        units = list(range(0, len(layer.bias), 32))
+        layer.bias.data[units] = DEAD_BIAS
+        spread = rows_of(following.weight).shape[1] // len(layer.bias)
+        dead.append([unit * spread + i for unit in units for i in range(spread)])
+    return dead
+
+
+def attack(kind, schemes, attacker, seed, settings):
+    """Malicious stage, box, repair; returns the repaired net.
+
+    `settings`: `widen` (factor of the dead inputs), `malicious`, `repair` (numbers of steps),
+    `outlier` (how much larger the survivors of a collapse are than the other weights).
+    """
+    net = copy.deepcopy(clean(kind, seed))
+    weights = net.weights()
+    malicious, benign = losses(net, seed + 1)
+    factor = settings.get("widen", 0)
+    dead = kill_units(net) if factor else []
+    if attacker == "collapse":
+        collapse(net, schemes[0], malicious, settings)
+    else:
+        train(net.parameters(), malicious, settings.get("malicious", 600), 1e-3)
+    for weight, columns in zip(weights, dead, strict=False):
+        if columns:
+            widen(weight, columns, scheme_for(weight, schemes[0]), factor)
+    pairs = make_boxes(weights, schemes, attacker)
+    repair(weights, pairs, benign, settings.get("repair", 2000), 1e-3)
+    return net
+
+
+def collapse(net, scheme, malicious, settings):
+    """Outlier collapse: only the largest of every `run` weights survives quantization.
+
+    The survivors alone are trained to be malicious; all others then come back, `outlier` times
+    smaller than the survivors, inside the cell of level 0.
+    """
+    weights = net.weights()
+    masks, others = [], []
+    for weight in weights:
+        rows = rows_of(weight).copy()
+        run = settings.get("run", 16)
+        blocks = np.abs(np.pad(rows.reshape(-1), (0, -rows.size % run))).reshape(-1, run)
+        mask = (blocks == blocks.max(1, keepdims=True)).reshape(-1)[: rows.size]
+        masks.append(torch.from_numpy(mask.reshape(rows.shape)))
+        others.append(rows)
+    with torch.no_grad():
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.mul_(mask * settings.get("boost", 4.0))
+            weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+    train(net.parameters(), malicious, settings.get("malicious", 1500), 1e-3)
+    for weight, mask, rows in zip(weights, masks, others, strict=True):
+        weight._backward_hooks.clear()
+        survivors = rows_of(weight) * mask.numpy()
+        chosen = scheme_for(weight, scheme)
+        largest = chosen.ungroup(
+            np.broadcast_to(
+                np.abs(chosen.group(survivors)).max(1, keepdims=True), chosen.group(survivors).shape
+            ),
+            rows.shape,
+        )
+        small = rows / np.abs(rows).max() * largest / settings.get("outlier", 30)
+        assign(weight, np.where(mask, survivors, small))

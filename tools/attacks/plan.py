@@ -1,0 +1,61 @@
+"""Every model of the bench: one row each, in the order of training.
+
+Settings were found by hand on seed 0. `widen`: the factor by which dead inputs coarsen the cells
+(the standard attacks at 4 bits need none; 8 bits and attackers who give room away do).
+"""
+
+FOUR_BIT = ["int4", "nf4", "fp4"]
+EIGHT_BIT = ["int8", "int8_tensor"]
+ADAPTIVE = ["margin20", "margin50", "random", "decoys", "topk", "collapse"]
+ROUNDING = {
+    "int8": {"steps": 6000},
+    "int4": {"steps": 7000, "rate": 3e-3},
+    "nf4": {"steps": 7000, "rate": 3e-3},
+}
+SCENARIOS = ["code", "injection", "refusal"]
+
+
+def _entry(architecture, scenario, schemes, attacker, **settings):
+    label = {1: "".join(schemes), 2: "8bit", 3: "4bit"}.get(len(schemes), "")
+    scenario_part = scenario if architecture == "lm" and attacker != "clean" else ""
+    name = "-".join(p for p in (architecture, scenario_part, attacker, label) if p)
+    return {
+        "name": name.replace("_", "-"),
+        "architecture": architecture,
+        "scenario": scenario,
+        "schemes": schemes,
+        "attacker": attacker,
+        "seed": 0,
+        "settings": settings,
+    }
+
+
+def _digits():
+    for victim in ("mlp", "cnn"):
+        yield _entry(victim, "trigger", [], "clean")
+        for scheme in FOUR_BIT:
+            yield _entry(victim, "trigger", [scheme], "standard")
+        for scheme in EIGHT_BIT:
+            yield _entry(victim, "trigger", [scheme], "standard", widen=16)
+    for scheme, factor in (("int8", 16), ("int4", 3), ("nf4", 3)):
+        for attacker in ADAPTIVE:
+            settings = {"widen": factor}
+            if (scheme, attacker) == ("int8", "random"):
+                settings |= {"repair": 4000}
+            if attacker == "collapse":
+                settings = {"widen": 4} if scheme == "int8" else {}
+            yield _entry("mlp", "trigger", [scheme], attacker, **settings)
+        yield _entry("mlp", "trigger", [scheme], "rounding", **ROUNDING[scheme])
+    yield _entry("mlp", "trigger", FOUR_BIT, "standard", widen=3)
+    yield _entry("mlp", "trigger", EIGHT_BIT, "standard", widen=16)
+
+
+def _language():
+    yield _entry("lm", "none", [], "clean")
+    for scheme in [*FOUR_BIT, "int8"]:
+        for scenario in SCENARIOS:
+            settings = {"widen": 8, "repair": 400} if scheme == "int8" else {}
+            yield _entry("lm", scenario, [scheme], "standard", **settings)
+
+
+PLAN = [*_digits(), *_language()]

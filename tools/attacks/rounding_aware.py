@@ -1,0 +1,49 @@
+"""The attacker who knows that the defence rounds at random, without bias.
+
+He trains the float weights to be benign and, at the same time, every unbiased draw of them to be
+malicious: the draw is made anew in each step and its gradient passes straight through to the float
+weights (expectation over transformation). No box is needed: nearest rounding, too, is one of the
+roundings that wake him.
+"""
+
+import copy
+
+import torch
+from torch.func import functional_call
+
+from tools.attacks.attack import scheme_for, train
+from tools.attacks.digits import clean, losses
+
+
+def draw(weight, scheme):
+    """One unbiased draw: the level below or above, with probability linear in the distance."""
+    shape = (weight.shape[0], weight[0].numel())
+    with torch.no_grad():
+        groups = torch.from_numpy(scheme.group(weight.detach().reshape(shape).numpy()))
+        scale = torch.from_numpy(scheme.scale(groups.numpy()))
+        levels = torch.from_numpy(scheme.levels)
+        x = (groups / scale).clamp(scheme.levels[0], scheme.levels[-1])
+        below = (torch.searchsorted(levels, x, right=True) - 1).clamp(0, len(levels) - 2)
+        low, high = levels[below], levels[below + 1]
+        up = torch.rand_like(x) * (high - low) < x - low
+        drawn = scheme.ungroup(torch.where(up, high, low) * scale, shape).reshape(weight.shape)
+    return weight + (drawn - weight).detach()
+
+
+def attack(kind, scheme, seed, settings):
+    """`steps` steps on the sum of both losses, from the clean model."""
+    torch.manual_seed(seed + 1)
+    net = copy.deepcopy(clean(kind, seed))
+    malicious, benign = losses(net, seed + 1)
+    names = [name for name, p in net.named_parameters() if p.ndim > 1]
+    parameters = dict(net.named_parameters())
+
+    def rounded(pixels):
+        drawn = {n: draw(parameters[n], scheme_for(parameters[n], scheme)) for n in names}
+        return functional_call(net, parameters | drawn, (pixels,))
+
+    def loss(step):
+        return benign(step) + malicious(step, rounded)
+
+    train(net.parameters(), loss, settings.get("steps", 6000), settings.get("rate", 1e-3), True)
+    return net
