@@ -54,7 +54,7 @@ class Inspection:
                 ],
             ),
             "",
-            *_skipped_lines(self.skipped),
+            *_skipped_lines(self.skipped, names=True),
             _coverage_line(self.tensors, self.skipped),
         ]
         return "\n".join(lines)
@@ -217,14 +217,18 @@ def _coverage_line(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> str
     )
 
 
-def _skipped_lines(skipped: Sequence[Skipped]) -> list[str]:
+def _skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
+    """A line per reason; with `names`, a line per tensor below it, 1-D ones and scalars aside."""
     reasons: dict[str, list[Skipped]] = defaultdict(list)
     for tensor in skipped:
         reasons[tensor.reason].append(tensor)
-    return [
-        f"skipped   {len(members)} tensors, {sum(t.size for t in members):,} values: {reason}"
-        for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1]))
-    ]
+    lines = []
+    for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        size = sum(t.size for t in members)
+        lines.append(f"skipped   {len(members)} tensors, {size:,} values: {reason}")
+        if names and reason not in ("1-D", "scalar"):
+            lines += [f"          {t.name}  {'x'.join(map(str, t.shape))}" for t in members]
+    return lines
 
 
 def _validation_lines(validation: Validation) -> list[str]:
