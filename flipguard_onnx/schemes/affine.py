@@ -5,7 +5,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..kernels import scalar
 from .blocks import Blocks, Codes, Floats, Grid, Margins, finite_reciprocal
@@ -19,45 +18,12 @@ class AffineGrid(Grid):
     highest: int
     rule: int
 
-    @property
-    def _range(self) -> tuple[Any, ...]:
+    family = "affine"
+
+    def levels_for(self, kernel: str) -> tuple[Any, ...]:
+        if kernel == "cross":
+            return ()
         return self.rule, np.float32(self.lowest), np.float32(self.highest)
-
-    def encode(self, weights: Floats, backend: ModuleType) -> Codes:
-        codes = np.empty(weights.size, np.int8)
-        backend.encode_affine(
-            weights, self.blocks.cols, self.blocks.size, self.operand, *self._range, codes
-        )
-        return codes
-
-    def analyze(self, weights: Floats, backend: ModuleType) -> Margins:
-        margins = Margins.empty(weights.size)
-        backend.analyze_affine(
-            weights,
-            self.blocks.cols,
-            self.blocks.size,
-            self.operand,
-            self.absmax,
-            *self._range,
-            margins.codes,
-            margins.offsets,
-        )
-        return margins
-
-    def cross(
-        self, weights: Floats, margins: Margins, flips: npt.NDArray[np.bool_], backend: ModuleType
-    ) -> Floats:
-        moved = weights.copy()
-        backend.cross_affine(
-            moved,
-            self.blocks.cols,
-            self.blocks.size,
-            self.scale,
-            margins.codes,
-            margins.offsets,
-            flips,
-        )
-        return moved
 
     def decode(self, codes: Codes) -> Floats:
         return codes.astype(np.float32) * self.blocks.spread(self.scale)

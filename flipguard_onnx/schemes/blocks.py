@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,10 +55,6 @@ class Margins:
     codes: Codes
     offsets: Floats
 
-    @classmethod
-    def empty(cls, n: int) -> "Margins":
-        return cls(np.empty(n, np.int8), np.empty(n, np.float32))
-
     @property
     def neighbours(self) -> Codes:
         """The code on the other side of every weight's nearest boundary."""
@@ -78,19 +75,44 @@ class Grid(ABC):
     operand: Floats
     absmax: Floats
 
+    family: ClassVar[str]  # the kernels of this grid are encode_, analyze_ and cross_{family}
+
     @abstractmethod
+    def levels_for(self, kernel: str) -> tuple[Any, ...]:
+        """What the family's kernel "encode", "analyze" or "cross" takes to know the levels."""
+
     def encode(self, weights: Floats, backend: ModuleType) -> Codes:
         """Codes [n] of flat float32 weights [n], as the downstream quantizer would choose them."""
+        codes = np.empty(weights.size, np.int8)
+        self._run("encode", backend, weights, [self.operand], [codes])
+        return codes
 
-    @abstractmethod
     def analyze(self, weights: Floats, backend: ModuleType) -> Margins:
         """Codes and offsets of flat float32 weights [n]."""
+        codes, offsets = np.empty(weights.size, np.int8), np.empty(weights.size, np.float32)
+        self._run("analyze", backend, weights, [self.operand, self.absmax], [codes, offsets])
+        return Margins(codes, offsets)
 
-    @abstractmethod
     def cross(
         self, weights: Floats, margins: Margins, flips: npt.NDArray[np.bool_], backend: ModuleType
     ) -> Floats:
         """A copy in which every flipped weight stands just past its nearest boundary."""
+        moved = weights.copy()
+        per_weight: list[npt.NDArray[Any]] = [margins.codes, margins.offsets, flips]
+        self._run("cross", backend, moved, [self.scale], per_weight)
+        return moved
+
+    def _run(
+        self,
+        kernel: str,
+        backend: ModuleType,
+        weights: Floats,
+        per_block: list[Floats],
+        per_weight: list[npt.NDArray[Any]],
+    ) -> None:
+        run = getattr(backend, f"{kernel}_{self.family}")
+        cut = self.blocks.cols, self.blocks.size
+        run(weights, *cut, *per_block, *self.levels_for(kernel), *per_weight)
 
     @abstractmethod
     def decode(self, codes: Codes) -> Floats:

@@ -20,43 +20,10 @@ class CodebookGrid(Grid):
     levels: Floats
     pivots: Floats
 
-    def encode(self, weights: Floats, backend: ModuleType) -> Codes:
-        codes = np.empty(weights.size, np.int8)
-        backend.encode_codebook(
-            weights, self.blocks.cols, self.blocks.size, self.operand, self.pivots, codes
-        )
-        return codes
+    family = "codebook"
 
-    def analyze(self, weights: Floats, backend: ModuleType) -> Margins:
-        margins = Margins.empty(weights.size)
-        backend.analyze_codebook(
-            weights,
-            self.blocks.cols,
-            self.blocks.size,
-            self.operand,
-            self.absmax,
-            self.pivots,
-            self.levels,
-            margins.codes,
-            margins.offsets,
-        )
-        return margins
-
-    def cross(
-        self, weights: Floats, margins: Margins, flips: npt.NDArray[np.bool_], backend: ModuleType
-    ) -> Floats:
-        moved = weights.copy()
-        backend.cross_codebook(
-            moved,
-            self.blocks.cols,
-            self.blocks.size,
-            self.scale,
-            self.pivots,
-            margins.codes,
-            margins.offsets,
-            flips,
-        )
-        return moved
+    def levels_for(self, kernel: str) -> tuple[Any, ...]:
+        return (self.pivots, self.levels) if kernel == "analyze" else (self.pivots,)
 
     def decode(self, codes: Codes) -> Floats:
         return np.asarray(self.levels[codes] * self.blocks.spread(self.scale), np.float32)
