@@ -10,7 +10,7 @@ import onnx
 import onnx.inliner
 from onnx import ModelProto
 
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, first_line
 from .flip import Flips
 from .model import Model, Output
 from .qdq import Emitter, form_of, opset_for
@@ -110,10 +110,9 @@ def converted(source: Model, opset: int) -> ModelProto:
     try:
         return onnx.version_converter.convert_version(source.proto, opset)
     except Exception as error:  # the converter raises bare RuntimeError and its own types
-        reason = str(error).strip().splitlines()[0][:200]
         raise UnsupportedModelError(
             f"{source.path}: opset {_opset(source.proto)} cannot be converted to {opset}, "
-            f"which this scheme needs: {reason}"
+            f"which this scheme needs: {first_line(error)}"
         ) from None
 
 

@@ -38,3 +38,8 @@ class ValidationError(FlipguardError):
 
 class DriftError(ValidationError):
     """The written model's outputs are further from the original's than allowed."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's message, cut to a length that fits into one of ours."""
+    return str(error).strip().splitlines()[0][:300]

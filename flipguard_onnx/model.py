@@ -23,9 +23,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorPr
 from .errors import ModelError, UnsupportedModelError
 
 DETACH_BYTES = 1024  # smaller tensors stay in the protobuf
-INLINE_LIMIT = (
-    1 << 30
-)  # an output with more data than this gets a .data file; protobuf ends at 2 GiB
+INLINE_LIMIT = 1 << 30  # bytes; a larger model gets a .data file, since protobuf ends at 2 GiB
 ALIGNMENT = 64
 _DETACHED = "detached:"
 
@@ -115,6 +113,18 @@ def graphs(proto: ModelProto) -> Iterator[GraphProto]:
         yield from nested(function)
 
 
+def bodies(proto: ModelProto) -> list[GraphProto | FunctionProto]:
+    """Every graph, subgraph and function body."""
+    return [*graphs(proto), *proto.functions]
+
+
+def output_names(body: GraphProto | FunctionProto) -> list[str]:
+    """The names of what a graph or a function returns."""
+    if isinstance(body, GraphProto):
+        return [value.name for value in body.output]
+    return list(body.output)
+
+
 def subgraphs(attribute: AttributeProto) -> list[GraphProto]:
     """The graphs that an attribute holds."""
     return [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
@@ -129,8 +139,7 @@ def tensors(proto: ModelProto) -> Iterator[TensorProto]:
 
 def attribute_tensors(proto: ModelProto) -> Iterator[TensorProto]:
     """The tensors in Constant nodes and the like, functions included."""
-    bodies: list[GraphProto | FunctionProto] = [*graphs(proto), *proto.functions]
-    for body in bodies:
+    for body in bodies(proto):
         for node in body.node:
             for attribute in node.attribute:
                 if attribute.HasField("t"):

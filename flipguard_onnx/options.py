@@ -11,7 +11,7 @@ from .weights import Weight
 EMITS = ("qdq", "float", "both")
 GRANULARITIES = ("channel", "tensor")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
-DRAWS = 3  # a draw that drifts too far is thrown away, this many times at the most
+DRAWS = 3  # at the most: a draw that drifts too far is thrown away
 
 
 @dataclass(frozen=True)

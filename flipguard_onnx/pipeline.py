@@ -102,8 +102,9 @@ def guard(
         targets = _targets(source, output, scheme, emit, force)
         weights, skipped = _find(source, include, exclude)
         opset = needed_opset(weights, [form.plan(w)[0] for w in weights], standard_ops)
-        source = inlined(source, opset)
-        weights, skipped = _find(source, include, exclude)
+        if (flat := inlined(source, opset)) is not source:
+            source = flat
+            weights, skipped = _find(source, include, exclude)
         plan = [form.plan(weight) for weight in weights]
         prepared = converted(source, opset)
         folder = stack.enter_context(workspace(next(iter(targets.values())).parent))

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from .model import Output, graphs
-from .scopes import Scope
+from .model import Output, bodies, graphs, output_names
+from .scopes import CHAIN, Scope
 
 CONTRIB = "com.microsoft"
 IR_VERSION = 4  # the first in which initializers need not be graph inputs
@@ -101,18 +101,6 @@ def remove_named(fields: Any, name: str) -> None:
             del fields[index]
 
 
-def bodies(proto: ModelProto) -> list[GraphProto | FunctionProto]:
-    """Every graph, subgraph and function body."""
-    return [*graphs(proto), *proto.functions]
-
-
-def output_names(body: GraphProto | FunctionProto) -> list[str]:
-    """The names of what a graph or a function returns."""
-    if isinstance(body, GraphProto):
-        return [value.name for value in body.output]
-    return list(body.output)
-
-
 def _depth(scope: Scope) -> int:
     return 0 if scope.parent is None else 1 + _depth(scope.parent)
 
@@ -138,7 +126,7 @@ def _drop_unread_nodes(proto: ModelProto) -> None:
         for body in bodies(proto):
             for index in reversed(range(len(body.node))):
                 node = body.node[index]
-                passes_on = node.op_type in ("Identity", "Transpose", "Cast", "Constant")
+                passes_on = node.op_type in (*CHAIN, "Constant")
                 if passes_on and not read.intersection(node.output):
                     del body.node[index]
                     dropped = True

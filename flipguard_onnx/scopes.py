@@ -7,7 +7,7 @@ from typing import Any
 
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from .model import subgraphs
+from .model import output_names, subgraphs
 
 # Weight inputs by operator; the order decides whose layout a shared tensor gets.
 ROLES = {
@@ -20,6 +20,7 @@ ROLES = {
     "RNN": (1, 2),
     "Gather": (0,),
 }
+CHAIN = ("Identity", "Transpose", "Cast")  # a weight is followed through these
 VIEWS = ("Slice", "Split", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Flatten")
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -113,11 +114,7 @@ class Readers:
             for index, name in enumerate(node.input):
                 if owner := scope.owner(name):
                     self._edges[id(owner), name].append((scope, node, index))
-        if isinstance(scope.body, GraphProto):
-            names = [value.name for value in scope.body.output]
-        else:
-            names = list(scope.body.output)
-        for name in names:
+        for name in output_names(scope.body):
             if owner := scope.owner(name):
                 self._outputs.add((id(owner), name))
 
@@ -141,8 +138,7 @@ class Readers:
         if (id(scope), name) in self._outputs:
             return True
         return any(
-            node.op_type in ("Identity", "Transpose", "Cast")
-            and self.is_output(reader, node.output[0])
+            node.op_type in CHAIN and self.is_output(reader, node.output[0])
             for reader, node, _ in self._edges[id(scope), name]
         )
 
@@ -195,7 +191,7 @@ class Readers:
             if key in constant or key not in makers:
                 return key in constant
             maker_scope, maker = makers[key]
-            if maker.op_type not in (*VIEWS, "Identity", "Transpose", "Cast"):
+            if maker.op_type not in (*VIEWS, *CHAIN):
                 return False
             return is_constant(maker_scope, maker.input[0])
 

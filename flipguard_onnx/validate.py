@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from .errors import DriftError, ValidationError
+from .errors import DriftError, ValidationError, first_line
 from .feeds import load_feeds, made_up_feeds
 from .model import Model, tensors
 
@@ -89,6 +89,7 @@ class Runner:
         types = {tensor.data_type for tensor in tensors(source.proto)}
         coarse = types & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
         self.infidelity = INFIDELITY_16_BIT if coarse else INFIDELITY
+        self._results: dict[tuple[Path, bool], tuple[list[str], list[list[Array]]]] = {}
         if data:
             self.feeds = load_feeds(data, source.proto)
             self.names, self.expected = self._run(source.path, exact=True)
@@ -99,7 +100,7 @@ class Runner:
             try:
                 outputs = [session.run(None, feed) for feed in feeds]
             except Exception as error:  # onnxruntime raises bare exceptions of many types
-                problem = _first_line(error)
+                problem = first_line(error)
                 continue
             if all(_finite(value) for values in outputs for value in values):
                 self.feeds, self.expected = feeds, outputs
@@ -131,11 +132,17 @@ class Runner:
                 )
 
     def _run(self, path: Path, exact: bool) -> tuple[list[str], list[list[Array]]]:
+        """Names and outputs of the model at `path` for every feed; run once, then remembered."""
+        if (path, exact) not in self._results:
+            self._results[path, exact] = self._run_once(path, exact)
+        return self._results[path, exact]
+
+    def _run_once(self, path: Path, exact: bool) -> tuple[list[str], list[list[Array]]]:
         session = _session(path, exact)
         try:
             outputs = [session.run(None, feed) for feed in self.feeds]
         except Exception as error:
-            raise ValidationError(f"{path.name}: does not run: {_first_line(error)}") from None
+            raise ValidationError(f"{path.name}: does not run: {first_line(error)}") from None
         names = [output.name for output in session.get_outputs()]
         for name, values in zip(names, zip(*outputs, strict=True), strict=True):
             if not all(_finite(value) for value in values):
@@ -173,7 +180,7 @@ def compare(
 
 
 def check_model(path: Path, original: Path) -> None:
-    """onnx.checker must accept the file, unless the original fails it in the same way."""
+    """onnx.checker must accept the file, unless it does not accept the original either."""
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
@@ -181,7 +188,7 @@ def check_model(path: Path, original: Path) -> None:
             onnx.checker.check_model(str(original))
         except onnx.checker.ValidationError:
             return
-        raise ValidationError(f"{path.name}: onnx.checker: {_first_line(error)}") from None
+        raise ValidationError(f"{path.name}: onnx.checker: {first_line(error)}") from None
 
 
 def pooled(drifts: Sequence[Drift]) -> float:
@@ -220,7 +227,7 @@ def _session(path: Path, exact: bool) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ValidationError(f"{path.name}: does not load: {_first_line(error)}") from None
+        raise ValidationError(f"{path.name}: does not load: {first_line(error)}") from None
 
 
 def _drifts(
@@ -261,7 +268,3 @@ def _drift(name: str, pairs: list[tuple[Array, Array]]) -> Drift:
 
 def _finite(value: Array) -> bool:
     return not np.issubdtype(value.dtype, np.floating) or bool(np.isfinite(value).all())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
