@@ -71,6 +71,12 @@ def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--exclude", multiple=True, metavar="PATTERN", help="Leave tensors like this."
             ),
+            click.option(
+                "--int8",
+                multiple=True,
+                metavar="PATTERN",
+                help="Keep tensors like this at 8 bits under a 4-bit scheme.",
+            ),
         )
     ):
         command = option(command)
@@ -89,7 +95,7 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     data = click.option(
         "--data",
         type=click.Path(path_type=Path),
-        help=".npz with the model's inputs, for the validation.  [default: made up]",
+        help=".npz with inputs to run the model on.  [default: made up]",
     )
     drift = click.option(
         "--max-drift",
@@ -138,6 +144,21 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default="auto",
     show_default=True,
     help="Where the kernels run.",
+)
+@click.option(
+    "--preserve",
+    type=click.Choice(("auto", "off", "synthetic", "data")),
+    default="auto",
+    show_default=True,
+    help="Feed rounding errors forward so that layers' outputs are preserved, on made-up inputs or "
+    "those of --data; auto: where it takes less than a minute.",
+)
+@click.option(
+    "--max-memory",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="MiB for the statistics of --preserve.",
 )
 @validation_options
 @click.option("--no-validate", is_flag=True, help="Write without running the result.")

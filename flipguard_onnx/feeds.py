@@ -24,12 +24,13 @@ LARGE = 32_000_000  # bytes
 SIZES = (64, 32, 16, 512, 576, 256, 224, 128, 8, 400, 1)  # for open dimensions, in this order
 UNKNOWN_INTEGERS = 100  # integers that index no table are drawn below this
 SAMPLING_RATE = 16000
+BATCH = "batch"  # stands for a dimension that is open and counts samples
 _PASSED_ON = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice")
 
 
 @dataclass(frozen=True)
 class Input:
-    """One graph input: its type, its dimensions (names where open), the table it indexes."""
+    """One graph input: type, dimensions (names where open), rows of the table that it indexes."""
 
     name: str
     dtype: np.dtype[Any]
@@ -48,7 +49,7 @@ def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not a readable .npz file ({error})") from None
-    inputs = _inputs(proto)
+    inputs = signature(proto)
     for wanted in inputs:
         if wanted.name not in arrays:
             raise ModelError(f"{path}: no array for input {wanted.name!r}; found {sorted(arrays)}")
@@ -66,21 +67,28 @@ def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
 def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterator[list[Feed]]:
     """Candidates, each a list of feeds; the caller takes the first that the model accepts."""
     count = FEEDS if model_bytes < LARGE else FEWER_FEEDS
-    inputs = _inputs(proto)
+    inputs = signature(proto)
     open_dims = list(dict.fromkeys(d for i in inputs for d in i.dims if isinstance(d, str)))
+    open_dims = [d for d in open_dims if d != BATCH]
     tried = set()
     for size in SIZES:
         for choice in product((size, 1), repeat=min(len(open_dims), 6)):
-            sizes = dict.fromkeys(open_dims, 1) | dict(zip(open_dims, choice, strict=False))
+            sizes = dict.fromkeys([BATCH, *open_dims], 1)
+            sizes |= dict(zip(open_dims, choice, strict=False))
             key = tuple(sizes.values())
             if key in tried:
                 continue
             tried.add(key)
             rng = np.random.default_rng(seed)
-            yield [{i.name: _values(i, sizes, size, rng) for i in inputs} for _ in range(count)]
+            shapes = [tuple(sizes[d] if isinstance(d, str) else d for d in i.dims) for i in inputs]
+            yield [
+                {i.name: values(i, s, size, rng) for i, s in zip(inputs, shapes, strict=True)}
+                for _ in range(count)
+            ]
 
 
-def _inputs(proto: ModelProto) -> list[Input]:
+def signature(proto: ModelProto) -> list[Input]:
+    """The inputs that a caller must give."""
     constants = {tensor.name for tensor in proto.graph.initializer}
     return [_input(proto, value) for value in proto.graph.input if value.name not in constants]
 
@@ -94,7 +102,7 @@ def _input(proto: ModelProto, value: ValueInfoProto) -> Input:
         if dim.dim_value > 0:
             dims.append(dim.dim_value)
         elif axis == 0 or "batch" in dim.dim_param.lower():
-            dims.append(1)
+            dims.append(BATCH)
         else:
             dims.append(dim.dim_param.strip("?") or f"{value.name}:{axis}")
     dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type or TensorProto.FLOAT)
@@ -120,10 +128,10 @@ def _indexed_table(proto: ModelProto, name: str) -> int | None:
     return min(sizes, default=None)
 
 
-def _values(
-    wanted: Input, sizes: dict[str, int], size: int, rng: np.random.Generator
+def values(
+    wanted: Input, shape: tuple[int, ...], size: int, rng: np.random.Generator
 ) -> npt.NDArray[Any]:
-    shape = tuple(sizes[d] if isinstance(d, str) else d for d in wanted.dims)
+    """Made-up values for one input; `size` is that of the open dimensions."""
     name = wanted.name.lower()
     if wanted.dtype == np.bool_ or "mask" in name:
         return np.ones(shape, wanted.dtype)

@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import feedback
 from .errors import SchemeError, ValidationError
+from .feedback import Inputs
 from .schemes import Blocks, Grid, Margins, Scheme
 
 POLICIES = ("unbiased", "topk", "none")
 MAX_STEPS = 8  # values of the storage type that a flipped weight may be moved on beyond its target
+
+TINY = float(np.finfo(np.float32).tiny)
 
 Mask = npt.NDArray[np.bool_]
 
@@ -51,12 +55,19 @@ class Flips:
 
     plain: the codes of rounding to the nearest level; codes: the guarded ones.
     guarded: the weights in their own type, moved so that the scheme's quantizer yields `codes`.
+    gain: squared error of the products with error feedback / without; None where it was not tried.
     """
 
     grid: Grid
     plain: npt.NDArray[np.int8]
     codes: npt.NDArray[np.int8]
     guarded: npt.NDArray[Any]
+    gain: float | None = None
+
+    @property
+    def furthest(self) -> int:
+        """By how many levels a code differs from plain rounding's at most."""
+        return int(np.max(np.abs(self.codes.astype(np.int16) - self.plain), initial=0))
 
     @property
     def count(self) -> int:
@@ -78,9 +89,12 @@ def flip(
     policy: Policy,
     key: np.uint64,
     backend: ModuleType,
+    inputs: Inputs | None = None,
 ) -> Flips:
     """Guard one tensor: `values` flat in its storage type, [blocks.rows * blocks.cols].
 
+    inputs: what the tensor is multiplied with; the unbiased policy then feeds its errors forward,
+    and keeps that draw if it changes the tensor's products less than the plain one does.
     Raises ValidationError when an invariant of the guard does not hold for this tensor.
     """
     weights = values.astype(np.float32)
@@ -91,16 +105,19 @@ def flip(
     if policy.name == "topk":
         flips = _topk(grid, margins, policy.ratio)
     else:
-        flips = _unbiased(margins, policy.tau, key, backend)
-    codes, guarded = _place(values, weights, grid, margins, flips, backend)
+        flips = np.empty(margins.offsets.size, np.bool_)
+        limit = np.float32((1 - policy.tau) / 2)
+        backend.draw(margins.offsets, key, limit, flips)
+    wanted = np.where(flips, margins.neighbours, margins.codes)
+    gain = None
+    if inputs and policy.name == "unbiased":
+        fed = feedback.draw(weights, grid, inputs, key, limit, backend)
+        errors = (inputs.error(weights - grid.decode(codes)) for codes in (fed, wanted))
+        gain = next(errors) / max(next(errors), TINY)
+        wanted = fed if gain < 1 else wanted
+    codes, guarded = _place(values, weights, grid, margins.codes, wanted, backend)
     _check(name, values, guarded, codes != margins.codes, scheme, grid, codes, backend)
-    return Flips(grid, margins.codes, codes, guarded)
-
-
-def _unbiased(margins: Margins, tau: float, key: np.uint64, backend: ModuleType) -> Mask:
-    flips = np.empty(margins.offsets.size, np.bool_)
-    backend.draw(margins.offsets, key, np.float32((1 - tau) / 2), flips)
-    return flips
+    return Flips(grid, margins.codes, codes, guarded, gain)
 
 
 def _topk(grid: Grid, margins: Margins, ratio: float) -> Mask:
@@ -123,19 +140,19 @@ def _place(
     values: npt.NDArray[Any],
     weights: npt.NDArray[np.float32],
     grid: Grid,
-    margins: Margins,
-    flips: Mask,
+    plain: npt.NDArray[np.int8],
+    wanted: npt.NDArray[np.int8],
     backend: ModuleType,
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[Any]]:
     """Codes and weights after the flips.
 
-    A flipped weight takes the value of its own type nearest past the boundary that encodes to the
-    neighbour's code, and never one short of its target: a float16 on the boundary itself would be
-    rounded one way by some quantizers and the other way by others. Where the type is too coarse
-    to hold such a value, the weight stays as it was.
+    A flipped weight takes the value of its own type nearest past the edge of its new cell, and
+    never one short of its target: a float16 on the boundary itself would be rounded one way by
+    some quantizers and the other way by others. Where the type is too coarse to hold such a value,
+    the weight stays as it was.
     """
-    wanted = np.where(flips, margins.neighbours, margins.codes)
-    target = grid.cross(weights, margins, flips, backend)
+    flips = wanted != plain
+    target = grid.cross(weights, plain, wanted, backend)
     guarded = np.where(flips, target.astype(values.dtype), values)
     upward = target > weights
     away = np.where(upward, np.inf, -np.inf).astype(values.dtype)
@@ -149,7 +166,7 @@ def _place(
             return wanted, guarded
         guarded[missed] = np.nextafter(guarded[missed], away[missed])
     guarded[missed] = values[missed]
-    return np.where(missed, margins.codes, wanted), guarded
+    return np.where(missed, plain, wanted), guarded
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 import secrets
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from .errors import SchemeError
 from .qdq import scheme_for
@@ -11,16 +12,21 @@ from .weights import Weight
 EMITS = ("qdq", "float", "both")
 GRANULARITIES = ("channel", "tensor")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
+PRESERVES = ("auto", "off", "synthetic", "data")
 DRAWS = 3  # at the most: a draw that drifts too far is thrown away
 
 
 @dataclass(frozen=True)
 class Format:
-    """A scheme with its granularity (int8) or block size (4 bits)."""
+    """A scheme with its granularity (int8) or block size (4 bits).
+
+    int8: shell patterns over the names of weights that get 8 bits under a 4-bit scheme.
+    """
 
     scheme: str = "int8"
     granularity: str = "channel"
     block_size: int | None = None
+    int8: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         bits = get_scheme(self.scheme).bits
@@ -36,10 +42,34 @@ class Format:
     def plan(self, weight: Weight) -> tuple[Scheme, Blocks]:
         """The scheme that this weight gets, and the blocks of weights that share a scale."""
         scheme = scheme_for(weight, SCHEMES[self.scheme])
+        if any(fnmatchcase(weight.name, pattern) for pattern in self.int8):
+            scheme = SCHEMES["int8"]
         if scheme.bits == 8:
             return scheme, weight.blocks(None, flat=self.granularity == "tensor")
         size = self.block_size or scheme.block_size
         return scheme, weight.blocks(size, flat=isinstance(scheme, Codebook))
+
+    def plans(self, weights: list[Weight]) -> list[tuple[Scheme, Blocks]]:
+        """plan() of each. Raises SchemeError when a pattern of `int8` names none of them."""
+        for pattern in self.int8:
+            if not any(fnmatchcase(weight.name, pattern) for weight in weights):
+                raise SchemeError(f"int8 pattern {pattern!r} names no weight of the model")
+        return [self.plan(weight) for weight in weights]
+
+
+def preserve_mode(preserve: str, policy: str, data: object) -> str:
+    """The kind of inputs that error feedback uses: "off", "synthetic" or "data".
+
+    Raises SchemeError for what is asked for in vain.
+    """
+    one_of("preserve", preserve, PRESERVES)
+    if preserve == "auto":
+        return "off" if policy != "unbiased" else "data" if data else "synthetic"
+    if preserve != "off" and policy != "unbiased":
+        raise SchemeError(f"preserve {preserve!r} is for the unbiased policy, not {policy!r}")
+    if preserve == "data" and not data:
+        raise SchemeError("preserve 'data' needs inputs: give --data")
+    return preserve
 
 
 def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

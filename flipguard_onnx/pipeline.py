@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx
 
 from . import __version__
+from .activations import Activations
 from .emit import (
     Quantized,
     Rewritten,
@@ -23,15 +24,23 @@ from .emit import (
     inlined,
     needed_opset,
 )
-from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
+from .errors import (
+    DriftError,
+    ModelError,
+    SchemeError,
+    UnsupportedModelError,
+    ValidationError,
+)
 from .flip import Policy, flip, tensor_key
 from .kernels import get_backend
 from .model import INLINE_LIMIT, Model, Output, data_path, file_sha256, open_model, workspace
-from .options import EMITS, Format, draw_seeds, one_of
+from .options import EMITS, Format, draw_seeds, one_of, preserve_mode
 from .report import Inspection, Report, Tensor, Verification
 from .schemes import SCHEMES
 from .validate import MAX_DRIFT, Candidates, Validation, compare
 from .weights import Skipped, Weight, find_weights
+
+PRESERVE_SECONDS = 60.0  # error feedback that takes longer is not switched on by itself
 
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
@@ -49,8 +58,11 @@ def guard(
     emit: str = "qdq",
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
+    int8: tuple[str, ...] = (),
     device: str = "auto",
+    preserve: str = "auto",
     data: str | os.PathLike[str] | None = None,
+    max_memory: int = 1024,
     max_drift: float = MAX_DRIFT,
     output: str | os.PathLike[str] | None = None,
     force: bool = False,
@@ -72,8 +84,13 @@ def guard(
         when one drifts too far. The seed used is in the report and in the model's metadata.
     emit : "qdq" (quantized graph), "float" (the same graph with moved weights) or "both"
     include, exclude : shell patterns over tensor names
+    int8 : shell patterns over the names of weights that stay at 8 bits under a 4-bit scheme
     device : "auto", "cpu" or "cuda"
-    data : .npz file with inputs for the validation; by default inputs are made up
+    preserve : feed rounding errors forward, so that layers' outputs change less: "synthetic" (on
+        made-up inputs), "data" (on those of `data`), "off", or "auto": "data" where there is any,
+        else "synthetic", unless it would take longer than a minute
+    data : .npz file with inputs for `preserve` and for the validation; by default they are made up
+    max_memory : MiB for the statistics of `preserve`
     max_drift : allowed drift from the original, as a multiple of plain quantization's
     output : path to write; by default beside the input
     force : overwrite an existing output
@@ -92,22 +109,30 @@ def guard(
     ValidationError : the result did not pass; nothing is left behind
     """
     started = time.perf_counter()
-    form = Format(scheme, granularity, block_size)
+    form = Format(scheme, granularity, block_size, int8)
     rule = Policy(policy, tau, ratio)
+    mode = preserve_mode(preserve, policy, data)
     one_of("emit", emit, EMITS)
+    feeds = Path(data) if data else None
     backend = get_backend(device)
     say = progress or (lambda *_: None)
     with ExitStack() as stack:
         source = _open(model, output, stack)
         targets = _targets(source, output, scheme, emit, force)
         weights, skipped = _find(source, include, exclude)
-        opset = needed_opset(weights, [form.plan(w)[0] for w in weights], standard_ops)
+        opset = needed_opset(weights, [kind for kind, _ in form.plans(weights)], standard_ops)
         if (flat := inlined(source, opset)) is not source:
             source = flat
             weights, skipped = _find(source, include, exclude)
-        plan = [form.plan(weight) for weight in weights]
+        plan = form.plans(weights)
         prepared = converted(source, opset)
         folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
+        activations, note = None, None
+        if mode != "off":
+            say("running the float model", 0, 1)
+            activations, note = _activations(
+                source, weights, folder / "probe", max_memory, feeds, preserve == "auto"
+            )
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)
@@ -116,10 +141,11 @@ def guard(
                 say("guarding", len(tensors), len(weights))
                 values = weight.canonical(_finite(source, weight))
                 key = tensor_key(drawn_seed, weight.name)
-                flips = flip(weight.name, values, kind, blocks, rule, key, backend)
+                inputs = activations.of(weight) if activations else None
+                flips = flip(weight.name, values, kind, blocks, rule, key, backend, inputs)
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
-                tensors.append(Tensor.of(weight, kind, flips.count))
+                tensors.append(Tensor.of(weight, kind, flips))
             say("guarding", len(tensors), len(weights))
             report = Report(
                 version=__version__,
@@ -133,6 +159,9 @@ def guard(
                 policy=policy,
                 tau=tau if policy == "unbiased" else None,
                 ratio=ratio if policy == "topk" else None,
+                int8=int8,
+                preserve=mode if activations else "off",
+                preserve_note=note,
                 seed=drawn_seed if policy == "unbiased" else None,
                 draws=draw,
                 device=backend.__name__.rpartition(".")[2],
@@ -145,7 +174,7 @@ def guard(
                 break
             say("validating", 0, 1)
             try:
-                tried = _try(source, sinks, Path(data) if data else None, max_drift)
+                tried = _try(source, sinks, feeds, max_drift)
             except DriftError:
                 if draw == len(seeds):
                     raise
@@ -169,17 +198,17 @@ def inspect(
     block_size: int | None = None,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
+    int8: tuple[str, ...] = (),
 ) -> Inspection:
     """What guard() would do with a model; nothing is computed or written.
 
     Parameters and errors as in guard().
     """
-    form = Format(scheme, granularity, block_size)
+    form = Format(scheme, granularity, block_size, int8)
     source = open_model(model)
     weights, skipped = _find(source, include, exclude)
     tensors, saved = [], 0
-    for weight in weights:
-        kind, blocks = form.plan(weight)
+    for weight, (kind, blocks) in zip(weights, form.plans(weights), strict=True):
         width = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).itemsize
         saved += weight.size * width - (weight.size * kind.bits // 8 + blocks.count * width)
         tensors.append(Tensor.of(weight, kind, None))
@@ -294,6 +323,30 @@ def _find(
         reasons = sorted({tensor.reason for tensor in skipped}) or ["no float tensors"]
         raise UnsupportedModelError(f"{source.path}: nothing to guard: {'; '.join(reasons[:3])}")
     return weights, skipped
+
+
+def _activations(
+    source: Model,
+    weights: list[Weight],
+    folder: Path,
+    max_memory: int,
+    data: Path | None,
+    optional: bool,
+) -> tuple[Activations | None, str | None]:
+    """What the weights are multiplied with, or None and the reason.
+
+    optional: go without where it cannot be had, or takes longer than PRESERVE_SECONDS.
+    """
+    try:
+        activations = Activations(source, weights, folder, max_memory << 20, data)
+    except (UnsupportedModelError, ValidationError) as error:
+        if not optional:
+            raise
+        return None, str(error)
+    if optional and activations.seconds > PRESERVE_SECONDS:
+        minutes = activations.seconds / 60
+        return None, f"it would take about {minutes:.0f} min; --preserve synthetic switches it on"
+    return activations, None
 
 
 def _sinks(

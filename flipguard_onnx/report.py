@@ -2,9 +2,10 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .flip import Flips
 from .schemes import Scheme
 from .validate import Drift, Validation, pooled
 from .weights import Skipped, Weight
@@ -12,18 +13,33 @@ from .weights import Skipped, Weight
 
 @dataclass(frozen=True)
 class Tensor:
-    """One guarded tensor; `flips` is None where nothing was computed."""
+    """One guarded tensor; what is None was not computed.
+
+    flips: weights that crossed a boundary. furthest: by how many levels at most. gain: squared
+    error of the layer's products with error feedback / without it, on made-up or given inputs;
+    feedback was used where that is below 1.
+    """
 
     name: str
     op: str
     shape: tuple[int, ...]
     scheme: str
     weights: int
-    flips: int | None
+    flips: int | None = None
+    furthest: int | None = None
+    gain: float | None = None
 
     @classmethod
-    def of(cls, weight: Weight, scheme: Scheme, flips: int | None) -> "Tensor":
-        return cls(weight.name, weight.op, weight.shape, scheme.name, weight.size, flips)
+    def of(cls, weight: Weight, scheme: Scheme, flips: Flips | None) -> "Tensor":
+        tensor = cls(weight.name, weight.op, weight.shape, scheme.name, weight.size)
+        if flips is None:
+            return tensor
+        return replace(tensor, flips=flips.count, furthest=flips.furthest, gain=flips.gain)
+
+    @property
+    def preserved(self) -> bool:
+        """Whether errors were fed forward."""
+        return self.gain is not None and self.gain < 1
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,8 @@ class Inspection:
 class Report:
     """The result of guard().
 
-    outputs: bytes by path. seed: None where the policy draws nothing. draws: how many it took
+    outputs: bytes by path. preserve: the inputs on which errors were fed forward, "off" if they
+    were not; preserve_note: why. seed: None where the policy draws nothing. draws: how many it took
     until one passed. seconds: wall time.
     """
 
@@ -79,6 +96,9 @@ class Report:
     policy: str
     tau: float | None
     ratio: float | None
+    int8: tuple[str, ...]
+    preserve: str
+    preserve_note: str | None
     seed: int | None
     draws: int
     device: str
@@ -113,6 +133,8 @@ class Report:
             "policy": self.policy,
             "tau": self.tau,
             "ratio": self.ratio,
+            "preserve": self.preserve if self.policy == "unbiased" else None,
+            "int8": " ".join(self.int8) or None,
             "seed": self.seed,
             "input_sha256": self.input_sha256,
             "input_data_sha256": " ".join(self.input_data_sha256.values()) or None,
@@ -146,6 +168,7 @@ class Report:
             f"scheme    {self.scheme}, {form}",
             f"policy    {settings[self.policy]}"
             + ("" if self.seed is None else f", seed {self.seed}"),
+            *self._preserve_lines(),
             "",
             *_table(
                 ("operator", "scheme", "tensors", "weights", "flipped"), _by_operator(self.tensors)
@@ -161,6 +184,18 @@ class Report:
             ),
         ]
         return "\n".join(lines)
+
+    def _preserve_lines(self) -> list[str]:
+        if self.preserve == "off":
+            return [f"preserve  off: {self.preserve_note}"] if self.preserve_note else []
+        kept = [tensor for tensor in self.tensors if tensor.preserved]
+        share = sum(tensor.weights for tensor in kept) / max(self.weights, 1)
+        gains = sorted(tensor.gain or 0 for tensor in kept)
+        typical = f", layer error x{gains[len(gains) // 2]:.2f} (median)" if gains else ""
+        return [
+            f"preserve  on {self.preserve} inputs: {len(kept)} of {len(self.tensors)} tensors, "
+            f"{share:.1%} of the weights{typical}"
+        ]
 
 
 @dataclass(frozen=True)

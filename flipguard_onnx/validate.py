@@ -20,6 +20,7 @@ import onnx
 from .errors import DriftError, ValidationError, first_line
 from .feeds import load_feeds, made_up_feeds
 from .model import Model, tensors
+from .runtime import open_session
 
 MAX_DRIFT = 3.0  # unbiased draws double the squared error of a weight: 1.41 times in relative L2
 SMALL_SAMPLE = 8.0  # n output values widen the bound by 1 + 8 / sqrt(n)
@@ -95,7 +96,7 @@ class Runner:
             self.names, self.expected = self._run(source.path, exact=True)
             return
         problem = "no inputs"
-        session = _session(source.path, exact=True)
+        session = open_session(source.path, exact=True)
         for feeds in made_up_feeds(source.proto, source.size):
             try:
                 outputs = [session.run(None, feed) for feed in feeds]
@@ -138,7 +139,7 @@ class Runner:
         return self._results[path, exact]
 
     def _run_once(self, path: Path, exact: bool) -> tuple[list[str], list[list[Array]]]:
-        session = _session(path, exact)
+        session = open_session(path, exact)
         try:
             outputs = [session.run(None, feed) for feed in self.feeds]
         except Exception as error:
@@ -210,24 +211,6 @@ def judge(plain: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) ->
             f"the outputs drift by {pooled(guarded):.4f} (relative L2) from the original's; "
             f"allowed: {bound:.4f}, {factor:.2f} times plain quantization's"
         )
-
-
-def _session(path: Path, exact: bool) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ValidationError(
-            "onnxruntime is not installed; install flipguard-onnx[cpu] or [gpu], "
-            "or write unvalidated with --no-validate"
-        ) from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if exact:
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ValidationError(f"{path.name}: does not load: {first_line(error)}") from None
 
 
 def _drifts(

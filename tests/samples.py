@@ -160,7 +160,7 @@ def shared():
         [
             node("MatMul", "x w", "h"),
             node("MatMul", "h w", "h2"),
-            node("ReduceSum", "w", "s", keepdims=0),
+            node("ReduceMean", "w", "s", keepdims=0),
             node("Add", "h2 s", "y"),
         ],
         {"x": (F, ["n", 64])},

@@ -165,6 +165,7 @@ def test_metadata_tells_how_to_repeat_the_run(tmp_path):
         "flipguard.block_size": "64",
         "flipguard.policy": "unbiased",
         "flipguard.tau": "0.5",
+        "flipguard.preserve": "synthetic",
         "flipguard.seed": "7",
         "flipguard.input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "flipguard.weights": "2310",

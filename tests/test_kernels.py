@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from oracles import CUTS
 
+from flipguard_onnx import feedback
 from flipguard_onnx.errors import DeviceError
 from flipguard_onnx.flip import Policy, flip, tensor_key
 from flipguard_onnx.kernels import cuda, get_backend
 from flipguard_onnx.schemes import SCHEMES, Blocks
 
 CPU = get_backend("cpu")
+KEY = np.uint64(2**64 - 5)
 
 
 def functions(module):
@@ -46,6 +48,7 @@ def test_twins_agree_in_the_simulator():
 def compare_twins():
     gpu = get_backend("cuda")
     assert gpu is cuda
+    feedback.PANEL = 32
     cuda.THREADS = 32  # idle threads cost as much as busy ones here; and several blocks are run
     for form in CUTS:
         compare_kernels(form, edge_cases().astype(np.float32), gpu)
@@ -65,12 +68,25 @@ def compare_kernels(form, weights, gpu):
         margins = grid.analyze(flat, backend)
         yield from (margins.codes, margins.offsets)
         flips = np.empty(flat.size, bool)
-        backend.draw(margins.offsets, np.uint64(2**64 - 5), np.float32(0.1), flips)
+        backend.draw(margins.offsets, KEY, np.float32(0.1), flips)
         yield flips
-        yield grid.cross(flat, margins, margins.offsets != 0, backend)
+        yield grid.cross(flat, margins.codes, margins.neighbours, backend)
+        far = np.where(margins.offsets != 0, grid.encode(-flat, CPU), margins.codes)
+        yield grid.cross(flat, margins.codes, far, backend)
+        yield feedback.draw(flat, grid, inputs_of(weights), KEY, np.float32(0.1), backend)
 
     for step, (ours, theirs) in enumerate(zip(steps(CPU), steps(gpu), strict=True)):
         assert ours.tobytes() == theirs.tobytes(), (form, step)
+
+
+def inputs_of(weights):
+    """Inputs with correlations, for a layer of two groups; several spans and panels."""
+    rows, columns = weights.shape
+    fresh = np.random.default_rng(1).standard_normal((rows, 40, columns)).astype(np.float32)
+    fresh += fresh[:, :, ::-1]
+    spans = range(50), range(50, columns)
+    parts = [fresh[:, :, span.start : span.stop].astype(np.float64) for span in spans]
+    return feedback.Inputs(spans, tuple(p.transpose(0, 2, 1) @ p for p in parts), fresh)
 
 
 def compare_flips(form, weights, gpu):

@@ -10,18 +10,20 @@ import flipguard_onnx
 PACKAGE = Path(flipguard_onnx.__file__).parent
 ROOMS = {  # library -> modules that may import it
     "click": {"cli.py"},
-    "onnxruntime": {"validate.py"},
+    "onnxruntime": {"runtime.py"},
     "numba": {"kernels/__init__.py", "kernels/cpu.py", "kernels/cuda.py"},
 }
 LAYERS = [  # a module imports only from layers below its own
     {"errors.py", "kernels/scalar.py"},
+    {"runtime.py"},
     {"kernels/cpu.py", "kernels/cuda.py", "kernels/__init__.py", "schemes/blocks.py"},
     {"metrics.py"},
     {"schemes/affine.py", "schemes/codebook.py"},
     {"schemes/__init__.py"},
-    {"model.py", "flip.py"},
-    {"scopes.py", "feeds.py"},
-    {"weights.py"},
+    {"model.py", "feedback.py"},
+    {"scopes.py", "feeds.py", "flip.py"},
+    {"weights.py", "synthetic.py"},
+    {"activations.py"},
     {"rewrite.py"},
     {"qdq.py"},
     {"emit.py", "validate.py", "options.py"},

@@ -49,7 +49,7 @@ def test_guarded_in_every_scheme(tmp_path, name, scheme):
     report = flipguard_onnx.guard(source, scheme, output=output)
     assert report.validation is not None
     assert report.coverage > 0.98
-    assert 0.1 < report.flips / report.weights < 0.3
+    assert 0.1 < report.flips / report.weights < 0.4
     assert output.stat().st_size < 0.45 * source.stat().st_size
     assert file_sha256(source) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]

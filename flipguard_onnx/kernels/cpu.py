@@ -18,6 +18,8 @@ _codebook_code = numba.njit(scalar.codebook_code)
 _codebook_offset = numba.njit(scalar.codebook_offset)
 _just_past = numba.njit(scalar.just_past)
 _uniform = numba.njit(scalar.uniform)
+_step = numba.njit(scalar.step)
+_fed = numba.njit(scalar.fed)
 
 
 @numba.njit
@@ -27,6 +29,13 @@ def _span(index, cols, block):
     row = index // per_row
     start = row * cols + (index % per_row) * block
     return start, min(start + block, (row + 1) * cols)
+
+
+@numba.njit
+def _block_of(i, cols, block):
+    """Number of the block that weight `i` belongs to."""
+    per_row = (cols + block - 1) // block
+    return (i // cols) * per_row + (i % cols) // block
 
 
 @_kernel
@@ -66,15 +75,42 @@ def analyze_affine(weights, cols, block, operands, absmax, rule, low, high, code
 
 
 @_kernel
-def cross_affine(weights, cols, block, scales, codes, offsets, flips):
-    """Move every flipped weight just past its nearest boundary, in place."""
+def cross_affine(weights, cols, block, scales, codes, wanted):
+    """Move every weight whose code is not the wanted one just across the wanted cell's edge."""
     for b in numba.prange(scales.size):
         start, stop = _span(b, cols, block)
         for i in range(start, stop):
-            if flips[i]:
-                half = scalar.HALF if offsets[i] > scalar.ZERO else -scalar.HALF
-                target = _just_past(np.float32(codes[i]) + half, offsets[i])
-                weights[i] = target * scales[b]
+            if wanted[i] != codes[i]:
+                direction = np.float32(1.0 if wanted[i] > codes[i] else -1.0)
+                edge = np.float32(wanted[i]) - direction * scalar.HALF
+                weights[i] = _just_past(edge, direction) * scales[b]
+
+
+@_kernel
+def feed_affine(
+    weights, cols, block, operands, scales, absmax, rule, low, high,
+    length, carried, factors, order, first, key, limit, codes, errors,
+):  # fmt: skip
+    """Draw the codes of one panel of columns; see `flip.feedback.draw`."""
+    rows = len(errors)
+    width = factors.shape[1]
+    for row in numba.prange(rows):
+        group = row // (rows // factors.shape[0])
+        weave = factors[group]
+        for column in range(width):
+            i = row * length + order[group, column]
+            b = _block_of(i, cols, block)
+            free = abs(weights[i]) < absmax[b]
+            target = weights[i]
+            if free:
+                target += _fed(carried[row, column], errors[row, first:], weave[column], column)
+            position = _affine_position(target, operands[b], rule)
+            code = _affine_code(position, rule, low, high)
+            if free:
+                offset = _affine_offset(position, code, low, high)
+                code += _step(offset, limit, _uniform(key, np.uint64(i)))
+            codes[i] = code
+            errors[row, first + column] = weights[i] - np.float32(code) * scales[b]
 
 
 @_kernel
@@ -100,19 +136,46 @@ def analyze_codebook(weights, cols, block, operands, absmax, pivots, levels, cod
 
 
 @_kernel
-def cross_codebook(weights, cols, block, scales, pivots, codes, offsets, flips):
-    """Move every flipped weight just past the pivot on its offset's side, in place."""
+def cross_codebook(weights, cols, block, scales, pivots, codes, wanted):
+    """Move every weight whose code is not the wanted one just across the wanted cell's edge."""
     for b in numba.prange(scales.size):
         start, stop = _span(b, cols, block)
         for i in range(start, stop):
-            if flips[i]:
-                pivot = pivots[codes[i]] if offsets[i] > scalar.ZERO else pivots[codes[i] - 1]
-                weights[i] = _just_past(pivot, offsets[i]) * scales[b]
+            if wanted[i] > codes[i]:
+                weights[i] = _just_past(pivots[wanted[i] - 1], scalar.ONE) * scales[b]
+            elif wanted[i] < codes[i]:
+                weights[i] = _just_past(pivots[wanted[i]], -scalar.ONE) * scales[b]
+
+
+@_kernel
+def feed_codebook(
+    weights, cols, block, operands, scales, absmax, pivots, levels,
+    length, carried, factors, order, first, key, limit, codes, errors,
+):  # fmt: skip
+    """Draw the codes of one panel of columns; see `flip.feedback.draw`."""
+    rows = len(errors)
+    width = factors.shape[1]
+    for row in numba.prange(rows):
+        group = row // (rows // factors.shape[0])
+        weave = factors[group]
+        for column in range(width):
+            i = row * length + order[group, column]
+            b = _block_of(i, cols, block)
+            free = abs(weights[i]) < absmax[b]
+            target = weights[i]
+            if free:
+                target += _fed(carried[row, column], errors[row, first:], weave[column], column)
+            position = target * operands[b]
+            code = _codebook_code(position, pivots)
+            if free:
+                offset = _codebook_offset(position, code, levels)
+                code += _step(offset, limit, _uniform(key, np.uint64(i)))
+            codes[i] = code
+            errors[row, first + column] = weights[i] - levels[code] * scales[b]
 
 
 @_kernel
 def draw(offsets, key, limit, flips):
-    """Flip weight i with probability |offset|, where that exceeds `limit`; stream `key`."""
+    """Which weights cross: number i with probability |offset|, where that is above `limit`."""
     for i in numba.prange(offsets.size):
-        chance = abs(offsets[i])
-        flips[i] = chance > limit and _uniform(key, np.uint64(i)) < chance
+        flips[i] = _step(offsets[i], limit, _uniform(key, np.uint64(i))) != 0

@@ -24,6 +24,8 @@ _codebook_code = _device(scalar.codebook_code)
 _codebook_offset = _device(scalar.codebook_offset)
 _just_past = _device(scalar.just_past)
 _uniform = _device(scalar.uniform)
+_step = _device(scalar.step)
+_fed = _device(scalar.fed)
 
 
 def extremes(weights, cols, block, lowest, highest):
@@ -39,8 +41,17 @@ def analyze_affine(weights, cols, block, operands, absmax, rule, low, high, code
     _launch(_analyze_affine, given, [codes, offsets])
 
 
-def cross_affine(weights, cols, block, scales, codes, offsets, flips):
-    _launch(_cross_affine, [cols, block, scales, codes, offsets, flips], [weights])
+def cross_affine(weights, cols, block, scales, codes, wanted):
+    _launch(_cross_affine, [cols, block, scales, codes, wanted], [weights])
+
+
+def feed_affine(
+    weights, cols, block, operands, scales, absmax, rule, low, high,
+    length, carried, factors, order, first, key, limit, codes, errors,
+):  # fmt: skip
+    given = [weights, cols, block, operands, scales, absmax, rule, low, high]
+    given += [length, carried, factors, order, first, key, limit]
+    _launch(_feed_affine, given, [codes, errors], threads=len(errors))
 
 
 def encode_codebook(weights, cols, block, operands, pivots, codes):
@@ -52,17 +63,26 @@ def analyze_codebook(weights, cols, block, operands, absmax, pivots, levels, cod
     _launch(_analyze_codebook, given, [codes, offsets])
 
 
-def cross_codebook(weights, cols, block, scales, pivots, codes, offsets, flips):
-    _launch(_cross_codebook, [cols, block, scales, pivots, codes, offsets, flips], [weights])
+def cross_codebook(weights, cols, block, scales, pivots, codes, wanted):
+    _launch(_cross_codebook, [cols, block, scales, pivots, codes, wanted], [weights])
+
+
+def feed_codebook(
+    weights, cols, block, operands, scales, absmax, pivots, levels,
+    length, carried, factors, order, first, key, limit, codes, errors,
+):  # fmt: skip
+    given = [weights, cols, block, operands, scales, absmax, pivots, levels]
+    given += [length, carried, factors, order, first, key, limit]
+    _launch(_feed_codebook, given, [codes, errors], threads=len(errors))
 
 
 def draw(offsets, key, limit, flips):
     _launch(_draw, [offsets, key, limit], [flips])
 
 
-def _launch(kernel, given, filled):
-    """Run `kernel`, one thread for every element of `filled`, the arrays it changes."""
-    size = filled[0].size
+def _launch(kernel, given, filled, threads=None):
+    """Run `kernel`, by default a thread for every element of `filled`, the arrays it changes."""
+    size = filled[0].size if threads is None else threads
     if size:
         inputs = [cuda.to_device(x) if isinstance(x, np.ndarray) else x for x in given]
         outputs = [cuda.to_device(x) for x in filled]
@@ -114,12 +134,38 @@ def _analyze_affine(weights, cols, block, operands, absmax, rule, low, high, cod
 
 
 @cuda.jit
-def _cross_affine(cols, block, scales, codes, offsets, flips, weights):
+def _cross_affine(cols, block, scales, codes, wanted, weights):
     i = cuda.grid(1)
-    if i < weights.size and flips[i]:
-        half = scalar.HALF if offsets[i] > scalar.ZERO else -scalar.HALF
-        target = _just_past(np.float32(codes[i]) + half, offsets[i])
-        weights[i] = target * scales[_block_of(i, cols, block)]
+    if i < weights.size and wanted[i] != codes[i]:
+        direction = np.float32(1.0 if wanted[i] > codes[i] else -1.0)
+        edge = np.float32(wanted[i]) - direction * scalar.HALF
+        weights[i] = _just_past(edge, direction) * scales[_block_of(i, cols, block)]
+
+
+@cuda.jit
+def _feed_affine(
+    weights, cols, block, operands, scales, absmax, rule, low, high,
+    length, carried, factors, order, first, key, limit, codes, errors,
+):  # fmt: skip
+    row = cuda.grid(1)
+    rows = len(errors)
+    if row < rows:
+        group = row // (rows // factors.shape[0])
+        weave = factors[group]
+        for column in range(factors.shape[1]):
+            i = row * length + order[group, column]
+            b = _block_of(i, cols, block)
+            free = abs(weights[i]) < absmax[b]
+            target = weights[i]
+            if free:
+                target += _fed(carried[row, column], errors[row, first:], weave[column], column)
+            position = _affine_position(target, operands[b], rule)
+            code = _affine_code(position, rule, low, high)
+            if free:
+                offset = _affine_offset(position, code, low, high)
+                code += _step(offset, limit, _uniform(key, np.uint64(i)))
+            codes[i] = code
+            errors[row, first + column] = weights[i] - np.float32(code) * scales[b]
 
 
 @cuda.jit
@@ -142,16 +188,44 @@ def _analyze_codebook(weights, cols, block, operands, absmax, pivots, levels, co
 
 
 @cuda.jit
-def _cross_codebook(cols, block, scales, pivots, codes, offsets, flips, weights):
+def _cross_codebook(cols, block, scales, pivots, codes, wanted, weights):
     i = cuda.grid(1)
-    if i < weights.size and flips[i]:
-        pivot = pivots[codes[i]] if offsets[i] > scalar.ZERO else pivots[codes[i] - 1]
-        weights[i] = _just_past(pivot, offsets[i]) * scales[_block_of(i, cols, block)]
+    if i < weights.size:
+        scale = scales[_block_of(i, cols, block)]
+        if wanted[i] > codes[i]:
+            weights[i] = _just_past(pivots[wanted[i] - 1], scalar.ONE) * scale
+        elif wanted[i] < codes[i]:
+            weights[i] = _just_past(pivots[wanted[i]], -scalar.ONE) * scale
+
+
+@cuda.jit
+def _feed_codebook(
+    weights, cols, block, operands, scales, absmax, pivots, levels,
+    length, carried, factors, order, first, key, limit, codes, errors,
+):  # fmt: skip
+    row = cuda.grid(1)
+    rows = len(errors)
+    if row < rows:
+        group = row // (rows // factors.shape[0])
+        weave = factors[group]
+        for column in range(factors.shape[1]):
+            i = row * length + order[group, column]
+            b = _block_of(i, cols, block)
+            free = abs(weights[i]) < absmax[b]
+            target = weights[i]
+            if free:
+                target += _fed(carried[row, column], errors[row, first:], weave[column], column)
+            position = target * operands[b]
+            code = _codebook_code(position, pivots)
+            if free:
+                offset = _codebook_offset(position, code, levels)
+                code += _step(offset, limit, _uniform(key, np.uint64(i)))
+            codes[i] = code
+            errors[row, first + column] = weights[i] - levels[code] * scales[b]
 
 
 @cuda.jit
 def _draw(offsets, key, limit, flips):
     i = cuda.grid(1)
     if i < flips.size:
-        chance = abs(offsets[i])
-        flips[i] = chance > limit and _uniform(key, np.uint64(i)) < chance
+        flips[i] = _step(offsets[i], limit, _uniform(key, np.uint64(i))) != 0

@@ -91,3 +91,23 @@ def uniform(key, index):
     z = (z ^ (z >> SHIFT_27)) * MIX_2
     z = z ^ (z >> SHIFT_31)
     return np.float32(z >> SHIFT_40) * UNIFORM
+
+
+def step(offset, limit, noise):
+    """-1, 0 or 1: to the neighbouring level with probability |offset|, where above `limit`."""
+    chance = abs(offset)
+    if chance > limit and noise < chance:
+        return np.int32(1) if offset > ZERO else np.int32(-1)
+    return np.int32(0)
+
+
+def fed(carried, errors, factors, count):
+    """What the rounding errors of the columns before this one ask of it.
+
+    carried: the share of earlier panels; errors, factors: of the `count` columns of this panel.
+    Summed in float64, where the products are exact, so that a fused multiply-add changes nothing.
+    """
+    total = np.float64(carried)
+    for j in range(count):
+        total += np.float64(errors[j]) * np.float64(factors[j])
+    return np.float32(total)

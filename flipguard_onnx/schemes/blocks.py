@@ -75,11 +75,13 @@ class Grid(ABC):
     operand: Floats
     absmax: Floats
 
-    family: ClassVar[str]  # the kernels of this grid are encode_, analyze_ and cross_{family}
+    family: ClassVar[
+        str
+    ]  # the kernels of this grid are encode_, analyze_, cross_ and feed_{family}
 
     @abstractmethod
     def levels_for(self, kernel: str) -> tuple[Any, ...]:
-        """What the family's kernel "encode", "analyze" or "cross" takes to know the levels."""
+        """What the family's kernel of that name takes to know the levels."""
 
     def encode(self, weights: Floats, backend: ModuleType) -> Codes:
         """Codes [n] of flat float32 weights [n], as the downstream quantizer would choose them."""
@@ -93,14 +95,27 @@ class Grid(ABC):
         self._run("analyze", backend, weights, [self.operand, self.absmax], [codes, offsets])
         return Margins(codes, offsets)
 
-    def cross(
-        self, weights: Floats, margins: Margins, flips: npt.NDArray[np.bool_], backend: ModuleType
-    ) -> Floats:
-        """A copy in which every flipped weight stands just past its nearest boundary."""
+    def cross(self, weights: Floats, codes: Codes, wanted: Codes, backend: ModuleType) -> Floats:
+        """A copy of the weights, whose codes are `codes`, moved so that they become `wanted`.
+
+        A weight that moves stands just inside the wanted cell, at the edge nearest to where it was.
+        """
         moved = weights.copy()
-        per_weight: list[npt.NDArray[Any]] = [margins.codes, margins.offsets, flips]
-        self._run("cross", backend, moved, [self.scale], per_weight)
+        self._run("cross", backend, moved, [self.scale], [codes, wanted])
         return moved
+
+    def feed(
+        self,
+        weights: Floats,
+        columns: int,
+        panel: tuple[Any, ...],
+        codes: Codes,
+        errors: Floats,
+        backend: ModuleType,
+    ) -> None:
+        """Draw one panel of the weights as rows of `columns`; see `feedback.draw`."""
+        per_block = [self.operand, self.scale, self.absmax]
+        self._run("feed", backend, weights, per_block, [columns, *panel, codes, errors])
 
     def _run(
         self,
@@ -108,11 +123,11 @@ class Grid(ABC):
         backend: ModuleType,
         weights: Floats,
         per_block: list[Floats],
-        per_weight: list[npt.NDArray[Any]],
+        rest: list[Any],
     ) -> None:
         run = getattr(backend, f"{kernel}_{self.family}")
         cut = self.blocks.cols, self.blocks.size
-        run(weights, *cut, *per_block, *self.levels_for(kernel), *per_weight)
+        run(weights, *cut, *per_block, *self.levels_for(kernel), *rest)
 
     @abstractmethod
     def decode(self, codes: Codes) -> Floats:

@@ -23,7 +23,9 @@ class CodebookGrid(Grid):
     family = "codebook"
 
     def levels_for(self, kernel: str) -> tuple[Any, ...]:
-        return (self.pivots, self.levels) if kernel == "analyze" else (self.pivots,)
+        if kernel in ("analyze", "feed"):
+            return self.pivots, self.levels
+        return (self.pivots,)
 
     def decode(self, codes: Codes) -> Floats:
         return np.asarray(self.levels[codes] * self.blocks.spread(self.scale), np.float32)

@@ -1,0 +1,315 @@
+"""What the weights are multiplied with, from running the float model.
+
+The inputs of MatMul, Gemm, Conv and of the input side of recurrent operators are made outputs of a
+copy of the model, which runs in onnxruntime on synthetic or given inputs; what is kept of them are
+their second moments and a few rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
+from onnx import ModelProto, helper
+
+from .errors import UnsupportedModelError, first_line
+from .feedback import PANEL, Floats, Inputs
+from .feeds import Feed, load_feeds, made_up_feeds, signature
+from .model import Model, Output
+from .runtime import open_session
+from .scopes import Use, attribute
+from .synthetic import synthetic_feeds
+from .weights import Weight
+
+ROWS = 4096  # of inputs that a weight should see at least
+SAMPLES = range(64, 1025)  # how many are made up
+BATCH = 16
+LOGITS = 1 << 25  # of a decoder, in one run
+MOST_ROWS = 8192  # of inputs that are kept of one reading
+FRESH_ROWS = 512
+FRESH = 8  # one feed in so many is kept for the judgement
+GATHERED = 1024  # rows that are added up at a time
+PRODUCTS_PER_SECOND = 2e10
+SECONDS_PER_WEIGHT = 2e-7
+SEED = 0  # of the made-up inputs; they need not be secret
+BYTES_PER_ENTRY = 32  # of a matrix H, with its damped copy, factor and float32 form
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One reading of a weight: `value` is what it is multiplied with.
+
+    kind: how the value becomes rows of inputs: "rows" (its last axis), "columns" (the last but
+    one) or "patches" of a convolution, whose geometry the other fields hold.
+    """
+
+    value: str
+    elem_type: int
+    kind: str
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    auto_pad: str = "NOTSET"
+    groups: int = 1
+
+    def rows(self, x: npt.NDArray[Any], most: int, rng: np.random.Generator) -> Floats:
+        """Up to `most` inputs, chosen at random, float32 [groups, inputs, columns]."""
+        if self.kind == "patches":
+            return self._patches(x, most, rng)
+        if self.kind == "columns":
+            x = np.moveaxis(x, -2, -1)
+        x = x.reshape(-1, x.shape[-1])
+        if len(x) > most:
+            x = x[rng.choice(len(x), most, replace=False)]
+        return x.astype(np.float32)[None]
+
+    def _patches(self, x: npt.NDArray[Any], most: int, rng: np.random.Generator) -> Floats:
+        """Inputs in the order of a convolution's weights: channel, then place in the kernel."""
+        rank = len(self.kernel)
+        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
+        padded = np.pad(x, [(0, 0), (0, 0), *self._padding(x.shape[2:], reach)])
+        windows = sliding_window_view(padded, reach, axis=tuple(range(2, 2 + rank)))
+        windows = windows[
+            (
+                slice(None),
+                slice(None),
+                *(slice(None, None, n) for n in self.strides + self.dilations),
+            )
+        ]
+        windows = np.moveaxis(windows, 1, 1 + rank)  # sample, places, channel, kernel
+        places = windows.shape[: 1 + rank]
+        count = int(np.prod(places))
+        chosen = np.arange(count) if count <= most else rng.choice(count, most, replace=False)
+        patches = windows[np.unravel_index(chosen, places)]
+        grouped = patches.reshape(len(chosen), self.groups, -1).transpose(1, 0, 2)
+        return np.ascontiguousarray(grouped, np.float32)
+
+    def _padding(self, sizes: Sequence[int], reach: Sequence[int]) -> list[tuple[int, int]]:
+        if self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            padding = []
+            for size, stride, r in zip(sizes, self.strides, reach, strict=True):
+                total = max((-(-size // stride) - 1) * stride + r - size, 0)
+                less, more = total // 2, total - total // 2
+                padding.append((less, more) if self.auto_pad == "SAME_UPPER" else (more, less))
+            return padding
+        if self.auto_pad == "VALID" or not self.pads:
+            return [(0, 0)] * len(self.kernel)
+        half = len(self.pads) // 2
+        return list(zip(self.pads[:half], self.pads[half:], strict=True))
+
+
+def tap_of(use: Use, weight: Weight, main: Any) -> Tap | None:
+    """The tap for one reader of a weight; None where it cannot be recorded."""
+    inside = use.scope.body is not main
+    if inside or not use.direct or not use.op or use.output_axes() != weight.rows:
+        return None
+    node = use.node
+    if use.op == "MatMul" and len(weight.shape) == 2:
+        return Tap(node.input[1 - use.index], use.elem_type, "rows" if use.index else "columns")
+    if use.op == "Gemm":
+        kind = "columns" if attribute(node, "transA", 0) else "rows"
+        return Tap(node.input[0], use.elem_type, kind)
+    if use.op in ("LSTM", "GRU", "RNN") and use.index == 1:
+        return Tap(node.input[0], use.elem_type, "rows")
+    if use.op == "Conv":
+        kernel = tuple(weight.shape[axis] for axis in use.perm[2:])
+        ones = (1,) * len(kernel)
+        return Tap(
+            node.input[0],
+            use.elem_type,
+            "patches",
+            kernel,
+            tuple(attribute(node, "strides", ones)),
+            tuple(attribute(node, "dilations", ones)),
+            tuple(attribute(node, "pads", ())),
+            attribute(node, "auto_pad", b"NOTSET").decode(),
+            attribute(node, "group", 1),
+        )
+    return None
+
+
+class Activations:
+    """Runs the float model and hands out the Inputs of each weight.
+
+    Statistics are gathered for as many weights at a time as `max_bytes` allows, in their order.
+    """
+
+    def __init__(
+        self,
+        source: Model,
+        weights: Sequence[Weight],
+        folder: Path,
+        max_bytes: int,
+        data: Path | None,
+    ) -> None:
+        """Find inputs that the model accepts: those of `data`, an .npz file, or made-up ones.
+
+        Raises UnsupportedModelError when there are none or no weight reads any, ValidationError
+        without onnxruntime.
+        """
+        main = source.proto.graph
+        self._source = source
+        self._max_bytes = max_bytes
+        self._cuts = {w.name: w.blocks(None, flat=False) for w in weights}
+        self._taps = {
+            w.name: tuple(dict.fromkeys(t for use in w.uses if (t := tap_of(use, w, main))))
+            for w in weights
+        }
+        self._all_taps = list(dict.fromkeys(tap for taps in self._taps.values() for tap in taps))
+        if not self._all_taps:
+            raise UnsupportedModelError("the inputs of no weight can be recorded")
+        self._gathered: dict[tuple[Tap, ...], Inputs] = {}
+        self._session = self._open(Output(folder, folder / "probe.onnx", bool(source.data_sha256)))
+        self._given = load_feeds(data, source.proto) if data else []
+        self._template, self._counts = self._probe()
+
+    def _open(self, output: Output) -> Any:
+        proto = ModelProto()
+        proto.CopyFrom(self._source.proto)
+        known = {value.name for value in (*proto.graph.output, *proto.graph.input)}
+        for tap in self._all_taps:
+            if tap.value not in known:
+                known.add(tap.value)
+                value = helper.make_tensor_value_info(tap.value, tap.elem_type, None)
+                proto.graph.output.append(value)
+        output.save(proto, self._source)
+        return open_session(output.path, exact=True)
+
+    def _probe(self) -> tuple[Feed, dict[Tap, int]]:
+        """A feed that the model accepts, and how many rows of inputs it gives each tap."""
+        problem = "no inputs"
+        made_up = made_up_feeds(self._source.proto, self._source.size)
+        for feeds in [self._given] if self._given else made_up:
+            try:
+                values = self._run(feeds[0], self._all_taps)
+            except Exception as error:  # onnxruntime raises bare exceptions of many types
+                problem = first_line(error)
+                continue
+            rng = np.random.default_rng(SEED)
+            rows = {tap: tap.rows(values[tap.value], MOST_ROWS, rng) for tap in self._all_taps}
+            return feeds[0], {tap: found.shape[1] for tap, found in rows.items()}
+        raise UnsupportedModelError(f"the model does not run on these inputs: {problem}")
+
+    @property
+    def seconds(self) -> float:
+        """About how long the statistics and the feedback will take on a machine with two cores."""
+        samples = len(self._given) or self._samples
+        work, size = 0.0, 0
+        for name, taps in self._taps.items():
+            cut = self._cuts[name]
+            rows = samples * sum(self._counts[tap] for tap in taps)
+            work += cut.rows * cut.cols * (cut.cols / 2 * bool(taps) + rows)
+            size += cut.rows * cut.cols * bool(taps)
+        for tap in self._all_taps:
+            columns = next(self._cuts[n].cols for n, taps in self._taps.items() if tap in taps)
+            rows = min(samples * self._counts[tap], MOST_ROWS)
+            work += tap.groups * columns**2 * (columns + rows)
+        return work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
+
+    @property
+    def _samples(self) -> int:
+        """How many samples to make up."""
+        rows = float(np.median(list(self._counts.values())))
+        return int(np.clip(-(-ROWS // max(rows, 1)), SAMPLES.start, SAMPLES.stop - 1))
+
+    @cached_property
+    def _feeds(self) -> tuple[list[Feed], list[Feed]]:
+        """Feeds for the statistics, and others for the judgement (the same if there is one)."""
+        feeds = self._given or self._made_up()
+        kept = max(1, len(feeds) // FRESH)
+        return feeds[:-kept] or feeds, feeds[-kept:]
+
+    def _made_up(self) -> list[Feed]:
+        samples = self._samples + max(1, self._samples // FRESH)
+        batch = BATCH
+        for wanted in signature(self._source.proto):
+            if wanted.table:
+                logits = self._template[wanted.name].size * wanted.table
+                batch = max(1, min(batch, LOGITS // max(logits, 1)))
+        if batch > 1:
+            try:
+                self._run(self._synthetic(batch, batch)[0], [])
+            except Exception:  # the model takes no batches, whatever its signature says
+                batch = 1
+        return self._synthetic(samples, batch)
+
+    def _synthetic(self, samples: int, batch: int) -> list[Feed]:
+        return synthetic_feeds(self._source, self._session, self._template, samples, batch, SEED)
+
+    def of(self, weight: Weight) -> Inputs | None:
+        """The inputs of a weight; None where they cannot be recorded or are not finite."""
+        taps = self._taps[weight.name]
+        if not taps:
+            return None
+        if taps not in self._gathered:
+            self._gathered = self._statistics(weight)
+        inputs = self._gathered[taps]
+        finite = all(np.isfinite(hessian).all() for hessian in inputs.hessians)
+        return inputs if finite and np.isfinite(inputs.fresh).all() else None
+
+    def _spans(self, taps: tuple[Tap, ...], columns: int) -> tuple[range, ...]:
+        """The columns cut up so that their matrices fit into memory."""
+        width = columns
+        while taps[0].groups * columns * width * BYTES_PER_ENTRY > self._max_bytes:
+            width = (width - 1) // PANEL * PANEL
+            if width <= PANEL:
+                break
+        return tuple(range(a, min(a + width, columns)) for a in range(0, columns, max(width, 1)))
+
+    def _pass(self, first: Weight) -> Iterator[tuple[tuple[Tap, ...], tuple[range, ...]]]:
+        """The taps from this weight on whose matrices fit into memory together."""
+        used = 0
+        seen: set[tuple[Tap, ...]] = set()
+        names = list(self._taps)
+        for name in names[names.index(first.name) :]:
+            taps = self._taps[name]
+            if not taps or taps in seen:
+                continue
+            spans = self._spans(taps, self._cuts[name].cols)
+            used += sum(taps[0].groups * len(s) ** 2 * BYTES_PER_ENTRY for s in spans)
+            if seen and used > self._max_bytes:
+                return
+            seen.add(taps)
+            yield taps, spans
+
+    def _statistics(self, first: Weight) -> dict[tuple[Tap, ...], Inputs]:
+        plan = dict(self._pass(first))
+        sums = {
+            taps: [np.zeros((taps[0].groups, len(s), len(s)), np.float64) for s in spans]
+            for taps, spans in plan.items()
+        }
+        for taps, rows in self._rows_of(self._feeds[0], list(plan), MOST_ROWS, GATHERED):
+            for total, span in zip(sums[taps], plan[taps], strict=True):
+                part = rows[:, :, span.start : span.stop]
+                total += part.transpose(0, 2, 1) @ part
+        fresh = dict(self._rows_of(self._feeds[1], list(plan), FRESH_ROWS, 2 * FRESH_ROWS))
+        return {taps: Inputs(spans, tuple(sums[taps]), fresh[taps]) for taps, spans in plan.items()}
+
+    def _rows_of(
+        self, feeds: list[Feed], wanted: list[tuple[Tap, ...]], most: int, at_a_time: int
+    ) -> Iterator[tuple[tuple[Tap, ...], Floats]]:
+        """Rows of inputs for the taps of each weight, up to about `most`, some feeds together."""
+        rng = np.random.default_rng(SEED)
+        share = -(-most // len(feeds))
+        waiting: dict[tuple[Tap, ...], list[Floats]] = {taps: [] for taps in wanted}
+        flat = [tap for taps in wanted for tap in taps]
+        for feed in feeds:
+            values = self._run(feed, flat)
+            for taps, rows in waiting.items():
+                rows += [tap.rows(values[tap.value], share, rng) for tap in taps]
+                if sum(part.shape[1] for part in rows) > at_a_time:
+                    yield taps, np.concatenate(rows, axis=1)
+                    rows.clear()
+        for taps, rows in waiting.items():
+            if rows:
+                yield taps, np.concatenate(rows, axis=1)
+
+    def _run(self, feed: Feed, taps: Sequence[Tap]) -> dict[str, npt.NDArray[Any]]:
+        names = [n for n in dict.fromkeys(tap.value for tap in taps) if n not in feed]
+        names = names or [self._session.get_outputs()[0].name]
+        return feed | dict(zip(names, self._session.run(names, feed), strict=True))

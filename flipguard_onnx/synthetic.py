@@ -1,0 +1,147 @@
+"""Inputs for statistics of activations, made up so that they resemble real ones.
+
+Token ids of a decoder are sampled from the decoder itself: for a sound model that is what it was
+trained on. Other ids are drawn uniformly. Signals and images are random fields with the spectrum of
+natural ones (amplitude falls with frequency), in the range that the graph suggests. The rest is as
+in `feeds`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto
+
+from .feeds import BATCH, Feed, Input, signature, values
+from .model import Model
+
+ROUNDS = 16  # of sampling from a decoder
+STEEPEST = 1.5  # exponent of the fall of a field's amplitude with frequency
+CHANNELS = (1, 3, 4)  # sizes of an axis that is not a place in an image
+_AFFINE = ("Sub", "Add", "Mul", "Div")
+_PASSED_ON = ("Cast", "Identity", "Transpose", "Unsqueeze", "Reshape")
+
+
+def synthetic_feeds(
+    source: Model, session: Any, template: Feed, samples: int, batch: int, seed: int
+) -> list[Feed]:
+    """Feeds of `batch` samples each, `samples` in all, in the shapes of one that the model accepts.
+
+    session: the float model in onnxruntime, from which a decoder's token ids are sampled.
+    """
+    rng = np.random.default_rng(seed)
+    inputs = signature(source.proto)
+    feeds = []
+    for _ in range(-(-samples // batch)):
+        feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in inputs}
+        feeds.append(_from_the_model(session, feed, inputs, rng))
+    return feeds
+
+
+def _value(
+    source: Model, wanted: Input, like: tuple[int, ...], batch: int, rng: np.random.Generator
+) -> npt.NDArray[Any]:
+    shape = tuple(batch if d == BATCH else n for d, n in zip(wanted.dims, like, strict=True))
+    if np.issubdtype(wanted.dtype, np.floating) and "mask" not in wanted.name.lower():
+        mean, deviation = input_range(source, wanted.name)
+        return (mean + deviation * _field(shape, rng)).astype(wanted.dtype)
+    if wanted.dtype == np.uint8 and len(shape) >= 3:
+        return np.clip(128 + 50 * _field(shape, rng), 0, 255).astype(np.uint8)
+    return values(wanted, shape, max(like, default=1), rng)
+
+
+def _field(shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """A Gaussian field of mean 0, variance 1 per sample; smoother or rougher from call to call."""
+    noise = rng.standard_normal(shape)
+    places = [a for a in range(1, len(shape)) if shape[a] > max(CHANNELS)]
+    if not places:
+        return noise
+    frequencies = np.meshgrid(*(np.fft.fftfreq(shape[a]) * shape[a] for a in places), indexing="ij")
+    distance = np.sqrt(sum(f**2 for f in frequencies))
+    amplitude = (1 + distance) ** -rng.uniform(0, STEEPEST)
+    widened = amplitude.reshape([shape[a] if a in places else 1 for a in range(len(shape))])
+    field = np.fft.ifftn(np.fft.fftn(noise, axes=places) * widened, axes=places).real
+    rest = tuple(range(1, len(shape)))
+    field -= field.mean(axis=rest, keepdims=True)
+    return np.asarray(field / np.maximum(field.std(axis=rest, keepdims=True), 1e-12))
+
+
+def input_range(source: Model, name: str) -> tuple[float, float]:
+    """Mean and standard deviation that the graph expects of a float input.
+
+    A batch normalization that reads the input names them; a chain of sums and products with
+    constants is taken to normalize it to mean 0 and variance 1. Without either: 0 and 1.
+    """
+    constants = {tensor.name: tensor for tensor in source.proto.graph.initializer}
+    for node in source.proto.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    gain, shift = 1.0, 0.0  # the value followed is gain * input + shift
+    for node in _chain(source.proto, name):
+        if node.op_type == "BatchNormalization":
+            mean, variance = (float(np.mean(source.array(constants[n]))) for n in node.input[3:5])
+            return _undone(gain, shift, mean, variance**0.5)
+        if node.op_type not in _AFFINE:
+            continue
+        other = next((n for n in node.input if n in constants), None)
+        if other is None:
+            break
+        factor = float(np.mean(source.array(constants[other])))
+        flipped = other == node.input[0]
+        if node.op_type == "Mul" or (node.op_type == "Div" and not flipped):
+            factor = factor if node.op_type == "Mul" else 1 / factor if factor else 0.0
+            gain, shift = gain * factor, shift * factor
+        elif node.op_type in ("Add", "Sub"):
+            shift += factor if node.op_type == "Add" else -factor
+    return _undone(gain, shift, 0.0, 1.0)
+
+
+def _undone(gain: float, shift: float, mean: float, deviation: float) -> tuple[float, float]:
+    """Mean and deviation of x where gain * x + shift has these; 0 and 1 if there are none."""
+    if not np.isfinite([gain, shift]).all() or gain == 0 or not deviation > 0:
+        return 0.0, 1.0
+    return (mean - shift) / gain, deviation / abs(gain)
+
+
+def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
+    """The nodes that read the value one after the other, as long as each has one reader."""
+    while True:
+        readers = [node for node in proto.graph.node if name in node.input]
+        if len(readers) != 1 or readers[0].op_type not in (
+            *_AFFINE,
+            *_PASSED_ON,
+            "BatchNormalization",
+        ):
+            return
+        yield readers[0]
+        name = readers[0].output[0]
+
+
+def _from_the_model(
+    session: Any, feed: Feed, inputs: list[Input], rng: np.random.Generator
+) -> Feed:
+    """The feed with token ids sampled from the model's own logits, if it is a decoder.
+
+    All places are drawn in every round from what the model makes of the places before them in the
+    round before, with one noise throughout; so place t is an exact sample from round t on.
+    """
+    ids = [i for i in inputs if i.table and feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1]
+    if len(ids) != 1:
+        return feed
+    name, table = ids[0].name, ids[0].table
+    wanted = (*feed[name].shape, table)
+    for output in session.get_outputs():
+        if output.type == f"tensor({np.dtype(np.float32)})".replace("float32", "float"):
+            logits = session.run([output.name], feed)[0]
+            if logits.shape == wanted:
+                break
+    else:
+        return feed
+    noise = rng.gumbel(size=logits[:, :-1].shape).astype(np.float32)
+    for _ in range(min(ROUNDS, feed[name].shape[1])):
+        tokens = feed[name].copy()
+        tokens[:, 1:] = np.argmax(logits[:, :-1] + noise, axis=-1)
+        feed = feed | {name: tokens}
+        logits = session.run([output.name], feed)[0]
+    return feed
