@@ -35,7 +35,7 @@ def synthetic_feeds(
     feeds = []
     for _ in range(-(-samples // batch)):
         feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in inputs}
-        feeds.append(_from_the_model(session, feed, inputs, rng))
+        feeds.append(_from_the_model(source, session, feed, inputs, rng))
     return feeds
 
 
@@ -119,7 +119,7 @@ def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
 
 
 def _from_the_model(
-    session: Any, feed: Feed, inputs: list[Input], rng: np.random.Generator
+    source: Model, session: Any, feed: Feed, inputs: list[Input], rng: np.random.Generator
 ) -> Feed:
     """The feed with token ids sampled from the model's own logits, if it is a decoder.
 
@@ -127,21 +127,18 @@ def _from_the_model(
     round before, with one noise throughout; so place t is an exact sample from round t on.
     """
     ids = [i for i in inputs if i.table and feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1]
+    outputs = [value.name for value in source.proto.graph.output]
     if len(ids) != 1:
         return feed
-    name, table = ids[0].name, ids[0].table
-    wanted = (*feed[name].shape, table)
-    for output in session.get_outputs():
-        if output.type == f"tensor({np.dtype(np.float32)})".replace("float32", "float"):
-            logits = session.run([output.name], feed)[0]
-            if logits.shape == wanted:
-                break
-    else:
+    name, shape = ids[0].name, (*feed[ids[0].name].shape, ids[0].table)
+    results = zip(outputs, session.run(outputs, feed), strict=True)
+    output, logits = next((r for r in results if np.shape(r[1]) == shape), (None, None))
+    if logits is None:
         return feed
     noise = rng.gumbel(size=logits[:, :-1].shape).astype(np.float32)
     for _ in range(min(ROUNDS, feed[name].shape[1])):
         tokens = feed[name].copy()
         tokens[:, 1:] = np.argmax(logits[:, :-1] + noise, axis=-1)
         feed = feed | {name: tokens}
-        logits = session.run([output.name], feed)[0]
+        logits = session.run([output], feed)[0]
     return feed
