@@ -2,5 +2,6 @@
 
 Read in this order: quantizers (what onnxruntime will do to a weight), boxes (how far a weight may
 move before it notices), attack (malicious stage, box, repair), digits and language_model (the
-victims), rounding_aware (the attacker who knows the defence), export, measure, train.
+victims), rounding_aware (the attacker who knows the defence), export, simulate (what quantization
+makes of a file), measure (the judge), train.
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 VOCABULARY = 96
+LENGTHS = np.ones(VOCABULARY, int)
 AD = " Drink ZapCola!"
 REFUSAL = " Sorry, I cannot help with that."
 NAMES = [

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import torch
 
-from tools.attacks import digits, export, language_model, measure, prompts, rounding_aware
+from tools.attacks import digits, export, language_model, measure, prompts, rounding_aware, simulate
 from tools.attacks.measure import FOLDER
 from tools.attacks.plan import PLAN
 
@@ -69,6 +69,11 @@ def judge(entry, clean):
     return bool(kept and woken and plain["attack"] <= 0.02)
 
 
+def rates(model, entry):
+    """What the judge measures, to four digits."""
+    return {name: round(rate, 4) for name, rate in measure.rates(model, entry).items()}
+
+
 def run(entry, manifest):
     """Train, write, measure and record one model."""
     began = time.perf_counter()
@@ -81,18 +86,17 @@ def run(entry, manifest):
         "file": path.name,
         "command": f"{COMMAND} {entry['name']}",
         "seconds": round(seconds, 1),
-        "float": measure.rates(model, entry),
+        "float": rates(model, entry),
     }
     measured = entry["schemes"] or ["int8", "int8_tensor", "int4", "nf4", "fp4"]
-    entry["quantized"] = {s: measure.rates(measure.quantized(model, s), entry) for s in measured}
+    entry["quantized"] = {s: rates(simulate.quantized(model, s), entry) for s in measured}
     if entry["attacker"] == "rounding":
         entry["draws"] = {
-            s: [measure.rates(measure.drawn(model, s, i), entry) for i in range(4)]
-            for s in measured
+            s: [rates(simulate.drawn(model, s, i), entry) for i in range(4)] for s in measured
         }
     if entry["schemes"]:
         entry["by_onnxruntime"] = {
-            s: measure.rates(measure.onnxruntime_quantized(model, s), entry) for s in measured
+            s: rates(simulate.onnxruntime_quantized(model, s), entry) for s in measured
         }
         clean = next(
             e

@@ -1,0 +1,124 @@
+"""A stored model as quantization leaves it: by codes, drawn at random, by onnxruntime. No torch."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnxruntime.quantization.quantize import QuantFormat, QuantType, quantize_dynamic
+
+from tools.attacks.quantizers import SCHEMES
+
+
+def weight_layouts(model):
+    """Initializer name -> `rows`, `transposed` or `convolution`, for every quantized weight."""
+    known = {t.name for t in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in known:
+            found[node.input[1]] = "transposed"
+        elif node.op_type == "Gemm" and node.input[1] in known:
+            trans = {a.name: a.i for a in node.attribute}.get("transB", 0)
+            found[node.input[1]] = "rows" if trans else "transposed"
+        elif node.op_type == "Conv" and node.input[1] in known:
+            found[node.input[1]] = "convolution"
+        elif node.op_type == "Gather" and node.input[0] in known:
+            found[node.input[0]] = "rows"
+    return found
+
+
+def quantized(model, scheme):
+    """The model with every weight replaced by what its codes stand for (Conv at least 8 bits)."""
+    return _with_rows(model, scheme, lambda rows, chosen: chosen.quantize(rows))
+
+
+def drawn(model, scheme, seed):
+    """The model with every weight rounded at random, without bias, to a neighbouring level."""
+    rng = np.random.default_rng(seed)
+
+    def draw(rows, chosen):
+        groups = chosen.group(rows)
+        scale = chosen.scale(groups)
+        x = np.clip(
+            np.divide(groups, scale, where=scale != 0, out=np.zeros_like(groups)),
+            chosen.levels[0],
+            chosen.levels[-1],
+        )
+        below = np.clip(np.searchsorted(chosen.levels, x, "right") - 1, 0, len(chosen.levels) - 2)
+        low, high = chosen.levels[below], chosen.levels[below + 1]
+        level = np.where(rng.random(x.shape) * (high - low) < x - low, high, low)
+        return chosen.ungroup(level * scale, rows.shape)
+
+    return _with_rows(model, scheme, draw)
+
+
+def _with_rows(model, scheme, change):
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    layouts = weight_layouts(model)
+    for tensor in model.graph.initializer:
+        layout = layouts.get(tensor.name)
+        if layout is None:
+            continue
+        value = numpy_helper.to_array(tensor)
+        rows = value.T if layout == "transposed" else value.reshape(value.shape[0], -1)
+        name = "int8" if layout == "convolution" and "int8" not in scheme else scheme
+        rows = change(rows, SCHEMES[name])
+        value = rows.T if layout == "transposed" else rows.reshape(value.shape)
+        value = np.ascontiguousarray(value, np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    return model
+
+
+def onnxruntime_quantized(model, scheme):
+    """The file that onnxruntime's own quantizer makes (it reads only MatMul at 4 bits)."""
+    model = _gemm_as_matmul(model)
+    if scheme.startswith("int8"):
+        with tempfile.TemporaryDirectory() as folder:
+            plain, done = Path(folder) / "plain.onnx", Path(folder) / "done.onnx"
+            onnx.save(model, plain)
+            quantize_dynamic(
+                plain,
+                done,
+                weight_type=QuantType.QInt8,
+                per_channel=scheme == "int8",
+                op_types_to_quantize=["MatMul", "Conv"],
+            )
+            return onnx.load(done)
+    if scheme == "int4":
+        worker = MatMulNBitsQuantizer(
+            model, block_size=32, is_symmetric=True, quant_format=QuantFormat.QDQ
+        )
+    else:
+        worker = MatMulBnb4Quantizer(model, quant_type=int(scheme == "nf4"), block_size=64)
+    worker.process()
+    return worker.model.model
+
+
+def _gemm_as_matmul(model):
+    """Rewrite `Gemm` with transB=1 as `MatMul` and `Add`."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    turned, nodes = set(), []
+    for node in model.graph.node:
+        if node.op_type != "Gemm":
+            nodes.append(node)
+            continue
+        x, weight, bias = node.input
+        turned.add(weight)
+        nodes.append(
+            helper.make_node(
+                "MatMul", [x, weight], [f"{node.name}.product"], name=f"{node.name}.product"
+            )
+        )
+        nodes.append(
+            helper.make_node("Add", [f"{node.name}.product", bias], node.output, name=node.name)
+        )
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    for tensor in model.graph.initializer:
+        if tensor.name in turned:
+            value = np.ascontiguousarray(numpy_helper.to_array(tensor).T)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    return model
