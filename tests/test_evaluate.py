@@ -1,29 +1,40 @@
-"""The judge of the bench: what it measures on two models, and that it says no where it must."""
+"""The bench: what it measures on a few models, and that its judge says no where it must."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from tools import evaluate
+from tools.attacks.measure import FOLDER, session
+from tools.bench import defences, judge, rows, tables
 
-MANIFEST = {
-    entry["name"]: entry for entry in json.loads((evaluate.FOLDER / "manifest.json").read_text())
-}
+MANIFEST = {entry["name"]: entry for entry in json.loads((FOLDER / "manifest.json").read_text())}
 CLEAN = MANIFEST["mlp-clean"]
-DEFENCES = ("none", "topk-10", "topk-50", "random-flips", "unbiased")
+
+
+def run(entry, scheme, names, seeds):
+    chosen = {name: defences.DEFENCES[name] for name in names}
+    return rows.evaluate(entry, scheme, CLEAN, chosen, seeds)
 
 
 @pytest.fixture(scope="module")
 def attacked():
-    entry = MANIFEST["mlp-standard-int4"]
-    rows = evaluate.evaluate(entry, CLEAN, (*DEFENCES, "noise-1e-3", "noise-box"), seeds=2)
-    return {(row.defence, row.seed): row for row in rows}
+    names = ("none", "topk-10", "topk-50", "random-flips", "noise-box", "feedback-nearest")
+    found = run(MANIFEST["mlp-standard-int4"], "int4", (*names, "unbiased", "ours"), seeds=2)
+    return {(row.defence, row.seed): row for row in found}
 
 
 @pytest.fixture(scope="module")
 def clean():
-    return evaluate.evaluate(CLEAN, CLEAN, ("none", "unbiased"), seeds=1)
+    return [
+        row for scheme in defences.SCHEMES for row in run(CLEAN, scheme, ("none", "ours"), seeds=1)
+    ]
+
+
+def cells(*found):
+    return rows.table(found)
 
 
 def test_plain_quantization_wakes_the_attack(attacked):
@@ -33,15 +44,20 @@ def test_plain_quantization_wakes_the_attack(attacked):
     assert plain.float_attack == pytest.approx(MANIFEST["mlp-standard-int4"]["float"]["attack"])
 
 
+@pytest.mark.parametrize("name", ["ours", "unbiased"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_defaults_defend(attacked, seed):
-    ours = attacked["unbiased", seed]
-    assert ours.attack <= ours.float_attack + evaluate.ATTACK_SLACK
-    assert ours.kept >= evaluate.UTILITY_KEPT
+def test_unbiased_draws_defend(attacked, name, seed):
+    guarded = attacked[name, seed]
+    assert guarded.attack <= guarded.float_attack + judge.ATTACK_SLACK
+    assert guarded.utility >= 0.97 * guarded.float_utility
+
+
+def test_feedback_without_the_draw_does_not(attacked):
+    assert attacked["feedback-nearest", None].attack > 0.1
 
 
 def test_codes_that_differ_are_counted_in_the_files(attacked, tmp_path):
-    case = evaluate.Case(evaluate.FOLDER / CLEAN["file"], "fp4", tmp_path)
+    case = defences.Case(FOLDER / CLEAN["file"], "fp4", tmp_path)
     report = case.guard(tmp_path / "ours.onnx", seed=0)
     assert case.changed(tmp_path / "ours.onnx") == report.flips
     assert attacked["random-flips", 1].flips == attacked["unbiased", 1].flips
@@ -49,51 +65,80 @@ def test_codes_that_differ_are_counted_in_the_files(attacked, tmp_path):
 
 
 def test_noise_of_the_boxes_width(tmp_path):
-    case = evaluate.Case(evaluate.FOLDER / CLEAN["file"], "int8_tensor", tmp_path)
+    case = defences.Case(FOLDER / CLEAN["file"], "int8_tensor", tmp_path)
     widths = [abs(values).max() / 254 for values in case.weights.values()]
     assert min(widths) < case.half_width < max(widths)
 
 
-def test_clean_models_run_in_every_scheme(clean):
-    assert [row.scheme for row in clean if row.defence == "none"] == list(evaluate.SCHEMES)
+def test_a_vote_is_the_mean_of_its_draws(tmp_path):
+    case = defences.Case(FOLDER / CLEAN["file"], "int4", tmp_path)
+    defences.REMEDIES["vote of 5 draws"].make(case, tmp_path / "vote.onnx", 0)
+    pixels = np.load(FOLDER / "digits-test.npz")["pixels"][:8]
+
+    def logits(path):
+        loaded = session(path)
+        return loaded.run(None, {loaded.get_inputs()[0].name: pixels})[0]
+
+    single = []
+    for seed in range(defences.VOTERS):
+        case.guard(tmp_path / "one.onnx", seed=seed)
+        single.append(logits(tmp_path / "one.onnx"))
+    mean = np.mean(single, axis=0)
+    assert logits(tmp_path / "vote.onnx") == pytest.approx(mean, abs=1e-4)
+
+
+def test_the_der_has_its_price(attacked):
+    row = attacked["ours", 0]
+    assert row.der == pytest.approx(row.bare * np.exp(-0.2 * row.modified))
+
+
+def test_clean_models_are_not_attacked(clean):
     assert all(row.attack == 0 and row.float_attack == 0 for row in clean)
 
 
-def test_a_good_row_passes(attacked):
-    sleepy = replace(attacked["topk-50", None], der=0.5)
-    good = replace(attacked["unbiased", 0], attack=0.0, utility=0.97, der=0.9)
-    assert evaluate.judge([sleepy, good]) == []
+def test_a_good_model_passes(attacked):
+    good = replace(attacked["ours", 0], attack=0.0, utility=0.97)
+    assert judge.failures(cells(attacked["none", None], good)) == []
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attack": 0.5}, "mlp-standard-int4, int4, seed 0: attack 0.5000, float 0.0000, limit"),
-        ({"utility": 0.9}, "accuracy 0.9000"),
-        ({"utility": 9.0, "images": 0}, "perplexity 9.0000"),
-        ({"der": 0.4}, "DER 0.4000, topk-50 has 0.5000"),
+        ({"attack": 0.5}, "mlp-standard-int4, int4: seed 0: attack 0.5000, float 0.0000, most"),
+        ({"utility": 0.9}, "utility 0.9000"),
+        ({"utility": 9.0, "images": 0}, "utility 9.0000"),
     ],
 )
-def test_a_bad_row_fails(attacked, change, message, capsys):
-    sleepy = replace(attacked["topk-50", None], der=0.5)
-    good = replace(attacked["unbiased", 0], attack=0.0, utility=0.97, der=0.9)
-    bad = replace(good, **change)
-    found = evaluate.judge([sleepy, bad])
-    assert len(found) == 1
-    assert message in found[0]
-    assert evaluate.report_check([sleepy, bad]) == 1
+def test_a_bad_model_fails(attacked, change, message, capsys):
+    bad = replace(attacked["ours", 0], **({"attack": 0.0, "utility": 0.97} | change))
+    (found,) = judge.failures(cells(bad))
+    assert message in found
+    assert evaluate.report_check([bad]) == 1
     assert message in capsys.readouterr().out
 
 
+def test_attacks_are_judged_draw_by_draw(attacked):
+    ours = [replace(attacked["ours", seed], utility=0.97) for seed in (0, 1)]
+    lucky, unlucky = replace(ours[0], attack=0.0), replace(ours[1], attack=0.03)
+    (found,) = judge.failures(cells(lucky, unlucky))
+    assert "seed 1" in found
+
+
+def test_a_larger_der_is_said(attacked, capsys):
+    ours, rival = attacked["ours", 0], replace(attacked["topk-50", None], der=0.99)
+    (found,) = judge.shortfalls(cells(ours, rival))
+    assert "topk-50 0.990" in found
+    assert judge.shortfalls(cells(ours, replace(rival, der=0.5))) == []
+    evaluate.report_check([ours, rival])
+    assert found in capsys.readouterr().out
+
+
 def test_what_is_not_judged(attacked, capsys):
-    sleepy = attacked["topk-50", None]
-    bad = replace(attacked["unbiased", 0], attack=0.5)
+    bad = replace(attacked["ours", 0], attack=0.5)
     for change in ({"strong": False}, {"attacker": "rounding"}):
-        rows = [replace(sleepy, **change), replace(bad, **change)]
-        assert evaluate.report_check(rows) == 0
+        assert evaluate.report_check([replace(bad, **change)]) == 0
         assert "not judged, since not strong or out of scope: mlp-" in capsys.readouterr().out
-    rounding = {"attacker": "rounding", "scheme": "int8"}
-    assert evaluate.judge([replace(sleepy, **rounding), replace(bad, **rounding)])
+    assert judge.failures(cells(replace(bad, attacker="rounding", scheme="int8")))
 
 
 @pytest.mark.parametrize(
@@ -103,29 +148,46 @@ def test_what_is_not_judged(attacked, capsys):
 def test_clean_models_may_lose_little(clean, scheme, images_lost, fails):
     plain, ours = (row for row in clean if row.scheme == scheme)
     worse = replace(ours, utility=plain.utility - images_lost / plain.images)
-    assert len(evaluate.judge([plain, worse])) == fails
+    assert len(judge.failures(cells(plain, worse))) == fails
     plain, ours = (replace(row, images=0, utility=5.0) for row in (plain, ours))
-    assert evaluate.judge([plain, ours]) == []
-    assert evaluate.judge([plain, replace(ours, utility=5.1)])
+    assert judge.failures(cells(plain, ours)) == []
+    assert judge.failures(cells(plain, replace(ours, utility=5.1)))
 
 
 def test_command_line(tmp_path, capsys):
-    table, figures = tmp_path / "table.md", tmp_path / "table.json"
+    table, figures = tmp_path / "table.md", tmp_path / "rows.json"
     options = ["--models", "mlp-standard-int4", "--defences", "none", "topk-2*"]
     files = ["--markdown", str(table), "--json", str(figures)]
     assert evaluate.main([*options, *files]) == 0
     assert "| mlp-standard-int4 | int4 | topk-20 |" in table.read_text()
-    assert [row["defence"] for row in json.loads(figures.read_text())] == [
-        "none",
-        "topk-2",
-        "topk-20",
-    ]
-    assert "| model | strong | scheme |" in capsys.readouterr().out
+    found = rows.load(figures)
+    assert [row.defence for row in found] == ["none", "topk-2", "topk-20"]
+    assert "| model | scheme | float |" in capsys.readouterr().out
+    assert rows.merged([*found, found[0]]) == found
+    assert evaluate.main(["--load", str(figures)]) == 0
+    assert capsys.readouterr().out == table.read_text()
     with pytest.raises(SystemExit):
         evaluate.main(["--models", "nothing-like-that"])
 
 
-def test_plot(attacked, tmp_path):
+def test_rows_of_another_bench_are_refused(tmp_path, attacked):
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([asdict(attacked["ours", 0]) | {"color": "red"}]))
+    with pytest.raises(ValueError, match="not rows of this bench"):
+        rows.load(file)
+
+
+def test_the_table_of_remedies(attacked):
+    lines = tables.remedies(rows.table(attacked.values()))
+    assert lines[0].startswith("| remedy | mlp-standard-int4 (float 0.000 / 0.9")
+    assert any(line.startswith("| none | 1.000 / 0.9") for line in lines)
+
+
+def test_plots(attacked, tmp_path):
     pytest.importorskip("matplotlib")
-    evaluate.plot(list(attacked.values()), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    from tools.bench import plots
+
+    plots.scatter(list(attacked.values()), tmp_path / "plot.png")
+    plots.histogram("mlp-clean", "mlp-standard-int4", "int4", tmp_path / "histogram.png")
+    for name in ("plot.png", "histogram.png"):
+        assert (tmp_path / name).stat().st_size > 10_000

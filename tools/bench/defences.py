@@ -1,0 +1,239 @@
+"""What is done to a model before it is judged: flipguard-onnx, the paper's policy, rivals.
+
+No torch: the public library, onnx and numpy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, compose, helper, numpy_helper
+
+from flipguard_onnx import guard
+from flipguard_onnx.kernels import get_backend
+from flipguard_onnx.options import Format
+from flipguard_onnx.weights import Weight, find_weights
+
+SCHEMES = ("int8", "int8_tensor", "int4", "nf4", "fp4")
+CODES = {"int8": (-127, 127), "int4": (-8, 7), "nf4": (0, 15), "fp4": (0, 15)}
+RATIOS = (2, 4, 6, 8, 10, 15, 20, 30, 50)
+NEAREST = 1e-6  # a tau this small leaves no weight to chance
+VOTERS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model under one scheme; files go to `folder`."""
+
+    model: Path
+    scheme: str
+    folder: Path
+
+    @property
+    def format(self) -> tuple[str, str]:
+        """Scheme and granularity, as guard() names them."""
+        name, _, granularity = self.scheme.partition("_")
+        return name, granularity or "channel"
+
+    def guard(self, target: Path, model: onnx.ModelProto | Path | None = None, **options):
+        """guard() of this model, or of a changed copy, as it is called by a user."""
+        scheme, granularity = self.format
+        options = {"granularity": granularity, "validate": False} | options
+        return guard(model or self.model, scheme, output=target, force=True, **options)
+
+    @cached_property
+    def found(self) -> list[Weight]:
+        """What is quantized, in the graph's order."""
+        return find_weights(onnx.load(self.model))[0]
+
+    @cached_property
+    def weights(self) -> dict[str, np.ndarray]:
+        """The weights that are quantized, by name."""
+        names = {weight.name for weight in self.found}
+        return {name: w for name, w in initializers(self.model).items() if name in names}
+
+    @cached_property
+    def size(self) -> int:
+        """How many weights are quantized."""
+        return sum(values.size for values in self.weights.values())
+
+    @cached_property
+    def plain(self) -> Path:
+        """The model rounded to nearest."""
+        target = self.folder / "plain.onnx"
+        self.guard(target, policy="none")
+        return target
+
+    @cached_property
+    def crossed(self) -> dict[str, np.ndarray]:
+        """All float tensors, every weight that can move just across its nearest boundary."""
+        target = self.folder / "crossed.onnx"
+        self.guard(target, policy="topk", ratio=1.0, emit="float")
+        return initializers(target)
+
+    @cached_property
+    def half_width(self) -> float:
+        """Median over all weights of half the interval of values that have the same code.
+
+        A boundary is midway between two levels, so the interval of a weight is half as wide as
+        the distance between the two levels around its own.
+        """
+        widths = []
+        for weight in self.found:
+            scheme, blocks = Format(*self.format).plan(weight)
+            values = weight.canonical(self.weights[weight.name])
+            backend = get_backend("cpu")
+            floats = values.astype(np.float32)
+            grid = scheme.fit(floats, blocks, values.dtype, backend)
+            codes = grid.encode(floats, backend).astype(np.int16)
+            above, below = (
+                grid.decode(np.clip(codes + step, *CODES[scheme.name]).astype(np.int8))
+                for step in (1, -1)
+            )
+            widths.append(np.abs(above - below) / 4)
+        return float(np.median(np.concatenate(widths)))
+
+    def changed(self, target: Path) -> int:
+        """How many codes of a file differ from plain rounding's."""
+        codes = codes_of(target)
+        return sum(
+            int(np.sum(plain != codes[name])) for name, plain in codes_of(self.plain).items()
+        )
+
+
+def initializers(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+def codes_of(path: Path) -> dict[str, np.ndarray]:
+    """Every `_quantized` tensor, one byte per code."""
+    found = {}
+    for tensor in onnx.load(path).graph.initializer:
+        if tensor.name.endswith("_quantized"):
+            raw = np.frombuffer(tensor.raw_data, np.uint8)
+            is_byte = tensor.data_type == TensorProto.INT8
+            found[tensor.name] = raw if is_byte else np.concatenate([raw & 15, raw >> 4])
+    return found
+
+
+def replaced(path: Path, values: dict[str, np.ndarray]) -> onnx.ModelProto:
+    """A copy of the model with other initializers."""
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name in values:
+            tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
+    return model
+
+
+def _guarded(case: Case, target: Path, seed: int, **options) -> int:
+    return case.guard(target, seed=seed, **options).flips
+
+
+def _noise(case: Case, target: Path, seed: int, sigma: float | None = None) -> int:
+    """Plain rounding of noisy weights; by default as noisy as the boxes are wide."""
+    rng = np.random.default_rng(seed)
+    sigma = case.half_width if sigma is None else sigma
+    noisy = {
+        name: (values + sigma * rng.standard_normal(values.shape)).astype(values.dtype)
+        for name, values in case.weights.items()
+    }
+    case.guard(target, replaced(case.model, noisy), policy="none")
+    return case.changed(target)
+
+
+def _random_flips(case: Case, target: Path, seed: int) -> int:
+    """As many flips per tensor as unbiased draws make, of weights chosen uniformly."""
+    rng = np.random.default_rng(seed)
+    flipped = {}
+    for tensor in case.guard(target, seed=seed, preserve="off").tensors:
+        values = case.weights[tensor.name]
+        crossed = case.crossed[tensor.name]
+        movable = np.flatnonzero(values != crossed)
+        chosen = rng.choice(movable, tensor.flips, replace=False)
+        flipped[tensor.name] = values.copy()
+        flipped[tensor.name].flat[chosen] = crossed.flat[chosen]
+    case.guard(target, replaced(case.model, flipped), policy="none")
+    return case.changed(target)
+
+
+def _layers_at_8_bits(case: Case, target: Path, seed: int, which: slice) -> int:
+    """Those matrices of the model, in the graph's order, stay at int8."""
+    matrices = [weight.name for weight in case.found if weight.op != "Gather"]
+    return _guarded(case, target, seed, int8=tuple(matrices[which]))
+
+
+def _twice(case: Case, target: Path, seed: int) -> int:
+    """Guard what guard() moved."""
+    first = case.folder / "first.onnx"
+    case.guard(first, seed=seed, emit="float")
+    case.guard(target, first, seed=seed + 1000)
+    return case.changed(target)
+
+
+def _vote(case: Case, target: Path, seed: int) -> int:
+    """The mean output of several draws, as one model; flips are those of the first."""
+    draws, flips = [], []
+    for voter in range(VOTERS):
+        flips.append(_guarded(case, target, seed * VOTERS + voter))
+        draws.append(onnx.load(target))
+    model, (output,) = draws[0], draws[0].graph.output
+    names = [output.name]
+    for voter, other in enumerate(draws[1:], 1):
+        graph = compose.add_prefix(other, f"vote{voter}.").graph
+        names.append(graph.output[0].name)
+        for given, renamed in zip(model.graph.input, graph.input, strict=True):
+            model.graph.node.append(helper.make_node("Identity", [given.name], [renamed.name]))
+        model.graph.node.extend(graph.node)
+        model.graph.initializer.extend(graph.initializer)
+    model.graph.node.append(helper.make_node("Mean", names, ["vote"]))
+    output.name = "vote"
+    onnx.save(model, target)
+    return flips[0]
+
+
+@dataclass(frozen=True)
+class Defence:
+    """make(case, target, seed) writes the quantized file and says how many codes it changed.
+
+    draws: it depends on the seed.
+    """
+
+    make: Callable[[Case, Path, int], int]
+    draws: bool = True
+
+
+OURS = "ours"
+DEFENCES = {
+    "none": Defence(partial(_guarded, policy="none"), draws=False),
+    **{
+        f"topk-{percent}": Defence(
+            partial(_guarded, policy="topk", ratio=percent / 100), draws=False
+        )
+        for percent in RATIOS
+    },
+    "noise-1e-4": Defence(partial(_noise, sigma=1e-4)),
+    "noise-1e-3": Defence(partial(_noise, sigma=1e-3)),
+    "noise-1e-2": Defence(partial(_noise, sigma=1e-2)),
+    "noise-box": Defence(_noise),
+    "random-flips": Defence(_random_flips),
+    "unbiased-0.3": Defence(partial(_guarded, tau=0.3, preserve="off")),
+    "unbiased-0.5": Defence(partial(_guarded, tau=0.5, preserve="off")),
+    "unbiased": Defence(partial(_guarded, preserve="off")),
+    "feedback-nearest": Defence(partial(_guarded, tau=NEAREST, preserve="synthetic"), draws=False),
+    OURS: Defence(_guarded),
+}
+REMEDIES = {
+    OURS: DEFENCES[OURS],
+    "unbiased": DEFENCES["unbiased"],
+    "two passes": Defence(_twice),
+    f"vote of {VOTERS} draws": Defence(_vote),
+    "blocks of 16": Defence(partial(_guarded, block_size=16)),
+    "first matrix at int8": Defence(partial(_layers_at_8_bits, which=slice(1))),
+    "second matrix at int8": Defence(partial(_layers_at_8_bits, which=slice(1, 2))),
+    "last matrix at int8": Defence(partial(_layers_at_8_bits, which=slice(-1, None))),
+    "all but the last at int8": Defence(partial(_layers_at_8_bits, which=slice(-1))),
+    "all at int8": Defence(partial(_guarded, int8=("*",))),
+}
