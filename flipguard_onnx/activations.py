@@ -103,11 +103,12 @@ class Tap:
         return list(zip(self.pads[:half], self.pads[half:], strict=True))
 
 
-def tap_of(use: Use, weight: Weight, main: Any) -> Tap | None:
-    """The tap for one reader of a weight; None where it cannot be recorded."""
-    inside = use.scope.body is not main
-    if inside or not use.direct or not use.op or use.output_axes() != weight.rows:
-        return None
+def tap_of(use: Use, weight: Weight, main: Any) -> Tap | str:
+    """The tap for one reader of a weight, or the reason why its inputs cannot be recorded."""
+    if use.scope.body is not main:
+        return "read in a subgraph or function"
+    if not use.direct or not use.op or use.output_axes() != weight.rows:
+        return "not read as it is stored"
     node = use.node
     if use.op == "MatMul" and len(weight.shape) == 2:
         return Tap(node.input[1 - use.index], use.elem_type, "rows" if use.index else "columns")
@@ -130,7 +131,11 @@ def tap_of(use: Use, weight: Weight, main: Any) -> Tap | None:
             attribute(node, "auto_pad", b"NOTSET").decode(),
             attribute(node, "group", 1),
         )
-    return None
+    if use.op == "Gather":
+        return "Gather picks rows: nothing is summed"
+    if use.op in ("LSTM", "GRU", "RNN"):
+        return f"recurrent: {use.op} multiplies it with its own state"
+    return f"inputs of {use.op} are not recorded here"
 
 
 class Activations:
@@ -156,9 +161,13 @@ class Activations:
         self._source = source
         self._max_bytes = max_bytes
         self._cuts = {w.name: w.blocks(None, flat=False) for w in weights}
+        found = {w.name: dict.fromkeys(tap_of(use, w, main) for use in w.uses) for w in weights}
         self._taps = {
-            w.name: tuple(dict.fromkeys(t for use in w.uses if (t := tap_of(use, w, main))))
-            for w in weights
+            name: tuple(tap for tap in taps if isinstance(tap, Tap)) for name, taps in found.items()
+        }
+        self._reasons = {
+            name: next((tap for tap in taps if isinstance(tap, str)), "")
+            for name, taps in found.items()
         }
         self._all_taps = list(dict.fromkeys(tap for taps in self._taps.values() for tap in taps))
         if not self._all_taps:
@@ -241,16 +250,16 @@ class Activations:
     def _synthetic(self, samples: int, batch: int) -> list[Feed]:
         return synthetic_feeds(self._source, self._session, self._template, samples, batch, SEED)
 
-    def of(self, weight: Weight) -> Inputs | None:
-        """The inputs of a weight; None where they cannot be recorded or are not finite."""
+    def of(self, weight: Weight) -> Inputs | str:
+        """The inputs of a weight, or the reason why there are none."""
         taps = self._taps[weight.name]
         if not taps:
-            return None
+            return self._reasons[weight.name]
         if taps not in self._gathered:
             self._gathered = self._statistics(weight)
         inputs = self._gathered[taps]
         finite = all(np.isfinite(hessian).all() for hessian in inputs.hessians)
-        return inputs if finite and np.isfinite(inputs.fresh).all() else None
+        return inputs if finite and np.isfinite(inputs.fresh).all() else "its inputs overflow"
 
     def _spans(self, taps: tuple[Tap, ...], columns: int) -> tuple[range, ...]:
         """The columns cut up so that their matrices fit into memory."""

@@ -31,6 +31,7 @@ from .errors import (
     UnsupportedModelError,
     ValidationError,
 )
+from .feedback import Inputs
 from .flip import Policy, flip, tensor_key
 from .kernels import get_backend
 from .model import INLINE_LIMIT, Model, Output, data_path, file_sha256, open_model, workspace
@@ -142,10 +143,12 @@ def guard(
                 values = weight.canonical(_finite(source, weight))
                 key = tensor_key(drawn_seed, weight.name)
                 inputs = activations.of(weight) if activations else None
-                flips = flip(weight.name, values, kind, blocks, rule, key, backend, inputs)
+                unfed = inputs if isinstance(inputs, str) else None
+                fed = inputs if isinstance(inputs, Inputs) else None
+                flips = flip(weight.name, values, kind, blocks, rule, key, backend, fed)
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
-                tensors.append(Tensor.of(weight, kind, flips))
+                tensors.append(Tensor.of(weight, kind, flips, unfed))
             say("guarding", len(tensors), len(weights))
             report = Report(
                 version=__version__,
@@ -162,6 +165,7 @@ def guard(
                 int8=int8,
                 preserve=mode if activations else "off",
                 preserve_note=note,
+                data_sha256=file_sha256(feeds) if feeds else None,
                 seed=drawn_seed if policy == "unbiased" else None,
                 draws=draw,
                 device=backend.__name__.rpartition(".")[2],
@@ -211,7 +215,7 @@ def inspect(
     for weight, (kind, blocks) in zip(weights, form.plans(weights), strict=True):
         width = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).itemsize
         saved += weight.size * width - (weight.size * kind.bits // 8 + blocks.count * width)
-        tensors.append(Tensor.of(weight, kind, None))
+        tensors.append(Tensor.of(weight, kind))
     return Inspection(
         str(source.path),
         source.sha256,

@@ -17,7 +17,7 @@ class Tensor:
 
     flips: weights that crossed a boundary. furthest: by how many levels at most. gain: squared
     error of the layer's products with error feedback / without it, on made-up or given inputs;
-    feedback was used where that is below 1.
+    feedback was used where that is below 1. unfed: why it was not tried.
     """
 
     name: str
@@ -28,13 +28,17 @@ class Tensor:
     flips: int | None = None
     furthest: int | None = None
     gain: float | None = None
+    unfed: str | None = None
 
     @classmethod
-    def of(cls, weight: Weight, scheme: Scheme, flips: Flips | None) -> "Tensor":
+    def of(
+        cls, weight: Weight, scheme: Scheme, flips: Flips | None = None, unfed: str | None = None
+    ) -> "Tensor":
         tensor = cls(weight.name, weight.op, weight.shape, scheme.name, weight.size)
         if flips is None:
             return tensor
-        return replace(tensor, flips=flips.count, furthest=flips.furthest, gain=flips.gain)
+        moved = replace(tensor, flips=flips.count, furthest=flips.furthest)
+        return replace(moved, gain=flips.gain, unfed=unfed)
 
     @property
     def preserved(self) -> bool:
@@ -81,8 +85,8 @@ class Report:
     """The result of guard().
 
     outputs: bytes by path. preserve: the inputs on which errors were fed forward, "off" if they
-    were not; preserve_note: why. seed: None where the policy draws nothing. draws: how many it took
-    until one passed. seconds: wall time.
+    were not; preserve_note: why. data_sha256: of the inputs that were given. seed: None where the
+    policy draws nothing. draws: how many it took until one passed. seconds: wall time.
     """
 
     version: str
@@ -99,6 +103,7 @@ class Report:
     int8: tuple[str, ...]
     preserve: str
     preserve_note: str | None
+    data_sha256: str | None
     seed: int | None
     draws: int
     device: str
@@ -134,6 +139,7 @@ class Report:
             "tau": self.tau,
             "ratio": self.ratio,
             "preserve": self.preserve if self.policy == "unbiased" else None,
+            "data_sha256": self.data_sha256 if self.preserve == "data" else None,
             "int8": " ".join(self.int8) or None,
             "seed": self.seed,
             "input_sha256": self.input_sha256,
@@ -192,9 +198,19 @@ class Report:
         share = sum(tensor.weights for tensor in kept) / max(self.weights, 1)
         gains = sorted(tensor.gain or 0 for tensor in kept)
         typical = f", layer error x{gains[len(gains) // 2]:.2f} (median)" if gains else ""
+        furthest = max((tensor.furthest or 0 for tensor in kept), default=0)
+        typical += f", codes up to {furthest} levels from plain's" if furthest > 1 else ""
+        reasons: dict[str, list[Tensor]] = defaultdict(list)
+        for tensor in self.tensors:
+            if not tensor.preserved:
+                reasons[tensor.unfed or "no better on fresh inputs"].append(tensor)
         return [
             f"preserve  on {self.preserve} inputs: {len(kept)} of {len(self.tensors)} tensors, "
-            f"{share:.1%} of the weights{typical}"
+            f"{share:.1%} of the weights{typical}",
+            *(
+                f"          not {len(members)}, {sum(t.weights for t in members):,} weights: {why}"
+                for why, members in reasons.items()
+            ),
         ]
 
 

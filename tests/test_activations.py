@@ -1,5 +1,7 @@
 """What weights are multiplied with: recorded from the float model, on made-up inputs or given."""
 
+import hashlib
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -12,12 +14,14 @@ import flipguard_onnx
 from flipguard_onnx import SchemeError, UnsupportedModelError, pipeline
 from flipguard_onnx.activations import Activations
 from flipguard_onnx.cli import main
+from flipguard_onnx.feedback import Inputs
 from flipguard_onnx.model import open_model
 from flipguard_onnx.synthetic import input_range, synthetic_feeds
 from flipguard_onnx.weights import find_weights
 
 F = TensorProto.FLOAT
 PLENTY = 1 << 30
+RECURRENT = "recurrent: LSTM multiplies it with its own state"
 
 
 def activations(tmp_path, proto, data=None, max_bytes=PLENTY):
@@ -96,9 +100,8 @@ def test_what_can_be_recorded(tmp_path, sample, recorded):
             activations(tmp_path, proto)
         return
     found, its_weights = activations(tmp_path, proto)
-    known = [found.of(weight) is not None for weight in its_weights]
-    assert any(known)
-    assert all(known) == (sample != "lstm")  # an LSTM's own state is not recorded
+    unknown = [found.of(w) for w in its_weights if not isinstance(found.of(w), Inputs)]
+    assert unknown == ([RECURRENT] if sample == "lstm" else [])
 
 
 def test_less_memory_means_spans_and_more_passes_but_the_same_sums(tmp_path):
@@ -224,6 +227,17 @@ def test_guard_preserves_the_products_of_a_layer(tmp_path, scheme):
     assert tensor.preserved
     assert tensor.gain < 0.3
     assert "preserve  on data inputs: 1 of 1 tensors, 100.0% of the weights" in report.render()
+    assert report.data_sha256 == hashlib.sha256(data.read_bytes()).hexdigest()
+    written = onnx.load(tmp_path / "out.onnx")
+    record = {entry.key: entry.value for entry in written.metadata_props}
+    assert record["flipguard.data_sha256"] == report.data_sha256
+
+
+def test_tensors_without_feedback_are_listed_with_the_reason(tmp_path):
+    report = guard(tmp_path, SAMPLES["lstm"](), preserve="synthetic")
+    unfed = [tensor for tensor in report.tensors if tensor.unfed]
+    assert [tensor.unfed for tensor in unfed] == [RECURRENT]
+    assert f"not 1, {unfed[0].weights:,} weights: {RECURRENT}" in report.render()
 
 
 def test_auto_takes_the_data_if_there_is_any_and_is_off_for_other_policies(tmp_path):
