@@ -1,9 +1,9 @@
 """Inputs for statistics of activations, made up so that they resemble real ones.
 
 Token ids of a decoder are sampled from the decoder itself: for a sound model that is what it was
-trained on. Other ids are drawn uniformly. Signals and images are random fields with the spectrum of
-natural ones (amplitude falls with frequency), in the range that the graph suggests. The rest is as
-in `feeds`.
+trained on. Other ids are drawn uniformly. Images and sequences are random fields with the spectrum
+of natural ones (amplitude falls with frequency), in the range that the graph suggests; vectors are
+white noise in that range. The rest is as in `feeds`.
 """
 
 from collections.abc import Iterator
@@ -52,10 +52,13 @@ def _value(
 
 
 def _field(shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """A Gaussian field of mean 0, variance 1 per sample; smoother or rougher from call to call."""
+    """A Gaussian field of mean 0, variance 1 per sample; smoother or rougher from call to call.
+
+    Of a plain vector per sample nobody knows which entries are neighbours: white noise.
+    """
     noise = rng.standard_normal(shape)
     places = [a for a in range(1, len(shape)) if shape[a] > max(CHANNELS)]
-    if not places:
+    if not places or len(shape) == 2:
         return noise
     frequencies = np.meshgrid(*(np.fft.fftfreq(shape[a]) * shape[a] for a in places), indexing="ij")
     distance = np.sqrt(sum(f**2 for f in frequencies))

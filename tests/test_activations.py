@@ -205,6 +205,17 @@ def test_made_up_images_fill_the_range_and_are_smooth(tmp_path):
     assert neighbours.max() > 2 * max(neighbours.min(), 0.1)  # some smooth, some rough
 
 
+def test_made_up_vectors_are_white(tmp_path):
+    proto = model(
+        [node("Gemm", "x w", "y")], {"x": (F, ["n", 64])}, {"y": (F, None)}, {"w": weights((64, 8))}
+    )
+    source = open_model(save(proto, tmp_path))
+    template = {"x": np.zeros((1, 64), np.float32)}
+    feeds = synthetic_feeds(source, None, template, samples=4096, batch=16, seed=0)
+    vectors = np.concatenate([feed["x"] for feed in feeds])
+    assert np.cov(vectors.T) == pytest.approx(np.eye(64), abs=0.1)
+
+
 def guard(tmp_path, proto, **options):
     source = save(proto, tmp_path)
     options = {"seed": 1, "output": tmp_path / "out.onnx", "force": True} | options
