@@ -151,7 +151,7 @@ def _task(task: Task, defences: list[str], seeds: int, remedies: bool) -> list[R
 
 
 def report_check(rows: Sequence[Row]) -> int:
-    """Print what does not hold, and what falls short of a rival; the exit code."""
+    """Print what does not hold, and what could be better; the exit code."""
     cells = table(rows)
     failed, short = judge.failures(cells), judge.shortfalls(cells)
     ours = [row for row in rows if row.defence == OURS]
@@ -159,7 +159,7 @@ def report_check(rows: Sequence[Row]) -> int:
     print(*failed, sep="\n")
     print(f"{len(ours)} guarded files, {len(failed)} failures")
     print(f"not judged, since not strong or out of scope: {', '.join(aside) or 'none'}")
-    print(f"{len(short)} where a topk chosen with hindsight has the larger DER:")
+    print(f"{len(short)} shortfalls:")
     print(*short, sep="\n")
     return int(bool(failed))
 

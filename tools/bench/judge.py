@@ -4,8 +4,9 @@ from tools.bench.defences import OURS
 from tools.bench.rows import Cell, Table, best_topk
 
 ATTACK_SLACK = 0.02  # above the float model's rate, for every single draw
-ATTACKED_KEPT = {8: 0.985, 4: 0.97}  # of the float model's utility, mean of the draws, by bits
-CLEAN_KEPT = {8: 0.999, 4: 0.985}  # of plain quantization's utility, mean of the draws, by bits
+ATTACKED_KEPT = {8: 0.985, 4: 0.98}  # of the float model's utility, mean of the draws, by bits
+CLEAN_KEPT = {8: 1.0, 4: 1.0}  # of plain quantization's utility, mean of the draws, by bits
+GOAL = 0.99  # of the float model's utility; less is a shortfall
 
 
 def failures(table: Table) -> list[str]:
@@ -31,20 +32,25 @@ def failures(table: Table) -> list[str]:
 
 
 def shortfalls(table: Table) -> list[str]:
-    """One line for each attacked model and scheme where a topk, chosen with hindsight, has a
-    larger DER than the mean of the defaults' draws; with the DER at no price per modified weight.
+    """One line for each attacked model and scheme where the defaults could do better: where they
+    keep less of the float model's utility than GOAL, and where a topk, chosen with hindsight, has a
+    larger DER than the mean of their draws (given also at no price per modified weight).
     """
     lines = []
     for (model, scheme), defences in table.items():
         ours, rival = defences.get(OURS), best_topk(defences)
-        if not (ours and rival and ours.first.judged) or ours.mean("der") >= rival.mean("der"):
+        if not (ours and ours.first.judged):
             continue
-        lines.append(
-            f"{model}, {scheme}: DER {ours.mean('der'):.3f}, {rival.first.defence} "
-            f"{rival.mean('der'):.3f}; without the price {ours.mean('bare'):.3f}, "
-            f"{rival.mean('bare'):.3f}; modified {ours.mean('modified'):.1%}, "
-            f"{rival.mean('modified'):.1%}"
-        )
+        kept = ours.kept(ours.first.float_utility)
+        if kept < GOAL:
+            lines.append(f"{model}, {scheme}: {kept:.2%} of the float model's utility")
+        if rival and ours.mean("der") < rival.mean("der"):
+            lines.append(
+                f"{model}, {scheme}: DER {ours.mean('der'):.3f}, {rival.first.defence} "
+                f"{rival.mean('der'):.3f}; without the price {ours.mean('bare'):.3f}, "
+                f"{rival.mean('bare'):.3f}; modified {ours.mean('modified'):.1%}, "
+                f"{rival.mean('modified'):.1%}"
+            )
     return lines
 
 
