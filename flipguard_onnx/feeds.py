@@ -112,6 +112,9 @@ def _input(proto: ModelProto, value: ValueInfoProto) -> Input:
 def _indexed_table(proto: ModelProto, name: str) -> int | None:
     """Rows of the smallest constant table that a Gather indexes with this value."""
     tables = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
+    for node in proto.graph.node:  # float16 tables are often stored behind a Cast
+        if node.op_type in ("Cast", "Identity") and node.input[0] in tables:
+            tables[node.output[0]] = tables[node.input[0]]
     sizes = []
     pending, seen = [name], {name}
     while pending:

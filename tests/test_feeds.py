@@ -13,16 +13,17 @@ from flipguard_onnx.validate import Drift, Runner, _drift, judge, pooled
 
 
 def signature(**inputs):
-    """A model with these inputs; `ids` and `ids32` index tables of 50 and 20 rows."""
+    """A model with these inputs; `ids` and `ids32` index tables of 50 and 20 (float16) rows."""
     return model(
         [
             node("Gather", "table ids", "a"),
             node("Cast", "ids32", "i", to=TensorProto.INT64),
-            node("Gather", "small i", "b"),
+            node("Cast", "small", "small.float", to=TensorProto.FLOAT),
+            node("Gather", "small.float i", "b"),
         ],
         inputs,
         {"a": (F, None)},
-        {"table": weights((50, 4)), "small": weights((20, 4))},
+        {"table": weights((50, 4)), "small": weights((20, 4)).astype(np.float16)},
     )
 
 
