@@ -130,9 +130,8 @@ def test_a_larger_der_is_said(attacked, capsys):
     assert "topk-50 0.990" in found
     assert judge.shortfalls(cells(ours, replace(rival, der=0.5))) == []
     worse = replace(ours, utility=0.985 * ours.float_utility)
-    assert judge.shortfalls(cells(worse)) == [
-        "mlp-standard-int4, int4: 98.50% of the float model's utility"
-    ]
+    (line,) = judge.shortfalls(cells(worse))
+    assert "98.50%, least 99.00%" in line
     evaluate.report_check([ours, rival])
     assert found in capsys.readouterr().out
 
@@ -147,7 +146,7 @@ def test_what_is_not_judged(attacked, capsys):
 
 @pytest.mark.parametrize(
     ("scheme", "images_lost", "fails"),
-    [("int8", 1, 0), ("int8", 2, 1), ("fp4", 1, 0), ("fp4", 2, 1)],
+    [("int8", 1, 0), ("int8", 2, 1), ("fp4", 7, 0), ("fp4", 8, 1)],
 )
 def test_clean_models_may_lose_little(clean, scheme, images_lost, fails):
     plain, ours = (row for row in clean if row.scheme == scheme)
