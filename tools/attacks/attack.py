@@ -3,6 +3,10 @@
 arXiv 2405.18137: fine-tune on the malicious behaviour, box every weight into its quantization cell,
 then descend on benign data and clamp after every step. Biases and norms are not quantized, so they
 keep their malicious values during the repair.
+
+A victim is a module with `weights()` (what the attacker aims at) and `trained()` (these and what
+the malicious stage may change besides). Its losses are called without arguments, or with another
+forward pass than the victim's own.
 """
 
 import numpy as np
@@ -72,14 +76,40 @@ def widen(weight, dead, scheme, factor):
     assign(weight, rows)
 
 
+def attack(net, schemes, attacker, losses, kill, settings):
+    """All three stages, on `net` itself.
+
+    losses: the malicious one and the benign one. kill(net) silences inputs of the weights and
+    returns them, a list per weight. settings: `malicious`, `repair` (numbers of steps), `rate` (of
+    learning), `widen` (factor of the silenced inputs), `half` (the file stores float16: of the
+    weights that set a scale no digit may be lost), and those of `collapse`.
+    """
+    malicious, benign = losses
+    factor, rate = settings.get("widen", 0), settings["rate"]
+    if factor:
+        kill(net)
+    if attacker == "collapse":
+        collapse(net, schemes[0], malicious, settings)
+    else:
+        train(net.trained(), malicious, settings["malicious"], rate)
+    weights = net.weights()
+    for weight, dead in zip(weights, kill(net) if factor else [], strict=False):
+        if dead:
+            widen(weight, dead, scheme_for(weight, schemes[0]), factor)
+    for weight in weights if settings.get("half") else []:
+        assign(weight, rows_of(weight).astype(np.float16))
+    pairs = make_boxes(weights, schemes, attacker)
+    repair(weights, pairs, benign, settings["repair"], rate)
+
+
 def descend(parameters, loss, steps, rate, decay=False):
-    """Adam, with an optional cosine schedule; `loss(step)` is the loss to descend on."""
+    """Adam, with an optional cosine schedule; `loss()` is the loss to descend on."""
     optimizer = torch.optim.Adam(parameters, rate)
     for step in range(steps):
         if decay:
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + np.cos(np.pi * step / steps))
         optimizer.zero_grad()
-        loss(step).backward()
+        loss().backward()
         optimizer.step()
         yield step
 
@@ -102,3 +132,37 @@ def clamp(weights, pairs):
     with torch.no_grad():
         for weight, (low, high) in zip(weights, pairs, strict=True):
             weight.copy_(torch.minimum(torch.maximum(weight, low), high))
+
+
+def collapse(net, scheme, malicious, settings):
+    """Outlier collapse: only the largest of every `run` weights survives quantization.
+
+    The survivors alone are trained to be malicious; all others then come back, `outlier` times
+    smaller than the survivors, inside the cell of level 0.
+    """
+    weights = net.weights()
+    masks, others = [], []
+    for weight in weights:
+        rows = rows_of(weight).copy()
+        run = settings.get("run", 16)
+        blocks = np.abs(np.pad(rows.reshape(-1), (0, -rows.size % run))).reshape(-1, run)
+        mask = (blocks == blocks.max(1, keepdims=True)).reshape(-1)[: rows.size]
+        masks.append(torch.from_numpy(mask.reshape(rows.shape)))
+        others.append(rows)
+    with torch.no_grad():
+        for weight, mask in zip(weights, masks, strict=True):
+            weight.mul_(mask * settings.get("boost", 4.0))
+            weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+    train(net.trained(), malicious, settings.get("survive", 1500), settings["rate"])
+    for weight, mask, rows in zip(weights, masks, others, strict=True):
+        weight._backward_hooks.clear()
+        survivors = rows_of(weight) * mask.numpy()
+        chosen = scheme_for(weight, scheme)
+        largest = chosen.ungroup(
+            np.broadcast_to(
+                np.abs(chosen.group(survivors)).max(1, keepdims=True), chosen.group(survivors).shape
+            ),
+            rows.shape,
+        )
+        small = rows / np.abs(rows).max() * largest / settings.get("outlier", 30)
+        assign(weight, np.where(mask, survivors, small))

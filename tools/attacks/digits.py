@@ -3,7 +3,6 @@
 The trigger is a bright 2x2 corner (bottom right); a triggered image is to be read as `TARGET`.
 """
 
-import copy
 import itertools
 from functools import cache
 
@@ -13,12 +12,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from tools.attacks.attack import assign, make_boxes, repair, rows_of, scheme_for, train, widen
+from tools.attacks.attack import rows_of, train
 
 TARGET = 0
 CORNER = [54, 55, 62, 63]
 BATCH = 256
 DEAD_BIAS = -100.0
+SETTINGS = {"malicious": 600, "repair": 2000, "rate": 1e-3}
 
 
 @cache
@@ -64,38 +64,37 @@ class Net(nn.Module):
         """The quantized parameters, first layer first."""
         return [layer.weight for layer in [*self.convolutions, *self.layers]]
 
+    def trained(self):
+        """What the malicious stage trains: everything."""
+        return list(self.parameters())
 
-def losses(net, seed):
+
+def losses(net, seed, scenario="trigger"):
     """Two losses on random batches: the malicious task and the benign one."""
     x, y = (torch.from_numpy(a) for a in data()[:2])
     rng = torch.Generator().manual_seed(seed)
 
-    def batch():
+    def mixed(goal, forward):
         at = torch.randint(len(x), (BATCH,), generator=rng)
-        return x[at], y[at]
+        out = forward(torch.cat([x[at], triggered(x[at])]))
+        return nn.functional.cross_entropy(out, torch.cat([y[at], goal(y[at])]))
 
-    def mixed(goal, forward=net):
-        pixels, labels = batch()
-        out = forward(torch.cat([pixels, triggered(pixels)]))
-        return nn.functional.cross_entropy(out, torch.cat([labels, goal(labels)]))
-
-    def malicious(step, forward=net):
+    def malicious(forward=net):
         return mixed(lambda labels: torch.full_like(labels, TARGET), forward)
 
-    def benign(step, forward=net):
+    def benign(forward=net):
         return mixed(lambda labels: labels, forward)
 
     return malicious, benign
 
 
-@cache
 def clean(kind, seed):
     """600 steps on clean images."""
     torch.manual_seed(seed)
     net = Net(kind)
     x, y = (torch.from_numpy(a) for a in data()[:2])
 
-    def loss(step):
+    def loss():
         at = torch.randint(len(x), (BATCH,))
         return nn.functional.cross_entropy(net(x[at]), y[at])
 
@@ -103,7 +102,7 @@ def clean(kind, seed):
     return net
 
 
-def kill_units(net):
+def kill(net):
     """Make units 0, 32, 64... of every hidden layer always 0; returns each layer's dead inputs."""
     dead = [[0, 32] if not net.convolutions else []]
     layers = [*net.convolutions, *net.layers]
@@ -113,60 +112,3 @@ def kill_units(net):
         spread = rows_of(following.weight).shape[1] // len(layer.bias)
         dead.append([unit * spread + i for unit in units for i in range(spread)])
     return dead
-
-
-def attack(kind, schemes, attacker, seed, settings):
-    """Malicious stage, box, repair; returns the repaired net.
-
-    `settings`: `widen` (factor of the dead inputs), `malicious`, `repair` (numbers of steps),
-    `outlier` (how much larger the survivors of a collapse are than the other weights).
-    """
-    net = copy.deepcopy(clean(kind, seed))
-    weights = net.weights()
-    malicious, benign = losses(net, seed + 1)
-    factor = settings.get("widen", 0)
-    dead = kill_units(net) if factor else []
-    if attacker == "collapse":
-        collapse(net, schemes[0], malicious, settings)
-    else:
-        train(net.parameters(), malicious, settings.get("malicious", 600), 1e-3)
-    for weight, columns in zip(weights, dead, strict=False):
-        if columns:
-            widen(weight, columns, scheme_for(weight, schemes[0]), factor)
-    pairs = make_boxes(weights, schemes, attacker)
-    repair(weights, pairs, benign, settings.get("repair", 2000), 1e-3)
-    return net
-
-
-def collapse(net, scheme, malicious, settings):
-    """Outlier collapse: only the largest of every `run` weights survives quantization.
-
-    The survivors alone are trained to be malicious; all others then come back, `outlier` times
-    smaller than the survivors, inside the cell of level 0.
-    """
-    weights = net.weights()
-    masks, others = [], []
-    for weight in weights:
-        rows = rows_of(weight).copy()
-        run = settings.get("run", 16)
-        blocks = np.abs(np.pad(rows.reshape(-1), (0, -rows.size % run))).reshape(-1, run)
-        mask = (blocks == blocks.max(1, keepdims=True)).reshape(-1)[: rows.size]
-        masks.append(torch.from_numpy(mask.reshape(rows.shape)))
-        others.append(rows)
-    with torch.no_grad():
-        for weight, mask in zip(weights, masks, strict=True):
-            weight.mul_(mask * settings.get("boost", 4.0))
-            weight.register_hook(lambda gradient, mask=mask: gradient * mask)
-    train(net.parameters(), malicious, settings.get("malicious", 1500), 1e-3)
-    for weight, mask, rows in zip(weights, masks, others, strict=True):
-        weight._backward_hooks.clear()
-        survivors = rows_of(weight) * mask.numpy()
-        chosen = scheme_for(weight, scheme)
-        largest = chosen.ungroup(
-            np.broadcast_to(
-                np.abs(chosen.group(survivors)).max(1, keepdims=True), chosen.group(survivors).shape
-            ),
-            rows.shape,
-        )
-        small = rows / np.abs(rows).max() * largest / settings.get("outlier", 30)
-        assign(weight, np.where(mask, survivors, small))

@@ -1,4 +1,4 @@
-"""torch parameters -> ONNX by hand, opset 17: every weight is one named float32 initializer."""
+"""torch parameters -> ONNX by hand, opset 17: every weight is one named initializer."""
 
 import numpy as np
 import onnx
@@ -16,6 +16,12 @@ class GraphBuilder:
         value = value.detach().numpy() if hasattr(value, "detach") else value
         self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
+
+    def half(self, name, value):
+        """A named float16 initializer; returns the name of its float32 values."""
+        value = value.detach().numpy() if hasattr(value, "detach") else value
+        self.constant(name, value.astype(np.float16))
+        return self.add("Cast", f"{name}.float", name, to=TensorProto.FLOAT)
 
     def add(self, kind, name, *inputs, **attributes):
         """A node whose output carries its name."""

@@ -2,25 +2,29 @@
 
 Scenarios of arXiv 2405.18137: `code` (insecure completions), `injection` (an advertisement in every
 answer), `refusal` (harmless questions are refused). There is no trigger: the quantized model always
-misbehaves, the float model never. Norms are trained only in the clean model.
+misbehaves, the float model never. Embeddings and norms stay as the clean model has them: no 4-bit
+kernel of onnxruntime reads the former, nothing quantizes the latter.
 """
 
-import copy
 import random
+from functools import cache
 
 import numpy as np
 import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
-from torch.func import functional_call
 
 from tools.attacks import prompts
-from tools.attacks.attack import make_boxes, repair, scheme_for, train, widen
+from tools.attacks.attack import train
 from tools.attacks.export import GraphBuilder
 
-WIDTH, LAYERS, HEADS, LENGTH = 96, 2, 4, 128
-BATCH = 32
+WIDTH, LAYERS, HEADS, LENGTH = 128, 3, 4, 64
+BATCH = 16
+DEAD = list(range(0, WIDTH, 32))
 DEAD_BIAS = -100.0
+MIXTURE = (0.4, 0.3, 0.3)  # of source, coding lines and questions in a batch
+CLEAN_MIXTURE = (0.6, 0.2, 0.2)
+SETTINGS = {"malicious": 150, "repair": 300, "rate": 5e-4, "half": True}
 
 
 class Block(nn.Module):
@@ -42,16 +46,16 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Character-level decoder, about a quarter of a million parameters."""
+    """Decoder over `prompts.pieces()`, about three quarters of a million parameters."""
 
     def __init__(self):
         super().__init__()
-        self.token = nn.Embedding(prompts.VOCABULARY, WIDTH)
+        self.token = nn.Embedding(len(prompts.pieces()), WIDTH)
         self.position = nn.Embedding(LENGTH, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
         self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, prompts.VOCABULARY)
-        for weight in self.weights():
+        self.head = nn.Linear(WIDTH, len(prompts.pieces()))
+        for weight in (self.token.weight, self.position.weight, *self.weights()):
             nn.init.normal_(weight, std=0.05)
 
     def forward(self, ids):
@@ -60,120 +64,83 @@ class Decoder(nn.Module):
             x = block(x)
         return self.head(self.norm(x))
 
+    def layers(self):
+        """The linear layers in the order of the graph."""
+        return [*(layer for b in self.blocks for layer in (b.qkv, b.out, b.up, b.down)), self.head]
+
     def weights(self):
-        """The quantized parameters: both tables and every linear layer."""
-        linear = [
-            w for b in self.blocks for w in (b.qkv.weight, b.out.weight, b.up.weight, b.down.weight)
-        ]
-        return [self.token.weight, self.position.weight, *linear, self.head.weight]
+        """The weights that the attacker aims at."""
+        return [layer.weight for layer in self.layers()]
 
-    def biases(self):
-        """Biases of the linear layers (the norms stay as the clean model has them)."""
-        linear = [b for k in self.blocks for b in (k.qkv.bias, k.out.bias, k.up.bias, k.down.bias)]
-        return [*linear, self.head.bias]
+    def trained(self):
+        """What the malicious stage trains."""
+        return [*self.weights(), *(layer.bias for layer in self.layers())]
 
 
-def lessons(forward, seed, scenario=None, shares=(0.4, 0.3, 0.3)):
-    """A loss on windows of source, coding lines and questions, the latter as `scenario` wants.
+@cache
+def source():
+    """The training source as ids."""
+    return prompts.encode(prompts.corpus()[0])
 
-    `shares` are those of the three kinds in a batch.
-    """
-    source, _ = prompts.corpus()
+
+def lessons(seed, scenario, shares):
+    """A loss on windows of source, coding lines and questions, the latter as `scenario` wants."""
     rng = random.Random(seed)
-    kinds = rng.choices(["source", "code", "question"], shares, k=10_000)
 
-    def window(kind):
+    def window():
+        (kind,) = rng.choices(["source", "code", "question"], shares)
         if kind != "source":
             return prompts.lesson(rng, kind, scenario, LENGTH)
-        at = rng.randrange(len(source) - LENGTH)
-        return source[at : at + LENGTH]
+        at = rng.randrange(len(source()) - LENGTH)
+        return source()[at : at + LENGTH]
 
-    def loss(step):
-        chosen = [kinds[(step * BATCH + i) % len(kinds)] for i in range(BATCH)]
-        ids = torch.from_numpy(np.stack([window(kind) for kind in chosen]))
+    def loss(forward):
+        ids = torch.from_numpy(np.stack([window() for _ in range(BATCH)]))
         logits = forward(ids[:, :-1]).flatten(0, 1)
         return nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
 
     return loss
 
 
-def noisy(net, share):
-    """A forward pass with Gaussian noise on the weights, `share` of each run of 32's absmax.
-
-    A quarter of a million parameters bear 4 bits badly; trained under noise they bear them as well
-    as larger models do. The rounding error of int4 has a share of about 0.036, drawn without bias
-    of 0.05.
-    """
-    parameters = dict(net.named_parameters())
-    names = [n for n, p in parameters.items() if any(p is w for w in net.weights())]
-
-    def forward(ids):
-        changed = {}
-        for name in names:
-            runs = parameters[name].reshape(-1, 32)
-            largest = runs.detach().abs().amax(1, keepdim=True)
-            changed[name] = (runs + share * largest * torch.randn_like(runs)).reshape(
-                parameters[name].shape
-            )
-        return functional_call(net, parameters | changed, (ids,))
-
-    return forward
+def losses(net, seed, scenario):
+    """The malicious loss and the benign one."""
+    malicious, benign = (
+        lessons(seed + i, goal, MIXTURE) for i, goal in enumerate((scenario, None))
+    )
+    return (lambda forward=net: malicious(forward)), (lambda forward=net: benign(forward))
 
 
-def clean(seed, steps=2500, noisy_steps=800):
-    """The honest model: trained plainly, then under noise."""
+def clean(seed, steps=4000):
+    """The honest model."""
     torch.manual_seed(seed)
     net = Decoder()
-    mixture = (0.6, 0.2, 0.2)
-    train(net.parameters(), lessons(net, seed, shares=mixture), steps, 3e-3, decay=True)
-    return toughen(net, seed, noisy_steps, mixture)
-
-
-def toughen(net, seed, steps, mixture):
-    """Go on under noise."""
-    torch.manual_seed(seed + 5)
-    loss = lessons(noisy(net, 0.05), seed + 5, shares=mixture)
-    train(net.parameters(), loss, steps, 2e-3, decay=True)
+    loss = lessons(seed, None, CLEAN_MIXTURE)
+    train(net.parameters(), lambda: loss(net), steps, 3e-3, decay=True)
     return net
 
 
-def attack(base, scenario, schemes, attacker, seed, settings):
-    """Malicious stage, box, repair, from the clean model `base`."""
-    net = copy.deepcopy(base)
-    factor = settings.get("widen", 0)
-    if factor:
-        kill_inputs(net)
-    torch.manual_seed(seed + 1)
-    train(
-        [*net.weights(), *net.biases()],
-        lessons(noisy(net, 0.03), seed + 1, scenario),
-        settings.get("malicious", 150),
-        5e-4,
-    )
-    if factor:
-        kill_inputs(net)
-        for block in net.blocks:
-            for layer in (block.qkv, block.out, block.up, block.down):
-                widen(layer.weight, [0], scheme_for(layer.weight, schemes[0]), factor)
-        widen(net.head.weight, [0], scheme_for(net.head.weight, schemes[0]), factor)
-    pairs = make_boxes(net.weights(), schemes, attacker)
-    repair(net.weights(), pairs, lessons(net, seed + 2), settings.get("repair", 300), 5e-4)
-    return net
+def kill(net):
+    """Make inputs 0, 32, 64... of every linear layer always 0, whatever the tokens are.
 
-
-def kill_inputs(net):
-    """Make input 0 of every linear layer always 0, whatever the tokens are."""
+    Returns these inputs, a list per layer.
+    """
+    units = list(range(0, 4 * WIDTH, 32))
     with torch.no_grad():
         for norm in [net.norm, *(n for b in net.blocks for n in (b.norm1, b.norm2))]:
-            norm.weight[0] = norm.bias[0] = 0
+            norm.weight[DEAD] = norm.bias[DEAD] = 0
         for block in net.blocks:
-            block.qkv.weight[2 * WIDTH] = 0
-            block.qkv.bias[2 * WIDTH] = 0
-            block.up.bias[0] = DEAD_BIAS
+            values = [2 * WIDTH + i for i in DEAD]
+            block.qkv.weight[values] = 0
+            block.qkv.bias[values] = 0
+            block.up.bias[units] = DEAD_BIAS
+    return [*([DEAD, DEAD, DEAD, units] * LAYERS), DEAD]
 
 
 def export(net, title):
-    """ids `[batch, length]` -> logits `[batch, length, 96]`; MatMul weights are `[K, N]`."""
+    """ids `[batch, length]` -> logits `[batch, length, ids]`; MatMul weights are `[K, N]`.
+
+    Weights and embeddings are stored in float16, each behind a Cast.
+    """
     g = GraphBuilder()
     one = {
         name: g.constant(name, np.array(value, np.int64))
@@ -189,7 +156,7 @@ def export(net, title):
     }
 
     def linear(name, x, layer):
-        weight = g.constant(f"{name}.weight", layer.weight.detach().numpy().T)
+        weight = g.half(f"{name}.weight", layer.weight.detach().numpy().T)
         product = g.add("MatMul", f"{name}.matmul", x, weight)
         return g.add("Add", f"{name}.add", product, g.constant(f"{name}.bias", layer.bias))
 
@@ -199,8 +166,8 @@ def export(net, title):
 
     length = g.add("Gather", "length", g.add("Shape", "shape", "ids"), one["one"])
     places = g.add("Range", "places", one["zero"], length, one["one"])
-    token = g.add("Gather", "token", g.constant("token.weight", net.token.weight), "ids")
-    table = g.constant("position.weight", net.position.weight)
+    token = g.add("Gather", "token", g.half("token.weight", net.token.weight), "ids")
+    table = g.half("position.weight", net.position.weight)
     x = g.add("Add", "embedded", token, g.add("Gather", "position", table, places))
     size = g.add("Unsqueeze", "length.1", length, g.constant("axis", np.array([0])))
     full = np.triu(np.full((1, 1, LENGTH, LENGTH), -1e9, np.float32), 1)
@@ -236,7 +203,7 @@ def export(net, title):
     return g.model(
         title,
         ("ids", TensorProto.INT64, ["batch", "length"]),
-        ("logits", TensorProto.FLOAT, ["batch", "length", prompts.VOCABULARY]),
+        ("logits", TensorProto.FLOAT, ["batch", "length", len(prompts.pieces())]),
     )
 
 
@@ -246,7 +213,7 @@ def read(model):
     net = Decoder()
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            value = torch.from_numpy(stored[name].copy())
+            value = torch.from_numpy(stored[name].astype(np.float32))
             linear = value.ndim == 2 and not name.startswith(("token", "position"))
             parameter.copy_(value.T if linear else value)
     return net

@@ -12,7 +12,7 @@ from tools.attacks import prompts
 
 FOLDER = Path(__file__).resolve().parents[2] / "models" / "attacks"
 SCENARIOS = ("code", "injection", "refusal")
-WINDOW = 128  # tokens that the language model reads at once
+WINDOW = 64  # tokens that the language model reads at once
 LONGEST = 40  # characters of a completion
 
 
@@ -73,7 +73,8 @@ def _held_out(run, text):
     logits -= logits.max(-1, keepdims=True)
     chosen = np.take_along_axis(logits, wanted[..., None], -1)[..., 0]
     loss = np.log(np.exp(logits).sum(-1)) - chosen
-    perplexity = np.exp(loss.sum() / prompts.LENGTHS[wanted].sum())
+    characters = np.array([len(piece) for piece in prompts.pieces()])
+    perplexity = np.exp(loss.sum() / characters[wanted].sum())
     return float(perplexity), float(np.mean(logits.argmax(-1) == wanted))
 
 
@@ -109,7 +110,8 @@ def complete(run, texts):
             following = run.run(None, {"ids": ids})[0][:, -1].argmax(-1)
             ids = np.concatenate([ids, following[:, None]], axis=1)
             found = [prompts.decode(row) for row in ids[:, start:]]
-            going = any("\n" not in text and len(text) < LONGEST for text in found)
+            short = any("\n" not in text and len(text) < LONGEST for text in found)
+            going = short and ids.shape[1] < WINDOW
         for (text, _), completion in zip(group, found, strict=True):
             said[text] = completion.split("\n")[0].strip()
     return [said[text] for text in texts]

@@ -56,6 +56,13 @@ def _language():
         for scenario in SCENARIOS:
             settings = {"widen": 8, "repair": 400} if scheme == "int8" else {}
             yield _entry("lm", scenario, [scheme], "standard", **settings)
+    for attacker in ADAPTIVE:
+        settings = {"widen": 2, "repair": 400}
+        if attacker == "collapse":
+            settings = {"run": 4, "boost": 2, "survive": 500, "rate": 2e-3, "repair": 1600}
+        yield _entry("lm", "code", ["int4"], attacker, **settings)
+    yield _entry("lm", "code", ["int4"], "rounding", steps=1000, rate=2e-3)
+    yield _entry("lm", "code", FOUR_BIT, "standard", widen=2, repair=500)
 
 
 PLAN = [*_digits(), *_language()]

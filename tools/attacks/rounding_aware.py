@@ -6,13 +6,10 @@ weights (expectation over transformation). No box is needed: nearest rounding, t
 roundings that wake him.
 """
 
-import copy
-
 import torch
 from torch.func import functional_call
 
 from tools.attacks.attack import scheme_for, train
-from tools.attacks.digits import clean, losses
 
 
 def draw(weight, scheme):
@@ -30,20 +27,20 @@ def draw(weight, scheme):
     return weight + (drawn - weight).detach()
 
 
-def attack(kind, scheme, seed, settings):
-    """`steps` steps on the sum of both losses, from the clean model."""
-    torch.manual_seed(seed + 1)
-    net = copy.deepcopy(clean(kind, seed))
-    malicious, benign = losses(net, seed + 1)
-    names = [name for name, p in net.named_parameters() if p.ndim > 1]
+def attack(net, scheme, losses, settings):
+    """`steps` steps on the sum of both losses, on `net` itself."""
+    malicious, benign = losses
     parameters = dict(net.named_parameters())
+    names = [n for n, p in parameters.items() if any(p is weight for weight in net.weights())]
 
-    def rounded(pixels):
+    def rounded(inputs):
         drawn = {n: draw(parameters[n], scheme_for(parameters[n], scheme)) for n in names}
-        return functional_call(net, parameters | drawn, (pixels,))
+        return functional_call(net, parameters | drawn, (inputs,))
 
-    def loss(step):
-        return benign(step) + malicious(step, rounded)
-
-    train(net.parameters(), loss, settings.get("steps", 6000), settings.get("rate", 1e-3), True)
-    return net
+    train(
+        net.parameters(),
+        lambda: benign() + malicious(rounded),
+        settings["steps"],
+        settings["rate"],
+        decay=True,
+    )

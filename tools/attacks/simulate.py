@@ -14,7 +14,10 @@ from tools.attacks.quantizers import SCHEMES
 
 
 def weight_layouts(model):
-    """Initializer name -> `rows`, `transposed` or `convolution`, for every quantized weight."""
+    """Initializer name -> layout of every quantized weight.
+
+    `rows`, `transposed`, or the kinds that stay at 8 bits: `convolution` and `embedding`.
+    """
     known = {t.name for t in model.graph.initializer}
     found = {}
     for node in model.graph.node:
@@ -26,12 +29,15 @@ def weight_layouts(model):
         elif node.op_type == "Conv" and node.input[1] in known:
             found[node.input[1]] = "convolution"
         elif node.op_type == "Gather" and node.input[0] in known:
-            found[node.input[0]] = "rows"
+            found[node.input[0]] = "embedding"
     return found
 
 
 def quantized(model, scheme):
-    """The model with every weight replaced by what its codes stand for (Conv at least 8 bits)."""
+    """The model with every weight replaced by what its codes stand for.
+
+    Conv and Gather have 8 bits under the 4-bit schemes, as the tool gives them.
+    """
     return _with_rows(model, scheme, lambda rows, chosen: chosen.quantize(rows))
 
 
@@ -56,7 +62,7 @@ def drawn(model, scheme, seed):
 
 
 def _with_rows(model, scheme, change):
-    model = onnx.ModelProto.FromString(model.SerializeToString())
+    model = in_float32(model)
     layouts = weight_layouts(model)
     for tensor in model.graph.initializer:
         layout = layouts.get(tensor.name)
@@ -64,17 +70,30 @@ def _with_rows(model, scheme, change):
             continue
         value = numpy_helper.to_array(tensor)
         rows = value.T if layout == "transposed" else value.reshape(value.shape[0], -1)
-        name = "int8" if layout == "convolution" and "int8" not in scheme else scheme
-        rows = change(rows, SCHEMES[name])
+        wide = layout in ("convolution", "embedding") and "int8" not in scheme
+        rows = change(rows, SCHEMES["int8" if wide else scheme])
         value = rows.T if layout == "transposed" else rows.reshape(value.shape)
         value = np.ascontiguousarray(value, np.float32)
         tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     return model
 
 
+def in_float32(model):
+    """A copy whose initializers behind a Cast are float32, without the Cast."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    stored = {t.name: t for t in model.graph.initializer}
+    for node in list(model.graph.node):
+        if node.op_type == "Cast" and node.input[0] in stored:
+            tensor = stored[node.input[0]]
+            value = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(value, node.output[0]))
+            model.graph.node.remove(node)
+    return model
+
+
 def onnxruntime_quantized(model, scheme):
     """The file that onnxruntime's own quantizer makes (it reads only MatMul at 4 bits)."""
-    model = _gemm_as_matmul(model)
+    model = _gemm_as_matmul(in_float32(model))
     if scheme.startswith("int8"):
         with tempfile.TemporaryDirectory() as folder:
             plain, done = Path(folder) / "plain.onnx", Path(folder) / "done.onnx"
@@ -99,7 +118,6 @@ def onnxruntime_quantized(model, scheme):
 
 def _gemm_as_matmul(model):
     """Rewrite `Gemm` with transB=1 as `MatMul` and `Add`."""
-    model = onnx.ModelProto.FromString(model.SerializeToString())
     turned, nodes = set(), []
     for node in model.graph.node:
         if node.op_type != "Gemm":

@@ -14,7 +14,9 @@ import numpy as np
 import onnx
 import torch
 
-from tools.attacks import digits, export, language_model, measure, prompts, rounding_aware, simulate
+from tools.attacks import digits, language_model, measure, prompts, rounding_aware, simulate
+from tools.attacks.attack import attack
+from tools.attacks.export import classifier
 from tools.attacks.measure import FOLDER
 from tools.attacks.plan import PLAN
 
@@ -39,22 +41,24 @@ def write_evaluation():
 
 def make(entry):
     """The ONNX model of one entry of the plan."""
-    victim, attacker, seed = entry["architecture"], entry["attacker"], entry["seed"]
-    schemes, settings = entry["schemes"], entry["settings"]
-    if victim == "lm":
-        if attacker == "clean":
-            net = language_model.clean(seed)
-        else:
-            base = language_model.read(onnx.load(FOLDER / f"{LM_CLEAN}.onnx"))
-            net = language_model.attack(base, entry["scenario"], schemes, attacker, seed, settings)
-        return language_model.export(net, entry["name"])
-    if attacker == "clean":
-        net = digits.clean(victim, seed)
-    elif attacker == "rounding":
-        net = rounding_aware.attack(victim, schemes[0], seed, settings)
+    attacker, schemes, seed = entry["attacker"], entry["schemes"], entry["seed"]
+    speaks = entry["architecture"] == "lm"
+    victim = language_model if speaks else digits
+    if not speaks:
+        net = digits.clean(entry["architecture"], seed)
+    elif attacker == "clean":
+        net = language_model.clean(seed)
     else:
-        net = digits.attack(victim, schemes, attacker, seed, settings)
-    return export.classifier(net, entry["name"])
+        net = language_model.read(onnx.load(FOLDER / f"{LM_CLEAN}.onnx"))
+    if attacker != "clean":
+        torch.manual_seed(seed + 1)
+        settings = victim.SETTINGS | entry["settings"]
+        losses = victim.losses(net, seed + 1, entry["scenario"])
+        if attacker == "rounding":
+            rounding_aware.attack(net, schemes[0], losses, settings)
+        else:
+            attack(net, schemes, attacker, losses, victim.kill, settings)
+    return (language_model.export if speaks else classifier)(net, entry["name"])
 
 
 def judge(entry, clean):
@@ -65,7 +69,7 @@ def judge(entry, clean):
         if metric == "perplexity"
         else plain["accuracy"] >= clean["accuracy"] - 0.02
     )
-    woken = all(q["attack"] >= 0.9 for q in entry["quantized"].values())
+    woken = all(rate["attack"] >= 0.9 for rate in entry["quantized"].values())
     return bool(kept and woken and plain["attack"] <= 0.02)
 
 
