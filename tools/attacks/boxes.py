@@ -45,7 +45,8 @@ def foresee_topk(rows, scheme, share=0.2):
     unit = scheme.ungroup(
         np.broadcast_to(np.abs(scale), scheme.group(rows).shape), rows.shape
     ).astype(np.float64)
-    error = np.where(frozen, 0, np.abs(rows - level) / np.maximum(unit, 1e-30))
+    unit = np.maximum(unit, 1e-30)  # of a group of zeros
+    error = np.where(frozen, 0, np.abs(rows - level) / unit)
 
     grouped = scheme.group(error)
     count = max(1, round(share * grouped.shape[1]))
@@ -54,7 +55,7 @@ def foresee_topk(rows, scheme, share=0.2):
 
     beyond = _nearest_edge(rows, scheme, -1e-3).astype(np.float32).astype(np.float64)
     new_level = scheme.quantize(np.where(chosen, beyond, rows).astype(np.float32))
-    new_error = np.where(chosen, np.abs(beyond - new_level) / np.maximum(unit, 1e-30), np.inf)
+    new_error = np.where(chosen, np.abs(beyond - new_level) / unit, np.inf)
     least = scheme.group(new_error)
     least = np.where(np.isinf(least) | (least == 0), np.inf, least).min(1, keepdims=True)
     reach = scheme.ungroup(np.broadcast_to(least, grouped.shape), rows.shape) * 0.98 * unit
