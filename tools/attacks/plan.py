@@ -59,7 +59,8 @@ def _language():
     for attacker in ADAPTIVE:
         settings = {"widen": 2, "repair": 400}
         if attacker == "collapse":
-            settings = {"run": 4, "boost": 2, "survive": 500, "rate": 2e-3, "repair": 1600}
+            settings = {"run": 2, "boost": 1, "outlier": 20, "survive": 300}
+            settings |= {"rate": 1e-3, "repair": 800}
         yield _entry("lm", "code", ["int4"], attacker, **settings)
     yield _entry("lm", "code", ["int4"], "rounding", steps=1000, rate=2e-3)
     yield _entry("lm", "code", FOUR_BIT, "standard", widen=2, repair=500)
