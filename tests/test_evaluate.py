@@ -169,6 +169,8 @@ def test_command_line(tmp_path, capsys):
     assert rows.merged([*found, found[0]]) == found
     assert evaluate.main(["--load", str(figures)]) == 0
     assert capsys.readouterr().out == table.read_text()
+    assert evaluate.main(["--load", str(figures), "--defences", "none"]) == 0
+    assert "topk-20" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         evaluate.main(["--models", "nothing-like-that"])
 

@@ -15,7 +15,7 @@ half-width of the boxes); random-flips (as many as `unbiased` makes with the sam
 chosen uniformly); unbiased-T (tau T) and unbiased (tau 1), both without error feedback;
 feedback-nearest (error feedback, every code the nearest); ours: guard() with its defaults.
 
-Attack rate and utility (accuracy, or the perplexity of a language model): see
+Attack rate and utility (accuracy, or the perplexity of a language model per character): see
 models/attacks/README.md.
 """
 
@@ -77,7 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         histogram(*which, Path(file))
         return 0
     if options.load:
-        rows = merged(row for file in options.load for row in load(file))
+        rows = [
+            row
+            for row in merged(row for file in options.load for row in load(file))
+            if any(fnmatchcase(row.model, p) for p in options.models or ["*"])
+            and any(fnmatchcase(row.defence, p) for p in options.defences or ["*"])
+        ]
     else:
         known = REMEDIES if options.remedies else DEFENCES
         wanted = list(options.defences or (CHECKED if options.check else ["*"]))
