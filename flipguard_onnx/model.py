@@ -20,21 +20,14 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorProto
 
+from . import intake
 from .errors import ModelError, UnsupportedModelError
+from .intake import Region
 
 DETACH_BYTES = 1024  # smaller tensors stay in the protobuf
 INLINE_LIMIT = 1 << 30  # bytes; a larger model gets a .data file, since protobuf ends at 2 GiB
 ALIGNMENT = 64
 _DETACHED = "detached:"
-
-
-@dataclass(frozen=True)
-class Region:
-    """A run of bytes in an external data file."""
-
-    file: Path
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ class Model:
 
     def raw(self, tensor: TensorProto) -> memoryview:
         """The bytes behind a tensor that stands in the proto as a reference."""
-        payload = self.payloads[_entry(tensor, "location")]
+        payload = self.payloads[intake.entry(tensor, "location")]
         if isinstance(payload, bytes):
             return memoryview(payload)
         if payload.length == 0:
@@ -73,19 +66,15 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
-    proto = ModelProto()
-    try:
+        content = intake.read(path)
+        proto = ModelProto()
         proto.ParseFromString(content)
+        intake.admit(proto)
+        payloads, files = _detach(path, proto)
     except DecodeError:
         raise ModelError(f"{path}: not an ONNX model (its protobuf does not parse)") from None
-    if not proto.graph.node or not proto.opset_import:
-        raise ModelError(f"{path}: not an ONNX model (no nodes, or no opset_import)")
-    if any(graph.sparse_initializer for graph in graphs(proto)):
-        raise UnsupportedModelError(f"{path}: sparse initializers are not supported")
-    payloads, files = _detach(path, proto)
+    except (ModelError, UnsupportedModelError) as error:
+        raise type(error)(f"{path}: {error}") from None
     size = len(content) + sum(file.stat().st_size for file in files.values())
     return Model(
         path,
@@ -236,54 +225,21 @@ def _detach(path: Path, proto: ModelProto) -> tuple[dict[str, bytes | Region], d
     """Turn large and external tensors into references; their data, and the files by location."""
     payloads: dict[str, bytes | Region] = {}
     files: dict[str, Path] = {}
+    external: list[tuple[TensorProto, Region]] = []
     for tensor in tensors(proto):
         payload: bytes | Region = tensor.raw_data
         if tensor.data_location == TensorProto.EXTERNAL:
-            location = _entry(tensor, "location")
-            files[location] = _external_path(path, tensor.name, location)
-            payload = _region(path, tensor, files[location])
+            file = files[intake.entry(tensor, "location")] = intake.data_file(path, tensor)
+            payload = intake.region(tensor, file)
+            external.append((tensor, payload))
         elif len(tensor.raw_data) < DETACH_BYTES:
             continue
         key = f"{_DETACHED}{len(payloads)}"
         payloads[key] = payload
         refer(tensor, key)
+    intake.shared_regions(external)
     return payloads, files
 
 
 def _is_detached(tensor: TensorProto) -> bool:
-    return _entry(tensor, "location").startswith(_DETACHED)
-
-
-def _entry(tensor: TensorProto, key: str) -> str:
-    return next((entry.value for entry in tensor.external_data if entry.key == key), "")
-
-
-def _external_path(model: Path, name: str, location: str) -> Path:
-    """The data file, which must lie under the model's folder or that of its real path."""
-    file = model.parent / location
-    roots = {model.parent.resolve(), model.resolve().parent}
-    if not location or not any(file.resolve().is_relative_to(root) for root in roots):
-        raise ModelError(
-            f"{model}: tensor {name!r} has its data at {location!r}; "
-            "allowed: a file under the model's folder"
-        )
-    if not file.is_file():
-        raise ModelError(f"{model}: tensor {name!r} needs the data file {location!r}, not there")
-    return file
-
-
-def _region(model: Path, tensor: TensorProto, file: Path) -> Region:
-    """Where the tensor's data lies; it must be as long as its shape says, and inside the file."""
-    size = file.stat().st_size
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    count = int(np.prod(tensor.dims, dtype=np.int64))
-    bits = 4 if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) else 8 * dtype.itemsize
-    needed = (count * bits + 7) // 8
-    offset = int(_entry(tensor, "offset") or 0)
-    length = int(_entry(tensor, "length") or needed)
-    if length != needed or offset < 0 or offset + length > size:
-        raise ModelError(
-            f"{model}: tensor {tensor.name!r} needs {needed} bytes but refers to {length} bytes "
-            f"at {offset} of {file.name!r}, which has {size}"
-        )
-    return Region(file, offset, length)
+    return intake.entry(tensor, "location").startswith(_DETACHED)
