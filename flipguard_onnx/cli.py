@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .errors import FlipguardError, ModelError, ValidationError
+from .errors import FlipguardError, ModelError, ValidationError, printable
 
 if TYPE_CHECKING:
     from .report import Inspection, Report, Verification
@@ -227,8 +227,11 @@ def failures(report: Path | None) -> Iterator[None]:
             raise ModelError(f"{report}: the report cannot be written there")
         yield
     except FlipguardError as error:
-        click.echo(f"flipguard-onnx: {error}", err=True)
+        click.echo(f"flipguard-onnx: {printable(str(error))}", err=True)
         sys.exit(1 if isinstance(error, ValidationError) else 2)
+    except MemoryError:
+        click.echo("flipguard-onnx: not enough memory for this model; nothing was written", err=True)
+        sys.exit(2)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ FREE_SHARE = 0.8  # of the machine's free memory, at the most
 Array = npt.NDArray[Any]
 
 
-class Worker:
+class Child:
     """The child process; started with the first request and again after it had to be ended."""
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Worker:
         receive, answers = os.pipe()
         # -P and the path: nothing that lies in the working directory is imported
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from {__package__}.worker import main; main()"
+            f"import sys; sys.path[:] = {sys.path!r}; from {__package__}.child import main; main()"
         )
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", code, str(requests), str(answers)],
@@ -110,8 +110,8 @@ class RemoteError(Exception):
         self.kind = kind
 
 
-_WORKER = Worker()
-atexit.register(_WORKER.close)
+_CHILD = Child()
+atexit.register(_CHILD.close)
 
 
 class Session:
@@ -119,15 +119,15 @@ class Session:
 
     def __init__(self, path: Path, exact: bool, size: int) -> None:
         self._name, self._size = path.name, size
-        self._number, self.outputs = _WORKER.ask("load", str(path), exact, size=size)
-        self._life = _WORKER.life
+        self._number, self.outputs = _CHILD.ask("load", str(path), exact, size=size)
+        self._life = _CHILD.life
 
     def run(self, names: list[str] | None, feed: dict[str, Array]) -> list[Array]:
         """The outputs of these names, or all. Raises RunError where onnxruntime refuses."""
-        if self._life != _WORKER.life:
+        if self._life != _CHILD.life:
             raise ValidationError(f"{self._name}: is gone: another model crashed onnxruntime")
         try:
-            results: list[Array] = _WORKER.ask("run", self._number, names, feed, size=self._size)
+            results: list[Array] = _CHILD.ask("run", self._number, names, feed, size=self._size)
         except RemoteError as error:
             raise RunError(str(error)) from None
         except ValidationError as error:
@@ -136,7 +136,7 @@ class Session:
 
     def __del__(self) -> None:
         if hasattr(self, "_life"):
-            _WORKER.dropped.append((self._life, self._number))
+            _CHILD.dropped.append((self._life, self._number))
 
 
 def open_session(path: Path, exact: bool, size: int) -> Session:
@@ -161,7 +161,7 @@ def open_session(path: Path, exact: bool, size: int) -> Session:
 def check(path: Path, size: int) -> str | None:
     """What onnx.checker has against a file."""
     try:
-        _WORKER.ask("check", str(path), size=size)
+        _CHILD.ask("check", str(path), size=size)
     except RemoteError as error:
         return str(error)
     return None
@@ -180,7 +180,7 @@ def inlined(proto: ModelProto) -> ModelProto:
 def _edited(request: str, proto: ModelProto, *arguments: Any) -> ModelProto:
     content = proto.SerializeToString()
     result = ModelProto()
-    result.ParseFromString(_WORKER.ask(request, content, *arguments, size=len(content)))
+    result.ParseFromString(_CHILD.ask(request, content, *arguments, size=len(content)))
     return result
 
 

@@ -10,12 +10,12 @@ import flipguard_onnx
 PACKAGE = Path(flipguard_onnx.__file__).parent
 ROOMS = {  # library -> modules that may import it
     "click": {"cli.py"},
-    "onnxruntime": {"worker.py"},
+    "onnxruntime": {"child.py"},
     "numba": {"kernels/__init__.py", "kernels/cpu.py", "kernels/cuda.py"},
 }
 LAYERS = [  # a module imports only from layers below its own
     {"errors.py", "kernels/scalar.py"},
-    {"worker.py", "intake.py"},
+    {"child.py", "intake.py"},
     {"runtime.py"},
     {"kernels/cpu.py", "kernels/cuda.py", "kernels/__init__.py", "schemes/blocks.py"},
     {"metrics.py"},
