@@ -8,13 +8,14 @@ caller puts the path before it.
 import os
 import stat
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from math import prod
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import Message
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from .errors import ModelError, UnsupportedModelError
@@ -95,15 +96,14 @@ def read(path: Path) -> bytes:
 
 def admit(proto: ModelProto) -> None:
     """All that can be checked without the external data."""
-    try:
-        _handled(proto)
-        for tensor in _all_tensors(proto):
-            _declared(tensor)
-        _functions(proto.functions)
-        for body in (proto.graph, *proto.functions):
-            _body(body)
-    except UnicodeDecodeError:
-        raise ModelError("not an ONNX model (a name in it is not UTF-8)") from None
+    if not all(isinstance(text, str) for text in _texts(proto)):  # protobuf gives bytes instead
+        raise ModelError("not an ONNX model (a name in it is not UTF-8)")
+    _handled(proto)
+    for tensor in _all_tensors(proto):
+        _declared(tensor)
+    _functions(proto.functions)
+    for body in (proto.graph, *proto.functions):
+        _body(body)
 
 
 def elements(tensor: TensorProto) -> int:
@@ -228,7 +228,8 @@ def _declared(tensor: TensorProto) -> None:
     if prod(max(dim, 1) for dim in dims) >= 1 << 58:
         raise ModelError(f"tensor {name!r} has the shape {shown}, which no memory can hold")
     held = [f for f in TYPED_DATA if len(getattr(tensor, f))]
-    held += ["raw_data"] * bool(tensor.raw_data)
+    raw = len(tensor.raw_data)
+    held += ["raw_data"] * bool(raw)
     if tensor.data_location == TensorProto.EXTERNAL:
         if held or field == "string_data":
             raise ModelError(f"tensor {name!r} of {kind} has external data and {held or 'strings'}")
@@ -237,7 +238,7 @@ def _declared(tensor: TensorProto) -> None:
         raise ModelError(f"tensor {name!r} of {kind} has its values in {' and '.join(held)}")
     count = elements(tensor)
     if held == ["raw_data"]:
-        needed, found, unit = byte_size(tensor), len(tensor.raw_data), "bytes"
+        needed, found, unit = byte_size(tensor), raw, "bytes"
         if field == "string_data":
             raise ModelError(f"tensor {name!r} of {kind} has its values in raw_data")
     else:
@@ -282,9 +283,8 @@ def _body(body: GraphProto | FunctionProto) -> None:
     if isinstance(body, GraphProto):
         names = Counter(tensor.name for tensor in body.initializer)
         inputs = Counter(value.name for value in body.input)
-        outputs = [value.name for value in body.output]
     else:
-        names, inputs, outputs = Counter[str](), Counter(body.input), list(body.output)
+        names, inputs = Counter[str](), Counter(body.input)
     made = Counter(name for node in body.node for name in node.output if name)
     # an initializer may stand beside the input of its name, as its default
     for defined in (names + made, inputs + made):
@@ -293,8 +293,6 @@ def _body(body: GraphProto | FunctionProto) -> None:
             raise ModelError(f"value {twice!r} is defined more than once")
     if "" in names or "" in inputs:
         raise ModelError("an initializer or an input has no name")
-    if not all(isinstance(name, str) for name in outputs):
-        raise ModelError("an output has no name")
     for node in body.node:
         _node(node)
         for attribute in node.attribute:
@@ -341,6 +339,23 @@ def _node(node: NodeProto) -> None:
             )
         if attribute.name == "perm" and sorted(attribute.ints) != list(range(len(attribute.ints))):
             raise ModelError(f"{where} has the perm {list(attribute.ints)[:8]}, no permutation")
+
+
+def _texts(message: Message) -> Iterator[object]:
+    """Every string in a message, those inside tensors but their names and places aside."""
+    if isinstance(message, TensorProto):
+        yield message.name
+        for place in message.external_data:
+            yield place.key
+            yield place.value
+        return
+    for field, value in message.ListFields():
+        values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        if field.type == field.TYPE_STRING:
+            yield from values
+        elif field.type == field.TYPE_MESSAGE:
+            for inner in values:
+                yield from _texts(inner)
 
 
 def _nodes(within: ModelProto | FunctionProto) -> Iterator[tuple[NodeProto, int]]:
