@@ -295,7 +295,8 @@ class Activations:
         for taps, rows in self._rows_of(self._feeds[0], list(plan), MOST_ROWS, GATHERED):
             for total, span in zip(sums[taps], plan[taps], strict=True):
                 part = rows[:, :, span.start : span.stop]
-                total += part.transpose(0, 2, 1) @ part
+                with np.errstate(over="ignore", invalid="ignore"):  # `of` finds it
+                    total += part.transpose(0, 2, 1) @ part
         fresh = dict(self._rows_of(self._feeds[1], list(plan), FRESH_ROWS, 2 * FRESH_ROWS))
         return {taps: Inputs(spans, tuple(sums[taps]), fresh[taps]) for taps, spans in plan.items()}
 

@@ -61,7 +61,7 @@ REQUESTS = {f.__name__: f for f in (load, run, check, convert, inline)}
 
 
 def serve(requests: Connection, answers: Connection) -> None:
-    """Answer requests with (None, result) or (the error's type, its message).
+    """Answer requests with (True, result) or (False, the error's first line).
 
     A request is a name, its arguments, the bytes of memory it may take, and sessions to forget.
     """
@@ -79,9 +79,9 @@ def serve(requests: Connection, answers: Connection) -> None:
         soft = memory if most == resource.RLIM_INFINITY else min(memory, most)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, most))
         try:
-            answers.send((None, REQUESTS[name](*arguments)))
+            answers.send((True, REQUESTS[name](*arguments)))
         except Exception as error:  # onnxruntime raises bare exceptions of many types
-            answers.send((type(error).__name__, first_line(error)))
+            answers.send((False, first_line(error)))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ flips by the policy, place the flipped weights just past their boundaries, and c
 but the chosen codes has changed.
 """
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -114,7 +115,8 @@ def flip(
         fed = feedback.draw(weights, grid, inputs, key, limit, backend)
         errors = (inputs.error(weights - grid.decode(codes)) for codes in (fed, wanted))
         gain = next(errors) / max(next(errors), TINY)
-        wanted = fed if gain < 1 else wanted
+        gain = gain if math.isfinite(gain) else None
+        wanted = fed if gain is not None and gain < 1 else wanted
     codes, guarded = _place(values, weights, grid, margins.codes, wanted, backend)
     _check(name, values, guarded, codes != margins.codes, scheme, grid, codes, backend)
     return Flips(grid, margins.codes, codes, guarded, gain)

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -387,12 +388,16 @@ def _try(source: Model, sinks: dict[str, Sink], data: Path | None, max_drift: fl
 
 
 def _finite(source: Model, weight: Weight) -> npt.NDArray[np.generic]:
+    """The values; none may be so large that a level rounded up from it overflows the type."""
     values = source.array(weight.tensor)
-    bad = values.size - int(np.count_nonzero(np.isfinite(values)))
-    if bad:
+    kind = ml_dtypes.finfo(values.dtype)
+    bound = values.dtype.type(float(kind.max) * (1 - 2 * float(kind.eps)))
+    with np.errstate(invalid="ignore"):  # bfloat16 complains of NaN
+        sound = (values >= -bound) & (values <= bound)
+    if bad := values.size - int(np.count_nonzero(sound)):
         raise ModelError(
-            f"{source.path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite; "
-            "allowed: finite ones (--exclude leaves a tensor as it is)"
+            f"{source.path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite, "
+            f"or beyond {bound:.4g}; allowed: others (--exclude leaves a tensor as it is)"
         )
     return values
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Child:
         seconds = SECONDS + size / BYTES_PER_SECOND
         with self._lock:
             if self._process is None or self._owner != os.getpid():
+                self.life += 1
                 self._start()
             dropped, self.dropped = self.dropped, []
             numbers = [number for life, number in dropped if life == self.life]
@@ -52,14 +54,14 @@ class Child:
                 self._requests.send((name, arguments, _memory(size), numbers))
                 if not self._answers.poll(seconds):
                     raise ValidationError(f"takes longer than {seconds:.0f} s; stopped")
-                kind, result = self._answers.recv()
+                done, result = self._answers.recv()
             except (EOFError, OSError):
                 raise ValidationError(f"crashes onnxruntime ({self._end()})") from None
             except BaseException:  # an interrupt too: the answer to this must not be the next one's
                 self._end()
                 raise
-        if kind:
-            raise RemoteError(kind, result)
+        if not done:
+            raise RemoteError(result)
         return result
 
     def close(self) -> None:
@@ -69,7 +71,6 @@ class Child:
 
     def _start(self) -> None:
         self._owner = os.getpid()
-        self.life += 1
         requests, send = os.pipe()
         receive, answers = os.pipe()
         # -P and the path: nothing that lies in the working directory is imported
@@ -91,6 +92,7 @@ class Child:
     def _end(self) -> str:
         """Kill the child unless it has just ended by itself; what it ended with."""
         process, self._process = self._process, None
+        self.life += 1
         if process is None:
             return "not started"
         self._requests.close()
@@ -103,11 +105,7 @@ class Child:
 
 
 class RemoteError(Exception):
-    """What a request met: the name of the exception's type, and the first line of its message."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+    """What a request met: the first line of the exception's message."""
 
 
 _CHILD = Child()
@@ -145,14 +143,14 @@ def open_session(path: Path, exact: bool, size: int) -> Session:
     exact: DequantizeLinear is folded to float32 at load, so that weights count as they are stored.
     Raises ValidationError when onnxruntime is missing or does not load the file.
     """
+    if not find_spec("onnxruntime"):
+        raise ValidationError(
+            "onnxruntime is not installed; install flipguard-onnx[cpu] or [gpu], "
+            "or write unvalidated with --no-validate --preserve off"
+        )
     try:
         return Session(path, exact, size)
     except RemoteError as error:
-        if error.kind == "ModuleNotFoundError":
-            raise ValidationError(
-                "onnxruntime is not installed; install flipguard-onnx[cpu] or [gpu], "
-                "or write unvalidated with --no-validate --preserve off"
-            ) from None
         raise ValidationError(f"{path.name}: does not load: {error}") from None
     except ValidationError as error:
         raise ValidationError(f"{path.name}: {error}") from None
