@@ -18,7 +18,7 @@ from onnx import ModelProto, helper
 
 from .errors import RunError, UnsupportedModelError
 from .feedback import PANEL, Floats, Inputs
-from .feeds import Feed, load_feeds, made_up_feeds, signature
+from .feeds import NONE_FIT, Feed, load_feeds, made_up_feeds, signature
 from .model import Model, Output
 from .runtime import Session, open_session
 from .scopes import Use, attribute
@@ -191,7 +191,7 @@ class Activations:
 
     def _probe(self) -> tuple[Feed, dict[Tap, int]]:
         """A feed that the model accepts, and how many rows of inputs it gives each tap."""
-        problem = "no inputs"
+        problem = NONE_FIT
         made_up = made_up_feeds(self._source.proto, self._source.size)
         for feeds in [self._given] if self._given else made_up:
             try:

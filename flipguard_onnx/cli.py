@@ -230,7 +230,9 @@ def failures(report: Path | None) -> Iterator[None]:
         click.echo(f"flipguard-onnx: {printable(str(error))}", err=True)
         sys.exit(1 if isinstance(error, ValidationError) else 2)
     except MemoryError:
-        click.echo("flipguard-onnx: not enough memory for this model; nothing was written", err=True)
+        click.echo(
+            "flipguard-onnx: not enough memory for this model; nothing was written", err=True
+        )
         sys.exit(2)
 
 

@@ -91,11 +91,12 @@ def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: boo
 
 
 def inlined(source: Model, opset: int) -> Model:
-    """The source, with its local functions expanded if they are older than `opset`.
+    """The source, with its local functions expanded if they or the graph are older than `opset`.
 
-    onnx converts graphs, not functions. Raises UnsupportedModelError when it cannot expand them.
+    onnx converts graphs and drops the functions. Raises UnsupportedModelError when it cannot expand them.
     """
-    if all(_opset(function) >= opset for function in source.proto.functions):
+    functions = source.proto.functions
+    if not functions or all(_opset(part) >= opset for part in (source.proto, *functions)):
         return source
     try:
         return replace(source, proto=runtime.inlined(source.proto))
@@ -105,15 +106,18 @@ def inlined(source: Model, opset: int) -> Model:
         ) from None
 
 
-def converted(source: Model, opset: int) -> ModelProto:
-    """The source's graph at `opset` at least.
+def converted(source: Model, opset: int, weights: list[Weight]) -> ModelProto:
+    """The source's graph at `opset` at least, with the same weights.
 
     Raises UnsupportedModelError when onnx cannot convert it.
     """
     if _opset(source.proto) >= opset:
         return source.proto
     try:
-        return runtime.converted(source.proto, opset)
+        result = runtime.converted(source.proto, opset)
+        if lost := {weight.name for weight in weights} - set(_by_name(result)):
+            raise ValidationError(f"tensor {min(lost)!r} would no longer be a weight")
+        return result
     except (runtime.RemoteError, ValidationError) as error:
         raise UnsupportedModelError(
             f"{source.path}: opset {_opset(source.proto)} cannot be converted to {opset}, "

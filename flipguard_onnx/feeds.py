@@ -31,6 +31,7 @@ UNKNOWN_INTEGERS = 100  # integers that index no table are drawn below this
 SAMPLING_RATE = 16000
 SECONDS = 60.0  # after which no more are tried
 MADE_UP_LIMIT = 1 << 30  # bytes of one candidate
+NONE_FIT = f"none takes less than {MADE_UP_LIMIT >> 20} MiB"  # when nothing could be tried
 DATA_LIMIT = 4 << 30  # bytes of an .npz file, unpacked
 BATCH = "batch"  # stands for a dimension that is open and counts samples
 _PASSED_ON = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice")

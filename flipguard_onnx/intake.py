@@ -167,9 +167,7 @@ def shared_regions(regions: Iterable[tuple[TensorProto, Region]]) -> None:
     by_file: dict[Path, list[tuple[int, int, int, str]]] = defaultdict(list)
     for tensor, where in regions:
         if where.length:
-            by_file[where.file].append(
-                (where.offset, where.length, tensor.data_type, tensor.name)
-            )
+            by_file[where.file].append((where.offset, where.length, tensor.data_type, tensor.name))
     for file, found in by_file.items():
         found.sort()
         for before, after in zip(found, found[1:], strict=False):
@@ -261,7 +259,9 @@ def _functions(functions: Iterable[FunctionProto]) -> None:
     if len(by_name) != len(list(functions)):
         raise ModelError("two local functions have the same name")
     try:
-        order = list(TopologicalSorter({k: set(c) & set(calls) for k, c in calls.items()}).static_order())
+        order = list(
+            TopologicalSorter({k: set(c) & set(calls) for k, c in calls.items()}).static_order()
+        )
     except CycleError as error:
         names = " -> ".join(name for _, name in error.args[1][:5])
         raise ModelError(f"local functions call themselves: {names}") from None
@@ -304,7 +304,12 @@ def _body(body: GraphProto | FunctionProto) -> None:
 def _acyclic(body: GraphProto | FunctionProto) -> None:
     makers = {name: i for i, node in enumerate(body.node) for name in node.output if name}
     needs = {
-        i: {makers[name] for inner, _ in _nodes_below(node) for name in inner.input if name in makers}
+        i: {
+            makers[name]
+            for inner, _ in _nodes_below(node)
+            for name in inner.input
+            if name in makers
+        }
         for i, node in enumerate(body.node)
     }
     try:
@@ -385,7 +390,7 @@ def _all_tensors(proto: ModelProto) -> Iterator[TensorProto]:
             if attribute.HasField("t"):
                 yield attribute.t
             others = list(attribute.tensors)
-            for sparse in ([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []):
+            for sparse in [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []:
                 others += [sparse.values, sparse.indices]
             for sparse in attribute.sparse_tensors:
                 others += [sparse.values, sparse.indices]

@@ -127,7 +127,7 @@ def guard(
             source = flat
             weights, skipped = _find(source, include, exclude)
         plan = form.plans(weights)
-        prepared = converted(source, opset)
+        prepared = converted(source, opset, weights)
         folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
         activations, note = None, None
         if mode != "off":

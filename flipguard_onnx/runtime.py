@@ -191,4 +191,3 @@ def _memory(size: int) -> int:
         return allowed
     free = next((int(s.split()[1]) << 10 for s in lines if s.startswith("MemAvailable")), allowed)
     return min(allowed, int(FREE_SHARE * free))
-

@@ -168,7 +168,11 @@ class Readers:
             return perm, elem_type
         if node.op_type == "Transpose":
             order = attribute(node, "perm", list(reversed(range(len(perm)))))
-            return (tuple(perm[axis] for axis in order), elem_type) if len(order) == len(perm) else None
+            return (
+                (tuple(perm[axis] for axis in order), elem_type)
+                if len(order) == len(perm)
+                else None
+            )
         if node.op_type == "Cast" and attribute(node, "to", 0) in FLOATS:
             return perm, attribute(node, "to", 0)
         return None

@@ -19,7 +19,7 @@ import onnx
 
 from . import runtime
 from .errors import DriftError, RunError, ValidationError
-from .feeds import load_feeds, made_up_feeds
+from .feeds import NONE_FIT, load_feeds, made_up_feeds
 from .model import Model, tensors
 
 MAX_DRIFT = 3.0  # unbiased draws double the squared error of a weight: 1.41 times in relative L2
@@ -96,7 +96,7 @@ class Runner:
             self.feeds = load_feeds(data, source.proto)
             self.names, self.expected = self._run(source.path, exact=True)
             return
-        problem = "no inputs"
+        problem = NONE_FIT
         session = runtime.open_session(source.path, exact=True, size=source.size)
         for feeds in made_up_feeds(source.proto, source.size):
             try:

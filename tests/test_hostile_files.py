@@ -478,9 +478,7 @@ def test_nodes_that_lack_what_is_read_of_them(tmp_path):
 
     def permuted(*axes):
         def change(proto):
-            proto.graph.node.insert(
-                0, node("Transpose", "w", "w2", perm=axes)
-            )
+            proto.graph.node.insert(0, node("Transpose", "w", "w2", perm=axes))
             proto.graph.node[1].input[1] = "w2"
 
         return change
@@ -488,7 +486,10 @@ def test_nodes_that_lack_what_is_read_of_them(tmp_path):
     for change, message in (
         (few_inputs, "(MatMul) has 1 inputs and 1 outputs; allowed: at least 2 and 1"),
         (no_output, "(MatMul) has 2 inputs and 0 outputs"),
-        (attribute("transB", type=AttributeProto.STRING, s=b"1"), "'transB' as STRING; allowed: INT"),
+        (
+            attribute("transB", type=AttributeProto.STRING, s=b"1"),
+            "'transB' as STRING; allowed: INT",
+        ),
         (attribute("alpha", type=AttributeProto.INTS, ints=[1]), "'alpha' as INTS; allowed: FLOAT"),
         (twice, "has the attribute 'transB' more than once"),
         (permuted(0, 0), "has the perm [0, 0], no permutation"),
@@ -546,7 +547,8 @@ def test_an_initializer_may_stand_beside_an_input_only_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("opset", "domain", "op"), [(99, "", "MatMul"), (17, "evil.ops", "MatMul"), (17, "", "NoSuchOp")]
+    ("opset", "domain", "op"),
+    [(99, "", "MatMul"), (17, "evil.ops", "MatMul"), (17, "", "NoSuchOp")],
 )
 def test_operators_that_onnxruntime_does_not_know(tmp_path, opset, domain, op):
     proto = matmul(MATRIX, opset=opset)

@@ -167,7 +167,9 @@ def mutate_numbers(raw, rng):
         case 1:
             return raw + bytes(rng.choice((1, 4, 100)))
         case 2:
-            special = rng.choice((b"\0\0\x80\x7f", b"\0\0\xc0\x7f", b"\xff\xff\x7f\x7f", b"\1\0\0\0"))
+            special = rng.choice(
+                (b"\0\0\x80\x7f", b"\0\0\xc0\x7f", b"\xff\xff\x7f\x7f", b"\1\0\0\0")
+            )
             place = rng.randrange(len(raw) // 4 + 1) * 4
             return raw[:place] + special + raw[place + 4 :]
         case _:
@@ -338,7 +340,9 @@ def run(seconds, seed, job=0, jobs=1, first=0, cases=None, keep=None):
                 counts[f"{arguments[0]} {answer['code']}"] += 1
             if wrong:
                 counts["findings"] += 1
-                findings.append(f"case {index} of seed {seed}: {' '.join(arguments)}: {wrong}\n{where}")
+                findings.append(
+                    f"case {index} of seed {seed}: {' '.join(arguments)}: {wrong}\n{where}"
+                )
                 if keep:
                     target = Path(keep) / f"{seed}-{index}"
                     shutil.copytree(folder, target, dirs_exist_ok=True)
