@@ -117,7 +117,7 @@ def tap_of(use: Use, weight: Weight, main: Any) -> Tap | str:
         return Tap(node.input[0], use.elem_type, kind)
     if use.op in ("LSTM", "GRU", "RNN") and use.index == 1:
         return Tap(node.input[0], use.elem_type, "rows")
-    if use.op == "Conv":
+    if use.op == "Conv" and min(attribute(node, "pads", ()), default=0) >= 0:
         kernel = tuple(weight.shape[axis] for axis in use.perm[2:])
         ones = (1,) * len(kernel)
         return Tap(

@@ -93,7 +93,7 @@ def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: boo
 def inlined(source: Model, opset: int) -> Model:
     """The source, with its local functions expanded if they or the graph are older than `opset`.
 
-    onnx converts graphs and drops the functions. Raises UnsupportedModelError when it cannot expand them.
+    onnx converts graphs and drops their functions. Raises UnsupportedModelError when it cannot.
     """
     functions = source.proto.functions
     if not functions or all(_opset(part) >= opset for part in (source.proto, *functions)):

@@ -73,7 +73,7 @@ def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
 
 
 def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of an .npz file, by name; no pickles, and no more memory than the file declares."""
+    """The arrays of an .npz file, by name; no pickles, no more memory than the file declares."""
     arrays = {}
     try:
         if not path.is_file():

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorProto
+from onnx import FunctionProto, GraphProto, ModelProto, TensorProto
 
-from . import intake
+from . import disk, intake
+from .disk import Region
 from .errors import ModelError, UnsupportedModelError
-from .intake import Region
+from .intake import subgraphs
 
 DETACH_BYTES = 1024  # smaller tensors stay in the protobuf
 INLINE_LIMIT = 1 << 30  # bytes; a larger model gets a .data file, since protobuf ends at 2 GiB
@@ -50,7 +51,7 @@ class Model:
 
     def raw(self, tensor: TensorProto) -> memoryview:
         """The bytes behind a tensor that stands in the proto as a reference."""
-        payload = self.payloads[intake.entry(tensor, "location")]
+        payload = self.payloads[disk.entry(tensor, "location")]
         if isinstance(payload, bytes):
             return memoryview(payload)
         if payload.length == 0:
@@ -66,7 +67,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     """
     path = Path(path)
     try:
-        content = intake.read(path)
+        content = disk.read(path)
         proto = ModelProto()
         proto.ParseFromString(content)
         intake.admit(proto)
@@ -112,11 +113,6 @@ def output_names(body: GraphProto | FunctionProto) -> list[str]:
     if isinstance(body, GraphProto):
         return [value.name for value in body.output]
     return list(body.output)
-
-
-def subgraphs(attribute: AttributeProto) -> list[GraphProto]:
-    """The graphs that an attribute holds."""
-    return [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
 
 
 def tensors(proto: ModelProto) -> Iterator[TensorProto]:
@@ -229,17 +225,17 @@ def _detach(path: Path, proto: ModelProto) -> tuple[dict[str, bytes | Region], d
     for tensor in tensors(proto):
         payload: bytes | Region = tensor.raw_data
         if tensor.data_location == TensorProto.EXTERNAL:
-            file = files[intake.entry(tensor, "location")] = intake.data_file(path, tensor)
-            payload = intake.region(tensor, file)
+            file = files[disk.entry(tensor, "location")] = disk.data_file(path, tensor)
+            payload = disk.region(tensor, file)
             external.append((tensor, payload))
         elif len(tensor.raw_data) < DETACH_BYTES:
             continue
         key = f"{_DETACHED}{len(payloads)}"
         payloads[key] = payload
         refer(tensor, key)
-    intake.shared_regions(external)
+    disk.shared_regions(external)
     return payloads, files
 
 
 def _is_detached(tensor: TensorProto) -> bool:
-    return intake.entry(tensor, "location").startswith(_DETACHED)
+    return disk.entry(tensor, "location").startswith(_DETACHED)

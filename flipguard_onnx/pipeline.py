@@ -390,7 +390,7 @@ def _try(source: Model, sinks: dict[str, Sink], data: Path | None, max_drift: fl
 def _finite(source: Model, weight: Weight) -> npt.NDArray[np.generic]:
     """The values; none may be so large that a level rounded up from it overflows the type."""
     values = source.array(weight.tensor)
-    kind = ml_dtypes.finfo(values.dtype)
+    kind = ml_dtypes.finfo(values.dtype)  # type: ignore[no-untyped-call]
     bound = values.dtype.type(float(kind.max) * (1 - 2 * float(kind.eps)))
     with np.errstate(invalid="ignore"):  # bfloat16 complains of NaN
         sound = (values >= -bound) & (values <= bound)

@@ -7,7 +7,8 @@ from typing import Any
 
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from .model import output_names, subgraphs
+from .intake import subgraphs
+from .model import output_names
 
 # Weight inputs by operator; the order decides whose layout a shared tensor gets.
 ROLES = {

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
-from samples import F, SAMPLES, matmul, model, node, save, weights
+from samples import SAMPLES, F, matmul, model, node, save, weights
 
 from flipguard_onnx.cli import main
 
@@ -441,11 +441,17 @@ def test_what_is_legal_but_not_handled(tmp_path):
     def sparse_inside(proto):
         proto.graph.node[0].attribute[0].g.sparse_initializer.append(sparse)
 
+    def argument(proto):
+        proto.graph.node[0].attribute[0].g.node[0].op_type = "Gemm"
+        attribute = proto.graph.node[0].attribute[0].g.node[0].attribute.add(name="transB")
+        attribute.type, attribute.ref_attr_name = AttributeProto.INT, "flag"
+
     def sparse_external(proto):
         constant = proto.graph.node.add(op_type="Constant", output=["c"])
         constant.attribute.add(name="sparse_value", type=AttributeProto.SPARSE_TENSOR)
         inner = constant.attribute[0].sparse_tensor
         inner.CopyFrom(sparse)
+        inner.values.ClearField("raw_data")
         inner.values.data_location = TensorProto.EXTERNAL
         inner.values.external_data.add(key="location", value="/etc/passwd")
 
@@ -453,6 +459,7 @@ def test_what_is_legal_but_not_handled(tmp_path):
         (training, "training information is not supported"),
         (sparse_initializer, "sparse initializers are not supported"),
         (sparse_inside, "sparse initializers are not supported"),
+        (argument, "takes 'transB' from an attribute of its function"),
         (sparse_external, "'sparse_value' of Constant has external data"),
     ):
         assert message in refused(written(changed(change), tmp_path))
@@ -471,6 +478,9 @@ def test_nodes_that_lack_what_is_read_of_them(tmp_path):
             proto.graph.node[0].attribute.append(AttributeProto(name=name, **value))
 
         return change
+
+    def disguised(proto):
+        attribute("x", type=AttributeProto.INT, g=SAMPLES["nested"]().graph)(proto)
 
     def twice(proto):
         for _ in range(2):
@@ -491,6 +501,7 @@ def test_nodes_that_lack_what_is_read_of_them(tmp_path):
             "'transB' as STRING; allowed: INT",
         ),
         (attribute("alpha", type=AttributeProto.INTS, ints=[1]), "'alpha' as INTS; allowed: FLOAT"),
+        (disguised, "attribute 'x' of Gemm is INT, but holds 'g'"),
         (twice, "has the attribute 'transB' more than once"),
         (permuted(0, 0), "has the perm [0, 0], no permutation"),
         (permuted(0, 7), "has the perm [0, 7], no permutation"),

@@ -1,4 +1,4 @@
-"""A bounded run of the fuzzer, random structures, and a check that the fuzzer sees what is wrong."""
+"""A bounded run of the fuzzer, random structures, and whether the fuzzer sees what is wrong."""
 
 import numpy as np
 import pytest

@@ -142,7 +142,7 @@ def mutate_repeated(values, field, names, rng):
     elif not is_message and place is not None:
         values[place] = scalar(field, values[place], names, rng)
     elif not is_message:
-        values.append(scalar(field, {"string": ""}.get("", 0), names, rng))
+        values.append(scalar(field, 0, names, rng))
 
 
 def scalar(field, value, names, rng):
@@ -176,8 +176,8 @@ def mutate_numbers(raw, rng):
             return bytes(len(raw))
 
 
-def make_external(content, folder, rng):
-    """The model with its data outside, where mutations then find the references."""
+def make_external(content, folder):
+    """The model with its data in a file beside it; mutations then meet the references."""
     proto = ModelProto()
     proto.ParseFromString(content)
     onnx.save(
@@ -197,11 +197,9 @@ def make_case(seed, index, folder):
     kind = "samples" if rng.random() < 0.7 else rng.choice(sorted(kinds))
     _, content = rng.choice(kinds[kind])
     if kind == "samples" and rng.random() < 0.2:
-        content = make_external(content, folder, rng)
-    if rng.random() < 0.7:
-        content = mutate_messages(content, rng)
-    else:
-        content = mutate_bytes(content, rng)
+        content = make_external(content, folder)
+    mutate = mutate_messages if rng.random() < 0.7 else mutate_bytes
+    content = mutate(content, rng)
     path = folder / "model.onnx"
     path.write_bytes(content)
     data = folder / "model.onnx.data"
