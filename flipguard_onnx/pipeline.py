@@ -25,13 +25,7 @@ from .emit import (
     inlined,
     needed_opset,
 )
-from .errors import (
-    DriftError,
-    ModelError,
-    SchemeError,
-    UnsupportedModelError,
-    ValidationError,
-)
+from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError, ValidationError
 from .feedback import Inputs
 from .flip import Policy, flip, tensor_key
 from .kernels import get_backend
