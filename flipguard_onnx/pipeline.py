@@ -186,7 +186,7 @@ def guard(
             report = replace(report, validation=tried)
             say("validating", 1, 1)
             break
-        _require_unchanged(source)
+        source.require_unchanged()
         finished = [sinks[wanted].output for wanted in targets]
         written = {str(file.target): file.size for file in finished}
         for file in finished:
@@ -396,8 +396,3 @@ def _finite(source: Model, weight: Weight) -> npt.NDArray[np.generic]:
         )
     return values
 
-
-def _require_unchanged(source: Model) -> None:
-    now = {name: file_sha256(source.path.parent / name) for name in source.data_sha256}
-    if file_sha256(source.path) != source.sha256 or now != source.data_sha256:
-        raise ModelError(f"{source.path}: changed while it was being guarded; nothing was written")
