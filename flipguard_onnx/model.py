@@ -32,7 +32,7 @@ INLINE_LIMIT = 1 << 30  # bytes; a larger model gets a .data file, since protobu
 ALIGNMENT = 64
 RACY = 10**9  # ns; of a file changed as recently, a stamp may not show that it changed again
 _DETACHED = "detached:"
-_SUBBYTE = {  # bits of an element
+_SUBBYTE: dict[int, int] = {  # bits of an element
     TensorProto.INT4: 4,
     TensorProto.UINT4: 4,
     TensorProto.FLOAT4E2M1: 4,
@@ -252,6 +252,11 @@ class Output:
         if self._external:
             os.replace(self._data_path, data_path(self.target))
         os.replace(self.path, self.target)
+
+
+def raw_bytes(values: npt.NDArray[Any]) -> memoryview:
+    """The bytes of an array, as a tensor's raw_data has them; not copied if they lie in order."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
 def data_path(model: Path) -> Path:

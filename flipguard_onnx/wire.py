@@ -71,7 +71,8 @@ def skeleton(data: memoryview, smallest: int) -> bytes:
         encoded = memoryview(reference.SerializeToString())
         return [data[start:first], data[end:stop], encoded]
 
-    return b"".join(_rewritten(data, 0, len(data), "model", edit, smallest) or [data])
+    pieces = _rewritten(data, 0, len(data), "model", edit, smallest) or [data]
+    return b"".join(piece for piece in pieces if isinstance(piece, memoryview))
 
 
 def write_whole(proto: bytes, payload: Callable[[TensorProto], Region], stream: BinaryIO) -> None:
@@ -81,7 +82,7 @@ def write_whole(proto: bytes, payload: Callable[[TensorProto], Region], stream: 
     """
 
     def edit(data: memoryview, start: int, stop: int) -> list[Piece]:
-        tensor = TensorProto.FromString(data[start:stop])
+        tensor = TensorProto.FromString(bytes(data[start:stop]))
         if tensor.data_location != TensorProto.EXTERNAL:
             return []
         region = payload(tensor)

@@ -23,7 +23,7 @@ LAYERS = [  # a module imports only from layers below its own
     {"model.py", "feedback.py"},
     {"scopes.py", "feeds.py", "flip.py"},
     {"weights.py", "synthetic.py"},
-    {"activations.py"},
+    {"activations.py", "parts.py"},
     {"rewrite.py"},
     {"qdq.py"},
     {"emit.py", "validate.py", "options.py"},
