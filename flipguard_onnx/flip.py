@@ -18,6 +18,7 @@ from .feedback import Inputs
 from .schemes import Blocks, Grid, Margins, Scheme
 
 POLICIES = ("unbiased", "topk", "none")
+COUNTED = 1 << 20  # codes at a time
 MAX_STEPS = 8  # values of the storage type that a flipped weight may be moved on beyond its target
 
 TINY = float(np.finfo(np.float32).tiny)
@@ -54,20 +55,26 @@ class Flips:
     """One tensor, guarded. Arrays are flat, rows of output channels one after the other.
 
     plain: the codes of rounding to the nearest level; codes: the guarded ones.
-    guarded: the weights in their own type, moved so that the scheme's quantizer yields `codes`.
+    guarded: the weights in their own type, moved so that the scheme's quantizer yields `codes`;
+    None where nobody wants them.
     gain: squared error of the products with error feedback / without; None where it was not tried.
     """
 
     grid: Grid
     plain: npt.NDArray[np.int8]
     codes: npt.NDArray[np.int8]
-    guarded: npt.NDArray[Any]
+    guarded: npt.NDArray[Any] | None
     gain: float | None = None
 
     @property
     def furthest(self) -> int:
         """By how many levels a code differs from plain rounding's at most."""
-        return int(np.max(np.abs(self.codes.astype(np.int16) - self.plain), initial=0))
+        most = 0
+        for start in range(0, self.codes.size, COUNTED):
+            some = slice(start, start + COUNTED)
+            steps = np.subtract(self.codes[some], self.plain[some], dtype=np.int16)
+            most = max(most, int(np.max(np.abs(steps))))
+        return most
 
     @property
     def count(self) -> int:

@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 
 from . import __version__
@@ -26,10 +24,11 @@ from .emit import (
 )
 from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError, ValidationError
 from .feedback import Inputs
-from .flip import Policy, flip, tensor_key
+from .flip import Policy, tensor_key
 from .kernels import get_backend
 from .model import INLINE_LIMIT, Model, Output, data_path, file_sha256, open_model, workspace
 from .options import EMITS, Format, draw_seeds, one_of, preserve_mode
+from .parts import flip_weight
 from .report import Inspection, Report, Tensor, Verification
 from .schemes import SCHEMES
 from .validate import MAX_DRIFT, Candidates, Validation, compare
@@ -37,7 +36,7 @@ from .weights import Skipped, Weight, find_weights
 
 PRESERVE_SECONDS = 60.0  # error feedback that takes longer is not switched on by itself
 
-Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+Progress = Callable[[str, int, int], None]  # stage, bytes (or steps) done, and in all
 
 
 def guard(
@@ -91,7 +90,7 @@ def guard(
     force : overwrite an existing output
     validate : try the result with onnxruntime before it appears at `output`
     standard_ops : only operators of the ONNX standard, none of com.microsoft
-    progress : called with (stage, steps done, steps in all)
+    progress : called with (stage, done, in all): bytes of weights while guarding, else steps
 
     Returns
     -------
@@ -132,18 +131,18 @@ def guard(
         for draw, drawn_seed in enumerate(seeds, 1):
             sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)
             tensors: list[Tensor] = []
+            tick = _meter(say, "guarding", sum(map(_bytes, weights)))
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
-                say("guarding", len(tensors), len(weights))
-                values = weight.canonical(_finite(source, weight))
                 key = tensor_key(drawn_seed, weight.name)
                 inputs = activations.of(weight) if activations else None
                 unfed = inputs if isinstance(inputs, str) else None
                 fed = inputs if isinstance(inputs, Inputs) else None
-                flips = flip(weight.name, values, kind, blocks, rule, key, backend, fed)
+                flips = flip_weight(
+                    source, weight, kind, blocks, rule, key, backend, fed, "float" in sinks, tick
+                )
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
                 tensors.append(Tensor.of(weight, kind, flips, unfed))
-            say("guarding", len(tensors), len(weights))
             report = Report(
                 version=__version__,
                 input=str(source.path),
@@ -180,7 +179,7 @@ def guard(
             report = replace(report, validation=tried)
             say("validating", 1, 1)
             break
-        _require_unchanged(source)
+        source.require_unchanged()
         finished = [sinks[wanted].output for wanted in targets]
         written = {str(file.target): file.size for file in finished}
         for file in finished:
@@ -207,7 +206,7 @@ def inspect(
     weights, skipped = _find(source, include, exclude)
     tensors, saved = [], 0
     for weight, (kind, blocks) in zip(weights, form.plans(weights), strict=True):
-        width = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).itemsize
+        width = _bytes(weight) // weight.size
         saved += weight.size * width - (weight.size * kind.bits // 8 + blocks.count * width)
         tensors.append(Tensor.of(weight, kind))
     return Inspection(
@@ -380,18 +379,18 @@ def _try(source: Model, sinks: dict[str, Sink], data: Path | None, max_drift: fl
     return compare(source, files, data, max_drift)
 
 
-def _finite(source: Model, weight: Weight) -> npt.NDArray[np.generic]:
-    values = source.array(weight.tensor)
-    bad = values.size - int(np.count_nonzero(np.isfinite(values)))
-    if bad:
-        raise ModelError(
-            f"{source.path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite; "
-            "allowed: finite ones (--exclude leaves a tensor as it is)"
-        )
-    return values
+def _bytes(weight: Weight) -> int:
+    return weight.size * onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).itemsize
 
 
-def _require_unchanged(source: Model) -> None:
-    now = {name: file_sha256(source.path.parent / name) for name in source.data_sha256}
-    if file_sha256(source.path) != source.sha256 or now != source.data_sha256:
-        raise ModelError(f"{source.path}: changed while it was being guarded; nothing was written")
+def _meter(say: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Takes the bytes done one after the other and reports their sum."""
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        say(stage, done, total)
+
+    tick(0)
+    return tick

@@ -14,7 +14,7 @@ ROOMS = {  # library -> modules that may import it
     "numba": {"kernels/__init__.py", "kernels/cpu.py", "kernels/cuda.py"},
 }
 LAYERS = [  # a module imports only from layers below its own
-    {"errors.py", "kernels/scalar.py"},
+    {"errors.py", "kernels/scalar.py", "wire.py"},
     {"runtime.py"},
     {"kernels/cpu.py", "kernels/cuda.py", "kernels/__init__.py", "schemes/blocks.py"},
     {"metrics.py"},
@@ -23,7 +23,7 @@ LAYERS = [  # a module imports only from layers below its own
     {"model.py", "feedback.py"},
     {"scopes.py", "feeds.py", "flip.py"},
     {"weights.py", "synthetic.py"},
-    {"activations.py"},
+    {"activations.py", "parts.py"},
     {"rewrite.py"},
     {"qdq.py"},
     {"emit.py", "validate.py", "options.py"},
