@@ -7,9 +7,7 @@ editing a graph moves no weights; `Output` puts them back, one after the other, 
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorProto
 
 from .errors import ModelError, UnsupportedModelError
+from .publish import Finished
 
 DETACH_BYTES = 1024  # smaller tensors stay in the protobuf
 INLINE_LIMIT = 1 << 30  # bytes; a larger model gets a .data file, since protobuf ends at 2 GiB
@@ -157,28 +156,19 @@ def refer(tensor: TensorProto, location: str, offset: int = 0, length: int | Non
         tensor.external_data.add(key="length", value=str(length))
 
 
-@contextmanager
-def workspace(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, on the same file system; removed at the end."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".flipguard-", dir=folder) as path:
-            yield Path(path)
-    except OSError as error:
-        raise ModelError(f"{folder}: cannot be written: {error.strerror}") from None
-
-
 class Output:
-    """A model being written: tensors go in one by one, `save` finishes, `publish` makes it appear.
+    """A model being written: tensors go in one by one, `save` finishes.
 
     Everything is written into `folder` under its final names, so that it can be loaded and tried
-    there. With `external`, tensors go on to a data file as they come.
+    there. With `external`, tensors go on to a data file as they come. Without a `target` the
+    model is not meant to leave the folder.
     """
 
-    def __init__(self, folder: Path, target: Path, external: bool) -> None:
-        self.target = target
-        self.path = folder / target.name
+    def __init__(self, folder: Path, target: Path | None, external: bool) -> None:
+        self.path = folder / (target.name if target else f"{folder.name}.onnx")
         self._folder = folder
-        self._data_path = data_path(self.path)
+        self._published = target is not None
+        self._data_path = self.path.with_name(f"{self.path.name}.data")
         folder.mkdir(parents=True)
         self._data = self._data_path.open("wb") if external else None
 
@@ -207,6 +197,8 @@ class Output:
                 self.store(tensor, source.raw(tensor), inline=True)
         if self._data:
             self._data.close()
+            if self._published:
+                self._name_data(proto)
         self.path.write_bytes(proto.SerializeToString(deterministic=True))
 
     @property
@@ -214,16 +206,20 @@ class Output:
         """Bytes written."""
         return sum(file.stat().st_size for file in self._folder.iterdir())
 
-    def publish(self) -> None:
-        """Move the finished files to the target, the data file first."""
-        if self._data:
-            os.replace(self._data_path, data_path(self.target))
-        os.replace(self.path, self.target)
+    def finished(self, target: Path) -> Finished:
+        """The files, ready to be published."""
+        return Finished(self.path, self._data_path if self._data else None, target)
 
-
-def data_path(model: Path) -> Path:
-    """Where the external data of a written model goes."""
-    return model.with_name(f"{model.name}.data")
+    def _name_data(self, proto: ModelProto) -> None:
+        """Give the data file the name that `publish` demands, and refer to it by that."""
+        old = self._data_path
+        self._data_path = old.with_name(f"{self.path.name}.{file_sha256(old)[:16]}.data")
+        old.rename(self._data_path)
+        for graph in graphs(proto):
+            for tensor in graph.initializer:
+                for entry in tensor.external_data:
+                    if entry.key == "location" and entry.value == old.name:
+                        entry.value = self._data_path.name
 
 
 def file_sha256(file: Path) -> str:
