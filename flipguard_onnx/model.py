@@ -9,10 +9,8 @@ import hashlib
 import math
 import mmap
 import os
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorPr
 
 from . import wire
 from .errors import ModelError, UnsupportedModelError
+from .publish import Finished
 from .wire import Region
 
 DETACH_BYTES = 1024  # smaller tensors stay in the protobuf
@@ -174,30 +173,21 @@ def refer(tensor: TensorProto, location: str, offset: int = 0, length: int | Non
         tensor.external_data.add(key="length", value=str(length))
 
 
-@contextmanager
-def workspace(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, on the same file system; removed at the end."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".flipguard-", dir=folder) as path:
-            yield Path(path)
-    except OSError as error:
-        raise ModelError(f"{folder}: cannot be written: {error.strerror}") from None
-
-
 class Output:
-    """A model being written: tensors go in one by one, `save` finishes, `publish` makes it appear.
+    """A model being written: tensors go in one by one, `save` finishes.
 
     Everything is written into `folder` under its final names, so that it can be loaded and tried
     there. Tensors go on to a data file as they come; unless the model is to have one (`external`),
-    `save` moves them from there into the model file.
+    `save` moves them from there into the model file. Without a `target` the model is not meant to
+    leave the folder.
     """
 
-    def __init__(self, folder: Path, target: Path, external: bool) -> None:
-        self.target = target
-        self.path = folder / target.name
+    def __init__(self, folder: Path, target: Path | None, external: bool) -> None:
+        self.path = folder / (target.name if target else f"{folder.name}.onnx")
         self._folder = folder
         self._external = external
-        self._data_path = data_path(self.path)
+        self._published = target is not None
+        self._data_path = self.path.with_name(f"{self.path.name}.data")
         folder.mkdir(parents=True)
         self._data = self._data_path.open("wb")
 
@@ -230,6 +220,8 @@ class Output:
             if _is_detached(tensor):
                 self.store(tensor, source.raw(tensor), inline=True)
         self._data.close()
+        if self._external and self._published:
+            self._name_data(proto)
         content = proto.SerializeToString(deterministic=True)
         if self._external:
             self.path.write_bytes(content)
@@ -247,21 +239,25 @@ class Output:
         """Bytes written."""
         return sum(file.stat().st_size for file in self._folder.iterdir())
 
-    def publish(self) -> None:
-        """Move the finished files to the target, the data file first."""
-        if self._external:
-            os.replace(self._data_path, data_path(self.target))
-        os.replace(self.path, self.target)
+    def finished(self, target: Path) -> Finished:
+        """The files, ready to be published."""
+        return Finished(self.path, self._data_path if self._external else None, target)
+
+    def _name_data(self, proto: ModelProto) -> None:
+        """Give the data file the name that `publish` demands, and refer to it by that."""
+        old = self._data_path
+        self._data_path = old.with_name(f"{self.path.name}.{file_sha256(old)[:16]}.data")
+        old.rename(self._data_path)
+        for graph in graphs(proto):
+            for tensor in graph.initializer:
+                for entry in tensor.external_data:
+                    if entry.key == "location" and entry.value == old.name:
+                        entry.value = self._data_path.name
 
 
 def raw_bytes(values: npt.NDArray[Any]) -> memoryview:
     """The bytes of an array, as a tensor's raw_data has them; not copied if they lie in order."""
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-
-
-def data_path(model: Path) -> Path:
-    """Where the external data of a written model goes."""
-    return model.with_name(f"{model.name}.data")
 
 
 def file_sha256(file: Path) -> str:

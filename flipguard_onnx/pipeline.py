@@ -26,10 +26,12 @@ from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError, 
 from .feedback import Inputs
 from .flip import Policy, tensor_key
 from .kernels import get_backend
-from .model import INLINE_LIMIT, Model, Output, data_path, file_sha256, open_model, workspace
-from .options import EMITS, Format, draw_seeds, one_of, preserve_mode
+from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model
+from .options import EMITS, Format, draw_seeds, one_of, output_paths, preserve_mode
 from .parts import flip_weight
+from .publish import check_target, publish, workspace
 from .report import Inspection, Report, Tensor, Verification
+from .runtime import require_openable
 from .schemes import SCHEMES
 from .validate import MAX_DRIFT, Candidates, Validation, compare
 from .weights import Skipped, Weight, find_weights
@@ -112,7 +114,12 @@ def guard(
     say = progress or (lambda *_: None)
     with ExitStack() as stack:
         source = _open(model, output, stack)
-        targets = _targets(source, output, scheme, emit, force)
+        targets = output_paths(source.path, output, scheme, emit)
+        read = [source.path, *(source.path.parent / name for name in source.data_sha256)]
+        for target in targets.values():
+            check_target(target, [*read, *filter(None, [feeds])], force)
+        if validate or mode != "off":
+            require_openable(source.path, *targets.values())
         weights, skipped = _find(source, include, exclude)
         opset = needed_opset(weights, [kind for kind, _ in form.plans(weights)], standard_ops)
         if (flat := inlined(source, opset)) is not source:
@@ -180,10 +187,9 @@ def guard(
             say("validating", 1, 1)
             break
         source.require_unchanged()
-        finished = [sinks[wanted].output for wanted in targets]
-        written = {str(file.target): file.size for file in finished}
-        for file in finished:
-            file.publish()
+        finished = {target: sinks[wanted].output for wanted, target in targets.items()}
+        written = {str(target): output.size for target, output in finished.items()}
+        publish([output.finished(target) for target, output in finished.items()], force)
     return replace(report, outputs=written, seconds=time.perf_counter() - started)
 
 
@@ -285,30 +291,6 @@ def _open(
     return open_model(path)
 
 
-def _targets(
-    source: Model, output: str | os.PathLike[str] | None, scheme: str, emit: str, force: bool
-) -> dict[str, Path]:
-    """Where each kind of output goes: none over the input, none over anything without `force`."""
-    path = source.path
-    base = Path(output) if output else path.with_name(f"{path.stem}.flipguard-{scheme}.onnx")
-    moved = base
-    if emit == "both" or not output:
-        moved = base.with_name(f"{base.stem}-float{base.suffix}")
-    targets = {"qdq": base, "float": moved}
-    if emit != "both":
-        targets = {emit: targets[emit]}
-    inputs = [path, *(path.parent / location for location in source.data_sha256)]
-    for target in targets.values():
-        if not target.parent.is_dir():
-            raise ModelError(f"{target.parent}: no such folder to write to")
-        for file in (target, data_path(target)):
-            if file.exists() and any(file.samefile(other) for other in inputs):
-                raise ModelError(f"{file}: belongs to the input; the output needs another name")
-            if file.exists() and not force:
-                raise ModelError(f"{file}: exists already; --force overwrites it")
-    return targets
-
-
 def _find(
     source: Model, include: tuple[str, ...], exclude: tuple[str, ...]
 ) -> tuple[list[Weight], list[Skipped]]:
@@ -358,7 +340,7 @@ def _sinks(
     external = source.size > INLINE_LIMIT or bool(source.data_sha256)
 
     def output(kind: str) -> Output:
-        return Output(folder / kind, targets.get(kind, folder / f"{kind}.onnx"), external)
+        return Output(folder / kind, targets.get(kind), external)
 
     sinks: dict[str, Sink] = {}
     if validate or "qdq" in targets:

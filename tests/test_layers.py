@@ -11,11 +11,12 @@ PACKAGE = Path(flipguard_onnx.__file__).parent
 ROOMS = {  # library -> modules that may import it
     "click": {"cli.py"},
     "onnxruntime": {"runtime.py"},
+    "distributed": {"workers.py"},
     "numba": {"kernels/__init__.py", "kernels/cpu.py", "kernels/cuda.py"},
 }
 LAYERS = [  # a module imports only from layers below its own
-    {"errors.py", "kernels/scalar.py", "wire.py"},
-    {"runtime.py"},
+    {"errors.py", "interrupt.py", "kernels/scalar.py", "wire.py"},
+    {"runtime.py", "publish.py", "workers.py"},
     {"kernels/cpu.py", "kernels/cuda.py", "kernels/__init__.py", "schemes/blocks.py"},
     {"metrics.py"},
     {"schemes/affine.py", "schemes/codebook.py"},
@@ -29,6 +30,7 @@ LAYERS = [  # a module imports only from layers below its own
     {"emit.py", "validate.py", "options.py"},
     {"report.py"},
     {"pipeline.py"},
+    {"fleet.py"},
     {"__init__.py"},
     {"cli.py"},
     {"__main__.py"},
@@ -96,6 +98,7 @@ def test_public_names():
         "ValidationError",
         "der",
         "guard",
+        "guard_many",
         "inspect",
         "verify",
     ]
