@@ -16,11 +16,11 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import ModelProto, helper
 
-from .errors import UnsupportedModelError, first_line
+from .errors import RunError, UnsupportedModelError
 from .feedback import PANEL, Floats, Inputs
 from .feeds import Feed, load_feeds, made_up_feeds, signature
 from .model import Model, Output
-from .runtime import open_session
+from .runtime import Session, open_session
 from .scopes import Use, attribute
 from .synthetic import synthetic_feeds
 from .weights import Weight
@@ -177,7 +177,7 @@ class Activations:
         self._given = load_feeds(data, source.proto) if data else []
         self._template, self._counts = self._probe()
 
-    def _open(self, output: Output) -> Any:
+    def _open(self, output: Output) -> Session:
         proto = ModelProto()
         proto.CopyFrom(self._source.proto)
         known = {value.name for value in (*proto.graph.output, *proto.graph.input)}
@@ -187,7 +187,7 @@ class Activations:
                 value = helper.make_tensor_value_info(tap.value, tap.elem_type, None)
                 proto.graph.output.append(value)
         output.save(proto, self._source)
-        return open_session(output.path, exact=True)
+        return open_session(output.path, exact=True, size=self._source.size)
 
     def _probe(self) -> tuple[Feed, dict[Tap, int]]:
         """A feed that the model accepts, and how many rows of inputs it gives each tap."""
@@ -196,8 +196,8 @@ class Activations:
         for feeds in [self._given] if self._given else made_up:
             try:
                 values = self._run(feeds[0], self._all_taps)
-            except Exception as error:  # onnxruntime raises bare exceptions of many types
-                problem = first_line(error)
+            except RunError as error:
+                problem = str(error)
                 continue
             rng = np.random.default_rng(SEED)
             rows = {tap: tap.rows(values[tap.value], MOST_ROWS, rng) for tap in self._all_taps}
@@ -243,7 +243,7 @@ class Activations:
         if batch > 1:
             try:
                 self._run(self._synthetic(batch, batch)[0], [])
-            except Exception:  # the model takes no batches, whatever its signature says
+            except RunError:  # the model takes no batches, whatever its signature says
                 batch = 1
         return self._synthetic(samples, batch)
 
@@ -320,5 +320,5 @@ class Activations:
 
     def _run(self, feed: Feed, taps: Sequence[Tap]) -> dict[str, npt.NDArray[Any]]:
         names = [n for n in dict.fromkeys(tap.value for tap in taps) if n not in feed]
-        names = names or [self._session.get_outputs()[0].name]
+        names = names or self._session.outputs[:1]
         return feed | dict(zip(names, self._session.run(names, feed), strict=True))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .errors import FlipguardError, exit_code
+from .errors import FlipguardError, exit_code, printable
 from .interrupt import Interrupted, interruptible
 from .publish import check_report, write_report
 
@@ -212,7 +212,7 @@ def guard(
             publish(fleet, report, quiet)
             for outcome in fleet.outcomes if quiet else ():
                 if outcome.error:
-                    echo(f"flipguard-onnx: {outcome.error}", err=True)
+                    echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
             sys.exit(fleet.code)
 
 
@@ -272,13 +272,16 @@ def failures(report: Path | None) -> Iterator[None]:
                 check_report(report)
             yield
     except FlipguardError as error:
-        echo(f"flipguard-onnx: {error}", err=True)
+        echo(f"flipguard-onnx: {printable(str(error))}", err=True)
         sys.exit(exit_code(error))
     except Interrupted as signal:
         echo(f"flipguard-onnx: {signal}", err=True)
         sys.exit(signal.code)
     except BrokenPipeError:  # click's
         raise
+    except MemoryError:
+        echo("flipguard-onnx: not enough memory for this model; nothing was written", err=True)
+        sys.exit(2)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         echo(f"flipguard-onnx: {place}{error.strerror or error}", err=True)

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 import onnx
-import onnx.inliner
 from onnx import ModelProto
 
-from .errors import UnsupportedModelError, first_line
+from . import runtime
+from .errors import UnsupportedModelError, ValidationError
 from .flip import Flips
 from .model import Model, Output, raw_bytes
 from .parts import stored
@@ -93,11 +93,16 @@ def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: boo
 def inlined(source: Model, opset: int) -> Model:
     """The source, with its local functions expanded if they are older than `opset`.
 
-    onnx converts graphs, not functions.
+    onnx converts graphs, not functions. Raises UnsupportedModelError when it cannot expand them.
     """
     if all(_opset(function) >= opset for function in source.proto.functions):
         return source
-    return replace(source, proto=onnx.inliner.inline_local_functions(source.proto))
+    try:
+        return replace(source, proto=runtime.inlined(source.proto))
+    except (runtime.RemoteError, ValidationError) as error:
+        raise UnsupportedModelError(
+            f"{source.path}: its local functions cannot be expanded: {error}"
+        ) from None
 
 
 def converted(source: Model, opset: int) -> ModelProto:
@@ -108,11 +113,11 @@ def converted(source: Model, opset: int) -> ModelProto:
     if _opset(source.proto) >= opset:
         return source.proto
     try:
-        return onnx.version_converter.convert_version(source.proto, opset)
-    except Exception as error:  # the converter raises bare RuntimeError and its own types
+        return runtime.converted(source.proto, opset)
+    except (runtime.RemoteError, ValidationError) as error:
         raise UnsupportedModelError(
             f"{source.path}: opset {_opset(source.proto)} cannot be converted to {opset}, "
-            f"which this scheme needs: {first_line(error)}"
+            f"which this scheme needs: {error}"
         ) from None
 
 

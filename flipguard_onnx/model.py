@@ -6,9 +6,9 @@ graph moves no weights; `Output` writes them one after the other.
 """
 
 import hashlib
-import math
 import mmap
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorProto
 
-from . import wire
+from . import intake, wire
 from .errors import ModelError, UnsupportedModelError
 from .publish import Finished
 from .wire import Region
@@ -31,13 +31,6 @@ INLINE_LIMIT = 1 << 30  # bytes; a larger model gets a .data file, since protobu
 ALIGNMENT = 64
 RACY = 10**9  # ns; of a file changed as recently, a stamp may not show that it changed again
 _DETACHED = "detached:"
-_SUBBYTE: dict[int, int] = {  # bits of an element
-    TensorProto.INT4: 4,
-    TensorProto.UINT4: 4,
-    TensorProto.FLOAT4E2M1: 4,
-    TensorProto.INT2: 2,
-    TensorProto.UINT2: 2,
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +61,7 @@ class Model:
 
     def region(self, tensor: TensorProto) -> Region:
         """Where the data of a tensor that stands in the proto as a reference lies."""
-        return self.payloads[_entry(tensor, "location")]
+        return self.payloads[intake.entry(tensor, "location")]
 
     def require_unchanged(self) -> None:
         """Raise ModelError if a file is not what it was when the model was opened.
@@ -95,21 +88,22 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     """
     path = Path(path)
     try:
+        intake.regular(path)
         stamps = {path: _stamp(path)}
-        proto = _parsed(path)
+        itself = secrets.token_hex(8)  # a location that no file can name
+        proto = _parsed(path, itself)
+        intake.admit(proto)
+        payloads, files = _detach(path, proto, itself)
+        stamps |= {file: _stamp(file) for file in files.values()}
+        size = sum(file.stat().st_size for file in stamps)
         digest = file_sha256(path)
+        digests = {location: file_sha256(file) for location, file in sorted(files.items())}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     except DecodeError:
         raise ModelError(f"{path}: not an ONNX model (its protobuf does not parse)") from None
-    if not proto.graph.node or not proto.opset_import:
-        raise ModelError(f"{path}: not an ONNX model (no nodes, or no opset_import)")
-    if any(graph.sparse_initializer for graph in graphs(proto)):
-        raise UnsupportedModelError(f"{path}: sparse initializers are not supported")
-    payloads, files = _detach(path, proto)
-    stamps |= {file: _stamp(file) for file in files.values()}
-    size = sum(file.stat().st_size for file in stamps)
-    digests = {location: file_sha256(file) for location, file in sorted(files.items())}
+    except (ModelError, UnsupportedModelError) as error:
+        raise type(error)(f"{path}: {error}") from None
     return Model(path, proto, payloads, digest, digests, size, stamps)
 
 
@@ -231,7 +225,7 @@ class Output:
         self._data_path.unlink()
 
     def _region(self, tensor: TensorProto) -> Region:
-        offset, length = int(_entry(tensor, "offset")), int(_entry(tensor, "length"))
+        offset, length = int(intake.entry(tensor, "offset")), int(intake.entry(tensor, "length"))
         return Region(self._data_path, offset, length)
 
     @property
@@ -274,76 +268,44 @@ def _stamp(file: Path) -> tuple[int, ...]:
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns, racy
 
 
-def _parsed(path: Path) -> ModelProto:
-    """The protobuf, in which large tensors refer to their place in the file."""
+def _parsed(path: Path, itself: str) -> ModelProto:
+    """The protobuf, in which large tensors refer to their place in the file, as `itself`."""
     proto = ModelProto()
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            proto.ParseFromString(wire.skeleton(data, DETACH_BYTES))
+            proto.ParseFromString(wire.skeleton(data, DETACH_BYTES, itself))
     return proto
 
 
-def _detach(path: Path, proto: ModelProto) -> tuple[dict[str, Region], dict[str, Path]]:
+def _detach(
+    path: Path, proto: ModelProto, itself: str
+) -> tuple[dict[str, Region], dict[str, Path]]:
     """Where the data of the tensors that refer to it lies; and the data files by location.
 
     The references become keys of the first, so that those of the source and those of an output
     are not mistaken for each other.
     """
     payloads: dict[str, Region] = {}
-    files = {wire.ITSELF: path}
+    files: dict[str, Path] = {}
+    external: list[tuple[TensorProto, Region]] = []
     for tensor in tensors(proto):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        location = _entry(tensor, "location")
-        if location not in files:
-            files[location] = _external_path(path, tensor.name, location)
+        location = intake.entry(tensor, "location")
+        if location == itself:
+            region = intake.region(tensor, path)
+        else:
+            file = files.get(location) or intake.data_file(path, tensor)
+            files[location] = file
+            region = intake.region(tensor, file)
+            external.append((tensor, region))
         key = f"{_DETACHED}{len(payloads)}"
-        payloads[key] = _region(path, tensor, files[location])
+        payloads[key] = region
         refer(tensor, key)
-    del files[wire.ITSELF]
+    intake.shared_regions(external)
     return payloads, files
 
 
 def _is_detached(tensor: TensorProto) -> bool:
-    return _entry(tensor, "location").startswith(_DETACHED)
-
-
-def _entry(tensor: TensorProto, key: str) -> str:
-    return next((entry.value for entry in tensor.external_data if entry.key == key), "")
-
-
-def _external_path(model: Path, name: str, location: str) -> Path:
-    """The data file, which must lie under the model's folder or that of its real path."""
-    file = model.parent / location
-    roots = {model.parent.resolve(), model.resolve().parent}
-    if not location or not any(file.resolve().is_relative_to(root) for root in roots):
-        raise ModelError(
-            f"{model}: tensor {name!r} has its data at {location!r}; "
-            "allowed: a file under the model's folder"
-        )
-    if not file.is_file():
-        raise ModelError(f"{model}: tensor {name!r} needs the data file {location!r}, not there")
-    return file
-
-
-def _region(model: Path, tensor: TensorProto, file: Path) -> Region:
-    """Where the tensor's data lies; it must be as long as its shape says, and inside the file."""
-    size = file.stat().st_size
-    try:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    except KeyError:
-        raise ModelError(
-            f"{model}: tensor {tensor.name!r} has type {tensor.data_type}, which ONNX does not have"
-        ) from None
-    count = math.prod(tensor.dims)
-    bits = _SUBBYTE.get(tensor.data_type, 8 * dtype.itemsize)
-    needed = (count * bits + 7) // 8
-    offset = int(_entry(tensor, "offset") or 0)
-    length = int(_entry(tensor, "length") or needed)
-    if length != needed or offset < 0 or offset + length > size:
-        raise ModelError(
-            f"{model}: tensor {tensor.name!r} needs {needed} bytes but refers to {length} bytes "
-            f"at {offset} of {file.name!r}, which has {size}"
-        )
-    return Region(file, offset, length)
+    return intake.entry(tensor, "location").startswith(_DETACHED)

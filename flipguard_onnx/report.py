@@ -5,10 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .errors import printable
 from .flip import Flips
 from .schemes import Scheme
 from .validate import Drift, Validation, pooled
 from .weights import Skipped, Weight
+
+CELL = 120  # characters of a name in a table
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Inspection:
             *_skipped_lines(self.skipped, names=True),
             _coverage_line(self.tensors, self.skipped),
         ]
-        return "\n".join(lines)
+        return _text(lines)
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ class Report:
                 for path, size in self.outputs.items()
             ),
         ]
-        return "\n".join(lines)
+        return _text(lines)
 
     def _preserve_lines(self) -> list[str]:
         if self.preserve == "off":
@@ -239,7 +242,12 @@ class Verification:
             f"measure   plain {self.scheme} quantization of the original",
             *_validation_lines(self.validation),
         ]
-        return "\n".join(lines)
+        return _text(lines)
+
+
+def _text(lines: Iterable[str]) -> str:
+    """Lines for a terminal, whatever the names in them are."""
+    return "\n".join(printable(line) for line in lines)
 
 
 def coverage(tensors: Iterable[Tensor], skipped: Iterable[Skipped]) -> float:
@@ -318,6 +326,7 @@ def _drift_cells(drift: Drift) -> tuple[str, ...]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Left-aligned text in the first two columns, right-aligned figures after them."""
+    rows = [[printable(cell, CELL) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     return [
         "  ".join(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto
 
-from .feeds import BATCH, Feed, Input, signature, values
+from .feeds import BATCH, Feed, Input, node_readers, signature, values
 from .model import Model
 
 ROUNDS = 16  # of sampling from a decoder
@@ -109,16 +109,13 @@ def _undone(gain: float, shift: float, mean: float, deviation: float) -> tuple[f
 
 def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
     """The nodes that read the value one after the other, as long as each has one reader."""
-    while True:
-        readers = [node for node in proto.graph.node if name in node.input]
-        if len(readers) != 1 or readers[0].op_type not in (
-            *_AFFINE,
-            *_PASSED_ON,
-            "BatchNormalization",
-        ):
+    readers = node_readers(proto)
+    while len(readers[name]) == 1:
+        node = readers[name][0]
+        if node.op_type not in (*_AFFINE, *_PASSED_ON, "BatchNormalization"):
             return
-        yield readers[0]
-        name = readers[0].output[0]
+        yield node
+        name = node.output[0]
 
 
 def _from_the_model(

@@ -100,9 +100,13 @@ def find_weights(
     skipped: list[Skipped] = []
     quantized: dict[str, int] = defaultdict(int)
     seen: dict[str, int] = defaultdict(int)
+    names: set[str] = set()
     for scope, plain_name, tensor, node in reader.constants():
-        seen[plain_name] += 1
-        name = plain_name if seen[plain_name] == 1 else f"{plain_name}#{seen[plain_name]}"
+        name = plain_name
+        while name in names:
+            seen[plain_name] += 1
+            name = f"{plain_name}#{seen[plain_name] + 1}"
+        names.add(name)
         shape = tuple(tensor.dims)
         uses = tuple(reader.uses(scope, plain_name, tuple(range(len(shape))), tensor.data_type))
         if tensor.data_type in QUANTIZED and prod(shape) >= SMALLEST and len(shape) > 1:

@@ -13,7 +13,6 @@ from typing import BinaryIO
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
-ITSELF = "."  # location of data that lies in the model file
 COPIED = 1 << 20  # bytes at a time
 _INSIDE = {  # message -> number of a field -> the message in it, on the way to a tensor
     "model": {7: "graph", 25: "function"},
@@ -50,11 +49,11 @@ Piece = memoryview | Region
 Edit = Callable[[memoryview, int, int], list[Piece]]  # nothing: the message stays as it is
 
 
-def skeleton(data: memoryview, smallest: int) -> bytes:
+def skeleton(data: memoryview, smallest: int, location: str) -> bytes:
     """An ONNX file without the large tensors' data: they refer to their place in it.
 
-    data: the file; smallest: bytes of data that a tensor must have to be taken out. Raises
-    DecodeError when the file is no protobuf.
+    data: the file; smallest: bytes of data that a tensor must have to be taken out; location: what
+    the file is called in the references. Raises DecodeError when the file is no protobuf.
     """
 
     def edit(data: memoryview, start: int, stop: int) -> list[Piece]:
@@ -66,7 +65,7 @@ def skeleton(data: memoryview, smallest: int) -> bytes:
         if end - content < smallest:
             return []
         reference = TensorProto(data_location=TensorProto.EXTERNAL)
-        for key, value in ("location", ITSELF), ("offset", content), ("length", end - content):
+        for key, value in ("location", location), ("offset", content), ("length", end - content):
             reference.external_data.add(key=key, value=str(value))
         encoded = memoryview(reference.SerializeToString())
         return [data[start:first], data[end:stop], encoded]

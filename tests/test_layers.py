@@ -10,12 +10,13 @@ import flipguard_onnx
 PACKAGE = Path(flipguard_onnx.__file__).parent
 ROOMS = {  # library -> modules that may import it
     "click": {"cli.py"},
-    "onnxruntime": {"runtime.py"},
+    "onnxruntime": {"child.py"},
     "distributed": {"workers.py"},
     "numba": {"kernels/__init__.py", "kernels/cpu.py", "kernels/cuda.py"},
 }
 LAYERS = [  # a module imports only from layers below its own
     {"errors.py", "interrupt.py", "kernels/scalar.py", "wire.py"},
+    {"child.py", "intake.py"},
     {"runtime.py", "publish.py", "workers.py"},
     {"kernels/cpu.py", "kernels/cuda.py", "kernels/__init__.py", "schemes/blocks.py"},
     {"metrics.py"},
