@@ -21,6 +21,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from .errors import ModelError, UnsupportedModelError
 from .wire import Region
 
+LARGEST_FILE = (1 << 31) - 1  # bytes; where protobuf ends
 MOST_RANK = 32  # axes; what numpy 1 can hold
 MOST_SHARING = 4  # times its own size that an external data file may be referred to
 MOST_EXPANDED = 1_000_000  # nodes when every call of a local function is expanded
@@ -68,26 +69,34 @@ HOLDERS = {"alpha": ("Gemm",), "beta": ("Gemm",), "axis": ("Gather",), "value": 
 
 
 def regular(path: Path) -> None:
-    """What a model is read from must be a regular file."""
+    """What a model is read from must be a regular file that protobuf can hold."""
     try:
-        mode = path.stat().st_mode
+        status = path.stat()
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}") from None
     except ValueError as error:  # a null character in the path
         raise ModelError(f"cannot be read: {error}") from None
-    if stat.S_ISDIR(mode):
+    if stat.S_ISDIR(status.st_mode):
         raise ModelError(f"cannot be read: {os.strerror(errno.EISDIR)}")
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(status.st_mode):
         raise ModelError("cannot be read: not a regular file")
+    if status.st_size > LARGEST_FILE:
+        raise ModelError(
+            f"has {status.st_size} bytes; allowed: up to {LARGEST_FILE}, what protobuf can "
+            "hold (larger models keep their weights in an external data file)"
+        )
 
 
-def admit(proto: ModelProto) -> None:
-    """All that can be checked without the external data."""
+def admit(proto: ModelProto, itself: str) -> None:
+    """All that can be checked without the external data.
+
+    itself: the location at which a tensor in `proto` has its raw_data, if it was taken out.
+    """
     if not all(isinstance(text, str) for text in _texts(proto)):  # protobuf gives bytes instead
         raise ModelError("not an ONNX model (a name in it is not UTF-8)")
     _handled(proto)
     for tensor in _all_tensors(proto):
-        _declared(tensor)
+        _declared(tensor, itself)
     _functions(proto.functions)
     for body in (proto.graph, *proto.functions):
         _body(body)
@@ -195,7 +204,7 @@ def _handled(proto: ModelProto) -> None:
         raise UnsupportedModelError("sparse initializers are not supported")
 
 
-def _declared(tensor: TensorProto) -> None:
+def _declared(tensor: TensorProto, itself: str) -> None:
     """The shape must be one that exists, and the data that is in the file must fill it."""
     name, dims = tensor.name, list(tensor.dims)
     try:
@@ -213,9 +222,10 @@ def _declared(tensor: TensorProto) -> None:
     if prod(max(dim, 1) for dim in dims) >= 1 << 58:
         raise ModelError(f"tensor {name!r} has the shape {shown}, which no memory can hold")
     held = [f for f in TYPED_DATA if len(getattr(tensor, f))]
-    raw = len(tensor.raw_data)
+    taken_out = entry(tensor, "location") == itself
+    raw = int(entry(tensor, "length")) if taken_out else len(tensor.raw_data)
     held += ["raw_data"] * bool(raw)
-    if tensor.data_location == TensorProto.EXTERNAL:
+    if tensor.data_location == TensorProto.EXTERNAL and not taken_out:
         if held or field == "string_data":
             raise ModelError(f"tensor {name!r} of {kind} has external data and {held or 'strings'}")
         return

@@ -92,7 +92,7 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         stamps = {path: _stamp(path)}
         itself = secrets.token_hex(8)  # a location that no file can name
         proto = _parsed(path, itself)
-        intake.admit(proto)
+        intake.admit(proto, itself)
         payloads, files = _detach(path, proto, itself)
         stamps |= {file: _stamp(file) for file in files.values()}
         size = sum(file.stat().st_size for file in stamps)

@@ -21,7 +21,9 @@ _INSIDE = {  # message -> number of a field -> the message in it, on the way to 
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph"},
 }
-_RAW_DATA, _EXTERNAL_DATA = 9, 13  # fields of a tensor
+_RAW_DATA = 9  # field of a tensor
+_OTHER_DATA = (4, 5, 6, 7, 10, 11, 13)  # float_data to uint64_data, and external_data
+_DEEPEST = 100  # messages in one another, as protobuf has it
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # types on the wire
 
 
@@ -59,7 +61,7 @@ def skeleton(data: memoryview, smallest: int, location: str) -> bytes:
     def edit(data: memoryview, start: int, stop: int) -> list[Piece]:
         found = list(_fields(data, start, stop))
         raw = [place for number, *place in found if number == _RAW_DATA]
-        if len(raw) != 1 or any(number == _EXTERNAL_DATA for number, *_ in found):
+        if len(raw) != 1 or any(number in _OTHER_DATA for number, *_ in found):
             return []  # protobuf has rules for this, and applies them
         first, content, end = raw[0]
         if end - content < smallest:
@@ -99,12 +101,14 @@ def write_whole(proto: bytes, payload: Callable[[TensorProto], Region], stream: 
 
 
 def _rewritten(
-    data: memoryview, start: int, stop: int, kind: str, edit: Edit, smallest: int
+    data: memoryview, start: int, stop: int, kind: str, edit: Edit, smallest: int, depth: int = 0
 ) -> list[Piece]:
     """The message data[start:stop] in pieces, with what `edit` makes of its tensors; [] if nothing.
 
     Messages of fewer than `smallest` bytes stay as they are.
     """
+    if depth > _DEEPEST:
+        raise DecodeError(f"more than {_DEEPEST} messages in one another")
     pieces: list[Piece] = []
     done = start
     for number, first, content, end in _fields(data, start, stop):
@@ -114,7 +118,7 @@ def _rewritten(
         if inside == "tensor":
             new = edit(data, content, end)
         else:
-            new = _rewritten(data, content, end, inside, edit, smallest)
+            new = _rewritten(data, content, end, inside, edit, smallest, depth + 1)
         if not new:
             continue
         ahead = _header(number, sum(map(len, new)))
@@ -140,8 +144,8 @@ def _fields(data: memoryview, start: int, stop: int) -> Iterator[tuple[int, int,
             end = content + (8 if kind == _FIXED64 else 4)
         else:
             raise DecodeError(f"wire type {kind} at byte {start}")
-        if end > stop:
-            raise DecodeError(f"the field at byte {start} is cut off")
+        if tag >> 3 == 0 or end > stop:
+            raise DecodeError(f"no whole field at byte {start}")
         yield tag >> 3, start, content, end
         start = end
 
