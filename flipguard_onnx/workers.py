@@ -81,7 +81,7 @@ def on_dask(task: Task, items: Sequence[Any], address: str) -> Generator[tuple[i
 
 
 def core_shares(cores: Sequence[int], count: int) -> list[set[int]]:
-    """The cores dealt out to `count` processes: each at least one, none more than it must share."""
+    """The cores dealt out to `count` processes: one at least, shared where there are fewer."""
     return [
         set(cores[i * len(cores) // count : (i + 1) * len(cores) // count])
         or {cores[i * len(cores) // count]}
