@@ -14,9 +14,10 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from glob import escape
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def publish(files: Sequence[Finished], force: bool) -> None:
 
 def check_report(path: Path) -> None:
     """Raise ModelError where a report may not go: over a file that is not one, a model for one."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir() or not os.access(path.parent, os.W_OK, effective_ids=True):
         raise ModelError(f"{path}: the report cannot be written there")
     if path.is_file():
         with path.open("rb") as stream:
@@ -127,27 +128,40 @@ def data_files(target: Path) -> list[Path]:
 def _switch(file: Finished) -> None:
     folder = file.target.parent
     before = data_files(file.target)
-    placed = folder / file.data.name if file.data else None
+    placed = [folder / file.data.name] if file.data else []
+
+    def tidy() -> None:
+        """Whichever model is there now keeps its data."""
+        switched = not file.model.exists()
+        keep, drop = (placed, before) if switched else (before, placed)
+        for path in drop:
+            if path not in keep:
+                path.unlink(missing_ok=True)
+
     try:
-        if file.data and placed:
-            os.replace(file.data, placed)
+        if file.data:
+            os.replace(file.data, folder / file.data.name)
             _flush(folder)
         os.replace(file.model, file.target)
-    except BaseException:
-        if placed and placed not in before and file.model.exists():
-            placed.unlink(missing_ok=True)
+        _flush(folder)
+    finally:
+        _surely(tidy)
+
+
+def _surely(action: Callable[[], None]) -> None:
+    """Do what can be done twice, even if a signal cuts it short; see `interrupt`."""
+    try:
+        action()
+    except KeyboardInterrupt:
+        action()
         raise
-    _flush(folder)
-    for old in before:
-        if old != placed:
-            old.unlink(missing_ok=True)
 
 
 def _claimed(folder: Path, stack: ExitStack) -> Path:
     """A new workspace with its lock held; a sweep by another run may take it in between."""
     while True:
         path = folder / f".flipguard-{secrets.token_hex(8)}"
-        stack.callback(_remove, path)
+        stack.callback(_surely, partial(_remove, path))
         path.mkdir(mode=0o700)
         with suppress(FileNotFoundError):
             lock = stack.enter_context((path / "lock").open("xb"))
@@ -182,11 +196,22 @@ def _remove(path: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock file, which is there only while somebody holds it."""
     lock = _acquired(path)
+
+    def release() -> None:
+        if _is(path, lock):
+            path.unlink()
+
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(lock)
+        try:
+            _surely(release)
+        finally:
+            os.close(lock)
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
 
 
 def _acquired(path: Path) -> int:
@@ -195,7 +220,7 @@ def _acquired(path: Path) -> int:
         lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock), path.lstat()):
+            if _is(path, lock):
                 return lock
         except (BlockingIOError, FileNotFoundError):
             time.sleep(0.02)
@@ -213,5 +238,8 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # for folders on some network file systems
+            raise
     finally:
         os.close(descriptor)

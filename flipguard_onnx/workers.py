@@ -7,6 +7,7 @@ a process that it takes down, is Lost.
 import multiprocessing
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from typing import Any
 from .errors import DeviceError, first_line
 from .interrupt import Interrupted, interruptible
 
-CONNECT_SECONDS = 30
+CONNECT_SECONDS = 10
 STOP_SECONDS = 30  # for a process to remove what it has half done; then it is killed
 
 Task = Callable[[Any], Any]
@@ -73,7 +74,7 @@ def on_dask(task: Task, items: Sequence[Any], address: str) -> Generator[tuple[i
         futures = client.map(task, items, pure=False)
         index = {future.key: place for place, future in enumerate(futures)}
         try:
-            for future in as_completed(futures):  # type: ignore[no-untyped-call]
+            for future in as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
                 why = future.exception()
                 yield index[future.key], Lost(described(why)) if why else future.result()
         finally:
@@ -81,7 +82,7 @@ def on_dask(task: Task, items: Sequence[Any], address: str) -> Generator[tuple[i
 
 
 def core_shares(cores: Sequence[int], count: int) -> list[set[int]]:
-    """The cores dealt out to `count` processes: each at least one, none more than it must share."""
+    """The cores dealt out to `count` processes: one at least, shared where there are fewer."""
     return [
         set(cores[i * len(cores) // count : (i + 1) * len(cores) // count])
         or {cores[i * len(cores) // count]}
@@ -91,7 +92,7 @@ def core_shares(cores: Sequence[int], count: int) -> list[set[int]]:
 
 def described(error: BaseException) -> str:
     """An exception that nobody expected, in one line."""
-    return first_line(Exception(f"{type(error).__name__}: {error}"))
+    return first_line(Exception("".join(traceback.format_exception_only(error))))
 
 
 class _Process:
