@@ -17,7 +17,7 @@ from .errors import ModelError
 from .feedback import Inputs
 from .flip import Flips, Policy, flip
 from .kernels.scalar import GAMMA
-from .model import Model
+from .model import Model, assign, contiguous
 from .schemes import Blocks, Scheme
 from .weights import Weight
 
@@ -96,7 +96,7 @@ def flip_weight(
     placed = np.empty(weight.size, values.dtype) if moved else None
     grids, gain = [], None
     for part in parts(weight, blocks, weight.size if inputs else PART):
-        found = np.ascontiguousarray(values[part.index]).reshape(-1)
+        found = contiguous(values[part.index]).reshape(-1)
         if not np.isfinite(found).all():
             _refuse(source, weight, blocks, values)
         numbered = np.uint64((int(key) + part.weights.start * int(GAMMA)) % (1 << 64))
@@ -119,7 +119,7 @@ def stored(
     turned = result.transpose(weight.perm)
     for part in parts(weight, flips.grid.blocks):
         piece = turned[part.index]
-        piece[...] = values(part.of(flips)).reshape(piece.shape)
+        assign(piece, values(part.of(flips)).reshape(piece.shape))
     return result
 
 
