@@ -3,7 +3,7 @@
 No torch: the public library, onnx and numpy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from onnx import TensorProto, compose, helper, numpy_helper
 from flipguard_onnx import guard
 from flipguard_onnx.kernels import get_backend
 from flipguard_onnx.options import Format
+from flipguard_onnx.schemes import Grid, Scheme
 from flipguard_onnx.weights import Weight, find_weights
 
 SCHEMES = ("int8", "int8_tensor", "int4", "nf4", "fp4")
@@ -22,6 +23,7 @@ CODES = {"int8": (-127, 127), "int4": (-8, 7), "nf4": (0, 15), "fp4": (0, 15)}
 RATIOS = (2, 4, 6, 8, 10, 15, 20, 30, 50)
 NEAREST = 1e-6  # a tau this small leaves no weight to chance
 VOTERS = 5
+CPU = get_backend("cpu")
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,31 @@ class Case:
         the distance between the two levels around its own.
         """
         widths = []
-        for weight in self.found:
-            scheme, blocks = Format(*self.format).plan(weight)
-            values = weight.canonical(self.weights[weight.name])
-            backend = get_backend("cpu")
-            floats = values.astype(np.float32)
-            grid = scheme.fit(floats, blocks, values.dtype, backend)
-            codes = grid.encode(floats, backend).astype(np.int16)
+        for scheme, grid, floats in self.grids():
+            codes = grid.encode(floats, CPU).astype(np.int16)
             above, below = (
                 grid.decode(np.clip(codes + step, *CODES[scheme.name]).astype(np.int8))
                 for step in (1, -1)
             )
             widths.append(np.abs(above - below) / 4)
         return float(np.median(np.concatenate(widths)))
+
+    @cached_property
+    def distance(self) -> float:
+        """Mean distance of a weight to its nearest level, in gaps.
+
+        An unbiased draw between the two neighbouring levels changes that share of the codes.
+        """
+        offsets = [grid.analyze(floats, CPU).offsets for _, grid, floats in self.grids()]
+        return float(np.mean(np.abs(np.concatenate(offsets))))
+
+    def grids(self) -> Iterator[tuple[Scheme, Grid, np.ndarray]]:
+        """Scheme, grid and float32 values of every weight, flat in its canonical order."""
+        for weight in self.found:
+            scheme, blocks = Format(*self.format).plan(weight)
+            values = weight.canonical(self.weights[weight.name])
+            floats = values.astype(np.float32)
+            yield scheme, scheme.fit(floats, blocks, values.dtype, CPU), floats
 
     def changed(self, target: Path) -> int:
         """How many codes of a file differ from plain rounding's."""
