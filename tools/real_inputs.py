@@ -17,8 +17,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from unittest.mock import patch
 
@@ -80,84 +81,106 @@ class Remembered:
         return self._made[key]
 
 
+@dataclass(frozen=True)
+class Bench:
+    """A model with its inputs; files go to `folder`."""
+
+    subject: Subject
+    folder: Path
+
+    @cached_property
+    def asked(self) -> list[Feed]:
+        return self.subject.feeds(1)
+
+    @cached_property
+    def expected(self) -> list[Rows]:
+        return self._rows(self.source)
+
+    @cached_property
+    def data(self) -> Path:
+        """What "ours + data" is given."""
+        path, feeds = self.folder / "data.npz", self.subject.feeds(0)
+        np.savez(path, **{name: np.stack([feed[name] for feed in feeds]) for name in feeds[0]})
+        return path
+
+    @property
+    def source(self) -> Path:
+        return path_of(self.subject.name)
+
+    @property
+    def target(self) -> Path:
+        return self.folder / "quantized.onnx"
+
+    def guarded(self, scheme: str, include: tuple[str, ...], way: str, seed: int) -> Row:
+        """One of WAYS; include: the weights, all if empty."""
+        given = {"data": self.data} if way == "ours + data" else {}
+        options = WAYS[way] | given | {"include": include, "seed": seed, "max_memory": MEMORY}
+        started = time.process_time()
+        flipguard_onnx.guard(
+            self.source, scheme, output=self.target, force=True, validate=False, **options
+        )
+        seconds = time.process_time() - started
+        return self._row(scheme, "MatMul" if include else "all", way, seed, seconds)
+
+    def theirs(self, scheme: str, weights: str) -> Row:
+        """onnxruntime's own quantizer; models too old for its int4 form are converted first."""
+        model = onnx.load(self.source)
+        opset = max(entry.version for entry in model.opset_import if not entry.domain)
+        if scheme == "int4" and opset < OPSET:
+            model = version_converter.convert_version(model, OPSET)
+        copy = self.folder / "float.onnx"  # quantize_dynamic writes beside its input
+        onnx.save(model, copy)
+        started = time.process_time()
+        with silence():
+            quantize(copy, scheme, self.target)
+        return self._row(scheme, weights, ONNXRUNTIME, 0, time.process_time() - started)
+
+    def _row(self, scheme: str, weights: str, way: str, seed: int, seconds: float) -> Row:
+        found = self._rows(self.target)
+        drift = _drift(self.expected, found)
+        scores = self.subject.scores(self.expected, found)
+        return Row(self.subject.name, scheme, weights, way, seed, drift, scores, seconds)
+
+    def _rows(self, path: Path) -> list[Rows]:
+        run = session(path)
+        names = [output.name for output in run.get_outputs()]
+        return [
+            self.subject.read(feed, dict(zip(names, run.run(None, feed), strict=True)))
+            for feed in self.asked
+        ]
+
+
 def measure(subject: Subject, schemes: Sequence[str], seeds: int) -> Iterator[Row]:
     """Every way on one model; the first run of a way gathers its statistics."""
-    source = path_of(subject.name)
-    asked = subject.feeds(1)
-    expected = _rows(subject, source, asked)
-    with tempfile.TemporaryDirectory() as name, patch.object(pipeline, "Activations", Remembered()):
-        folder = Path(name)
-        data, target = folder / "data.npz", folder / "quantized.onnx"
-        given = subject.feeds(0)
-        np.savez(data, **{key: np.stack([feed[key] for feed in given]) for key in given[0]})
-
-        def row(scheme: str, weights: str, way: str, seed: int, write: Callable[[], None]) -> Row:
-            started = time.process_time()
-            write()
-            seconds = time.process_time() - started
-            found = _rows(subject, target, asked)
-            drift = _drift(expected, found)
-            scores = subject.scores(expected, found)
-            return Row(subject.name, scheme, weights, way, seed, drift, scores, seconds)
-
-        for scheme in schemes:
-            everything = flipguard_onnx.inspect(source, scheme).tensors
-            matmul = [tensor for tensor in everything if tensor.op == "MatMul"]
-            scopes = {"all": ()}
-            if scheme != "int8" and 0 < len(matmul) < len(everything):
-                scopes["MatMul"] = tuple(tensor.name for tensor in matmul)
-            for weights, include in scopes.items():
-                for way, options in WAYS.items():
-                    for seed in range(1 if way == "plain" else seeds):
-
-                        def guard(options=options, seed=seed, include=include) -> None:
-                            extra = {"data": data} if options.get("preserve") == "data" else {}
-                            flipguard_onnx.guard(
-                                source,
-                                scheme,
-                                seed=seed,
-                                include=include,
-                                max_memory=MEMORY,
-                                validate=False,
-                                output=target,
-                                force=True,
-                                **options,
-                                **extra,
-                            )
-
-                        yield row(scheme, weights, way, seed, guard)
-            try:
-                found = row(
-                    scheme, weights, ONNXRUNTIME, 0, lambda: _theirs(source, scheme, target)
-                )
-            except Exception as error:  # it is no row of the table, whatever it is
-                say(f"  {scheme}: onnxruntime's own: {type(error).__name__}: {str(error)[:120]}")
-                continue
-            covered = quantized_weights(onnx.load(target).graph)
-            ours = sum(t.weights for t in (matmul if weights == "MatMul" else everything))
-            if covered != ours:
-                say(f"  {scheme}: onnxruntime's own covers {covered:,} weights, ours {ours:,}")
-            if covered:
-                yield found
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(subject, Path(folder))
+        with patch.object(pipeline, "Activations", Remembered()):
+            for scheme in schemes:
+                yield from _of_scheme(bench, scheme, seeds)
 
 
-def _theirs(source: Path, scheme: str, target: Path) -> None:
-    """onnxruntime's own quantizer; models too old for its int4 form are converted first."""
-    model = onnx.load(source)
-    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if scheme == "int4" and opset < OPSET:
-        model = version_converter.convert_version(model, OPSET)
-    copy = target.with_name("float.onnx")  # quantize_dynamic writes beside its input
-    onnx.save(model, copy)
-    with silence():
-        quantize(copy, scheme, target)
-
-
-def _rows(subject: Subject, path: Path, feeds: Sequence[Feed]) -> list[Rows]:
-    run = session(path)
-    names = [output.name for output in run.get_outputs()]
-    outputs = (dict(zip(names, run.run(None, feed), strict=True)) for feed in feeds)
-    return [subject.read(feed, found) for feed, found in zip(feeds, outputs, strict=True)]
+def _of_scheme(bench: Bench, scheme: str, seeds: int) -> Iterator[Row]:
+    everything = flipguard_onnx.inspect(bench.source, scheme).tensors
+    chosen = {"all": everything}
+    matmul = [tensor for tensor in everything if tensor.op == "MatMul"]
+    if scheme != "int8" and matmul:
+        chosen["MatMul"] = matmul
+    for weights, tensors in chosen.items():
+        include = tuple(tensor.name for tensor in tensors) if weights == "MatMul" else ()
+        for way in WAYS:
+            for seed in range(1 if way == "plain" else seeds):
+                yield bench.guarded(scheme, include, way, seed)
+    try:
+        found = bench.theirs(scheme, weights)
+    except Exception as error:  # whatever it is: a line, and no row of the table
+        say(f"  {scheme}: onnxruntime's own: {type(error).__name__}: {str(error)[:120]}")
+        return
+    covered = quantized_weights(onnx.load(bench.target).graph)
+    ours = sum(tensor.weights for tensor in tensors)
+    if covered != ours:
+        say(f"  {scheme}: onnxruntime's own covers {covered:,} weights, ours {ours:,}")
+    if covered:
+        yield found
 
 
 def _drift(expected: Sequence[Rows], found: Sequence[Rows]) -> float:

@@ -1,6 +1,6 @@
 """Rivals that are given 1,000 real samples, beside ours, on attacked models. Needs torch.
 
-    python -m tools.rivals [--models PATTERN...] [--seeds 3] [--json FILE] [--load FILE]
+    python -m tools.rivals [--models PATTERN...] [--seeds 3] [--json FILE] [--load FILE...]
 
 none (round to nearest), noise-box (Gaussian, as wide as the boxes), efrap (learned flips,
 `bench/rivals.py`), gptq (nearest codes with error feedback on the samples), unbiased, ours (without
@@ -20,12 +20,12 @@ import torch
 
 from tools.attacks.measure import FOLDER
 from tools.bench.rivals import RIVALS
-from tools.bench.rows import Cell, Row, evaluate, load, table
+from tools.bench.rows import Cell, Row, evaluate, load, merged, table
 
 MODELS = (
-    "mlp-clean", "mlp-standard-*", "mlp-margin50-*", "mlp-decoys-*", "mlp-random-*", "mlp-topk-*",
-    "mlp-rounding-int4", "cnn-clean", "cnn-standard-*", "lm-clean", "lm-*-standard-int?",
-    "lm-*-standard-nf4", "lm-code-margin50-int4", "lm-code-decoys-int4",
+    "mlp-clean", "mlp-standard-*", "mlp-margin50-*", "mlp-decoys-*", "mlp-topk-*", "cnn-clean",
+    "cnn-standard-*", "lm-clean", "lm-code-standard-int4", "lm-code-decoys-int4",
+    "lm-injection-standard-nf4", "lm-refusal-standard-int8",
 )  # fmt: skip
 SCHEMES = ("int8", "int4", "nf4")
 
@@ -84,10 +84,10 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
     parser.add_argument("--seeds", type=int, default=3, help="draws of what is random (default 3)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--load", type=Path, metavar="FILE", help="rows of an earlier run")
+    parser.add_argument("--load", nargs="+", type=Path, metavar="FILE", help="of earlier runs")
     options = parser.parse_args(given)
     if options.load:
-        print(markdown(load(options.load)))
+        print(markdown(merged(row for file in options.load for row in load(file))))
         return 0
     torch.set_num_threads(1)
     manifest = json.loads((FOLDER / "manifest.json").read_text())

@@ -7,7 +7,7 @@ of the nearest. With f in 0..1 the share of the way to the neighbour, it minimis
     + 0.01 * sum (1 - (2 f - 1)^2)          f goes to 0 or 1
 and flips where f >= 0.5. The terms, their weights and the start (f where the float weight is) are
 those of its authors' code, which runs 10,000 steps of Adam at 1e-3 over batches of 32. Here: the
-expectation over all inputs, from their second moments, for 2,000 steps at 5e-3; the levels of any
+expectation over all inputs, from their second moments, for 1,000 steps at 1e-2; the levels of any
 scheme. Embeddings, which have no products, stay at the nearest level.
 """
 
@@ -30,7 +30,7 @@ from tools.bench.defences import DEFENCES, NEAREST, Case, Defence, guarded, repl
 
 SAMPLES = 1000
 BATCH = 20  # samples in one run
-STEPS, RATE = 2000, 5e-3
+STEPS, RATE = 1000, 1e-2
 ROUNDNESS = 0.01
 ROWS = 8192  # of the inputs of one batch
 

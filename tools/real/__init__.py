@@ -1,1 +1,1 @@
-"""Real inputs for real models: text, photographs, rendered lines, speech; see `tools.real_inputs`."""
+"""Real inputs for real models, see `tools.real_inputs`."""

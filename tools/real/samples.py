@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import sklearn.datasets
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from scipy.io import wavfile
 from scipy.signal import resample_poly
 
@@ -46,8 +46,10 @@ def sentences(part: int) -> list[str]:
 
 def photographs(part: int, count: int) -> list[Image.Image]:
     """Random crops, some of them mirrored, darker or brighter."""
-    folders = Path(matplotlib.get_data_path()) / "sample_data", Path(sklearn.datasets.__file__)
-    folders = folders[0], folders[1].parent / "images"
+    folders = (
+        Path(matplotlib.get_data_path()) / "sample_data",
+        Path(sklearn.datasets.__file__).parent / "images",
+    )
     paths = [f / n for n in PHOTOGRAPHS[part] for f in folders if (f / n).exists()]
     rng = np.random.default_rng(part)
     crops = []
@@ -58,7 +60,7 @@ def photographs(part: int, count: int) -> list[Image.Image]:
         crop = image.crop((left, top, left + side, top + side))
         if rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        crops.append(crop.point(lambda v, gain=rng.uniform(0.6, 1.3): v * gain))
+        crops.append(ImageEnhance.Brightness(crop).enhance(rng.uniform(0.6, 1.3)))
     return crops
 
 
@@ -95,9 +97,8 @@ def speech(part: int, count: int) -> list[np.ndarray]:
         voice = VOICES[part][number % len(VOICES[part])]
         manner = ["-s", str(rng.integers(120, 220)), "-p", str(rng.integers(20, 80))]
         with tempfile.NamedTemporaryFile(suffix=".wav") as file:
-            subprocess.run(
-                ["espeak-ng", "-v", voice, *manner, "-w", file.name, sentence], check=True
-            )
+            command = ["espeak-ng", "-v", voice, *manner, "-w", file.name, sentence]
+            subprocess.run(command, check=True)
             rate, samples = wavfile.read(file.name)
         spoken = resample_poly(samples / 32768, RATE, rate)
         silence = np.zeros(int(rng.uniform(0.3, 1) * RATE))

@@ -1,6 +1,5 @@
 """The real models with inputs prepared as each wants them, and what agreement means for each."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,9 +44,7 @@ class Subject:
 
 def _token_feeds(part: int) -> list[Feed]:
     """Sentences as they are; for part 0 running text in windows of TOKENS."""
-    model = blingfire.load_model(
-        os.path.join(os.path.dirname(blingfire.__file__), "bert_base_tok.bin")
-    )
+    model = blingfire.load_model(str(Path(blingfire.__file__).with_name("bert_base_tok.bin")))
 
     def ids(text: str) -> list[int]:
         return blingfire.text_to_ids(model, text, 4096, UNKNOWN, no_padding=True).tolist()
@@ -118,7 +115,7 @@ def _top1(expected: Sequence[Rows], found: Sequence[Rows]) -> dict[str, float]:
 
 
 def _mean_and_scale(path: Path) -> np.ndarray:
-    """[2, 400]: what is added to the features, and what multiplies them then (Kaldi's text form)."""
+    """[2, 400]: what is added to the features, and what then multiplies them; Kaldi's text."""
     lines = [line.split() for line in path.read_text().splitlines()]
     return np.array([line[3:-1] for line in lines if line and line[0] == "<LearnRateCoef>"], float)
 
