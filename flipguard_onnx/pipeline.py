@@ -134,6 +134,8 @@ def guard(
             activations, note = _activations(
                 source, weights, folder / "probe", max_memory, feeds, preserve == "auto"
             )
+            if activations:
+                say(f"error feedback, about {activations.seconds:.0f} s", 0, 1)
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)

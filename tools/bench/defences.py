@@ -46,6 +46,11 @@ class Case:
         options = {"granularity": granularity, "validate": False} | options
         return guard(model or self.model, scheme, output=target, force=True, **options)
 
+    @property
+    def kind(self) -> str:
+        """The victim: mlp, cnn or lm."""
+        return self.model.name.partition("-")[0]
+
     @cached_property
     def found(self) -> list[Weight]:
         """What is quantized, in the graph's order."""
@@ -142,7 +147,8 @@ def replaced(path: Path, values: dict[str, np.ndarray]) -> onnx.ModelProto:
     return model
 
 
-def _guarded(case: Case, target: Path, seed: int, **options) -> int:
+def guarded(case: Case, target: Path, seed: int, **options) -> int:
+    """guard() with these options; the number of its flips."""
     return case.guard(target, seed=seed, **options).flips
 
 
@@ -176,7 +182,7 @@ def _random_flips(case: Case, target: Path, seed: int) -> int:
 def _layers_at_8_bits(case: Case, target: Path, seed: int, which: slice) -> int:
     """Those matrices of the model, in the graph's order, stay at int8."""
     matrices = [weight.name for weight in case.found if weight.op != "Gather"]
-    return _guarded(case, target, seed, int8=tuple(matrices[which]))
+    return guarded(case, target, seed, int8=tuple(matrices[which]))
 
 
 def _twice(case: Case, target: Path, seed: int) -> int:
@@ -191,7 +197,7 @@ def _vote(case: Case, target: Path, seed: int) -> int:
     """The mean output of several draws, as one model; flips are those of the first."""
     draws, flips = [], []
     for voter in range(VOTERS):
-        flips.append(_guarded(case, target, seed * VOTERS + voter))
+        flips.append(guarded(case, target, seed * VOTERS + voter))
         draws.append(onnx.load(target))
     model, (output,) = draws[0], draws[0].graph.output
     names = [output.name]
@@ -221,10 +227,10 @@ class Defence:
 
 OURS = "ours"
 DEFENCES = {
-    "none": Defence(partial(_guarded, policy="none"), draws=False),
+    "none": Defence(partial(guarded, policy="none"), draws=False),
     **{
         f"topk-{percent}": Defence(
-            partial(_guarded, policy="topk", ratio=percent / 100), draws=False
+            partial(guarded, policy="topk", ratio=percent / 100), draws=False
         )
         for percent in RATIOS
     },
@@ -233,21 +239,21 @@ DEFENCES = {
     "noise-1e-2": Defence(partial(_noise, sigma=1e-2)),
     "noise-box": Defence(_noise),
     "random-flips": Defence(_random_flips),
-    "unbiased-0.3": Defence(partial(_guarded, tau=0.3, preserve="off")),
-    "unbiased-0.5": Defence(partial(_guarded, tau=0.5, preserve="off")),
-    "unbiased": Defence(partial(_guarded, preserve="off")),
-    "feedback-nearest": Defence(partial(_guarded, tau=NEAREST, preserve="synthetic"), draws=False),
-    OURS: Defence(_guarded),
+    "unbiased-0.3": Defence(partial(guarded, tau=0.3, preserve="off")),
+    "unbiased-0.5": Defence(partial(guarded, tau=0.5, preserve="off")),
+    "unbiased": Defence(partial(guarded, preserve="off")),
+    "feedback-nearest": Defence(partial(guarded, tau=NEAREST, preserve="synthetic"), draws=False),
+    OURS: Defence(guarded),
 }
 REMEDIES = {
     OURS: DEFENCES[OURS],
     "unbiased": DEFENCES["unbiased"],
     "two passes": Defence(_twice),
     f"vote of {VOTERS} draws": Defence(_vote),
-    "blocks of 16": Defence(partial(_guarded, block_size=16)),
+    "blocks of 16": Defence(partial(guarded, block_size=16)),
     "first matrix at int8": Defence(partial(_layers_at_8_bits, which=slice(1))),
     "second matrix at int8": Defence(partial(_layers_at_8_bits, which=slice(1, 2))),
     "last matrix at int8": Defence(partial(_layers_at_8_bits, which=slice(-1, None))),
     "all but the last at int8": Defence(partial(_layers_at_8_bits, which=slice(-1))),
-    "all at int8": Defence(partial(_guarded, int8=("*",))),
+    "all at int8": Defence(partial(guarded, int8=("*",))),
 }
