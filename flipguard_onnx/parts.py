@@ -16,7 +16,6 @@ import numpy.typing as npt
 from .errors import ModelError
 from .feedback import Inputs
 from .flip import Flips, Policy, flip
-from .kernels.scalar import GAMMA
 from .model import Model, assign, contiguous
 from .schemes import Blocks, Scheme
 from .weights import Weight
@@ -40,7 +39,9 @@ class Part:
 
     def of(self, flips: Flips) -> Flips:
         """What was found for this part; the arrays are views."""
-        per_block = {name: getattr(flips.grid, name)[self.blocks] for name in PER_BLOCK}
+        per_block: dict[str, Any] = {
+            name: getattr(flips.grid, name)[self.blocks] for name in PER_BLOCK
+        }
         return Flips(
             replace(flips.grid, blocks=self.cut, **per_block),
             flips.plain[self.weights],
@@ -99,15 +100,19 @@ def flip_weight(
         found = contiguous(values[part.index]).reshape(-1)
         if not np.isfinite(found).all():
             _refuse(source, weight, blocks, values)
-        numbered = np.uint64((int(key) + part.weights.start * int(GAMMA)) % (1 << 64))
-        flips = flip(weight.name, found, scheme, part.cut, policy, numbered, backend, inputs)
+        first = part.weights.start
+        flips = flip(
+            weight.name, found, scheme, part.cut, policy, key, backend, inputs, first=first
+        )
         plain[part.weights], codes[part.weights] = flips.plain, flips.codes
         if placed is not None:
             placed[part.weights] = flips.guarded
         grids.append(flips.grid)
         gain = flips.gain
         tick(found.nbytes)
-    per_block = {name: np.concatenate([getattr(g, name) for g in grids]) for name in PER_BLOCK}
+    per_block: dict[str, Any] = {
+        name: np.concatenate([getattr(g, name) for g in grids]) for name in PER_BLOCK
+    }
     return Flips(replace(grids[0], blocks=blocks, **per_block), plain, codes, placed, gain)
 
 
