@@ -17,11 +17,13 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         ValidationError,
     )
+    from .fleet import guard_many
     from .metrics import der
     from .pipeline import guard, inspect, verify
 
 _HOME = {
     "guard": ".pipeline",
+    "guard_many": ".fleet",
     "inspect": ".pipeline",
     "verify": ".pipeline",
     "der": ".metrics",
@@ -42,6 +44,7 @@ __all__ = [
     "ValidationError",
     "der",
     "guard",
+    "guard_many",
     "inspect",
     "verify",
 ]

@@ -28,6 +28,8 @@ def load(path: str, exact: bool) -> tuple[int, list[str]]:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if len(cores := os.sched_getaffinity(0)) < (os.cpu_count() or 1):
+        options.intra_op_num_threads = len(cores)  # by itself it takes all, and moves off ours
     if exact:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,11 +1,10 @@
 """The command line: parse, call the library, print, return the exit code.
 
 0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input, or
-nothing to guard.
+nothing to guard. Of many models the worst. 128 + n: interrupted by signal n.
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .errors import FlipguardError, ModelError, ValidationError, printable
+from .errors import FlipguardError, exit_code, printable
+from .interrupt import Interrupted, interruptible
+from .publish import check_report, write_report
 
 if TYPE_CHECKING:
+    from .fleet import Fleet
     from .report import Inspection, Report, Verification
 
 SCHEME_NAMES = ("int8", "int4", "nf4", "fp4")
@@ -108,7 +110,7 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @main.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("models", type=click.Path(path_type=Path), nargs=-1, required=True)
 @format_options
 @click.option(
     "--policy",
@@ -166,17 +168,52 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="[default: MODEL.flipguard-SCHEME.onnx beside the input]",
+    help="For many models: folder.  [default: MODEL.flipguard-SCHEME.onnx beside the input]",
 )
 @click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Many models: how many at a time, each on its share of the cores.",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Many models: let the workers of this Dask cluster do it.",
+)
 @report_options
-def guard(no_validate: bool, report: Path | None, quiet: bool, **options: Any) -> None:
-    """Guard MODEL and write it quantized."""
-    with failures(report), progress_bar(quiet) as progress:
-        from . import guard as run
+def guard(
+    models: tuple[Path, ...],
+    jobs: int,
+    scheduler: str | None,
+    no_validate: bool,
+    report: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Guard MODELS and write them quantized; folders are searched for .onnx files."""
+    options["validate"] = not no_validate
+    with failures(report):
+        if len(models) == 1 and not models[0].is_dir() and not scheduler:
+            from . import guard as run
 
-        result = run(validate=not no_validate, progress=progress, **options)
-    publish(result, report, quiet)
+            with progress_bar(quiet) as progress:
+                result = run(*models, progress=progress, **options)
+            publish(result, report, quiet)
+        else:
+            from . import guard_many
+
+            with progress_bar(quiet) as progress:
+                fleet = guard_many(
+                    models, jobs=jobs, scheduler=scheduler, progress=progress, **options
+                )
+            publish(fleet, report, quiet)
+            for outcome in fleet.outcomes if quiet else ():
+                if outcome.error:
+                    echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
+            sys.exit(fleet.code)
 
 
 @main.command()
@@ -189,7 +226,7 @@ def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
         from . import inspect as run
 
         result = run(**options)
-    publish(result, report, quiet)
+        publish(result, report, quiet)
 
 
 @main.command()
@@ -208,31 +245,46 @@ def verify(report: Path | None, quiet: bool, **options: Any) -> None:
         from . import verify as run
 
         result = run(**options)
-    publish(result, report, quiet)
+        publish(result, report, quiet)
 
 
-def publish(result: "Report | Inspection | Verification", path: Path | None, quiet: bool) -> None:
+def publish(
+    result: "Report | Inspection | Verification | Fleet", path: Path | None, quiet: bool
+) -> None:
     """Print the result and write it as JSON."""
     if path:
-        path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        write_report(path, json.dumps(result.to_dict(), indent=2) + "\n")
     if not quiet:
-        click.echo(result.render())
+        echo(result.render())
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print; what is no UTF-8 in a file's name as an escape."""
+    click.echo(text.encode(errors="backslashreplace").decode(), err=err)
 
 
 @contextmanager
 def failures(report: Path | None) -> Iterator[None]:
-    """Turn the package's errors into one line and an exit code; refuse a report path up front."""
+    """Turn whatever ends a run into one line and an exit code; refuse a report path up front."""
     try:
-        if report and (report.is_dir() or not os.access(report.parent, os.W_OK)):
-            raise ModelError(f"{report}: the report cannot be written there")
-        yield
+        with interruptible():
+            if report:
+                check_report(report)
+            yield
     except FlipguardError as error:
-        click.echo(f"flipguard-onnx: {printable(str(error))}", err=True)
-        sys.exit(1 if isinstance(error, ValidationError) else 2)
+        echo(f"flipguard-onnx: {printable(str(error))}", err=True)
+        sys.exit(exit_code(error))
+    except Interrupted as signal:
+        echo(f"flipguard-onnx: {signal}", err=True)
+        sys.exit(signal.code)
+    except BrokenPipeError:  # click's
+        raise
     except MemoryError:
-        click.echo(
-            "flipguard-onnx: not enough memory for this model; nothing was written", err=True
-        )
+        echo("flipguard-onnx: not enough memory for this model; nothing was written", err=True)
+        sys.exit(2)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        echo(f"flipguard-onnx: {place}{error.strerror or error}", err=True)
         sys.exit(2)
 
 

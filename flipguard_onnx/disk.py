@@ -3,11 +3,11 @@
 Every check raises ModelError with one line; the caller puts the path before it.
 """
 
+import errno
 import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto
 
 from .errors import ModelError
+from .wire import Region
 
 LARGEST_FILE = (1 << 31) - 1  # bytes; where protobuf ends
 MOST_SHARING = 4  # times its own size that an external data file may be referred to
@@ -27,31 +28,23 @@ PACKED = {  # bits of a value, where several share a byte
 }
 
 
-@dataclass(frozen=True)
-class Region:
-    """A run of bytes in an external data file."""
-
-    file: Path
-    offset: int
-    length: int
-
-
-def read(path: Path) -> bytes:
-    """The bytes of a regular file that protobuf can hold."""
+def require_regular(path: Path) -> None:
+    """What a model is read from must be a regular file that protobuf can hold."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            raise ModelError("cannot be read: not a regular file")
-        if status.st_size > LARGEST_FILE:
-            raise ModelError(
-                f"has {status.st_size} bytes; allowed: up to {LARGEST_FILE}, what protobuf can "
-                "hold (larger models keep their weights in an external data file)"
-            )
-        return path.read_bytes()
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}") from None
     except ValueError as error:  # a null character in the path
         raise ModelError(f"cannot be read: {error}") from None
+    if stat.S_ISDIR(status.st_mode):
+        raise ModelError(f"cannot be read: {os.strerror(errno.EISDIR)}")
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelError("cannot be read: not a regular file")
+    if status.st_size > LARGEST_FILE:
+        raise ModelError(
+            f"has {status.st_size} bytes; allowed: up to {LARGEST_FILE}, what protobuf can "
+            "hold (larger models keep their weights in an external data file)"
+        )
 
 
 def elements(tensor: TensorProto) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import ModelProto
@@ -12,7 +11,8 @@ from onnx import ModelProto
 from . import runtime
 from .errors import UnsupportedModelError, ValidationError
 from .flip import Flips
-from .model import Model, Output
+from .model import Model, Output, raw_bytes
+from .parts import stored
 from .qdq import Emitter, form_of, opset_for
 from .schemes import Scheme
 from .weights import Weight, find_weights
@@ -63,9 +63,8 @@ class Rewritten:
     def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
         weight = self._weights[name]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type)
-        values = weight.stored(self._values(flips)).astype(dtype)
-        inline = weight.node is not None
-        self.output.store(weight.tensor, np.ascontiguousarray(values).tobytes(), inline)
+        values = stored(weight, flips, self._values, dtype)
+        self.output.store(weight.tensor, raw_bytes(values), inline=weight.node is not None)
 
     def save(self, source: Model, metadata: dict[str, str]) -> None:
         _save(self._proto, self.output, source, metadata)
@@ -73,6 +72,7 @@ class Rewritten:
 
 def guarded_values(flips: Flips) -> npt.NDArray[Any]:
     """Float weights from which the user's own quantizer makes the guarded codes."""
+    assert flips.guarded is not None
     return flips.guarded
 
 

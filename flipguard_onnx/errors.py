@@ -4,7 +4,7 @@ FlipguardError
 ├── ModelError               the file cannot be read as a model, or is damaged
 ├── UnsupportedModelError    a readable model that the tool does not handle
 ├── SchemeError              a scheme, policy or option value that does not exist or does not fit
-├── DeviceError              the requested device is not there
+├── DeviceError              the requested device or scheduler is not there
 └── ValidationError          the output did not pass; nothing was written
     ├── RunError             onnxruntime does not accept the inputs
     └── DriftError           it runs, but drifts too far from the original
@@ -32,7 +32,7 @@ class SchemeError(FlipguardError):
 
 
 class DeviceError(FlipguardError):
-    """The requested device cannot be used."""
+    """The requested device or scheduler cannot be used."""
 
 
 class ValidationError(FlipguardError):
@@ -45,6 +45,11 @@ class RunError(ValidationError):
 
 class DriftError(ValidationError):
     """The written model's outputs are further from the original's than allowed."""
+
+
+def exit_code(error: FlipguardError) -> int:
+    """What the command line makes of an error: 1 for a failed validation, else 2."""
+    return 1 if isinstance(error, ValidationError) else 2
 
 
 def first_line(error: Exception) -> str:

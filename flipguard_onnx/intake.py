@@ -14,7 +14,7 @@ import onnx
 from google.protobuf.message import Message
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-from .disk import PACKED, byte_size, elements
+from .disk import PACKED, byte_size, elements, entry
 from .errors import ModelError, UnsupportedModelError
 
 MOST_RANK = 32  # axes; what numpy 1 can hold
@@ -58,18 +58,21 @@ ATTRIBUTES = {
 HOLDERS = {"alpha": ("Gemm",), "beta": ("Gemm",), "axis": ("Gather",), "value": ("Constant",)}
 
 
-def admit(proto: ModelProto) -> None:
-    """All that can be checked without the external data."""
+def admit(proto: ModelProto, itself: str) -> None:
+    """All that can be checked without the external data.
+
+    itself: the location at which a tensor in `proto` has its raw_data, if it was taken out.
+    """
     if not all(isinstance(text, str) for text in _texts(proto)):  # protobuf gives bytes instead
         raise ModelError("not an ONNX model (a name in it is not UTF-8)")
     if not proto.graph.node or not proto.opset_import:
         raise ModelError("not an ONNX model (no nodes, or no opset_import)")
     if proto.training_info:
         raise UnsupportedModelError("training information is not supported")
-    _graph(proto.graph)
     _functions(proto.functions)
+    _body(proto.graph, itself)
     for function in proto.functions:
-        _nodes(function)
+        _body(function, itself)
 
 
 def subgraphs(attribute: AttributeProto) -> list[GraphProto]:
@@ -77,24 +80,21 @@ def subgraphs(attribute: AttributeProto) -> list[GraphProto]:
     return [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
 
 
-def _graph(graph: GraphProto) -> None:
-    if graph.sparse_initializer:
-        raise UnsupportedModelError("sparse initializers are not supported")
-    for tensor in graph.initializer:
-        _tensor(tensor)
-    _nodes(graph)
-
-
-def _nodes(body: GraphProto | FunctionProto) -> None:
+def _body(body: GraphProto | FunctionProto, itself: str) -> None:
+    if isinstance(body, GraphProto):
+        if body.sparse_initializer:
+            raise UnsupportedModelError("sparse initializers are not supported")
+        for tensor in body.initializer:
+            _tensor(tensor, itself)
     _defined_once(body)
     _acyclic(body)
     for node in body.node:
         _read(node)
         for attribute in node.attribute:
-            _attribute(node, attribute)
+            _attribute(node, attribute, itself)
 
 
-def _attribute(node: NodeProto, attribute: AttributeProto) -> None:
+def _attribute(node: NodeProto, attribute: AttributeProto, itself: str) -> None:
     """What an attribute holds must be what it says it is, and stand these checks itself."""
     for field, kind in HELD.items():
         present = attribute.HasField(field) if field in SINGLE else len(getattr(attribute, field))
@@ -104,22 +104,22 @@ def _attribute(node: NodeProto, attribute: AttributeProto) -> None:
                 f"attribute {attribute.name!r} of {node.op_type} is {says}, but holds {field!r}"
             )
     if attribute.HasField("t"):
-        _tensor(attribute.t)
+        _tensor(attribute.t, itself)
     sparse = list(attribute.sparse_tensors)
     if attribute.HasField("sparse_tensor"):
         sparse.append(attribute.sparse_tensor)
     for tensor in (*attribute.tensors, *(t for s in sparse for t in (s.values, s.indices))):
-        _tensor(tensor)
-        if tensor.data_location == TensorProto.EXTERNAL:
+        _tensor(tensor, itself)
+        if tensor.data_location == TensorProto.EXTERNAL and entry(tensor, "location") != itself:
             raise UnsupportedModelError(
                 f"attribute {attribute.name!r} of {node.op_type} has external data; "
                 "allowed: in initializers and single tensors"
             )
     for graph in subgraphs(attribute):
-        _graph(graph)
+        _body(graph, itself)
 
 
-def _tensor(tensor: TensorProto) -> None:
+def _tensor(tensor: TensorProto, itself: str) -> None:
     """The shape must be one that exists, and the data that is in the file must fill it."""
     name, dims = tensor.name, list(tensor.dims)
     try:
@@ -136,9 +136,10 @@ def _tensor(tensor: TensorProto) -> None:
         raise ModelError(f"tensor {name!r} has {len(dims)} axes; allowed: up to {MOST_RANK}")
     if prod(max(dim, 1) for dim in dims) >= 1 << 58:
         raise ModelError(f"tensor {name!r} has the shape {shown}, which no memory can hold")
-    raw = len(tensor.raw_data)
+    taken_out = entry(tensor, "location") == itself
+    raw = int(entry(tensor, "length")) if taken_out else len(tensor.raw_data)
     held = [f for f in TYPED_DATA if len(getattr(tensor, f))] + ["raw_data"] * bool(raw)
-    if tensor.data_location == TensorProto.EXTERNAL:
+    if tensor.data_location == TensorProto.EXTERNAL and not taken_out:
         if held or field == "string_data":
             raise ModelError(f"tensor {name!r} of {kind} has external data and {held or 'strings'}")
         return

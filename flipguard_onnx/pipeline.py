@@ -8,9 +8,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-import numpy.typing as npt
 import onnx
 
 from . import __version__
@@ -27,18 +24,21 @@ from .emit import (
 )
 from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError, ValidationError
 from .feedback import Inputs
-from .flip import Policy, flip, tensor_key
+from .flip import Policy, tensor_key
 from .kernels import get_backend
-from .model import INLINE_LIMIT, Model, Output, data_path, file_sha256, open_model, workspace
-from .options import EMITS, Format, draw_seeds, one_of, preserve_mode
+from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model
+from .options import EMITS, Format, draw_seeds, one_of, output_paths, preserve_mode
+from .parts import flip_weight
+from .publish import check_target, publish, workspace
 from .report import Inspection, Report, Tensor, Verification
+from .runtime import require_openable
 from .schemes import SCHEMES
 from .validate import MAX_DRIFT, Candidates, Validation, compare
 from .weights import Skipped, Weight, find_weights
 
 PRESERVE_SECONDS = 60.0  # error feedback that takes longer is not switched on by itself
 
-Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+Progress = Callable[[str, int, int], None]  # stage, bytes (or steps) done, and in all
 
 
 def guard(
@@ -92,7 +92,7 @@ def guard(
     force : overwrite an existing output
     validate : try the result with onnxruntime before it appears at `output`
     standard_ops : only operators of the ONNX standard, none of com.microsoft
-    progress : called with (stage, steps done, steps in all)
+    progress : called with (stage, done, in all): bytes of weights while guarding, else steps
 
     Returns
     -------
@@ -114,7 +114,12 @@ def guard(
     say = progress or (lambda *_: None)
     with ExitStack() as stack:
         source = _open(model, output, stack)
-        targets = _targets(source, output, scheme, emit, force)
+        targets = output_paths(source.path, output, scheme, emit)
+        read = [source.path, *(source.path.parent / name for name in source.data_sha256)]
+        for target in targets.values():
+            check_target(target, [*read, *filter(None, [feeds])], force)
+        if validate or mode != "off":
+            require_openable(source.path, *targets.values())
         weights, skipped = _find(source, include, exclude)
         opset = needed_opset(weights, [kind for kind, _ in form.plans(weights)], standard_ops)
         if (flat := inlined(source, opset)) is not source:
@@ -129,22 +134,24 @@ def guard(
             activations, note = _activations(
                 source, weights, folder / "probe", max_memory, feeds, preserve == "auto"
             )
+            if activations:
+                say(f"error feedback, about {activations.seconds:.0f} s", 0, 1)
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)
             tensors: list[Tensor] = []
+            tick = _meter(say, "guarding", sum(map(_bytes, weights)))
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
-                say("guarding", len(tensors), len(weights))
-                values = weight.canonical(_finite(source, weight))
                 key = tensor_key(drawn_seed, weight.name)
                 inputs = activations.of(weight) if activations else None
                 unfed = inputs if isinstance(inputs, str) else None
                 fed = inputs if isinstance(inputs, Inputs) else None
-                flips = flip(weight.name, values, kind, blocks, rule, key, backend, fed)
+                flips = flip_weight(
+                    source, weight, kind, blocks, rule, key, backend, fed, "float" in sinks, tick
+                )
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
                 tensors.append(Tensor.of(weight, kind, flips, unfed))
-            say("guarding", len(tensors), len(weights))
             report = Report(
                 version=__version__,
                 input=str(source.path),
@@ -181,11 +188,10 @@ def guard(
             report = replace(report, validation=tried)
             say("validating", 1, 1)
             break
-        _require_unchanged(source)
-        finished = [sinks[wanted].output for wanted in targets]
-        written = {str(file.target): file.size for file in finished}
-        for file in finished:
-            file.publish()
+        source.require_unchanged()
+        finished = {target: sinks[wanted].output for wanted, target in targets.items()}
+        written = {str(target): output.size for target, output in finished.items()}
+        publish([output.finished(target) for target, output in finished.items()], force)
     return replace(report, outputs=written, seconds=time.perf_counter() - started)
 
 
@@ -208,7 +214,7 @@ def inspect(
     weights, skipped = _find(source, include, exclude)
     tensors, saved = [], 0
     for weight, (kind, blocks) in zip(weights, form.plans(weights), strict=True):
-        width = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).itemsize
+        width = _bytes(weight) // weight.size
         saved += weight.size * width - (weight.size * kind.bits // 8 + blocks.count * width)
         tensors.append(Tensor.of(weight, kind))
     return Inspection(
@@ -287,30 +293,6 @@ def _open(
     return open_model(path)
 
 
-def _targets(
-    source: Model, output: str | os.PathLike[str] | None, scheme: str, emit: str, force: bool
-) -> dict[str, Path]:
-    """Where each kind of output goes: none over the input, none over anything without `force`."""
-    path = source.path
-    base = Path(output) if output else path.with_name(f"{path.stem}.flipguard-{scheme}.onnx")
-    moved = base
-    if emit == "both" or not output:
-        moved = base.with_name(f"{base.stem}-float{base.suffix}")
-    targets = {"qdq": base, "float": moved}
-    if emit != "both":
-        targets = {emit: targets[emit]}
-    inputs = [path, *(path.parent / location for location in source.data_sha256)]
-    for target in targets.values():
-        if not target.parent.is_dir():
-            raise ModelError(f"{target.parent}: no such folder to write to")
-        for file in (target, data_path(target)):
-            if file.exists() and any(file.samefile(other) for other in inputs):
-                raise ModelError(f"{file}: belongs to the input; the output needs another name")
-            if file.exists() and not force:
-                raise ModelError(f"{file}: exists already; --force overwrites it")
-    return targets
-
-
 def _find(
     source: Model, include: tuple[str, ...], exclude: tuple[str, ...]
 ) -> tuple[list[Weight], list[Skipped]]:
@@ -360,7 +342,7 @@ def _sinks(
     external = source.size > INLINE_LIMIT or bool(source.data_sha256)
 
     def output(kind: str) -> Output:
-        return Output(folder / kind, targets.get(kind, folder / f"{kind}.onnx"), external)
+        return Output(folder / kind, targets.get(kind), external)
 
     sinks: dict[str, Sink] = {}
     if validate or "qdq" in targets:
@@ -381,22 +363,18 @@ def _try(source: Model, sinks: dict[str, Sink], data: Path | None, max_drift: fl
     return compare(source, files, data, max_drift)
 
 
-def _finite(source: Model, weight: Weight) -> npt.NDArray[np.generic]:
-    """The values; none may be so large that a level rounded up from it overflows the type."""
-    values = source.array(weight.tensor)
-    kind = ml_dtypes.finfo(values.dtype)  # type: ignore[no-untyped-call]
-    bound = values.dtype.type(float(kind.max) * (1 - 2 * float(kind.eps)))
-    with np.errstate(invalid="ignore"):  # bfloat16 complains of NaN
-        sound = (values >= -bound) & (values <= bound)
-    if bad := values.size - int(np.count_nonzero(sound)):
-        raise ModelError(
-            f"{source.path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite, "
-            f"or beyond {bound:.4g}; allowed: others (--exclude leaves a tensor as it is)"
-        )
-    return values
+def _bytes(weight: Weight) -> int:
+    return weight.size * onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).itemsize
 
 
-def _require_unchanged(source: Model) -> None:
-    now = {name: file_sha256(source.path.parent / name) for name in source.data_sha256}
-    if file_sha256(source.path) != source.sha256 or now != source.data_sha256:
-        raise ModelError(f"{source.path}: changed while it was being guarded; nothing was written")
+def _meter(say: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Takes the bytes done one after the other and reports their sum."""
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        say(stage, done, total)
+
+    tick(0)
+    return tick

@@ -3,11 +3,10 @@
 from collections import Counter, defaultdict
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from .model import Output, bodies, graphs, output_names
+from .model import Output, bodies, graphs, output_names, raw_bytes
 from .scopes import CHAIN, Scope
 
 CONTRIB = "com.microsoft"
@@ -41,12 +40,15 @@ class Rewriter:
     def constant(self, scope: Scope, name: str, values: npt.NDArray[Any]) -> str:
         """Add an array as a constant; returns its name."""
         data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
-        return self.tensor(
-            scope, name, data_type, values.shape, np.ascontiguousarray(values).tobytes()
-        )
+        return self.tensor(scope, name, data_type, values.shape, raw_bytes(values))
 
     def tensor(
-        self, scope: Scope, name: str, data_type: int, shape: tuple[int, ...], raw: bytes
+        self,
+        scope: Scope,
+        name: str,
+        data_type: int,
+        shape: tuple[int, ...],
+        raw: bytes | memoryview,
     ) -> str:
         """Add a constant from its bytes: an initializer, or a node where it is a function's."""
         name = self.fresh(name)
@@ -55,7 +57,7 @@ class Rewriter:
             self._output.store(tensor, raw)
             scope.body.initializer.append(tensor)
         else:
-            tensor.raw_data = raw
+            tensor.raw_data = bytes(raw)
             self._prepend(scope, helper.make_node("Constant", [], [name], value=tensor))
         return name
 

@@ -1,5 +1,6 @@
 """The one place that hands models to onnx's and onnxruntime's C++: in a child process.
 
+
 A model may crash it, run for ever or ask for all memory there is; the child then ends, and the
 caller gets a ValidationError. Time and memory are granted by the size of the model.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import numpy.typing as npt
 from onnx import ModelProto
 
-from .errors import RunError, ValidationError
+from .errors import ModelError, RunError, ValidationError
 
 SECONDS, BYTES_PER_SECOND = 60.0, 1e6  # for one load or run: so long, and so fast beyond
 MEMORY, MEMORY_PER_BYTE = 4 << 30, 8  # bytes: so many, and so many more for each of the model
@@ -154,6 +155,18 @@ def open_session(path: Path, exact: bool, size: int) -> Session:
         raise ValidationError(f"{path.name}: does not load: {error}") from None
     except ValidationError as error:
         raise ValidationError(f"{path.name}: {error}") from None
+
+
+def require_openable(*paths: Path) -> None:
+    """Raise ModelError for a path that onnxruntime cannot be given."""
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ModelError(
+                f"{path}: onnxruntime opens no path that is not UTF-8; allowed: another name, "
+                "or to go without (--no-validate --preserve off)"
+            ) from None
 
 
 def check(path: Path, size: int) -> str | None:

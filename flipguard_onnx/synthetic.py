@@ -3,7 +3,8 @@
 Token ids of a decoder are sampled from the decoder itself: for a sound model that is what it was
 trained on. Other ids are drawn uniformly. Images and sequences are random fields with the spectrum
 of natural ones (amplitude falls with frequency), in the range that the graph suggests; vectors are
-white noise in that range. The rest is as in `feeds`.
+white noise in that range. The state of a streaming model is zero, as at a stream's start: noise in
+its place is nothing that the model ever meets. The rest is as in `feeds`.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from .model import Model
 ROUNDS = 16  # of sampling from a decoder
 STEEPEST = 1.5  # exponent of the fall of a field's amplitude with frequency
 CHANNELS = (1, 3, 4)  # sizes of an axis that is not a place in an image
+STATES = ("cache", "past")
 _AFFINE = ("Sub", "Add", "Mul", "Div")
 _PASSED_ON = ("Cast", "Identity", "Transpose", "Unsqueeze", "Reshape")
 
@@ -43,12 +45,29 @@ def _value(
     source: Model, wanted: Input, like: tuple[int, ...], batch: int, rng: np.random.Generator
 ) -> npt.NDArray[Any]:
     shape = tuple(batch if d == BATCH else n for d, n in zip(wanted.dims, like, strict=True))
+    if is_state(source, wanted):
+        return np.zeros(shape, wanted.dtype)
     if np.issubdtype(wanted.dtype, np.floating) and "mask" not in wanted.name.lower():
         mean, deviation = input_range(source, wanted.name)
         return (mean + deviation * _field(shape, rng)).astype(wanted.dtype)
     if wanted.dtype == np.uint8 and len(shape) >= 3:
         return np.clip(128 + 50 * _field(shape, rng), 0, 255).astype(np.uint8)
     return values(wanted, shape, max(like, default=1), rng)
+
+
+def is_state(source: Model, wanted: Input) -> bool:
+    """Whether the input is what an output hands on to the next call, by its name and shape."""
+    name = wanted.name.lower()
+    if not (any(word in name for word in STATES) or name.endswith("state")):
+        return False
+    for value in source.proto.graph.output:
+        dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        pairs = zip(dims, wanted.dims, strict=False)
+        if len(dims) == len(wanted.dims) and all(
+            isinstance(mine, str) or theirs in (0, mine) for theirs, mine in pairs
+        ):
+            return True
+    return False
 
 
 def _field(shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float64]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto
 
 from .errors import UnsupportedModelError
+from .model import contiguous
 from .schemes import Blocks
 from .scopes import FLOATS, ROLES, Readers, Scope, Use
 
@@ -65,7 +66,7 @@ class Weight:
 
     def canonical(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Stored layout to flat rows of output channels."""
-        return np.ascontiguousarray(values.transpose(self.perm)).reshape(-1)
+        return contiguous(values.transpose(self.perm)).reshape(-1)
 
     def stored(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Flat rows of output channels back to the stored layout (a view)."""

@@ -55,7 +55,7 @@ def test_inside_the_margin_the_code_holds_and_just_past_it_changes(form, dtype):
     movable = margins.offsets != 0
     assert movable.mean() > 0.8
     wanted = np.where(movable, margins.neighbours, margins.codes)
-    past = grid.cross(flat, margins.codes, wanted, CPU)
+    past, _ = grid.place(flat, margins.codes, wanted, CPU)
     np.testing.assert_array_equal(grid.encode(past, CPU)[movable], margins.neighbours[movable])
     np.testing.assert_array_equal(past[~movable], flat[~movable])
     scale = np.abs(grid.blocks.spread(grid.scale))
@@ -282,7 +282,8 @@ def test_check_refuses_a_tampered_result(form, dtype, tamper, complaint):
     plain = flipped(form, weights, Policy("none"))
     guarded, codes = plain.guarded.copy(), plain.codes.copy()
     tamper(guarded, codes)
-    scheme = SCHEMES[form.split("-")[0]]
-    given = [weights.reshape(-1), guarded, codes != plain.codes, scheme, plain.grid, codes, CPU]
+    scheme, grid = SCHEMES[form.split("-")[0]], plain.grid
+    checked = grid.check(weights.reshape(-1), guarded, plain.codes, codes, CPU)
+    whole = grid.blocks.extremes(weights.reshape(-1), CPU)
     with pytest.raises(ValidationError, match=f"tensor 'w': .*{complaint}"):
-        flip_module._check("w", *given)
+        flip_module._require("w", checked, scheme, grid, weights.dtype, whole, whole)
