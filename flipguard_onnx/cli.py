@@ -6,6 +6,7 @@ nothing to guard. Of many models the worst. 128 + n: interrupted by signal n.
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +107,14 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="Allowed drift, as a multiple of plain quantization's.",
     )
-    return data(drift(command))
+    memory = click.option(
+        "--max-memory",
+        type=click.IntRange(min=1),
+        default=1024,
+        show_default=True,
+        help="MiB for the statistics of --preserve; of a larger model only sampled layers are run.",
+    )
+    return data(memory(drift(command)))
 
 
 @main.command()
@@ -154,13 +162,6 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Feed rounding errors forward so that layers' outputs are preserved, on made-up inputs or "
     "those of --data; auto: where it takes less than a minute.",
-)
-@click.option(
-    "--max-memory",
-    type=click.IntRange(min=1),
-    default=1024,
-    show_default=True,
-    help="MiB for the statistics of --preserve.",
 )
 @validation_options
 @click.option("--no-validate", is_flag=True, help="Write without running the result.")
@@ -294,11 +295,14 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with click.progressbar(length=1, file=sys.stderr, show_pos=True) as bar:
+        with click.progressbar(length=1, file=sys.stderr) as bar:
 
             def draw(stage: str, done: int, total: int) -> None:
-                bar.label, bar.length, bar.pos = stage, total, done
-                bar.finished = False
+                if done == 0:  # a new stage: its time left is not that of the one before
+                    bar.start = bar.last_eta = time.time()
+                    bar.avg, bar.pos, bar.finished = [], 0, False
+                bar.label, bar.length = f"{stage}{_amount(done, total)}", total
+                bar.update(done - bar.pos)
                 bar.render_progress()
 
             yield draw
@@ -309,3 +313,8 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
                 click.echo(f"{stage} ...", err=True)
 
         yield line
+
+
+def _amount(done: int, total: int) -> str:
+    """How much is done, where the total is so large that it must be bytes."""
+    return f" {done / 1e6:,.0f} of {total / 1e6:,.0f} MB" if total > 1e6 else ""

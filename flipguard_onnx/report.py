@@ -308,6 +308,11 @@ def _validation_lines(validation: Validation) -> list[str]:
         "",
         *_table(head, rows),
         "",
+        *(
+            [f"sampled   {validation.layers} layers: the model is too large to be run whole"]
+            if validation.layers
+            else []
+        ),
         f"valid     on {validation.feeds} inputs ({validation.inputs}): drift of all outputs "
         f"{pooled(validation.guarded_exact):.5f}, plain quantization's "
         f"{pooled(validation.plain_exact):.5f}",
