@@ -188,7 +188,7 @@ def guard(
             say("validating", 0, 1)
             try:
                 files = {kind: sink.output.path for kind, sink in sinks.items()}
-                tried = trial.run(source.path, files, feeds, max_drift, drawn)
+                tried = trial.run(source, files, feeds, max_drift, drawn)
             except DriftError:
                 if draw == len(seeds):
                     raise
@@ -280,7 +280,7 @@ def verify(
             validate=False,
         )
         files = {"plain": plain, "qdq": candidate.path}
-        result = trial.run(source.path, files, Path(data) if data else None, max_drift, folder)
+        result = trial.run(source, files, Path(data) if data else None, max_drift, folder)
     return Verification(
         str(source.path),
         str(candidate.path),

@@ -11,7 +11,7 @@ from .model import Model, Output, open_model
 from .sampled import Layer, cut_out, sample
 from .schemes import Scheme
 from .validate import Candidates, Validation, check_model, compare
-from .weights import Weight
+from .weights import Weight, find_weights
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Trial:
         layers = sample(source, weights, schemes, standard_ops)
         small = cut_out(source, layers, folder)
         opset = max(entry.version for entry in prepared.opset_import if entry.domain == "")
-        return cls(small, converted(small, opset), tuple(layers))
+        return cls(small, converted(small, opset, find_weights(small.proto)[0]), tuple(layers))
 
     def sinks(self, folder: Path, standard_ops: bool) -> dict[str, Sink]:
         """The models to compare with: plainly quantized, and what the codes must compute."""
@@ -58,7 +58,7 @@ class Trial:
 
     def run(
         self,
-        original: Path,
+        original: Model,
         files: Mapping[str, Path],
         data: Path | None,
         max_drift: float,
