@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .detection import scan
     from .errors import (
         DeviceError,
         FlipguardError,
@@ -24,6 +25,7 @@ _HOME = {
     "guard": ".pipeline",
     "inspect": ".pipeline",
     "verify": ".pipeline",
+    "scan": ".detection",
     "der": ".metrics",
     "FlipguardError": ".errors",
     "ModelError": ".errors",
@@ -43,6 +45,7 @@ __all__ = [
     "der",
     "guard",
     "inspect",
+    "scan",
     "verify",
 ]
 

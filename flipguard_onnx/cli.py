@@ -1,7 +1,7 @@
 """The command line: parse, call the library, print, return the exit code.
 
 0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input, or
-nothing to guard.
+nothing to guard. scan: 0: clean. 1: suspicious or aligned. 2: unreadable, or nothing judged.
 """
 
 import json
@@ -18,6 +18,7 @@ from . import __version__
 from .errors import FlipguardError, ModelError, ValidationError
 
 if TYPE_CHECKING:
+    from .findings import Scan
     from .report import Inspection, Report, Verification
 
 SCHEME_NAMES = ("int8", "int4", "nf4", "fp4")
@@ -209,6 +210,64 @@ def verify(report: Path | None, quiet: bool, **options: Any) -> None:
 
         result = run(**options)
     publish(result, report, quiet)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("text", "json", "sarif")),
+    default="text",
+    show_default=True,
+    help="Of the output.",
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Write it here; print text all the same."
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(("suspicious", "aligned", "never")),
+    default="suspicious",
+    show_default=True,
+    help="Verdict from which on the exit code is 1.",
+)
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+def scan(model: Path, form: str, report: Path | None, fail_on: str, quiet: bool) -> None:
+    """Was MODEL prepared for a quantizer, and for which one?
+
+    Compares where its weights stand between the decision boundaries of int8, int4, nf4 and fp4
+    with where they stand on grids that nobody uses.
+    """
+    with failures(report), progress_bar(quiet) as progress:
+        from . import scan as run
+
+        result = run(model, progress=progress)
+    text = scan_output(result, form)
+    if report:
+        report.write_text(text + "\n")
+    if not quiet:
+        click.echo(result.render() if report else text)
+    sys.exit(scan_code(result.verdict.level, fail_on))
+
+
+def scan_output(result: "Scan", form: str) -> str:
+    """The scan in the form asked for."""
+    if form == "text":
+        return result.render()
+    if form == "json":
+        return json.dumps(result.to_dict(), indent=2)
+    from .sarif import sarif
+
+    return json.dumps(sarif(result), indent=2)
+
+
+def scan_code(level: str, fail_on: str) -> int:
+    """The exit code of a scan with this verdict."""
+    if level == "not judged":
+        return 2
+    failing = {"suspicious": ("suspicious", "aligned"), "aligned": ("aligned",), "never": ()}
+    return int(level in failing[fail_on])
 
 
 def publish(result: "Report | Inspection | Verification", path: Path | None, quiet: bool) -> None:

@@ -316,12 +316,12 @@ def _drift_cells(drift: Drift) -> tuple[str, ...]:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Left-aligned text in the first two columns, right-aligned figures after them."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """Left-aligned text in the first `left` columns, right-aligned figures after them."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     return [
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in (head, *rows)

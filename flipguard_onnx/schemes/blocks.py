@@ -77,7 +77,7 @@ class Grid(ABC):
 
     family: ClassVar[
         str
-    ]  # the kernels of this grid are encode_, analyze_, cross_ and feed_{family}
+    ]  # the kernels of this grid are encode_, analyze_, cross_, feed_, survey_{family}
 
     @abstractmethod
     def levels_for(self, kernel: str) -> tuple[Any, ...]:
@@ -116,6 +116,20 @@ class Grid(ABC):
         """Draw one panel of the weights as rows of `columns`; see `feedback.draw`."""
         per_block = [self.operand, self.scale, self.absmax]
         self._run("feed", backend, weights, per_block, [columns, *panel, codes, errors])
+
+    def survey(
+        self,
+        weights: Floats,
+        judged: Floats,
+        limit: np.float32,
+        factors: Floats,
+        counts: npt.NDArray[np.int32],
+        sums: npt.NDArray[np.float64],
+        kernels: ModuleType,
+    ) -> None:
+        """Count the weights by their distance to a boundary; see `kernels.survey`."""
+        per_block = [self.operand, self.scale, self.absmax]
+        self._run("survey", kernels, weights, per_block, [judged, limit, factors, counts, sums])
 
     def _run(
         self,

@@ -23,7 +23,7 @@ class CodebookGrid(Grid):
     family = "codebook"
 
     def levels_for(self, kernel: str) -> tuple[Any, ...]:
-        if kernel in ("analyze", "feed"):
+        if kernel in ("analyze", "feed", "survey"):
             return self.pivots, self.levels
         return (self.pivots,)
 
