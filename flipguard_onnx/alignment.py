@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .findings import Alignment, Budget
+from .flip import Flips, Policy
 from .kernels import get_backend, get_survey
 from .schemes import SCHEMES, Grid
 from .weights import Weight
@@ -47,7 +48,8 @@ def _factors() -> Floats:
     """
     drawn = np.random.default_rng(0).uniform(-0.12, 0.12, (3, 1021))
     fixed = np.repeat([[0.0], [-0.1], [-0.06], [-0.03], [0.03], [0.06], [0.1]], 1021, axis=1)
-    return np.float32(np.exp(np.concatenate([fixed, drawn])))
+    factors: Floats = np.exp(np.concatenate([fixed, drawn])).astype(np.float32)
+    return factors
 
 
 FACTORS = _factors()
@@ -169,6 +171,21 @@ def alignment(name: str, tally: Tally) -> Alignment:
         outlier=float(np.median(tally.outliers)) if tally.outliers.size else 1.0,
         budget=Budget(float(error), float(stuck), float(np.sqrt(variance))),
     )
+
+
+def budget(values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
+    """The alignment budget of a tensor, `values` flat in canonical order, guarded like this."""
+    weights = values.astype(np.float32)
+    grid = flips.grid
+    errors = np.abs(grid.decode(flips.plain).astype(np.float64) - weights)
+    nearest = float(errors.sum())
+    if policy.name != "unbiased":
+        left = np.abs(grid.decode(flips.codes).astype(np.float64) - weights)
+        return Budget(nearest, float(left.sum()), 0.0)
+    shares = np.abs(grid.analyze(weights, get_backend("cpu")).offsets)
+    drawn = shares > (1 - policy.tau) / 2
+    variances = errors[drawn] ** 2 * (1 / shares[drawn].astype(np.float64) - 1)
+    return Budget(nearest, nearest - float(errors[drawn].sum()), float(variances.sum() ** 0.5))
 
 
 def on_a_grid(weights: Floats, cols: int) -> bool:

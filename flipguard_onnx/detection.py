@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import __version__
 from .alignment import Tally, alignment, on_a_grid, tallies
@@ -26,6 +28,8 @@ TOO_FEW = Verdict(NOT_JUDGED, f"fewer than {FEWEST} weights that count (judged w
 ON_GRID = Verdict(NOT_JUDGED, "the weights lie on a grid already, as after quantization")
 NOTHING = Verdict(NOT_JUDGED, "there are no weights to judge")
 
+# and what was counted on each grid: nothing if the tensor lies on a grid
+Examined = tuple[ScannedTensor, dict[str, Tally]]
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
 
@@ -40,37 +44,49 @@ def scan(model: str | os.PathLike[str], *, progress: Progress | None = None) -> 
     try:
         weights, skipped = find_weights(source.proto)
     except UnsupportedModelError as error:
-        return _result(source, Verdict(NOT_JUDGED, str(error)), (), (), (), started)
-    tensors: list[ScannedTensor] = []
-    pool: list[dict[str, Tally]] = []
+        seconds = time.perf_counter() - started
+        return _result(source, Verdict(NOT_JUDGED, str(error)), (), (), (), seconds)
+    examined: list[Examined] = []
     for weight in weights:
-        say("scanning", len(tensors), len(weights))
-        tensor, counted = examine(source, weight)
-        tensors.append(tensor)
-        if counted:
-            pool.append(counted)
-    say("scanning", len(tensors), len(weights))
-    together = _together(pool)
-    whole = of_tensor(together) if together else NOTHING
-    return _result(source, of_model(whole, tensors), together, tensors, skipped, started)
+        say("scanning", len(examined), len(weights))
+        examined.append(examine(weight, _values(source, weight)))
+    say("scanning", len(examined), len(weights))
+    return conclude(source, examined, skipped, time.perf_counter() - started)
 
 
-def examine(source: Model, weight: Weight) -> tuple[ScannedTensor, dict[str, Tally]]:
-    """Judge one tensor; and what was counted on each grid, nothing if it lies on a grid."""
+def conclude(
+    source: Model, examined: Sequence[Examined], skipped: Sequence[Skipped], seconds: float
+) -> Scan:
+    """The scan of a model whose weights have been examined one by one."""
+    pool = [counted for _, counted in examined if counted]
+    together: tuple[Alignment, ...] = ()
+    if pool:
+        sums = {grid: reduce(add, (counted[grid] for counted in pool)) for grid in pool[0]}
+        together = tuple(alignment(grid, tally) for grid, tally in sums.items())
+    tensors = tuple(tensor for tensor, _ in examined)
+    verdict = of_model(of_tensor(together) if together else NOTHING, tensors)
+    return _result(source, verdict, together, tensors, skipped, seconds)
+
+
+def examine(weight: Weight, values: npt.NDArray[Any]) -> Examined:
+    """Judge one tensor, its values flat in canonical order and in their storage type."""
+    counted = tallies(weight, values)
+    alignments = tuple(alignment(name, tally) for name, tally in counted.items())
+    verdict = of_tensor(alignments)
+    if on_a_grid(values.astype(np.float32), weight.blocks(None, flat=False).cols):
+        verdict, counted = ON_GRID, {}
+    shape, size = weight.shape, weight.size
+    return ScannedTensor(weight.name, weight.op, shape, size, verdict, alignments), counted
+
+
+def _values(source: Model, weight: Weight) -> npt.NDArray[Any]:
     values = weight.canonical(source.array(weight.tensor))
-    weights = values.astype(np.float32)
-    if not np.isfinite(weights).all():
+    if not np.isfinite(values).all():
         raise ModelError(
             f"{source.path}: tensor {weight.name!r} holds values that are NaN or infinite; "
             "allowed: finite ones"
         )
-    counted = tallies(weight, values)
-    alignments = tuple(alignment(name, tally) for name, tally in counted.items())
-    verdict = of_tensor(alignments)
-    if on_a_grid(weights, weight.blocks(None, flat=False).cols):
-        verdict, counted = ON_GRID, {}
-    shape, size = weight.shape, weight.size
-    return ScannedTensor(weight.name, weight.op, shape, size, verdict, alignments), counted
+    return values
 
 
 def of_tensor(alignments: Sequence[Alignment]) -> Verdict:
@@ -126,21 +142,13 @@ def _chance(alignment: Alignment) -> float:
     return SUSPICIOUS + NOISE / float(np.sqrt(max(alignment.independent, 1)))
 
 
-def _together(pool: Sequence[dict[str, Tally]]) -> tuple[Alignment, ...]:
-    if not pool:
-        return ()
-    return tuple(
-        alignment(grid, reduce(add, (counted[grid] for counted in pool))) for grid in pool[0]
-    )
-
-
 def _result(
     source: Model,
     verdict: Verdict,
     together: tuple[Alignment, ...],
     tensors: Sequence[ScannedTensor],
     skipped: Sequence[Skipped],
-    started: float,
+    seconds: float,
 ) -> Scan:
     return Scan(
         __version__,
@@ -152,5 +160,5 @@ def _result(
         together,
         tuple(tensors),
         tuple(skipped),
-        time.perf_counter() - started,
+        seconds,
     )

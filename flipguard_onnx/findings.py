@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .report import megabytes, skipped_lines, table
+from .tables import megabytes, skipped_lines, table
 from .weights import Skipped
 
 LEVELS = ("clean", "suspicious", "aligned")  # in ascending order; beside them: NOT_JUDGED
@@ -145,7 +145,7 @@ class Scan:
 
 def verdict_lines(verdict: Verdict) -> list[str]:
     grids = f", {' and '.join(verdict.grids)}" if verdict.grids else ""
-    return [f"verdict   {verdict.level}{grids}", f"          {verdict.reason}"]
+    return [f"scan      {verdict.level}{grids}", f"          {verdict.reason}"]
 
 
 def _strongest(tensor: ScannedTensor) -> Alignment:

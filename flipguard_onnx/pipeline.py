@@ -14,6 +14,8 @@ import onnx
 
 from . import __version__
 from .activations import Activations
+from .alignment import budget
+from .detection import Examined, conclude, examine
 from .emit import (
     Quantized,
     Rewritten,
@@ -134,6 +136,8 @@ def guard(
             activations, note = _activations(
                 source, weights, folder / "probe", max_memory, feeds, preserve == "auto"
             )
+        examined: list[Examined] = []
+        scanning = 0.0
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)
@@ -141,6 +145,10 @@ def guard(
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
                 say("guarding", len(tensors), len(weights))
                 values = weight.canonical(_finite(source, weight))
+                if draw == 1:
+                    begun = time.perf_counter()
+                    examined.append(examine(weight, values))
+                    scanning += time.perf_counter() - begun
                 key = tensor_key(drawn_seed, weight.name)
                 inputs = activations.of(weight) if activations else None
                 unfed = inputs if isinstance(inputs, str) else None
@@ -148,7 +156,8 @@ def guard(
                 flips = flip(weight.name, values, kind, blocks, rule, key, backend, fed)
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
-                tensors.append(Tensor.of(weight, kind, flips, unfed))
+                left = budget(values, flips, rule)
+                tensors.append(Tensor.of(weight, kind, flips, unfed, left))
             say("guarding", len(tensors), len(weights))
             report = Report(
                 version=__version__,
@@ -171,6 +180,7 @@ def guard(
                 device=backend.__name__.rpartition(".")[2],
                 tensors=tuple(tensors),
                 skipped=tuple(skipped),
+                scan=conclude(source, examined, skipped, scanning),
             )
             for sink in sinks.values():
                 sink.save(source, report.metadata())
