@@ -2,6 +2,7 @@
 
 0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input, or
 nothing to guard. Of many models the worst. 128 + n: interrupted by signal n.
+scan: 0: clean. 1: suspicious or aligned. 2: unreadable, or nothing judged.
 """
 
 import json
@@ -20,6 +21,7 @@ from .interrupt import Interrupted, interruptible
 from .publish import check_report, write_report
 
 if TYPE_CHECKING:
+    from .findings import Scan
     from .fleet import Fleet
     from .report import Inspection, Report, Verification
 
@@ -247,6 +249,64 @@ def verify(report: Path | None, quiet: bool, **options: Any) -> None:
 
         result = run(**options)
         publish(result, report, quiet)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("text", "json", "sarif")),
+    default="text",
+    show_default=True,
+    help="Of the output.",
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Write it here; print text all the same."
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(("suspicious", "aligned", "never")),
+    default="suspicious",
+    show_default=True,
+    help="Verdict from which on the exit code is 1.",
+)
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+def scan(model: Path, form: str, report: Path | None, fail_on: str, quiet: bool) -> None:
+    """Was MODEL prepared for a quantizer, and for which one?
+
+    Compares where its weights stand between the decision boundaries of int8, int4, nf4 and fp4
+    with where they stand on grids that nobody uses.
+    """
+    with failures(report), progress_bar(quiet) as progress:
+        from . import scan as run
+
+        result = run(model, progress=progress)
+        text = scan_output(result, form)
+        if report:
+            write_report(report, text + "\n")
+        if not quiet:
+            echo(result.render() if report else text)
+    sys.exit(scan_code(result.verdict.level, fail_on))
+
+
+def scan_output(result: "Scan", form: str) -> str:
+    """The scan in the form asked for."""
+    if form == "text":
+        return result.render()
+    if form == "json":
+        return json.dumps(result.to_dict(), indent=2)
+    from .sarif import sarif
+
+    return json.dumps(sarif(result), indent=2)
+
+
+def scan_code(level: str, fail_on: str) -> int:
+    """The exit code of a scan with this verdict."""
+    if level == "not judged":
+        return 2
+    failing = {"suspicious": ("suspicious", "aligned"), "aligned": ("aligned",), "never": ()}
+    return int(level in failing[fail_on])
 
 
 def publish(

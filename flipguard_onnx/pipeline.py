@@ -12,6 +12,8 @@ import onnx
 
 from . import __version__
 from .activations import record
+from .alignment import budget
+from .detection import Examined, conclude, examine
 from .emit import (
     Quantized,
     Rewritten,
@@ -142,6 +144,8 @@ def guard(
             trial = Trial.of(
                 source, prepared, weights, kinds, standard_ops, most, folder / "layers"
             )
+        examined: list[Examined] = []
+        scanning = 0.0
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             drawn = folder / str(draw)
@@ -149,6 +153,10 @@ def guard(
             tensors: list[Tensor] = []
             tick = _meter(say, "guarding", sum(weight.nbytes for weight in weights))
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
+                if draw == 1:
+                    begun = time.perf_counter()
+                    examined.append(examine(source, weight))
+                    scanning += time.perf_counter() - begun
                 key = tensor_key(drawn_seed, weight.name)
                 inputs = activations.of(weight) if activations else None
                 unfed = inputs if isinstance(inputs, str) else None
@@ -158,7 +166,8 @@ def guard(
                 )
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
-                tensors.append(Tensor.of(weight, kind, flips, unfed))
+                left = budget(source, weight, flips, rule)
+                tensors.append(Tensor.of(weight, kind, flips, unfed, left))
             report = Report(
                 version=__version__,
                 input=str(source.path),
@@ -180,6 +189,7 @@ def guard(
                 device=backend.__name__.rpartition(".")[2],
                 tensors=tuple(tensors),
                 skipped=tuple(skipped),
+                scan=conclude(source, examined, skipped, scanning),
             )
             for sink in sinks.values():
                 sink.save(report.metadata())
