@@ -63,10 +63,10 @@ class Inspection:
 
     def render(self) -> str:
         lines = [
-            f"{self.input}  {_megabytes(self.input_bytes)}, sha256 {self.input_sha256[:16]}",
-            f"scheme    {self.scheme}: about {_megabytes(self.output_bytes)} when written",
+            f"{self.input}  {megabytes(self.input_bytes)}, sha256 {self.input_sha256[:16]}",
+            f"scheme    {self.scheme}: about {megabytes(self.output_bytes)} when written",
             "",
-            *_table(
+            *table(
                 ("tensor", "operator", "shape", "scheme", "weights"),
                 [
                     (t.name, t.op, "x".join(map(str, t.shape)), t.scheme, f"{t.weights:,}")
@@ -74,7 +74,7 @@ class Inspection:
                 ],
             ),
             "",
-            *_skipped_lines(self.skipped, names=True),
+            *skipped_lines(self.skipped, names=True),
             _coverage_line(self.tensors, self.skipped),
         ]
         return "\n".join(lines)
@@ -169,23 +169,23 @@ class Report:
         form = self.granularity if self.block_size is None else f"blocks of {self.block_size}"
         share = self.flips / max(self.weights, 1)
         lines = [
-            f"input     {self.input}  {_megabytes(self.input_bytes)}, "
+            f"input     {self.input}  {megabytes(self.input_bytes)}, "
             f"sha256 {self.input_sha256[:16]}",
             f"scheme    {self.scheme}, {form}",
             f"policy    {settings[self.policy]}"
             + ("" if self.seed is None else f", seed {self.seed}"),
             *self._preserve_lines(),
             "",
-            *_table(
+            *table(
                 ("operator", "scheme", "tensors", "weights", "flipped"), _by_operator(self.tensors)
             ),
             "",
-            *_skipped_lines(self.skipped),
+            *skipped_lines(self.skipped),
             _coverage_line(self.tensors, self.skipped) + f", {share:.2%} of them flipped",
             *(_validation_lines(self.validation) if self.validation else ["", "not validated"]),
             "",
             *(
-                f"written   {path}  {_megabytes(size)} ({size / self.input_bytes:.0%} of the input)"
+                f"written   {path}  {megabytes(size)} ({size / self.input_bytes:.0%} of the input)"
                 for path, size in self.outputs.items()
             ),
         ]
@@ -268,7 +268,7 @@ def _coverage_line(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> str
     )
 
 
-def _skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
+def skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
     """A line per reason; with `names`, a line per tensor below it, 1-D ones and scalars aside."""
     reasons: dict[str, list[Skipped]] = defaultdict(list)
     for tensor in skipped:
@@ -298,7 +298,7 @@ def _validation_lines(validation: Validation) -> list[str]:
     head = ("output", "run", "relative L2", "cosine", "max abs", "SQNR dB", "top-1")
     return [
         "",
-        *_table(head, rows),
+        *table(head, rows),
         "",
         f"valid     on {validation.feeds} inputs ({validation.inputs}): drift of all outputs "
         f"{pooled(validation.guarded_exact):.5f}, plain quantization's "
@@ -316,7 +316,7 @@ def _drift_cells(drift: Drift) -> tuple[str, ...]:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Left-aligned text in the first two columns, right-aligned figures after them."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     return [
@@ -328,5 +328,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _megabytes(size: int) -> str:
+def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"

@@ -28,6 +28,7 @@ LAYERS = [  # a module imports only from layers below its own
     {"qdq.py"},
     {"emit.py", "validate.py", "options.py"},
     {"report.py"},
+    {"findings.py"},
     {"pipeline.py"},
     {"__init__.py"},
     {"cli.py"},
