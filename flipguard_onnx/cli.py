@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .errors import FlipguardError, exit_code, printable
+from .errors import FlipguardError, SchemeError, exit_code, printable
 from .interrupt import Interrupted, interruptible
 from .publish import check_report, write_report
 
@@ -186,25 +186,33 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="ADDRESS",
     help="Many models: let the workers of this Dask cluster do it.",
 )
+@click.option("--html", type=click.Path(path_type=Path), help="One model: write a page here.")
 @report_options
 def guard(
     models: tuple[Path, ...],
     jobs: int,
     scheduler: str | None,
     no_validate: bool,
+    html: Path | None,
     report: Path | None,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Guard MODELS and write them quantized; folders are searched for .onnx files."""
     options["validate"] = not no_validate
-    with failures(report):
+    with failures(report, html):
         if len(models) == 1 and not models[0].is_dir() and not scheduler:
             from . import guard as run
 
             with progress_bar(quiet) as progress:
                 result = run(*models, progress=progress, **options)
+            if html:
+                from .html import guard_html
+
+                write_report(html, guard_html(result))
             publish(result, report, quiet)
+        elif html:
+            raise SchemeError("--html is for one model; --report has all of them")
         else:
             from . import guard_many
 
@@ -256,7 +264,7 @@ def verify(report: Path | None, quiet: bool, **options: Any) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(("text", "json", "sarif")),
+    type=click.Choice(("text", "json", "sarif", "html")),
     default="text",
     show_default=True,
     help="Of the output.",
@@ -296,6 +304,10 @@ def scan_output(result: "Scan", form: str) -> str:
         return result.render()
     if form == "json":
         return json.dumps(result.to_dict(), indent=2)
+    if form == "html":
+        from .html import scan_html
+
+        return scan_html(result)
     from .sarif import sarif
 
     return json.dumps(sarif(result), indent=2)
@@ -325,11 +337,11 @@ def echo(text: str, err: bool = False) -> None:
 
 
 @contextmanager
-def failures(report: Path | None) -> Iterator[None]:
+def failures(*reports: Path | None) -> Iterator[None]:
     """Turn whatever ends a run into one line and an exit code; refuse a report path up front."""
     try:
         with interruptible():
-            if report:
+            for report in filter(None, reports):
                 check_report(report)
             yield
     except FlipguardError as error:

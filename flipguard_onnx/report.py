@@ -13,7 +13,6 @@ from .validate import Drift, Validation, pooled
 from .weights import Skipped, Weight
 
 
-
 @dataclass(frozen=True)
 class Tensor:
     """One guarded tensor; what is None was not computed.
@@ -331,4 +330,3 @@ def _drift_cells(drift: Drift) -> tuple[str, ...]:
         f"{drift.sqnr_db:.1f}",
         "" if drift.top1 is None else f"{drift.top1:.1%}",
     )
-
