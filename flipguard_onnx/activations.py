@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import ModelProto, helper
 
-from .errors import RunError, UnsupportedModelError
+from .errors import RunError, UnsupportedModelError, ValidationError
 from .feedback import PANEL, Floats, Inputs
 from .feeds import NONE_FIT, Feed, load_feeds, made_up_feeds, signature
 from .model import Model, Output
@@ -35,6 +35,7 @@ FRESH = 8  # one feed in so many is kept for the judgement
 GATHERED = 1024  # rows that are added up at a time
 PRODUCTS_PER_SECOND = 3e10  # measured on two cores
 SECONDS_PER_WEIGHT = 3e-7
+LONGEST = 60.0  # seconds; feedback that takes longer is not switched on by itself
 SEED = 0  # of the made-up inputs; they need not be secret
 BYTES_PER_ENTRY = 32  # of a matrix H, with its damped copy, factor and float32 form
 
@@ -323,3 +324,30 @@ class Activations:
         names = [n for n in dict.fromkeys(tap.value for tap in taps) if n not in feed]
         names = names or self._session.outputs[:1]
         return feed | dict(zip(names, self._session.run(names, feed), strict=True))
+
+
+def record(
+    source: Model,
+    weights: Sequence[Weight],
+    folder: Path,
+    most: int,
+    data: Path | None,
+    optional: bool,
+) -> tuple[Activations | None, str | None]:
+    """What the weights are multiplied with, or None and the reason.
+
+    most: bytes for the statistics. optional: go without where it cannot be had, where the model is
+    larger than that, or where it takes longer than LONGEST.
+    """
+    if optional and source.size > most:
+        return None, f"the model is larger than --max-memory ({most >> 20:,} MiB)"
+    try:
+        activations = Activations(source, weights, folder, most, data)
+    except (UnsupportedModelError, ValidationError) as error:
+        if not optional:
+            raise
+        return None, str(error)
+    if optional and activations.seconds > LONGEST:
+        minutes = activations.seconds / 60
+        return None, f"it would take about {minutes:.0f} min; --preserve synthetic switches it on"
+    return activations, None

@@ -19,55 +19,65 @@ from .weights import Weight, find_weights
 
 
 class Sink(Protocol):
-    """Takes the guarded tensors by name, then writes the model."""
+    """Takes the guarded tensors by name, ignores those that it does not have, writes the model."""
 
     output: Output
 
     def put(self, name: str, scheme: Scheme, flips: Flips) -> None: ...
 
-    def save(self, source: Model, metadata: dict[str, str]) -> None: ...
+    def save(self, metadata: dict[str, str]) -> None: ...
 
 
 class Quantized:
     """A graph with codes: the guarded ones, or those of plain rounding."""
 
     def __init__(
-        self, proto: ModelProto, output: Output, standard_ops: bool, plain: bool = False
+        self,
+        source: Model,
+        prepared: ModelProto,
+        output: Output,
+        standard_ops: bool,
+        plain: bool = False,
     ) -> None:
         self.output = output
+        self._source = source
         self._plain = plain
-        self._proto = _copy(proto)
+        self._proto = _copy(prepared)
         self._weights = _by_name(self._proto)
         self._emitter = Emitter(self._proto, output, standard_ops)
 
     def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
-        codes = flips.plain if self._plain else flips.codes
-        self._emitter.emit(self._weights[name], scheme, flips.grid, codes)
+        if weight := self._weights.get(name):
+            codes = flips.plain if self._plain else flips.codes
+            self._emitter.emit(weight, scheme, flips.grid, codes)
 
-    def save(self, source: Model, metadata: dict[str, str]) -> None:
+    def save(self, metadata: dict[str, str]) -> None:
         self._emitter.finish()
-        _save(self._proto, self.output, source, metadata)
+        _save(self._proto, self.output, self._source, metadata)
 
 
 class Rewritten:
     """The same graph with other float weights; `values` picks them from the Flips."""
 
     def __init__(
-        self, proto: ModelProto, output: Output, values: Callable[[Flips], npt.NDArray[Any]]
+        self, source: Model, output: Output, values: Callable[[Flips], npt.NDArray[Any]]
     ) -> None:
         self.output = output
+        self._source = source
         self._values = values
-        self._proto = _copy(proto)
+        self._proto = _copy(source.proto)
         self._weights = _by_name(self._proto)
 
     def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
-        weight = self._weights[name]
+        weight = self._weights.get(name)
+        if not weight:
+            return
         dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type)
         values = stored(weight, flips, self._values, dtype)
         self.output.store(weight.tensor, raw_bytes(values), inline=weight.node is not None)
 
-    def save(self, source: Model, metadata: dict[str, str]) -> None:
-        _save(self._proto, self.output, source, metadata)
+    def save(self, metadata: dict[str, str]) -> None:
+        _save(self._proto, self.output, self._source, metadata)
 
 
 def guarded_values(flips: Flips) -> npt.NDArray[Any]:

@@ -109,7 +109,7 @@ def check_report(path: Path) -> None:
         raise ModelError(f"{path}: the report cannot be written there")
     if path.is_file():
         with path.open("rb") as stream:
-            if stream.read(2) not in (b"", b"{\n"):
+            if stream.read(2) not in (b"", b"{\n", b"<!", b"in"):  # JSON, HTML, text
                 raise ModelError(f"{path}: exists and is no report; the report needs another name")
 
 

@@ -1,9 +1,10 @@
 """Inputs for statistics of activations, made up so that they resemble real ones.
 
 Token ids of a decoder are sampled from the decoder itself: for a sound model that is what it was
-trained on. Other ids are drawn uniformly. Images and sequences are random fields with the spectrum
-of natural ones (amplitude falls with frequency), in the range that the graph suggests; vectors are
-white noise in that range. The state of a streaming model is zero, as at a stream's start: noise in
+trained on. Other ids are drawn uniformly. Images and sequences are patches that cover each other
+("dead leaves", which have the edges and the spectrum of natural images) under a texture whose
+amplitude falls with frequency, in the range that the graph suggests; vectors are white noise in
+that range. The state of a streaming model is zero, as at a stream's start: noise in
 its place is nothing that the model ever meets. The rest is as in `feeds`.
 """
 
@@ -18,6 +19,7 @@ from .feeds import BATCH, Feed, Input, node_readers, signature, values
 from .model import Model
 
 ROUNDS = 16  # of sampling from a decoder
+PATCHES = 60  # in one sample
 STEEPEST = 1.5  # exponent of the fall of a field's amplitude with frequency
 CHANNELS = (1, 3, 4)  # sizes of an axis that is not a place in an image
 STATES = ("cache", "past")
@@ -71,22 +73,50 @@ def is_state(source: Model, wanted: Input) -> bool:
 
 
 def _field(shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """A Gaussian field of mean 0, variance 1 per sample; smoother or rougher from call to call.
+    """Patches with more or less texture: mean 0, variance 1 per sample.
 
     Of a plain vector per sample nobody knows which entries are neighbours: white noise.
     """
-    noise = rng.standard_normal(shape)
     places = [a for a in range(1, len(shape)) if shape[a] > max(CHANNELS)]
     if not places or len(shape) == 2:
-        return noise
+        return rng.standard_normal(shape)
+    return _standardized(_patches(shape, places, rng) + rng.random() * _texture(shape, places, rng))
+
+
+def _standardized(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Mean 0, variance 1 per sample."""
+    rest = tuple(range(1, x.ndim))
+    x = x - x.mean(axis=rest, keepdims=True)
+    return np.asarray(x / np.maximum(x.std(axis=rest, keepdims=True), 1e-12))
+
+
+def _patches(
+    shape: tuple[int, ...], places: list[int], rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """Boxes of all sizes, equally many in every octave, each of one Gaussian value per channel."""
+    field = np.zeros(shape)
+    values = [1 if axis in places else shape[axis] for axis in range(1, len(shape))]
+    for sample in field:
+        for _ in range(PATCHES):
+            box = [slice(None)] * sample.ndim
+            for axis in places:
+                size = max(1, int(shape[axis] ** rng.random()))
+                start = int(rng.integers(1 - size, shape[axis]))
+                box[axis - 1] = slice(max(start, 0), start + size)
+            sample[tuple(box)] = rng.standard_normal(values)
+    return _standardized(field)
+
+
+def _texture(
+    shape: tuple[int, ...], places: list[int], rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """A Gaussian field, smoother or rougher from call to call."""
     frequencies = np.meshgrid(*(np.fft.fftfreq(shape[a]) * shape[a] for a in places), indexing="ij")
     distance = np.sqrt(sum(f**2 for f in frequencies))
     amplitude = (1 + distance) ** -rng.uniform(0, STEEPEST)
     widened = amplitude.reshape([shape[a] if a in places else 1 for a in range(len(shape))])
-    field = np.fft.ifftn(np.fft.fftn(noise, axes=places) * widened, axes=places).real
-    rest = tuple(range(1, len(shape)))
-    field -= field.mean(axis=rest, keepdims=True)
-    return np.asarray(field / np.maximum(field.std(axis=rest, keepdims=True), 1e-12))
+    noise = np.fft.fftn(rng.standard_normal(shape), axes=places)
+    return _standardized(np.fft.ifftn(noise * widened, axes=places).real)
 
 
 def input_range(source: Model, name: str) -> tuple[float, float]:

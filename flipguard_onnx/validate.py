@@ -55,7 +55,8 @@ class Validation:
     """What was run and what came out: one Drift per output for every model and way of running it.
 
     exact: with DequantizeLinear folded to float32 at load. default: as onnxruntime runs the file.
-    moved: the float model with moved weights, where one was written.
+    moved: the float model with moved weights, where one was written. layers: how many were run
+    instead of the models, which are too large; 0: whole models.
     """
 
     feeds: int
@@ -66,6 +67,7 @@ class Validation:
     plain_default: tuple[Drift, ...]
     guarded_default: tuple[Drift, ...]
     moved: tuple[Drift, ...] = ()
+    layers: int = 0
 
 
 @dataclass(frozen=True)

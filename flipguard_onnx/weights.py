@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from .errors import UnsupportedModelError
 from .model import contiguous
@@ -52,6 +52,10 @@ class Weight:
     @property
     def size(self) -> int:
         return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * helper.tensor_dtype_to_np_dtype(self.tensor.data_type).itemsize
 
     @property
     def perm(self) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ def contents(folder):
 
 
 def state(target, known):
-    """ "absent", the seed whose output is there with all its data, or "broken"."""
+    """Absent, the seed whose output is there with all its data, or broken."""
     if not target.exists():
         return "absent"
     found = contents(target.parent)
@@ -49,7 +49,7 @@ def state(target, known):
 
 
 def left_over(folder):
-    """Files that are neither the source nor the target: workspaces, locks, data files."""
+    """Workspaces and locks."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
 
 

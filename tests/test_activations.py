@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from samples import SAMPLES, matmul, model, node, save, weights
 
 import flipguard_onnx
-from flipguard_onnx import SchemeError, UnsupportedModelError, pipeline
+from flipguard_onnx import SchemeError, UnsupportedModelError
 from flipguard_onnx.activations import Activations
 from flipguard_onnx.cli import main
 from flipguard_onnx.feedback import Inputs
@@ -291,7 +291,7 @@ def test_auto_takes_the_data_if_there_is_any_and_is_off_for_other_policies(tmp_p
 
 
 def test_what_takes_too_long_is_off_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "PRESERVE_SECONDS", 1e-9)
+    monkeypatch.setattr("flipguard_onnx.activations.LONGEST", 1e-9)
     report = guard(tmp_path, matmul())
     assert report.preserve == "off"
     assert "preserve  off: it would take about 0 min; --preserve synthetic" in report.render()

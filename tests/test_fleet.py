@@ -13,9 +13,9 @@ from pathlib import Path
 
 import onnx
 import pytest
+from command import call, names, one_line
 from onnx import numpy_helper
 from samples import SAMPLES, matmul, model, node, save, weights
-from test_interrupts import call, names, one_line
 
 from flipguard_onnx import DeviceError, ModelError, fleet, guard, guard_many, workers
 from flipguard_onnx.fleet import find_models, model_seed

@@ -9,37 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import onnx
 import pytest
-from click.testing import CliRunner
+from command import call, names, one_line
 from samples import SAMPLES, matmul, save
 
 from flipguard_onnx import ModelError, guard, publish
-from flipguard_onnx.cli import main
 from flipguard_onnx.publish import LOCK, sweep, workspace, write_report
 
 KILLED = Path(__file__).with_name("killed.py")
 MLP = Path(__file__).parents[1] / "models" / "attacks" / "mlp-clean.onnx"
 WHOLE = {"absent, then absent", "absent, then 2", "1, then 1", "1, then 2"}
 NO_ROOT = "needs root, to mount a small or read-only file system"
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def one_line(result, code=2):
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit)
-    assert result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 def killed(folder, *mode):
@@ -109,30 +93,19 @@ def test_signals_end_the_command_in_one_line(tmp_path):
         assert names(folder) == ["model.onnx"]
 
 
-def test_without_force_the_first_of_two_runs_wins(tmp_path, monkeypatch):
-    """The other one finds out only when it is done."""
+def test_without_force_the_first_of_two_runs_wins(tmp_path):
+    """The other one finds out only when it is done; of its two outputs neither appears."""
     source = save(matmul(), tmp_path)
-    first = tmp_path / "first"
-
-    def appear(*arguments):
-        first.write_text("here first")
-        return True
-
-    monkeypatch.setattr("flipguard_onnx.pipeline._require_unchanged", appear)
-    with pytest.raises(ModelError, match="first: exists already"):
-        guard(source, output=first, validate=False)
-    assert first.read_text() == "here first"
-    assert names(tmp_path) == ["first", "model.onnx"]
-
-
-def test_both_outputs_or_none_when_one_has_appeared(tmp_path, monkeypatch):
-    source = save(matmul(), tmp_path)
-    monkeypatch.setattr(
-        "flipguard_onnx.pipeline._require_unchanged",
-        lambda _: (tmp_path / "out-float.onnx").write_text("here first"),
-    )
+    first = tmp_path / "out-float.onnx"
+    options = {"emit": "both", "validate": False, "preserve": "off"}
     with pytest.raises(ModelError, match=r"out-float\.onnx: exists already"):
-        guard(source, output=tmp_path / "out.onnx", emit="both", validate=False)
+        guard(
+            source,
+            output=tmp_path / "out.onnx",
+            progress=lambda *_: first.write_text("here first"),
+            **options,
+        )
+    assert first.read_text() == "here first"
     assert names(tmp_path) == ["model.onnx", "out-float.onnx"]
 
 
@@ -250,6 +223,19 @@ def test_a_full_disk(tmp_path, kilobytes):
             f"flipguard-onnx: {folder}: cannot be written: No space left on device\n"
         )
         assert names(folder) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason=NO_ROOT)
+def test_a_full_disk_under_the_report(tmp_path):
+    with mounted(tmp_path / "small", "size=16k") as folder:
+        (folder / "r.json").write_text("{\n}\n")
+        with suppress(OSError):
+            (folder / "filler").write_bytes(bytes(1 << 20))
+        result = call("inspect", MLP, "--report", folder / "r.json")
+        assert one_line(result).endswith(f"{folder}: cannot be written: No space left on device\n")
+        assert result.stdout == ""
+        assert (folder / "r.json").read_text() == "{\n}\n"
+        assert names(folder) == ["filler", "r.json"]
 
 
 @pytest.mark.parametrize("kilobytes", [1, 60, 150])

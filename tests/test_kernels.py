@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import ml_dtypes
+import numba
 import numba.cuda
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from oracles import CUTS
 from flipguard_onnx import feedback
 from flipguard_onnx.errors import DeviceError
 from flipguard_onnx.flip import Policy, flip, tensor_key
-from flipguard_onnx.kernels import cuda, get_backend
+from flipguard_onnx.kernels import cuda, get_backend, scalar
 from flipguard_onnx.schemes import SCHEMES, Blocks
+from flipguard_onnx.schemes.blocks import FORMS
 
 CPU = get_backend("cpu")
 KEY = np.uint64(2**64 - 5)
@@ -118,6 +120,51 @@ def test_extremes_of_ragged_blocks():
     low, high = Blocks(2, 5, 2).extremes(weights, CPU)
     np.testing.assert_array_equal(low, [1, -5, 7, 0, -1, -9])
     np.testing.assert_array_equal(high, [3, 2, 7, 0, 8, -9])
+
+
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+
+def every(dtype):
+    """All 65,536 values of a 16-bit type, by bit pattern."""
+    return np.arange(2**16, dtype=np.uint16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_16_bit_value_is_read_exactly(dtype):
+    values = every(dtype)
+    for found in Blocks(1, values.size, 1).extremes(values, CPU):
+        expected = values.astype(np.float32)
+        numbers = ~np.isnan(expected)
+        assert numbers.sum() > 63_000
+        np.testing.assert_array_equal(np.isnan(found), ~numbers)
+        assert found[numbers].tobytes() == expected[numbers].tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*nextafter:RuntimeWarning")
+@pytest.mark.parametrize("end", [np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_16_bit_value_has_its_pattern_and_neighbours(dtype, end):
+    values, form = every(dtype), FORMS[dtype]
+    values = values[np.isfinite(values.astype(np.float32))]
+    bits = values.view(np.uint16).astype(np.uint32)
+    following = np.nextafter(values, np.array(end, dtype))
+    found = numba.vectorize(scalar.next_pattern)(bits, end > 0, form)
+    np.testing.assert_array_equal(found, following.view(np.uint16))
+    pattern = numba.vectorize(scalar.pattern)
+    numbers = values.astype(np.float32)
+    np.testing.assert_array_equal(pattern(numbers, form), bits)
+    between = np.nextafter(numbers, np.float32(end))
+    found = pattern(between, form).astype(np.uint16).view(dtype)
+    assert np.all((found == values) | (found == following))
+
+
+@pytest.mark.parametrize("upward", [True, False])
+def test_neighbours_of_float32_are_numpys(upward):
+    numbers = np.array([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 3e38, 1.5e-38], np.float32)
+    expected = np.nextafter(numbers, np.float32(np.inf if upward else -np.inf))
+    words = [scalar.next_pattern(w, upward, scalar.FLOAT32) for w in numbers.view(np.uint32)]
+    np.testing.assert_array_equal(np.array(words, np.uint32), expected.view(np.uint32))
 
 
 def drawn(offsets, key, limit):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import call, names, one_line
 from samples import matmul, save, weights
-from test_interrupts import call, names, one_line
 
 from flipguard_onnx import guard, inspect
 

@@ -28,7 +28,7 @@ import onnx
 from onnx import version_converter
 
 import flipguard_onnx
-from flipguard_onnx import pipeline
+from flipguard_onnx import UnsupportedModelError, pipeline
 from flipguard_onnx.activations import Activations
 from tools.attacks.measure import session
 from tools.fetch_models import path_of
@@ -168,8 +168,11 @@ def _of_scheme(bench: Bench, scheme: str, seeds: int) -> Iterator[Row]:
     for weights, tensors in chosen.items():
         include = tuple(tensor.name for tensor in tensors) if weights == "MatMul" else ()
         for way in WAYS:
-            for seed in range(1 if way == "plain" else seeds):
-                yield bench.guarded(scheme, include, way, seed)
+            try:
+                for seed in range(1 if way == "plain" else seeds):
+                    yield bench.guarded(scheme, include, way, seed)
+            except UnsupportedModelError as error:
+                say(f"  {scheme}: {way}: {error}")
     try:
         found = bench.theirs(scheme, weights)
     except Exception as error:  # whatever it is: a line, and no row of the table

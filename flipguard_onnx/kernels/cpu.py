@@ -205,28 +205,32 @@ def place(form, cut, operands, scales, absmax, levels, plain, weights, codes):
     each, pieces, share = _pieces(weights.size, cut)
     rule = levels.rule
     for s in numba.prange((pieces + share - 1) // share):
+        chosen = np.empty(PIECE, np.int64)
         for piece in range(s * share, min((s + 1) * share, pieces)):
             b, start, stop = _span(piece, cut, each)
-            for i in range(start, stop):
-                if codes[i] != plain[i]:
-                    boundary, direction = _edge(plain[i], codes[i], rule, levels)
-                    target = _just_past(boundary, direction) * scales[b]
-                    upward = target > _value(weights[i], form)
-                    bits = _pattern(target, form)
-                    found = False
-                    for _ in range(MAX_STEPS):
-                        value = _value(bits, form)
-                        short = value < target if upward else value > target
-                        position = _position(value, operands[b], rule, levels)
-                        right = _code(position, rule, levels) == codes[i]
-                        found = right and not short and abs(value) <= absmax[b]
-                        if found:
-                            break
-                        bits = _next_pattern(bits, upward, form)
+            count = 0
+            for i in range(start, stop):  # a list, as no processor foresees who will be on it
+                chosen[count] = i
+                count += codes[i] != plain[i]
+            for i in chosen[:count]:
+                boundary, direction = _edge(plain[i], codes[i], rule, levels)
+                target = _just_past(boundary, direction) * scales[b]
+                upward = target > _value(weights[i], form)
+                bits = _pattern(target, form)
+                found = False
+                for _ in range(MAX_STEPS):
+                    value = _value(bits, form)
+                    short = value < target if upward else value > target
+                    position = _position(value, operands[b], rule, levels)
+                    right = _code(position, rule, levels) == codes[i]
+                    found = right and not short and abs(value) <= absmax[b]
                     if found:
-                        weights[i] = bits
-                    else:
-                        codes[i] = plain[i]
+                        break
+                    bits = _next_pattern(bits, upward, form)
+                if found:
+                    weights[i] = bits
+                else:
+                    codes[i] = plain[i]
 
 
 @_kernel
