@@ -332,8 +332,9 @@ def publish(
 
 
 def echo(text: str, err: bool = False) -> None:
-    """Print; what is no UTF-8 in a file's name as an escape."""
-    click.echo(text.encode(errors="backslashreplace").decode(), err=err)
+    """Print; what the terminal's encoding does not have as an escape."""
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
 
 
 @contextmanager
@@ -357,7 +358,7 @@ def failures(*reports: Path | None) -> Iterator[None]:
         sys.exit(2)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        echo(f"flipguard-onnx: {place}{error.strerror or error}", err=True)
+        echo(f"flipguard-onnx: {printable(f'{place}{error.strerror or error}')}", err=True)
         sys.exit(2)
 
 

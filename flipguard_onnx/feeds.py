@@ -224,11 +224,11 @@ def values(
         return rng.integers(0, wanted.table, shape).astype(wanted.dtype)
     if np.issubdtype(wanted.dtype, np.integer):
         if name in ("sr", "sample_rate", "sampling_rate"):
-            return np.full(shape, SAMPLING_RATE, wanted.dtype)
+            return np.full(shape, SAMPLING_RATE).astype(wanted.dtype)
         if "len" in name:
-            return np.full(shape, size, wanted.dtype)
+            return np.full(shape, size).astype(wanted.dtype)
         if "position" in name and shape:
-            return np.broadcast_to(np.arange(shape[-1], dtype=wanted.dtype), shape).copy()
+            return np.broadcast_to(np.arange(shape[-1]), shape).astype(wanted.dtype)
         if "type" in name:
             return np.zeros(shape, wanted.dtype)
         return rng.integers(0, UNKNOWN_INTEGERS, shape).astype(wanted.dtype)

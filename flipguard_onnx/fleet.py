@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import FlipguardError, ModelError, exit_code
+from .errors import FlipguardError, ModelError, exit_code, printable
 from .model import open_model
 from .options import EMITS, one_of, output_paths
 from .pipeline import Progress, guard
@@ -59,11 +59,12 @@ class Fleet:
         return {"code": self.code, "models": models}
 
     def render(self) -> str:
-        width = max(len("model"), *(len(outcome.model) for outcome in self.outcomes))
         head = ("model", "exit", "coverage", "flipped", "drift", "plain", "seconds", "output")
+        rows = [head, *([printable(cell) for cell in _row(o)] for o in self.outcomes)]
+        width = max(len(row[0]) for row in rows)
         lines = [
             "{:{}}  {:>4}  {:>8}  {:>7}  {:>7}  {:>7}  {:>7}  {}".format(row[0], width, *row[1:])
-            for row in (head, *map(_row, self.outcomes))
+            for row in rows
         ]
         bad = sum(outcome.code != 0 for outcome in self.outcomes)
         return "\n".join([*lines, "", f"guarded   {len(self.outcomes) - bad} models, {bad} failed"])

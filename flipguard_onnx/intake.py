@@ -136,9 +136,13 @@ def _tensor(tensor: TensorProto, itself: str) -> None:
         raise ModelError(f"tensor {name!r} has {len(dims)} axes; allowed: up to {MOST_RANK}")
     if prod(max(dim, 1) for dim in dims) >= 1 << 58:
         raise ModelError(f"tensor {name!r} has the shape {shown}, which no memory can hold")
+    if len({place.key for place in tensor.external_data}) < len(tensor.external_data):
+        raise ModelError(f"tensor {name!r} says twice where its data is")
     taken_out = entry(tensor, "location") == itself
     raw = int(entry(tensor, "length")) if taken_out else len(tensor.raw_data)
     held = [f for f in TYPED_DATA if len(getattr(tensor, f))] + ["raw_data"] * bool(raw)
+    if taken_out and tensor.raw_data:
+        raise ModelError(f"tensor {name!r} has its values twice")
     if tensor.data_location == TensorProto.EXTERNAL and not taken_out:
         if held or field == "string_data":
             raise ModelError(f"tensor {name!r} of {kind} has external data and {held or 'strings'}")

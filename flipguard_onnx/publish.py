@@ -97,7 +97,14 @@ def publish(files: Sequence[Finished], force: bool) -> None:
 
 
 def check_report(path: Path) -> None:
-    """Raise ModelError where a report may not go: over a file that is not one, a model for one."""
+    """Raise ModelError where a report may not go.
+
+    That is over a file that is none, a model for one, and along a link out of its folder, which
+    whoever made the folder may have laid there.
+    """
+    leaves = path.resolve().parent != path.parent.resolve()
+    if path.is_symlink() and leaves and path.parent != Path("/dev"):
+        raise ModelError(f"{path}: is a link out of its folder; the report needs another name")
     if path.is_dir() or not os.access(path.parent, os.W_OK, effective_ids=True):
         raise ModelError(f"{path}: the report cannot be written there")
     if path.is_file():

@@ -75,9 +75,8 @@ class Child:
         requests, send = os.pipe()
         receive, answers = os.pipe()
         # -P and the path: nothing that lies in the working directory is imported
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from {__package__}.child import main; main()"
-        )
+        path = [str(folder) for folder in sys.path]
+        code = f"import sys; sys.path[:] = {path!r}; from {__package__}.child import main; main()"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", code, str(requests), str(answers)],
             pass_fds=(requests, answers),

@@ -218,6 +218,41 @@ def test_outputs_replace_links_and_do_not_follow_them(tmp_path):
     assert not (tmp_path / "in" / "out.onnx").is_symlink()
 
 
+def test_reports_do_not_follow_links_out_of_their_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    path = save(matmul(MATRIX), tmp_path / "in")
+    (tmp_path / "in" / "r.json").symlink_to(tmp_path / "outside")
+    message = refused(path, "--report", tmp_path / "in" / "r.json")
+    assert "is a link out of its folder; the report needs another name" in message
+    assert not (tmp_path / "outside").exists()
+
+
+def test_places_that_are_named_twice(tmp_path):
+    """Readers differ in which one they take, and so in the weights that they see."""
+    path = external(tmp_path)
+    proto = onnx.load(path, load_external_data=False)
+    proto.graph.initializer[0].external_data.add(key="offset", value="0")
+    path.write_bytes(proto.SerializeToString())
+    assert "tensor 'w' says twice where its data is" in refused(path)
+
+
+@pytest.mark.parametrize(("size", "message"), [(8, "has its values twice"), (64, "says twice")])
+def test_values_that_come_twice(tmp_path, size, message):
+    """Protobuf merges what comes twice, here the tensor of an attribute; the last one counts."""
+    attribute = AttributeProto(name="value", type=AttributeProto.TENSOR).SerializeToString()
+    for side in (64, size):
+        tensor = numpy_helper.from_array(weights((side, side)), "t")
+        attribute += AttributeProto(t=tensor).SerializeToString()
+    constant = onnx.NodeProto(op_type="Constant", output=["c"]).SerializeToString()
+    constant += length_prefixed(5, attribute)
+    proto = matmul(MATRIX)
+    graph = proto.graph.SerializeToString() + length_prefixed(1, constant)
+    proto.ClearField("graph")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString() + length_prefixed(7, graph))
+    assert message in refused(path)
+
+
 # --- the file itself
 
 
@@ -268,16 +303,19 @@ def test_a_file_beyond_what_protobuf_holds_is_not_read(tmp_path):
     assert "has 1099511627776 bytes; allowed: up to 2147483647" in refused(path)
 
 
+def length_prefixed(number, content):
+    """A protobuf field that holds bytes or a message."""
+    size, prefix = len(content), bytearray([number << 3 | 2])
+    while size > 127:
+        prefix.append(size & 127 | 128)
+        size >>= 7
+    return bytes(prefix) + bytes([size]) + content
+
+
 def nested_by_hand(levels):
     """A model of so many graphs in one another, in bytes: no library writes that."""
 
-    def field(number, content):
-        size, prefix = len(content), bytearray([number << 3 | 2])
-        while size > 127:
-            prefix.append(size & 127 | 128)
-            size >>= 7
-        return bytes(prefix) + bytes([size]) + content
-
+    field = length_prefixed
     graph = b""
     for _ in range(levels):
         attribute = field(1, b"then_branch") + field(6, graph) + b"\xa0\x01\x05"

@@ -248,6 +248,24 @@ def test_strings_as_inputs_are_refused(tmp_path):
     assert "input 's' holds strings; allowed: real numbers" in refused(written(proto, tmp_path))
 
 
+@pytest.mark.parametrize("name", ["sr", "length", "position", "ids"])
+@pytest.mark.parametrize("kind", [TensorProto.INT8, TensorProto.UINT8])
+def test_integers_too_small_for_what_their_names_promise(tmp_path, name, kind):
+    proto = model(
+        [
+            node("MatMul", "x w", "h"),
+            node("Cast", name, "n", to=F),
+            node("ReduceSum", "n", "s", keepdims=0),
+            node("Add", "h s", "y"),
+        ],
+        {"x": (F, [2, 64]), name: (kind, [1, "open"])},
+        {"y": (F, [2, 64])},
+        {"w": weights(MATRIX)},
+    )
+    result = call(written(proto, tmp_path))
+    assert result.exit_code == 0, result.output
+
+
 # --- no network, no code from outside
 
 

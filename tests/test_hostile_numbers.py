@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 from samples import F, matmul, model, node, save
@@ -51,7 +52,7 @@ EDGES = {
 
 def decoded(path):
     """The weight that the written file stands for: MatMul of the identity, in onnxruntime."""
-    session = __import__("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     kind = np.float16 if "16" in session.get_inputs()[0].type else np.float32
     return session.run(None, {"x": np.eye(SHAPE[0], dtype=kind)})[0].astype(np.float64)
 
@@ -138,7 +139,7 @@ def test_empty_and_tiny_tensors(tmp_path, scheme, shape):
         return
     result = call(path, *options, "-o", tmp_path / "out.onnx")
     assert result.exit_code == 0, result.output
-    session = __import__("onnxruntime").InferenceSession(
+    session = onnxruntime.InferenceSession(
         tmp_path / "out.onnx", providers=["CPUExecutionProvider"]
     )
     found = session.run(None, {"x": np.eye(shape[0], dtype=np.float32)})[0]
