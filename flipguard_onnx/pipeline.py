@@ -33,7 +33,7 @@ from .errors import (
 )
 from .feedback import Inputs
 from .flip import Policy, flip, tensor_key
-from .kernels import get_backend
+from .kernels import compiling, get_backend, what_cuda_lacks
 from .model import INLINE_LIMIT, Model, Output, data_path, file_sha256, open_model, workspace
 from .options import EMITS, Format, draw_seeds, one_of, preserve_mode
 from .report import Inspection, Report, Tensor, Verification
@@ -118,6 +118,7 @@ def guard(
     backend = get_backend(device)
     say = progress or (lambda *_: None)
     with ExitStack() as stack:
+        stack.enter_context(compiling(lambda: say("compiling the kernels, only once", 0, 1)))
         source = _open(model, output, stack)
         targets = _targets(source, output, scheme, emit, force)
         weights, skipped = _find(source, include, exclude)
@@ -169,6 +170,7 @@ def guard(
                 seed=drawn_seed if policy == "unbiased" else None,
                 draws=draw,
                 device=backend.__name__.rpartition(".")[2],
+                device_note=what_cuda_lacks() if device == "auto" else None,
                 tensors=tuple(tensors),
                 skipped=tuple(skipped),
             )
