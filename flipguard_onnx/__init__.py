@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .detection import scan
     from .errors import (
         DeviceError,
         FlipguardError,
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         ValidationError,
     )
+    from .fleet import guard_many
     from .metrics import der
     from .pipeline import guard, inspect, verify
 
 _HOME = {
     "guard": ".pipeline",
+    "guard_many": ".fleet",
     "inspect": ".pipeline",
     "verify": ".pipeline",
+    "scan": ".detection",
     "der": ".metrics",
     "FlipguardError": ".errors",
     "ModelError": ".errors",
@@ -42,7 +46,9 @@ __all__ = [
     "ValidationError",
     "der",
     "guard",
+    "guard_many",
     "inspect",
+    "scan",
     "verify",
 ]
 

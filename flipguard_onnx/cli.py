@@ -1,12 +1,13 @@
 """The command line: parse, call the library, print, return the exit code.
 
 0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input, or
-nothing to guard.
+nothing to guard. Of many models the worst. 128 + n: interrupted by signal n.
+scan: 0: clean. 1: suspicious or aligned. 2: unreadable, or nothing judged.
 """
 
 import json
-import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .errors import FlipguardError, ModelError, ValidationError
+from .errors import FlipguardError, SchemeError, exit_code, printable
+from .interrupt import Interrupted, interruptible
+from .publish import check_report, write_report
 
 if TYPE_CHECKING:
+    from .findings import Scan
+    from .fleet import Fleet
     from .report import Inspection, Report, Verification
 
 SCHEME_NAMES = ("int8", "int4", "nf4", "fp4")
@@ -104,11 +109,18 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="Allowed drift, as a multiple of plain quantization's.",
     )
-    return data(drift(command))
+    memory = click.option(
+        "--max-memory",
+        type=click.IntRange(min=1),
+        default=1024,
+        show_default=True,
+        help="MiB for the statistics of --preserve; of a larger model only sampled layers are run.",
+    )
+    return data(memory(drift(command)))
 
 
 @main.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("models", type=click.Path(path_type=Path), nargs=-1, required=True)
 @format_options
 @click.option(
     "--policy",
@@ -153,30 +165,66 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Feed rounding errors forward so that layers' outputs are preserved, on made-up inputs or "
     "those of --data; auto: where it takes less than a minute.",
 )
-@click.option(
-    "--max-memory",
-    type=click.IntRange(min=1),
-    default=1024,
-    show_default=True,
-    help="MiB for the statistics of --preserve.",
-)
 @validation_options
 @click.option("--no-validate", is_flag=True, help="Write without running the result.")
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="[default: MODEL.flipguard-SCHEME.onnx beside the input]",
+    help="For many models: folder.  [default: MODEL.flipguard-SCHEME.onnx beside the input]",
 )
 @click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Many models: how many at a time, each on its share of the cores.",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Many models: let the workers of this Dask cluster do it.",
+)
+@click.option("--html", type=click.Path(path_type=Path), help="One model: write a page here.")
 @report_options
-def guard(no_validate: bool, report: Path | None, quiet: bool, **options: Any) -> None:
-    """Guard MODEL and write it quantized."""
-    with failures(report), progress_bar(quiet) as progress:
-        from . import guard as run
+def guard(
+    models: tuple[Path, ...],
+    jobs: int,
+    scheduler: str | None,
+    no_validate: bool,
+    html: Path | None,
+    report: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Guard MODELS and write them quantized; folders are searched for .onnx files."""
+    options["validate"] = not no_validate
+    with failures(report, html):
+        if len(models) == 1 and not models[0].is_dir() and not scheduler:
+            from . import guard as run
 
-        result = run(validate=not no_validate, progress=progress, **options)
-    publish(result, report, quiet)
+            with progress_bar(quiet) as progress:
+                result = run(*models, progress=progress, **options)
+            if html:
+                from .html import guard_html
+
+                write_report(html, guard_html(result))
+            publish(result, report, quiet)
+        elif html:
+            raise SchemeError("--html is for one model; --report has all of them")
+        else:
+            from . import guard_many
+
+            with progress_bar(quiet) as progress:
+                fleet = guard_many(
+                    models, jobs=jobs, scheduler=scheduler, progress=progress, **options
+                )
+            publish(fleet, report, quiet)
+            for outcome in fleet.outcomes if quiet else ():
+                if outcome.error:
+                    echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
+            sys.exit(fleet.code)
 
 
 @main.command()
@@ -189,7 +237,7 @@ def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
         from . import inspect as run
 
         result = run(**options)
-    publish(result, report, quiet)
+        publish(result, report, quiet)
 
 
 @main.command()
@@ -208,27 +256,109 @@ def verify(report: Path | None, quiet: bool, **options: Any) -> None:
         from . import verify as run
 
         result = run(**options)
-    publish(result, report, quiet)
+        publish(result, report, quiet)
 
 
-def publish(result: "Report | Inspection | Verification", path: Path | None, quiet: bool) -> None:
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("text", "json", "sarif", "html")),
+    default="text",
+    show_default=True,
+    help="Of the output.",
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Write it here; print text all the same."
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(("suspicious", "aligned", "never")),
+    default="suspicious",
+    show_default=True,
+    help="Verdict from which on the exit code is 1.",
+)
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+def scan(model: Path, form: str, report: Path | None, fail_on: str, quiet: bool) -> None:
+    """Was MODEL prepared for a quantizer, and for which one?
+
+    Compares where its weights stand between the decision boundaries of int8, int4, nf4 and fp4
+    with where they stand on grids that nobody uses.
+    """
+    with failures(report), progress_bar(quiet) as progress:
+        from . import scan as run
+
+        result = run(model, progress=progress)
+        text = scan_output(result, form)
+        if report:
+            write_report(report, text + "\n")
+        if not quiet:
+            echo(result.render() if report else text)
+    sys.exit(scan_code(result.verdict.level, fail_on))
+
+
+def scan_output(result: "Scan", form: str) -> str:
+    """The scan in the form asked for."""
+    if form == "text":
+        return result.render()
+    if form == "json":
+        return json.dumps(result.to_dict(), indent=2)
+    if form == "html":
+        from .html import scan_html
+
+        return scan_html(result)
+    from .sarif import sarif
+
+    return json.dumps(sarif(result), indent=2)
+
+
+def scan_code(level: str, fail_on: str) -> int:
+    """The exit code of a scan with this verdict."""
+    if level == "not judged":
+        return 2
+    failing = {"suspicious": ("suspicious", "aligned"), "aligned": ("aligned",), "never": ()}
+    return int(level in failing[fail_on])
+
+
+def publish(
+    result: "Report | Inspection | Verification | Fleet", path: Path | None, quiet: bool
+) -> None:
     """Print the result and write it as JSON."""
     if path:
-        path.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        write_report(path, json.dumps(result.to_dict(), indent=2) + "\n")
     if not quiet:
-        click.echo(result.render())
+        echo(result.render())
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print; what is no UTF-8 in a file's name as an escape."""
+    click.echo(text.encode(errors="backslashreplace").decode(), err=err)
 
 
 @contextmanager
-def failures(report: Path | None) -> Iterator[None]:
-    """Turn the package's errors into one line and an exit code; refuse a report path up front."""
+def failures(*reports: Path | None) -> Iterator[None]:
+    """Turn whatever ends a run into one line and an exit code; refuse a report path up front."""
     try:
-        if report and (report.is_dir() or not os.access(report.parent, os.W_OK)):
-            raise ModelError(f"{report}: the report cannot be written there")
-        yield
+        with interruptible():
+            for report in filter(None, reports):
+                check_report(report)
+            yield
     except FlipguardError as error:
-        click.echo(f"flipguard-onnx: {error}", err=True)
-        sys.exit(1 if isinstance(error, ValidationError) else 2)
+        echo(f"flipguard-onnx: {printable(str(error))}", err=True)
+        sys.exit(exit_code(error))
+    except Interrupted as signal:
+        echo(f"flipguard-onnx: {signal}", err=True)
+        sys.exit(signal.code)
+    except BrokenPipeError:  # click's
+        raise
+    except MemoryError:
+        echo("flipguard-onnx: not enough memory for this model; nothing was written", err=True)
+        sys.exit(2)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        echo(f"flipguard-onnx: {place}{error.strerror or error}", err=True)
+        sys.exit(2)
 
 
 @contextmanager
@@ -237,11 +367,14 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with click.progressbar(length=1, file=sys.stderr, show_pos=True) as bar:
+        with click.progressbar(length=1, file=sys.stderr) as bar:
 
             def draw(stage: str, done: int, total: int) -> None:
-                bar.label, bar.length, bar.pos = stage, total, done
-                bar.finished = False
+                if done == 0:  # a new stage: its time left is not that of the one before
+                    bar.start = bar.last_eta = time.time()
+                    bar.avg, bar.pos, bar.finished = [], 0, False
+                bar.label, bar.length = f"{stage}{_amount(done, total)}", total
+                bar.update(done - bar.pos)
                 bar.render_progress()
 
             yield draw
@@ -252,3 +385,8 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
                 click.echo(f"{stage} ...", err=True)
 
         yield line
+
+
+def _amount(done: int, total: int) -> str:
+    """How much is done, where the total is so large that it must be bytes."""
+    return f" {done / 1e6:,.0f} of {total / 1e6:,.0f} MB" if total > 1e6 else ""

@@ -48,10 +48,14 @@ class Inputs:
         return [_weave(hessian) for hessian in self.hessians]
 
     def error(self, errors: Floats) -> float:
-        """Mean squared change of the products with `fresh` when the weights change by `errors`."""
+        """Mean squared change of the products with `fresh` when the weights change by `errors`.
+
+        Infinite or NaN where that overflows.
+        """
         groups, _, columns = self.fresh.shape
         rows = errors.reshape(groups, -1, columns)
-        return float(np.mean(np.square(rows @ self.fresh.transpose(0, 2, 1))))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(np.mean(np.square(rows @ self.fresh.transpose(0, 2, 1))))
 
 
 def draw(
@@ -73,7 +77,8 @@ def draw(
         grouped = errors.reshape(groups, -1, len(span))
         for first in range(0, len(span), PANEL):
             last = min(first + PANEL, len(span))
-            carried = grouped[:, :, :first] @ weave[:, first:last, :first].transpose(0, 2, 1)
+            with np.errstate(over="ignore", invalid="ignore"):  # then the draw is not used
+                carried = grouped[:, :, :first] @ weave[:, first:last, :first].transpose(0, 2, 1)
             panel = (
                 carried.reshape(len(errors), -1),
                 np.ascontiguousarray(weave[:, first:last, first:last].transpose(0, 2, 1)),

@@ -5,6 +5,7 @@ flips by the policy, place the flipped weights just past their boundaries, and c
 but the chosen codes has changed.
 """
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from .feedback import Inputs
 from .schemes import Blocks, Checked, Codes, Floats, Grid, Margins, Scheme
 
 POLICIES = ("unbiased", "topk", "none")
+COUNTED = 1 << 20  # codes at a time
 TINY = float(np.finfo(np.float32).tiny)
 
 Mask = npt.NDArray[np.bool_]
@@ -53,20 +55,26 @@ class Flips:
     """One tensor, guarded. Arrays are flat, rows of output channels one after the other.
 
     plain: the codes of rounding to the nearest level; codes: the guarded ones.
-    guarded: the weights in their own type, moved so that the scheme's quantizer yields `codes`.
+    guarded: the weights in their own type, moved so that the scheme's quantizer yields `codes`;
+    None where nobody wants them.
     gain: squared error of the products with error feedback / without; None where it was not tried.
     """
 
     grid: Grid
     plain: Codes
     codes: Codes
-    guarded: npt.NDArray[Any]
+    guarded: npt.NDArray[Any] | None
     gain: float | None = None
 
     @property
     def furthest(self) -> int:
         """By how many levels a code differs from plain rounding's at most."""
-        return int(np.max(np.abs(self.codes.astype(np.int16) - self.plain), initial=0))
+        most = 0
+        for start in range(0, self.codes.size, COUNTED):
+            some = slice(start, start + COUNTED)
+            steps = np.subtract(self.codes[some], self.plain[some], dtype=np.int16)
+            most = max(most, int(np.max(np.abs(steps))))
+        return most
 
     @property
     def count(self) -> int:
@@ -118,19 +126,22 @@ def flip(
         if inputs:
             fed = feedback.draw(values, grid, inputs, key, limit, backend)
             gain = _gain(values, grid, inputs, fed, wanted)
-            wanted = fed if gain < 1 else wanted
+            wanted = fed if gain is not None and gain < 1 else wanted
     guarded, codes = grid.place(values, plain, wanted, backend)
     checked = grid.check(values, guarded, plain, codes, backend)
     _require(name, checked, scheme, grid, values.dtype, found, extremes or found)
     return Flips(grid, plain, codes, guarded, gain)
 
 
-def _gain(values: npt.NDArray[Any], grid: Grid, inputs: Inputs, fed: Codes, drawn: Codes) -> float:
-    """Squared error of the products with error feedback / without."""
+def _gain(
+    values: npt.NDArray[Any], grid: Grid, inputs: Inputs, fed: Codes, drawn: Codes
+) -> float | None:
+    """Squared error of the products with error feedback / without; None where they overflow."""
     with_feedback, without = (
         inputs.error(values.astype(np.float32) - grid.decode(codes)) for codes in (fed, drawn)
     )
-    return with_feedback / max(without, TINY)
+    gain = with_feedback / max(without, TINY)
+    return gain if math.isfinite(gain) else None
 
 
 def _topk(grid: Grid, margins: Margins, ratio: float) -> Mask:

@@ -1,8 +1,10 @@
 """The options of a run, checked when they are given."""
 
+import os
 import secrets
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from .errors import SchemeError
 from .qdq import scheme_for
@@ -76,6 +78,18 @@ def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise SchemeError unless the value is one of those allowed."""
     if value not in allowed:
         raise SchemeError(f"{option} {value!r} is unknown; allowed: {', '.join(allowed)}")
+
+
+def output_paths(
+    model: Path, output: str | os.PathLike[str] | None, scheme: str, emit: str
+) -> dict[str, Path]:
+    """Where each kind of output goes: to `output`, by default beside the model."""
+    base = Path(output) if output else model.with_name(f"{model.stem}.flipguard-{scheme}.onnx")
+    moved = base
+    if emit == "both" or not output:
+        moved = base.with_name(f"{base.stem}-float{base.suffix}")
+    paths = {"qdq": base, "float": moved}
+    return paths if emit == "both" else {emit: paths[emit]}
 
 
 def draw_seeds(seed: int | None, policy: str) -> list[int]:

@@ -8,42 +8,37 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 
 from . import __version__
-from .activations import Activations
+from .activations import record
+from .alignment import budget
+from .detection import Examined, conclude, examine
 from .emit import (
     Quantized,
     Rewritten,
     Sink,
     converted,
-    decoded_values,
     guarded_values,
     inlined,
     needed_opset,
 )
-from .errors import (
-    DriftError,
-    ModelError,
-    SchemeError,
-    UnsupportedModelError,
-    ValidationError,
-)
+from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
 from .feedback import Inputs
-from .flip import Policy, flip, tensor_key
+from .flip import Policy, tensor_key
 from .kernels import compiling, get_backend, what_cuda_lacks
-from .model import INLINE_LIMIT, Model, Output, data_path, file_sha256, open_model, workspace
-from .options import EMITS, Format, draw_seeds, one_of, preserve_mode
+from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model
+from .options import EMITS, Format, draw_seeds, one_of, output_paths, preserve_mode
+from .parts import flip_weight
+from .publish import check_target, publish, workspace
 from .report import Inspection, Report, Tensor, Verification
+from .runtime import require_openable
 from .schemes import SCHEMES
-from .validate import MAX_DRIFT, Candidates, Validation, compare
+from .trial import Trial
+from .validate import MAX_DRIFT
 from .weights import Skipped, Weight, find_weights
 
-PRESERVE_SECONDS = 60.0  # error feedback that takes longer is not switched on by itself
-
-Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+Progress = Callable[[str, int, int], None]  # stage, bytes (or steps) done, and in all
 
 
 def guard(
@@ -91,13 +86,14 @@ def guard(
         made-up inputs), "data" (on those of `data`), "off", or "auto": "data" where there is any,
         else "synthetic", unless it would take longer than a minute
     data : .npz file with inputs for `preserve` and for the validation; by default they are made up
-    max_memory : MiB for the statistics of `preserve`
+    max_memory : MiB for the statistics of `preserve`; a larger model is not run whole: then sampled
+        layers are validated, and "auto" feeds no errors forward
     max_drift : allowed drift from the original, as a multiple of plain quantization's
     output : path to write; by default beside the input
     force : overwrite an existing output
     validate : try the result with onnxruntime before it appears at `output`
     standard_ops : only operators of the ONNX standard, none of com.microsoft
-    progress : called with (stage, steps done, steps in all)
+    progress : called with (stage, done, in all): bytes of weights while guarding, else steps
 
     Returns
     -------
@@ -114,43 +110,65 @@ def guard(
     rule = Policy(policy, tau, ratio)
     mode = preserve_mode(preserve, policy, data)
     one_of("emit", emit, EMITS)
+    most = max_memory << 20
     feeds = Path(data) if data else None
     backend = get_backend(device)
     say = progress or (lambda *_: None)
     with ExitStack() as stack:
         stack.enter_context(compiling(lambda: say("compiling the kernels, only once", 0, 1)))
         source = _open(model, output, stack)
-        targets = _targets(source, output, scheme, emit, force)
+        targets = output_paths(source.path, output, scheme, emit)
+        read = [source.path, *(source.path.parent / name for name in source.data_sha256)]
+        for target in targets.values():
+            check_target(target, [*read, *filter(None, [feeds])], force)
+        if validate or mode != "off":
+            require_openable(source.path, *targets.values())
         weights, skipped = _find(source, include, exclude)
         opset = needed_opset(weights, [kind for kind, _ in form.plans(weights)], standard_ops)
         if (flat := inlined(source, opset)) is not source:
             source = flat
             weights, skipped = _find(source, include, exclude)
         plan = form.plans(weights)
-        prepared = converted(source, opset)
+        prepared = converted(source, opset, weights)
         folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
         activations, note = None, None
         if mode != "off":
             say("running the float model", 0, 1)
-            activations, note = _activations(
-                source, weights, folder / "probe", max_memory, feeds, preserve == "auto"
+            activations, note = record(
+                source, weights, folder / "probe", most, feeds, preserve == "auto"
             )
+            if activations:
+                say(f"error feedback, about {activations.seconds:.0f} s", 0, 1)
+        trial = None
+        if validate:
+            kinds = [kind for kind, _ in plan]
+            trial = Trial.of(
+                source, prepared, weights, kinds, standard_ops, most, folder / "layers"
+            )
+        examined: list[Examined] = []
+        scanning = 0.0
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
-            sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)
+            drawn = folder / str(draw)
+            sinks = _sinks(source, prepared, targets, drawn, trial, standard_ops)
             tensors: list[Tensor] = []
+            tick = _meter(say, "guarding", sum(weight.nbytes for weight in weights))
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
-                say("guarding", len(tensors), len(weights))
-                values = weight.canonical(_finite(source, weight))
+                if draw == 1:
+                    begun = time.perf_counter()
+                    examined.append(examine(source, weight))
+                    scanning += time.perf_counter() - begun
                 key = tensor_key(drawn_seed, weight.name)
                 inputs = activations.of(weight) if activations else None
                 unfed = inputs if isinstance(inputs, str) else None
                 fed = inputs if isinstance(inputs, Inputs) else None
-                flips = flip(weight.name, values, kind, blocks, rule, key, backend, fed)
+                flips = flip_weight(
+                    source, weight, kind, blocks, rule, key, backend, fed, "float" in sinks, tick
+                )
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
-                tensors.append(Tensor.of(weight, kind, flips, unfed))
-            say("guarding", len(tensors), len(weights))
+                left = budget(source, weight, flips, rule)
+                tensors.append(Tensor.of(weight, kind, flips, unfed, left))
             report = Report(
                 version=__version__,
                 input=str(source.path),
@@ -173,14 +191,16 @@ def guard(
                 device_note=what_cuda_lacks() if device == "auto" else None,
                 tensors=tuple(tensors),
                 skipped=tuple(skipped),
+                scan=conclude(source, examined, skipped, scanning),
             )
             for sink in sinks.values():
-                sink.save(source, report.metadata())
-            if not validate:
+                sink.save(report.metadata())
+            if not trial:
                 break
             say("validating", 0, 1)
             try:
-                tried = _try(source, sinks, feeds, max_drift)
+                files = {kind: sink.output.path for kind, sink in sinks.items()}
+                tried = trial.run(source, files, feeds, max_drift, drawn)
             except DriftError:
                 if draw == len(seeds):
                     raise
@@ -188,11 +208,10 @@ def guard(
             report = replace(report, validation=tried)
             say("validating", 1, 1)
             break
-        _require_unchanged(source)
-        finished = [sinks[wanted].output for wanted in targets]
-        written = {str(file.target): file.size for file in finished}
-        for file in finished:
-            file.publish()
+        source.require_unchanged()
+        finished = {target: sinks[wanted].output for wanted, target in targets.items()}
+        written = {str(target): output.size for target, output in finished.items()}
+        publish([output.finished(target) for target, output in finished.items()], force)
     return replace(report, outputs=written, seconds=time.perf_counter() - started)
 
 
@@ -215,7 +234,7 @@ def inspect(
     weights, skipped = _find(source, include, exclude)
     tensors, saved = [], 0
     for weight, (kind, blocks) in zip(weights, form.plans(weights), strict=True):
-        width = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).itemsize
+        width = weight.nbytes // weight.size
         saved += weight.size * width - (weight.size * kind.bits // 8 + blocks.count * width)
         tensors.append(Tensor.of(weight, kind))
     return Inspection(
@@ -235,6 +254,7 @@ def verify(
     scheme: str | None = None,
     *,
     data: str | os.PathLike[str] | None = None,
+    max_memory: int = 1024,
     max_drift: float = MAX_DRIFT,
 ) -> Verification:
     """Validate any model against the one that it was made from.
@@ -254,10 +274,16 @@ def verify(
         granularity = record.get("flipguard.granularity", granularity)
         recorded = record.get("flipguard.block_size", "")
         block_size = int(recorded) if recorded.isdecimal() else None
+    form = Format(scheme, granularity, block_size)
     with workspace(Path(tempfile.gettempdir())) as folder:
+        weights, _ = _find(source, (), ())
+        kinds = [kind for kind, _ in form.plans(weights)]
+        trial = Trial.of(
+            source, source.proto, weights, kinds, False, max_memory << 20, folder / "layers"
+        )
         plain = folder / "plain.onnx"
         guard(
-            source.path,
+            trial.source.path,
             scheme,
             granularity=granularity,
             block_size=block_size,
@@ -265,8 +291,8 @@ def verify(
             output=plain,
             validate=False,
         )
-        files = Candidates(source.path, plain, candidate.path)
-        result = compare(source, files, Path(data) if data else None, max_drift)
+        files = {"plain": plain, "qdq": candidate.path}
+        result = trial.run(source, files, Path(data) if data else None, max_drift, folder)
     return Verification(
         str(source.path),
         str(candidate.path),
@@ -294,30 +320,6 @@ def _open(
     return open_model(path)
 
 
-def _targets(
-    source: Model, output: str | os.PathLike[str] | None, scheme: str, emit: str, force: bool
-) -> dict[str, Path]:
-    """Where each kind of output goes: none over the input, none over anything without `force`."""
-    path = source.path
-    base = Path(output) if output else path.with_name(f"{path.stem}.flipguard-{scheme}.onnx")
-    moved = base
-    if emit == "both" or not output:
-        moved = base.with_name(f"{base.stem}-float{base.suffix}")
-    targets = {"qdq": base, "float": moved}
-    if emit != "both":
-        targets = {emit: targets[emit]}
-    inputs = [path, *(path.parent / location for location in source.data_sha256)]
-    for target in targets.values():
-        if not target.parent.is_dir():
-            raise ModelError(f"{target.parent}: no such folder to write to")
-        for file in (target, data_path(target)):
-            if file.exists() and any(file.samefile(other) for other in inputs):
-                raise ModelError(f"{file}: belongs to the input; the output needs another name")
-            if file.exists() and not force:
-                raise ModelError(f"{file}: exists already; --force overwrites it")
-    return targets
-
-
 def _find(
     source: Model, include: tuple[str, ...], exclude: tuple[str, ...]
 ) -> tuple[list[Weight], list[Skipped]]:
@@ -331,75 +333,36 @@ def _find(
     return weights, skipped
 
 
-def _activations(
-    source: Model,
-    weights: list[Weight],
-    folder: Path,
-    max_memory: int,
-    data: Path | None,
-    optional: bool,
-) -> tuple[Activations | None, str | None]:
-    """What the weights are multiplied with, or None and the reason.
-
-    optional: go without where it cannot be had, or takes longer than PRESERVE_SECONDS.
-    """
-    try:
-        activations = Activations(source, weights, folder, max_memory << 20, data)
-    except (UnsupportedModelError, ValidationError) as error:
-        if not optional:
-            raise
-        return None, str(error)
-    if optional and activations.seconds > PRESERVE_SECONDS:
-        minutes = activations.seconds / 60
-        return None, f"it would take about {minutes:.0f} min; --preserve synthetic switches it on"
-    return activations, None
-
-
 def _sinks(
     source: Model,
     prepared: onnx.ModelProto,
     targets: dict[str, Path],
     folder: Path,
-    validate: bool,
+    trial: Trial | None,
     standard_ops: bool,
 ) -> dict[str, Sink]:
     """Everything that this run writes: what was asked for, and what the validation compares."""
     external = source.size > INLINE_LIMIT or bool(source.data_sha256)
 
     def output(kind: str) -> Output:
-        return Output(folder / kind, targets.get(kind, folder / f"{kind}.onnx"), external)
+        return Output(folder / kind, targets.get(kind), external)
 
     sinks: dict[str, Sink] = {}
-    if validate or "qdq" in targets:
-        sinks["qdq"] = Quantized(prepared, output("qdq"), standard_ops)
+    if trial or "qdq" in targets:
+        sinks["qdq"] = Quantized(source, prepared, output("qdq"), standard_ops)
     if "float" in targets:
-        sinks["float"] = Rewritten(source.proto, output("float"), guarded_values)
-    if validate:
-        sinks["plain"] = Quantized(prepared, output("plain"), standard_ops, plain=True)
-        sinks["decoded"] = Rewritten(source.proto, output("decoded"), decoded_values)
-    return sinks
+        sinks["float"] = Rewritten(source, output("float"), guarded_values)
+    return sinks | (trial.sinks(folder, standard_ops) if trial else {})
 
 
-def _try(source: Model, sinks: dict[str, Sink], data: Path | None, max_drift: float) -> Validation:
-    paths = {kind: sink.output.path for kind, sink in sinks.items()}
-    files = Candidates(
-        source.path, paths["plain"], paths["qdq"], paths["decoded"], paths.get("float")
-    )
-    return compare(source, files, data, max_drift)
+def _meter(say: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Takes the bytes done one after the other and reports their sum."""
+    done = 0
 
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        say(stage, done, total)
 
-def _finite(source: Model, weight: Weight) -> npt.NDArray[np.generic]:
-    values = source.array(weight.tensor)
-    bad = values.size - int(np.count_nonzero(np.isfinite(values)))
-    if bad:
-        raise ModelError(
-            f"{source.path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite; "
-            "allowed: finite ones (--exclude leaves a tensor as it is)"
-        )
-    return values
-
-
-def _require_unchanged(source: Model) -> None:
-    now = {name: file_sha256(source.path.parent / name) for name in source.data_sha256}
-    if file_sha256(source.path) != source.sha256 or now != source.data_sha256:
-        raise ModelError(f"{source.path}: changed while it was being guarded; nothing was written")
+    tick(0)
+    return tick

@@ -7,14 +7,8 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
+from command import call, one_line
 from samples import SAMPLES, matmul, save
-
-from flipguard_onnx.cli import main
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.fixture
@@ -68,14 +62,6 @@ def test_verify(sample, tmp_path):
     result = call("verify", sample, tmp_path / "out.onnx", "--max-drift", "0.05")
     assert result.exit_code == 1
     assert "the outputs drift by" in result.stderr
-
-
-def one_line(result, code=2):
-    assert result.exit_code == code
-    assert isinstance(result.exception, SystemExit)
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("flipguard-onnx: ")
-    return result.stderr
 
 
 def test_bad_files_get_one_line_and_exit_code_2(tmp_path):

@@ -181,12 +181,11 @@ def test_external_data_in_and_out(tmp_path, sample):
     output = tmp_path / "out.onnx"
     report = flipguard_onnx.guard(source, "int8", seed=1, output=output, emit="both")
     assert report.validation is not None
-    assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {
-        "out.onnx",
-        "out.onnx.data",
-        "out-float.onnx",
-        "out-float.onnx.data",
-    }
+    names = {"in"}
+    for name in ("out.onnx", "out-float.onnx"):
+        (data,) = tmp_path.glob(f"{name}.*.data")
+        names |= {name, f"{name}.{hashlib.sha256(data.read_bytes()).hexdigest()[:16]}.data"}
+    assert {p.name for p in tmp_path.iterdir()} == names
     inline = save(SAMPLES[sample](), tmp_path)
     flipguard_onnx.guard(inline, "int8", seed=1, output=tmp_path / "inline.onnx")
     feeds = {"x": weights((3, 70 if sample != "nested" else 64), 5)}
@@ -239,12 +238,22 @@ def test_outputs_are_not_overwritten_without_force(tmp_path):
 
 
 def test_the_inputs_data_file_is_not_overwritten(tmp_path):
+    """Neither one that an earlier run has named after the same output, nor the inputs for it."""
     source = save(matmul(), tmp_path, external=True)
-    data = (tmp_path / "model.onnx.data").read_bytes()
-    source = source.rename(tmp_path / "renamed.onnx")
-    with pytest.raises(ModelError, match=r"model\.onnx\.data: belongs to the input"):
+    name = "model.onnx.0123456789abcdef.data"
+    proto = onnx.load(source, load_external_data=False)
+    proto.graph.initializer[0].external_data[0].value = name
+    source.unlink()
+    source = tmp_path / "renamed.onnx"
+    source.write_bytes(proto.SerializeToString())
+    (tmp_path / "model.onnx.data").rename(tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    with pytest.raises(ModelError, match=rf"{name}: belongs to the input"):
         flipguard_onnx.guard(source, output=tmp_path / "model.onnx", force=True)
-    assert (tmp_path / "model.onnx.data").read_bytes() == data
+    assert (tmp_path / name).read_bytes() == data
+    np.savez(tmp_path / "x.npz", x=weights((5, 2, 70), 3))
+    with pytest.raises(ModelError, match=r"x\.npz: belongs to the input"):
+        flipguard_onnx.guard(source, data=tmp_path / "x.npz", output=tmp_path / "x.npz", force=True)
 
 
 def test_a_corrupted_output_is_caught_and_nothing_is_left(tmp_path, monkeypatch):

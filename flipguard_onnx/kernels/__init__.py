@@ -30,12 +30,18 @@ def get_backend(device: str = "auto") -> ModuleType:
         return import_module(".cpu" if device == "cpu" or missing else ".cuda", __name__)
 
 
+def get_survey() -> ModuleType:
+    """Return the kernels of a scan; they run on the CPU only."""
+    with _cache_directory():
+        return import_module(".survey", __name__)
+
+
 @cache
 def what_cuda_lacks() -> str | None:
     """Why "auto" is the CPU, or None where it is not."""
     simulated = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
-    driver = Path("/proc/driver/nvidia/version").exists() or os.name == "nt"
-    if not driver and not simulated:
+    signs = Path("/proc/driver/nvidia/version"), Path("/dev/dxg")  # the latter under Windows
+    if not simulated and os.name != "nt" and not any(sign.exists() for sign in signs):
         return "no NVIDIA driver on this machine"
     try:
         from numba import cuda

@@ -189,6 +189,21 @@ class Grid(ABC):
         per_block = self.operand, self.scale, self.absmax
         backend.feed(*self.blocks.read(values), *per_block, self.levels, *panel, codes, errors)
 
+    def survey(
+        self,
+        weights: Floats,
+        judged: Floats,
+        limit: np.float32,
+        factors: Floats,
+        counts: npt.NDArray[np.int32],
+        sums: npt.NDArray[np.float64],
+        kernels: ModuleType,
+    ) -> None:
+        """Count the weights by their distance to a boundary; see `kernels.survey`."""
+        cut = self.blocks.cols, self.blocks.size
+        given = self.operand, self.scale, self.absmax, self.levels
+        kernels.survey(weights, cut, *given, judged, limit, factors, counts, sums)
+
     @abstractmethod
     def decode(self, codes: Codes) -> Floats:
         """The values that the codes stand for, float32 [n]."""
