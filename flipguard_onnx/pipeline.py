@@ -155,6 +155,7 @@ def guard(
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
                 tensors.append(Tensor.of(weight, kind, flips, unfed))
+                del flips  # what comes next needs the memory
             report = Report(
                 version=__version__,
                 input=str(source.path),
