@@ -163,6 +163,7 @@ def measure(source: Path, schemes: list[str], repeat: int, folder: Path) -> None
         for _ in range(repeat):
             for run, command in commands.items():
                 cost = cost_of(command)
+                print(f"{source.stem} {scheme} {run}: {cost}", file=sys.stderr, flush=True)
                 costs[run] = costs[run].least(cost) if run in costs else cost
                 for file in folder.glob("target.onnx*"):
                     file.unlink()
