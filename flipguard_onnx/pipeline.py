@@ -169,6 +169,7 @@ def guard(
                     sink.put(weight.name, kind, flips)
                 left = budget(source, weight, flips, rule)
                 tensors.append(Tensor.of(weight, kind, flips, unfed, left))
+                del flips  # what comes next needs the memory
             report = Report(
                 version=__version__,
                 input=str(source.path),
