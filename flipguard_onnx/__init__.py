@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .detection import scan
     from .errors import (
         DeviceError,
         FlipguardError,
@@ -26,6 +27,7 @@ _HOME = {
     "guard_many": ".fleet",
     "inspect": ".pipeline",
     "verify": ".pipeline",
+    "scan": ".detection",
     "der": ".metrics",
     "FlipguardError": ".errors",
     "ModelError": ".errors",
@@ -46,6 +48,7 @@ __all__ = [
     "guard",
     "guard_many",
     "inspect",
+    "scan",
     "verify",
 ]
 

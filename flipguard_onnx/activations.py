@@ -16,11 +16,11 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import ModelProto, helper
 
-from .errors import UnsupportedModelError, first_line
+from .errors import RunError, UnsupportedModelError, ValidationError
 from .feedback import PANEL, Floats, Inputs
-from .feeds import Feed, load_feeds, made_up_feeds, signature
+from .feeds import NONE_FIT, Feed, load_feeds, made_up_feeds, signature
 from .model import Model, Output
-from .runtime import open_session
+from .runtime import Session, open_session
 from .scopes import Use, attribute
 from .synthetic import synthetic_feeds
 from .weights import Weight
@@ -35,6 +35,7 @@ FRESH = 8  # one feed in so many is kept for the judgement
 GATHERED = 1024  # rows that are added up at a time
 PRODUCTS_PER_SECOND = 3e10  # measured on two cores
 SECONDS_PER_WEIGHT = 3e-7
+LONGEST = 60.0  # seconds; feedback that takes longer is not switched on by itself
 SEED = 0  # of the made-up inputs; they need not be secret
 BYTES_PER_ENTRY = 32  # of a matrix H, with its damped copy, factor and float32 form
 
@@ -117,7 +118,7 @@ def tap_of(use: Use, weight: Weight, main: Any) -> Tap | str:
         return Tap(node.input[0], use.elem_type, kind)
     if use.op in ("LSTM", "GRU", "RNN") and use.index == 1:
         return Tap(node.input[0], use.elem_type, "rows")
-    if use.op == "Conv":
+    if use.op == "Conv" and min(attribute(node, "pads", ()), default=0) >= 0:
         kernel = tuple(weight.shape[axis] for axis in use.perm[2:])
         ones = (1,) * len(kernel)
         return Tap(
@@ -177,7 +178,7 @@ class Activations:
         self._given = load_feeds(data, source.proto) if data else []
         self._template, self._counts = self._probe()
 
-    def _open(self, output: Output) -> Any:
+    def _open(self, output: Output) -> Session:
         proto = ModelProto()
         proto.CopyFrom(self._source.proto)
         known = {value.name for value in (*proto.graph.output, *proto.graph.input)}
@@ -187,17 +188,17 @@ class Activations:
                 value = helper.make_tensor_value_info(tap.value, tap.elem_type, None)
                 proto.graph.output.append(value)
         output.save(proto, self._source)
-        return open_session(output.path, exact=True)
+        return open_session(output.path, exact=True, size=self._source.size)
 
     def _probe(self) -> tuple[Feed, dict[Tap, int]]:
         """A feed that the model accepts, and how many rows of inputs it gives each tap."""
-        problem = "no inputs"
+        problem = NONE_FIT
         made_up = made_up_feeds(self._source.proto, self._source.size)
         for feeds in [self._given] if self._given else made_up:
             try:
                 values = self._run(feeds[0], self._all_taps)
-            except Exception as error:  # onnxruntime raises bare exceptions of many types
-                problem = first_line(error)
+            except RunError as error:
+                problem = str(error)
                 continue
             rng = np.random.default_rng(SEED)
             rows = {tap: tap.rows(values[tap.value], MOST_ROWS, rng) for tap in self._all_taps}
@@ -243,7 +244,7 @@ class Activations:
         if batch > 1:
             try:
                 self._run(self._synthetic(batch, batch)[0], [])
-            except Exception:  # the model takes no batches, whatever its signature says
+            except RunError:  # the model takes no batches, whatever its signature says
                 batch = 1
         return self._synthetic(samples, batch)
 
@@ -295,7 +296,8 @@ class Activations:
         for taps, rows in self._rows_of(self._feeds[0], list(plan), MOST_ROWS, GATHERED):
             for total, span in zip(sums[taps], plan[taps], strict=True):
                 part = rows[:, :, span.start : span.stop]
-                total += part.transpose(0, 2, 1) @ part
+                with np.errstate(over="ignore", invalid="ignore"):  # `of` finds it
+                    total += part.transpose(0, 2, 1) @ part
         fresh = dict(self._rows_of(self._feeds[1], list(plan), FRESH_ROWS, 2 * FRESH_ROWS))
         return {taps: Inputs(spans, tuple(sums[taps]), fresh[taps]) for taps, spans in plan.items()}
 
@@ -320,5 +322,32 @@ class Activations:
 
     def _run(self, feed: Feed, taps: Sequence[Tap]) -> dict[str, npt.NDArray[Any]]:
         names = [n for n in dict.fromkeys(tap.value for tap in taps) if n not in feed]
-        names = names or [self._session.get_outputs()[0].name]
+        names = names or self._session.outputs[:1]
         return feed | dict(zip(names, self._session.run(names, feed), strict=True))
+
+
+def record(
+    source: Model,
+    weights: Sequence[Weight],
+    folder: Path,
+    most: int,
+    data: Path | None,
+    optional: bool,
+) -> tuple[Activations | None, str | None]:
+    """What the weights are multiplied with, or None and the reason.
+
+    most: bytes for the statistics. optional: go without where it cannot be had, where the model is
+    larger than that, or where it takes longer than LONGEST.
+    """
+    if optional and source.size > most:
+        return None, f"the model is larger than --max-memory ({most >> 20:,} MiB)"
+    try:
+        activations = Activations(source, weights, folder, most, data)
+    except (UnsupportedModelError, ValidationError) as error:
+        if not optional:
+            raise
+        return None, str(error)
+    if optional and activations.seconds > LONGEST:
+        minutes = activations.seconds / 60
+        return None, f"it would take about {minutes:.0f} min; --preserve synthetic switches it on"
+    return activations, None

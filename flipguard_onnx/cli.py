@@ -2,10 +2,12 @@
 
 0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input, or
 nothing to guard. Of many models the worst. 128 + n: interrupted by signal n.
+scan: 0: clean. 1: suspicious or aligned. 2: unreadable, or nothing judged.
 """
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .errors import FlipguardError, exit_code
+from .errors import FlipguardError, exit_code, printable
 from .interrupt import Interrupted, interruptible
 from .publish import check_report, write_report
 
 if TYPE_CHECKING:
+    from .findings import Scan
     from .fleet import Fleet
     from .report import Inspection, Report, Verification
 
@@ -106,7 +109,14 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="Allowed drift, as a multiple of plain quantization's.",
     )
-    return data(drift(command))
+    memory = click.option(
+        "--max-memory",
+        type=click.IntRange(min=1),
+        default=1024,
+        show_default=True,
+        help="MiB for the statistics of --preserve; of a larger model only sampled layers are run.",
+    )
+    return data(memory(drift(command)))
 
 
 @main.command()
@@ -154,13 +164,6 @@ def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Feed rounding errors forward so that layers' outputs are preserved, on made-up inputs or "
     "those of --data; auto: where it takes less than a minute.",
-)
-@click.option(
-    "--max-memory",
-    type=click.IntRange(min=1),
-    default=1024,
-    show_default=True,
-    help="MiB for the statistics of --preserve.",
 )
 @validation_options
 @click.option("--no-validate", is_flag=True, help="Write without running the result.")
@@ -212,7 +215,7 @@ def guard(
             publish(fleet, report, quiet)
             for outcome in fleet.outcomes if quiet else ():
                 if outcome.error:
-                    echo(f"flipguard-onnx: {outcome.error}", err=True)
+                    echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
             sys.exit(fleet.code)
 
 
@@ -248,6 +251,64 @@ def verify(report: Path | None, quiet: bool, **options: Any) -> None:
         publish(result, report, quiet)
 
 
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("text", "json", "sarif")),
+    default="text",
+    show_default=True,
+    help="Of the output.",
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path), help="Write it here; print text all the same."
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(("suspicious", "aligned", "never")),
+    default="suspicious",
+    show_default=True,
+    help="Verdict from which on the exit code is 1.",
+)
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+def scan(model: Path, form: str, report: Path | None, fail_on: str, quiet: bool) -> None:
+    """Was MODEL prepared for a quantizer, and for which one?
+
+    Compares where its weights stand between the decision boundaries of int8, int4, nf4 and fp4
+    with where they stand on grids that nobody uses.
+    """
+    with failures(report), progress_bar(quiet) as progress:
+        from . import scan as run
+
+        result = run(model, progress=progress)
+        text = scan_output(result, form)
+        if report:
+            write_report(report, text + "\n")
+        if not quiet:
+            echo(result.render() if report else text)
+    sys.exit(scan_code(result.verdict.level, fail_on))
+
+
+def scan_output(result: "Scan", form: str) -> str:
+    """The scan in the form asked for."""
+    if form == "text":
+        return result.render()
+    if form == "json":
+        return json.dumps(result.to_dict(), indent=2)
+    from .sarif import sarif
+
+    return json.dumps(sarif(result), indent=2)
+
+
+def scan_code(level: str, fail_on: str) -> int:
+    """The exit code of a scan with this verdict."""
+    if level == "not judged":
+        return 2
+    failing = {"suspicious": ("suspicious", "aligned"), "aligned": ("aligned",), "never": ()}
+    return int(level in failing[fail_on])
+
+
 def publish(
     result: "Report | Inspection | Verification | Fleet", path: Path | None, quiet: bool
 ) -> None:
@@ -272,13 +333,16 @@ def failures(report: Path | None) -> Iterator[None]:
                 check_report(report)
             yield
     except FlipguardError as error:
-        echo(f"flipguard-onnx: {error}", err=True)
+        echo(f"flipguard-onnx: {printable(str(error))}", err=True)
         sys.exit(exit_code(error))
     except Interrupted as signal:
         echo(f"flipguard-onnx: {signal}", err=True)
         sys.exit(signal.code)
     except BrokenPipeError:  # click's
         raise
+    except MemoryError:
+        echo("flipguard-onnx: not enough memory for this model; nothing was written", err=True)
+        sys.exit(2)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         echo(f"flipguard-onnx: {place}{error.strerror or error}", err=True)
@@ -291,11 +355,14 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with click.progressbar(length=1, file=sys.stderr, show_pos=True) as bar:
+        with click.progressbar(length=1, file=sys.stderr) as bar:
 
             def draw(stage: str, done: int, total: int) -> None:
-                bar.label, bar.length, bar.pos = stage, total, done
-                bar.finished = False
+                if done == 0:  # a new stage: its time left is not that of the one before
+                    bar.start = bar.last_eta = time.time()
+                    bar.avg, bar.pos, bar.finished = [], 0, False
+                bar.label, bar.length = f"{stage}{_amount(done, total)}", total
+                bar.update(done - bar.pos)
                 bar.render_progress()
 
             yield draw
@@ -306,3 +373,8 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None
                 click.echo(f"{stage} ...", err=True)
 
         yield line
+
+
+def _amount(done: int, total: int) -> str:
+    """How much is done, where the total is so large that it must be bytes."""
+    return f" {done / 1e6:,.0f} of {total / 1e6:,.0f} MB" if total > 1e6 else ""

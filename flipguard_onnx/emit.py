@@ -4,75 +4,85 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx.inliner
 from onnx import ModelProto
 
-from .errors import UnsupportedModelError, first_line
+from . import runtime
+from .errors import UnsupportedModelError, ValidationError
 from .flip import Flips
-from .model import Model, Output
+from .model import Model, Output, raw_bytes
+from .parts import stored
 from .qdq import Emitter, form_of, opset_for
 from .schemes import Scheme
 from .weights import Weight, find_weights
 
 
 class Sink(Protocol):
-    """Takes the guarded tensors by name, then writes the model."""
+    """Takes the guarded tensors by name, ignores those that it does not have, writes the model."""
 
     output: Output
 
     def put(self, name: str, scheme: Scheme, flips: Flips) -> None: ...
 
-    def save(self, source: Model, metadata: dict[str, str]) -> None: ...
+    def save(self, metadata: dict[str, str]) -> None: ...
 
 
 class Quantized:
     """A graph with codes: the guarded ones, or those of plain rounding."""
 
     def __init__(
-        self, proto: ModelProto, output: Output, standard_ops: bool, plain: bool = False
+        self,
+        source: Model,
+        prepared: ModelProto,
+        output: Output,
+        standard_ops: bool,
+        plain: bool = False,
     ) -> None:
         self.output = output
+        self._source = source
         self._plain = plain
-        self._proto = _copy(proto)
+        self._proto = _copy(prepared)
         self._weights = _by_name(self._proto)
         self._emitter = Emitter(self._proto, output, standard_ops)
 
     def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
-        codes = flips.plain if self._plain else flips.codes
-        self._emitter.emit(self._weights[name], scheme, flips.grid, codes)
+        if weight := self._weights.get(name):
+            codes = flips.plain if self._plain else flips.codes
+            self._emitter.emit(weight, scheme, flips.grid, codes)
 
-    def save(self, source: Model, metadata: dict[str, str]) -> None:
+    def save(self, metadata: dict[str, str]) -> None:
         self._emitter.finish()
-        _save(self._proto, self.output, source, metadata)
+        _save(self._proto, self.output, self._source, metadata)
 
 
 class Rewritten:
     """The same graph with other float weights; `values` picks them from the Flips."""
 
     def __init__(
-        self, proto: ModelProto, output: Output, values: Callable[[Flips], npt.NDArray[Any]]
+        self, source: Model, output: Output, values: Callable[[Flips], npt.NDArray[Any]]
     ) -> None:
         self.output = output
+        self._source = source
         self._values = values
-        self._proto = _copy(proto)
+        self._proto = _copy(source.proto)
         self._weights = _by_name(self._proto)
 
     def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
-        weight = self._weights[name]
+        weight = self._weights.get(name)
+        if not weight:
+            return
         dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type)
-        values = weight.stored(self._values(flips)).astype(dtype)
-        inline = weight.node is not None
-        self.output.store(weight.tensor, np.ascontiguousarray(values).tobytes(), inline)
+        values = stored(weight, flips, self._values, dtype)
+        self.output.store(weight.tensor, raw_bytes(values), inline=weight.node is not None)
 
-    def save(self, source: Model, metadata: dict[str, str]) -> None:
-        _save(self._proto, self.output, source, metadata)
+    def save(self, metadata: dict[str, str]) -> None:
+        _save(self._proto, self.output, self._source, metadata)
 
 
 def guarded_values(flips: Flips) -> npt.NDArray[Any]:
     """Float weights from which the user's own quantizer makes the guarded codes."""
+    assert flips.guarded is not None
     return flips.guarded
 
 
@@ -91,28 +101,37 @@ def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: boo
 
 
 def inlined(source: Model, opset: int) -> Model:
-    """The source, with its local functions expanded if they are older than `opset`.
+    """The source, with its local functions expanded if they or the graph are older than `opset`.
 
-    onnx converts graphs, not functions.
+    onnx converts graphs and drops their functions. Raises UnsupportedModelError when it cannot.
     """
-    if all(_opset(function) >= opset for function in source.proto.functions):
+    functions = source.proto.functions
+    if not functions or all(_opset(part) >= opset for part in (source.proto, *functions)):
         return source
-    return replace(source, proto=onnx.inliner.inline_local_functions(source.proto))
+    try:
+        return replace(source, proto=runtime.inlined(source.proto))
+    except (runtime.RemoteError, ValidationError) as error:
+        raise UnsupportedModelError(
+            f"{source.path}: its local functions cannot be expanded: {error}"
+        ) from None
 
 
-def converted(source: Model, opset: int) -> ModelProto:
-    """The source's graph at `opset` at least.
+def converted(source: Model, opset: int, weights: list[Weight]) -> ModelProto:
+    """The source's graph at `opset` at least, with the same weights.
 
     Raises UnsupportedModelError when onnx cannot convert it.
     """
     if _opset(source.proto) >= opset:
         return source.proto
     try:
-        return onnx.version_converter.convert_version(source.proto, opset)
-    except Exception as error:  # the converter raises bare RuntimeError and its own types
+        result = runtime.converted(source.proto, opset)
+        if lost := {weight.name for weight in weights} - set(_by_name(result)):
+            raise ValidationError(f"tensor {min(lost)!r} would no longer be a weight")
+        return result
+    except (runtime.RemoteError, ValidationError) as error:
         raise UnsupportedModelError(
             f"{source.path}: opset {_opset(source.proto)} cannot be converted to {opset}, "
-            f"which this scheme needs: {first_line(error)}"
+            f"which this scheme needs: {error}"
         ) from None
 
 

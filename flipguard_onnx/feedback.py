@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,42 +48,47 @@ class Inputs:
         return [_weave(hessian) for hessian in self.hessians]
 
     def error(self, errors: Floats) -> float:
-        """Mean squared change of the products with `fresh` when the weights change by `errors`."""
+        """Mean squared change of the products with `fresh` when the weights change by `errors`.
+
+        Infinite or NaN where that overflows.
+        """
         groups, _, columns = self.fresh.shape
         rows = errors.reshape(groups, -1, columns)
-        return float(np.mean(np.square(rows @ self.fresh.transpose(0, 2, 1))))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(np.mean(np.square(rows @ self.fresh.transpose(0, 2, 1))))
 
 
 def draw(
-    weights: Floats,
+    weights: npt.NDArray[Any],
     grid: Grid,
     inputs: Inputs,
     key: np.uint64,
     limit: np.float32,
     backend: ModuleType,
 ) -> npt.NDArray[np.int8]:
-    """Codes [n] of flat weights [n]; `key` and `limit` as the kernel `draw` takes them.
+    """Codes [n] of flat weights [n] in their own type; `key` and `limit` as `Grid.draw` takes them.
 
     Weights that set a scale keep their codes and only pass their errors on.
     """
     groups, _, columns = inputs.fresh.shape
-    codes = np.empty(weights.size, np.int8)
+    codes = np.empty((weights.size // columns, columns), np.int8)
     for span, (order, weave) in zip(inputs.spans, inputs.weaves, strict=True):
-        errors = np.zeros((weights.size // columns, len(span)), np.float32)
+        errors = np.zeros((len(codes), len(span)), np.float32)
         grouped = errors.reshape(groups, -1, len(span))
         for first in range(0, len(span), PANEL):
             last = min(first + PANEL, len(span))
-            carried = grouped[:, :, :first] @ weave[:, first:last, :first].transpose(0, 2, 1)
+            with np.errstate(over="ignore", invalid="ignore"):  # then the draw is not used
+                carried = grouped[:, :, :first] @ weave[:, first:last, :first].transpose(0, 2, 1)
             panel = (
                 carried.reshape(len(errors), -1),
-                np.ascontiguousarray(weave[:, first:last, first:last]),
+                np.ascontiguousarray(weave[:, first:last, first:last].transpose(0, 2, 1)),
                 span.start + order[:, first:last],
                 first,
                 key,
                 limit,
             )
-            grid.feed(weights, columns, panel, codes, errors, backend)
-    return codes
+            grid.feed(weights, panel, codes, errors, backend)
+    return codes.reshape(-1)
 
 
 def _weave(hessian: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], Floats]:

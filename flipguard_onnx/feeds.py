@@ -5,17 +5,22 @@ index; lengths, sampling rates and positions by their names; noise for everythin
 left open are tried at several sizes until the model runs.
 """
 
+import math
+import time
+import zipfile
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from .errors import ModelError
+from .errors import ModelError, first_line
 
 Feed = dict[str, npt.NDArray[Any]]
 
@@ -24,6 +29,10 @@ LARGE = 32_000_000  # bytes
 SIZES = (64, 32, 16, 512, 576, 256, 224, 128, 8, 400, 1)  # for open dimensions, in this order
 UNKNOWN_INTEGERS = 100  # integers that index no table are drawn below this
 SAMPLING_RATE = 16000
+SECONDS = 60.0  # after which no more are tried
+MADE_UP_LIMIT = 1 << 30  # bytes of one candidate
+NONE_FIT = f"none takes less than {MADE_UP_LIMIT >> 20} MiB"  # when nothing could be tried
+DATA_LIMIT = 4 << 30  # bytes of an .npz file, unpacked
 BATCH = "batch"  # stands for a dimension that is open and counts samples
 _PASSED_ON = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice")
 
@@ -44,33 +53,84 @@ def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
     An array with one axis more than its input holds several feeds along its first axis.
     Raises ModelError when an input is missing or does not fit.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not a readable .npz file ({error})") from None
+    arrays = _read_npz(path)
     inputs = signature(proto)
     for wanted in inputs:
         if wanted.name not in arrays:
             raise ModelError(f"{path}: no array for input {wanted.name!r}; found {sorted(arrays)}")
+        _require_fit(path, wanted, arrays[wanted.name])
     stacked = [arrays[i.name].ndim == len(i.dims) + 1 for i in inputs]
     if any(stacked):
         counts = {len(arrays[i.name]) for i, many in zip(inputs, stacked, strict=True) if many}
         if len(counts) != 1 or not all(stacked):
             raise ModelError(f"{path}: either all or no arrays may stack several feeds")
+        if counts == {0}:
+            raise ModelError(f"{path}: holds no feeds")
         return [
             {i.name: arrays[i.name][n].astype(i.dtype) for i in inputs} for n in range(counts.pop())
         ]
     return [{i.name: arrays[i.name].astype(i.dtype) for i in inputs}]
 
 
+def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an .npz file, by name; no pickles, no more memory than the file declares."""
+    arrays = {}
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path}: cannot be read: not a regular file, or not there")
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > DATA_LIMIT:
+                raise ModelError(f"{path}: holds {size} bytes; allowed: up to {DATA_LIMIT}")
+            for entry in archive.infolist():
+                with archive.open(entry) as stream:
+                    _require_honest(stream, entry.file_size)
+                with archive.open(entry) as stream:
+                    name = entry.filename.removesuffix(".npy")
+                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
+        raise ModelError(f"{path}: not a readable .npz file ({first_line(error)})") from None
+    except (NotImplementedError, RuntimeError) as error:  # encrypted, or an unknown compression
+        raise ModelError(f"{path}: not a readable .npz file ({first_line(error)})") from None
+    return arrays
+
+
+def _require_honest(stream: IO[bytes], size: int) -> None:
+    """Raise ValueError when the header of an .npy file of that size claims more values."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"an array claims the shape {shape[:8]}, but its file has {size} bytes")
+
+
+def _require_fit(path: Path, wanted: Input, array: npt.NDArray[Any]) -> None:
+    """The kind of numbers and the sizes that the input has; one axis more stacks feeds."""
+    dims = wanted.dims
+    shape = array.shape[1:] if array.ndim == len(dims) + 1 else array.shape
+    sizes_fit = len(shape) == len(dims) and all(
+        isinstance(dim, str) or dim == n for dim, n in zip(dims, shape, strict=True)
+    )
+    if array.dtype.kind not in "biuf" or not sizes_fit:
+        raise ModelError(
+            f"{path}: input {wanted.name!r} is given as {array.dtype} {array.shape}; "
+            f"allowed: {wanted.dtype} {dims}"
+        )
+
+
 def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterator[list[Feed]]:
-    """Candidates, each a list of feeds; the caller takes the first that the model accepts."""
+    """Candidates, each a list of feeds; the caller takes the first that the model accepts.
+
+    Those of more than MADE_UP_LIMIT bytes are left out; there may be none.
+    """
     count = FEEDS if model_bytes < LARGE else FEWER_FEEDS
     inputs = signature(proto)
     open_dims = list(dict.fromkeys(d for i in inputs for d in i.dims if isinstance(d, str)))
     open_dims = [d for d in open_dims if d != BATCH]
     tried = set()
+    started = time.monotonic()
     for size in SIZES:
         for choice in product((size, 1), repeat=min(len(open_dims), 6)):
             sizes = dict.fromkeys([BATCH, *open_dims], 1)
@@ -79,8 +139,13 @@ def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterato
             if key in tried:
                 continue
             tried.add(key)
+            if time.monotonic() - started > SECONDS:
+                return
             rng = np.random.default_rng(seed)
             shapes = [tuple(sizes[d] if isinstance(d, str) else d for d in i.dims) for i in inputs]
+            pairs = zip(inputs, shapes, strict=True)
+            if count * sum(i.dtype.itemsize * math.prod(s) for i, s in pairs) > MADE_UP_LIMIT:
+                continue
             yield [
                 {i.name: values(i, s, size, rng) for i, s in zip(inputs, shapes, strict=True)}
                 for _ in range(count)
@@ -105,7 +170,15 @@ def _input(proto: ModelProto, value: ValueInfoProto) -> Input:
             dims.append(BATCH)
         else:
             dims.append(dim.dim_param.strip("?") or f"{value.name}:{axis}")
-    dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type or TensorProto.FLOAT)
+    try:
+        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type or TensorProto.FLOAT)
+    except KeyError:
+        raise ModelError(f"input {value.name!r} has the type {kind.elem_type}, unknown") from None
+    if dtype.kind in "Oc":
+        raise ModelError(
+            f"input {value.name!r} holds {dtype.name if dtype.kind == 'c' else 'strings'}; "
+            "allowed: real numbers (--no-validate --preserve off needs no inputs)"
+        )
     return Input(value.name, dtype, tuple(dims), _indexed_table(proto, value.name))
 
 
@@ -115,20 +188,29 @@ def _indexed_table(proto: ModelProto, name: str) -> int | None:
     for node in proto.graph.node:  # float16 tables are often stored behind a Cast
         if node.op_type in ("Cast", "Identity") and node.input[0] in tables:
             tables[node.output[0]] = tables[node.input[0]]
+    readers = node_readers(proto)
     sizes = []
     pending, seen = [name], {name}
     while pending:
         current = pending.pop()
-        for node in proto.graph.node:
-            if current not in node.input:
-                continue
+        for node in readers[current]:
             if node.op_type == "Gather" and node.input[1] == current and node.input[0] in tables:
                 axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-                sizes.append(tables[node.input[0]][axis])
+                dims = tables[node.input[0]]
+                sizes += dims[axis : axis + 1 or None]
             elif node.op_type in _PASSED_ON:
                 pending.extend(set(node.output) - seen)
                 seen.update(node.output)
     return min(sizes, default=None)
+
+
+def node_readers(proto: ModelProto) -> dict[str, list[NodeProto]]:
+    """The nodes of the main graph that read a value, each once, by the value's name."""
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in proto.graph.node:
+        for name in dict.fromkeys(node.input):
+            readers[name].append(node)
+    return readers
 
 
 def values(

@@ -5,6 +5,7 @@ flips by the policy, place the flipped weights just past their boundaries, and c
 but the chosen codes has changed.
 """
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,14 +16,14 @@ import numpy.typing as npt
 from . import feedback
 from .errors import SchemeError, ValidationError
 from .feedback import Inputs
-from .schemes import Blocks, Grid, Margins, Scheme
+from .schemes import Blocks, Checked, Codes, Floats, Grid, Margins, Scheme
 
 POLICIES = ("unbiased", "topk", "none")
-MAX_STEPS = 8  # values of the storage type that a flipped weight may be moved on beyond its target
-
+COUNTED = 1 << 20  # codes at a time
 TINY = float(np.finfo(np.float32).tiny)
 
 Mask = npt.NDArray[np.bool_]
+Extremes = tuple[Floats, Floats]
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,26 @@ class Flips:
     """One tensor, guarded. Arrays are flat, rows of output channels one after the other.
 
     plain: the codes of rounding to the nearest level; codes: the guarded ones.
-    guarded: the weights in their own type, moved so that the scheme's quantizer yields `codes`.
+    guarded: the weights in their own type, moved so that the scheme's quantizer yields `codes`;
+    None where nobody wants them.
     gain: squared error of the products with error feedback / without; None where it was not tried.
     """
 
     grid: Grid
-    plain: npt.NDArray[np.int8]
-    codes: npt.NDArray[np.int8]
-    guarded: npt.NDArray[Any]
+    plain: Codes
+    codes: Codes
+    guarded: npt.NDArray[Any] | None
     gain: float | None = None
 
     @property
     def furthest(self) -> int:
         """By how many levels a code differs from plain rounding's at most."""
-        return int(np.max(np.abs(self.codes.astype(np.int16) - self.plain), initial=0))
+        most = 0
+        for start in range(0, self.codes.size, COUNTED):
+            some = slice(start, start + COUNTED)
+            steps = np.subtract(self.codes[some], self.plain[some], dtype=np.int16)
+            most = max(most, int(np.max(np.abs(steps))))
+        return most
 
     @property
     def count(self) -> int:
@@ -90,34 +97,51 @@ def flip(
     key: np.uint64,
     backend: ModuleType,
     inputs: Inputs | None = None,
+    *,
+    first: int = 0,
+    extremes: Extremes | None = None,
 ) -> Flips:
     """Guard one tensor: `values` flat in its storage type, [blocks.rows * blocks.cols].
 
     inputs: what the tensor is multiplied with; the unbiased policy then feeds its errors forward,
     and keeps that draw if it changes the tensor's products less than the plain one does.
+    A tensor may come in pieces, with the same result where there are no `inputs`: whole blocks, in
+    any order, `first` being the number of a piece's first weight in the tensor. Where one block is
+    cut into pieces, `extremes` are those of all of it (`Blocks.extremes` of the pieces, merged).
     Raises ValidationError when an invariant of the guard does not hold for this tensor.
     """
-    weights = values.astype(np.float32)
-    grid = scheme.fit(weights, blocks, values.dtype, backend)
-    margins = grid.analyze(weights, backend)
+    found = blocks.extremes(values, backend)
+    grid = scheme.grid(*(extremes or found), blocks, values.dtype)
     if policy.name == "none":
-        return Flips(grid, margins.codes, margins.codes, values)
-    if policy.name == "topk":
-        flips = _topk(grid, margins, policy.ratio)
-    else:
-        flips = np.empty(margins.offsets.size, np.bool_)
-        limit = np.float32((1 - policy.tau) / 2)
-        backend.draw(margins.offsets, key, limit, flips)
-    wanted = np.where(flips, margins.neighbours, margins.codes)
+        plain = grid.encode(values, backend)
+        return Flips(grid, plain, plain, values)
     gain = None
-    if inputs and policy.name == "unbiased":
-        fed = feedback.draw(weights, grid, inputs, key, limit, backend)
-        errors = (inputs.error(weights - grid.decode(codes)) for codes in (fed, wanted))
-        gain = next(errors) / max(next(errors), TINY)
-        wanted = fed if gain < 1 else wanted
-    codes, guarded = _place(values, weights, grid, margins.codes, wanted, backend)
-    _check(name, values, guarded, codes != margins.codes, scheme, grid, codes, backend)
-    return Flips(grid, margins.codes, codes, guarded, gain)
+    if policy.name == "topk":
+        margins = grid.analyze(values, backend)
+        plain = margins.codes
+        wanted = np.where(_topk(grid, margins, policy.ratio), margins.neighbours, plain)
+    else:
+        limit = np.float32((1 - policy.tau) / 2)
+        plain, wanted = grid.draw(values, key, limit, backend, first)
+        if inputs:
+            fed = feedback.draw(values, grid, inputs, key, limit, backend)
+            gain = _gain(values, grid, inputs, fed, wanted)
+            wanted = fed if gain is not None and gain < 1 else wanted
+    guarded, codes = grid.place(values, plain, wanted, backend)
+    checked = grid.check(values, guarded, plain, codes, backend)
+    _require(name, checked, scheme, grid, values.dtype, found, extremes or found)
+    return Flips(grid, plain, codes, guarded, gain)
+
+
+def _gain(
+    values: npt.NDArray[Any], grid: Grid, inputs: Inputs, fed: Codes, drawn: Codes
+) -> float | None:
+    """Squared error of the products with error feedback / without; None where they overflow."""
+    with_feedback, without = (
+        inputs.error(values.astype(np.float32) - grid.decode(codes)) for codes in (fed, drawn)
+    )
+    gain = with_feedback / max(without, TINY)
+    return gain if math.isfinite(gain) else None
 
 
 def _topk(grid: Grid, margins: Margins, ratio: float) -> Mask:
@@ -136,56 +160,25 @@ def _topk(grid: Grid, margins: Margins, ratio: float) -> Mask:
     return flips
 
 
-def _place(
-    values: npt.NDArray[Any],
-    weights: npt.NDArray[np.float32],
-    grid: Grid,
-    plain: npt.NDArray[np.int8],
-    wanted: npt.NDArray[np.int8],
-    backend: ModuleType,
-) -> tuple[npt.NDArray[np.int8], npt.NDArray[Any]]:
-    """Codes and weights after the flips.
-
-    A flipped weight takes the value of its own type nearest past the edge of its new cell, and
-    never one short of its target: a float16 on the boundary itself would be rounded one way by
-    some quantizers and the other way by others. Where the type is too coarse to hold such a value,
-    the weight stays as it was.
-    """
-    flips = wanted != plain
-    target = grid.cross(weights, plain, wanted, backend)
-    guarded = np.where(flips, target.astype(values.dtype), values)
-    upward = target > weights
-    away = np.where(upward, np.inf, -np.inf).astype(values.dtype)
-    absmax = grid.blocks.spread(grid.absmax)
-    for _ in range(MAX_STEPS):
-        stored = guarded.astype(np.float32)
-        short = np.where(upward, stored < target, stored > target)
-        missed = flips & (short | (np.abs(stored) > absmax))
-        missed |= grid.encode(stored, backend) != wanted
-        if not missed.any():
-            return wanted, guarded
-        guarded[missed] = np.nextafter(guarded[missed], away[missed])
-    guarded[missed] = values[missed]
-    return np.where(missed, plain, wanted), guarded
-
-
-def _check(
+def _require(
     name: str,
-    values: npt.NDArray[Any],
-    guarded: npt.NDArray[Any],
-    flipped: Mask,
+    checked: Checked,
     scheme: Scheme,
     grid: Grid,
-    codes: npt.NDArray[np.int8],
-    backend: ModuleType,
+    storage: np.dtype[Any],
+    before: Extremes,
+    whole: Extremes,
 ) -> None:
-    """The invariants of a guarded tensor, held to in every run."""
-    weights = guarded.astype(np.float32)
-    refitted = scheme.fit(weights, grid.blocks, values.dtype, backend)
-    if not refitted.same_as(grid):
+    """The invariants of a guarded tensor, held to in every run.
+
+    before: the extremes of these weights before they were moved; whole: those of the whole blocks,
+    where these weights are but a piece.
+    """
+    low = np.where(before[0] == whole[0], checked.low, np.minimum(checked.low, whole[0]))
+    high = np.where(before[1] == whole[1], checked.high, np.maximum(checked.high, whole[1]))
+    if not scheme.grid(low, high, grid.blocks, storage).same_as(grid):
         raise ValidationError(f"tensor {name!r}: the flips moved the grid; scales must stay")
-    if not np.array_equal(refitted.encode(weights, backend), codes):
+    if checked.wrong:
         raise ValidationError(f"tensor {name!r}: guarded weights do not encode to their codes")
-    bits = np.dtype(f"u{values.dtype.itemsize}")
-    if np.any((values.view(bits) != guarded.view(bits)) & ~flipped):
+    if checked.moved:
         raise ValidationError(f"tensor {name!r}: a weight that was not selected has changed")

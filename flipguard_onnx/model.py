@@ -1,12 +1,15 @@
 """Open a model without copying its data about, and write one so that it is whole or absent.
 
-Large tensors are taken out of the protobuf when a model is opened and stand in it as references,
-whether they came from the file itself or from an external data file. So copying, converting and
-editing a graph moves no weights; `Output` puts them back, one after the other, when it saves.
+The data of large tensors stays where it is, in the file itself or in an external data file, and is
+mapped when it is asked for; in the protobuf stand references. So copying, converting and editing a
+graph moves no weights; `Output` writes them one after the other.
 """
 
 import hashlib
+import mmap
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,24 +19,20 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, TensorProto
+from onnx import FunctionProto, GraphProto, ModelProto, TensorProto
 
+from . import disk, intake, wire
 from .errors import ModelError, UnsupportedModelError
+from .intake import subgraphs
 from .publish import Finished
+from .wire import Region
 
 DETACH_BYTES = 1024  # smaller tensors stay in the protobuf
 INLINE_LIMIT = 1 << 30  # bytes; a larger model gets a .data file, since protobuf ends at 2 GiB
 ALIGNMENT = 64
+STRIP = 256  # columns that are copied at a time
+RACY = 10**9  # ns; of a file changed as recently, a stamp may not show that it changed again
 _DETACHED = "detached:"
-
-
-@dataclass(frozen=True)
-class Region:
-    """A run of bytes in an external data file."""
-
-    file: Path
-    offset: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,11 @@ class Model:
 
     path: Path
     proto: ModelProto
-    payloads: dict[str, bytes | Region]
+    payloads: dict[str, Region]
     sha256: str
     data_sha256: dict[str, str]  # by location of the external data file
     size: int  # bytes of the file and its data files
+    stamps: dict[Path, tuple[int, ...]]  # what tells whether a file has changed since
 
     def array(self, tensor: TensorProto) -> npt.NDArray[Any]:
         """The tensor's values, shaped; a read-only view where the data allows it."""
@@ -56,12 +56,30 @@ class Model:
 
     def raw(self, tensor: TensorProto) -> memoryview:
         """The bytes behind a tensor that stands in the proto as a reference."""
-        payload = self.payloads[_entry(tensor, "location")]
-        if isinstance(payload, bytes):
-            return memoryview(payload)
-        if payload.length == 0:
+        region = self.region(tensor)
+        if region.length == 0:
             return memoryview(b"")
-        return np.memmap(payload.file, np.uint8, "r", payload.offset, (payload.length,)).data
+        return np.memmap(region.file, np.uint8, "r", region.offset, (region.length,)).data
+
+    def region(self, tensor: TensorProto) -> Region:
+        """Where the data of a tensor that stands in the proto as a reference lies."""
+        return self.payloads[disk.entry(tensor, "location")]
+
+    def require_unchanged(self) -> None:
+        """Raise ModelError if a file is not what it was when the model was opened.
+
+        A file is read again only where its times do not tell.
+        """
+        known = {self.path: self.sha256}
+        known |= {self.path.parent / name: digest for name, digest in self.data_sha256.items()}
+        for file, stamp in self.stamps.items():
+            try:
+                now = _stamp(file)
+                changed = now != stamp and file_sha256(file) != known[file]
+            except OSError:
+                changed = True
+            if changed:
+                raise ModelError(f"{file}: changed while it was being guarded; nothing was written")
 
 
 def open_model(path: str | os.PathLike[str]) -> Model:
@@ -72,28 +90,23 @@ def open_model(path: str | os.PathLike[str]) -> Model:
     """
     path = Path(path)
     try:
-        content = path.read_bytes()
+        disk.require_regular(path)
+        stamps = {path: _stamp(path)}
+        itself = secrets.token_hex(8)  # a location that no file can name
+        proto = _parsed(path, itself)
+        intake.admit(proto, itself)
+        payloads, files = _detach(path, proto, itself)
+        stamps |= {file: _stamp(file) for file in files.values()}
+        size = sum(file.stat().st_size for file in stamps)
+        digest = file_sha256(path)
+        digests = {location: file_sha256(file) for location, file in sorted(files.items())}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
-    proto = ModelProto()
-    try:
-        proto.ParseFromString(content)
     except DecodeError:
         raise ModelError(f"{path}: not an ONNX model (its protobuf does not parse)") from None
-    if not proto.graph.node or not proto.opset_import:
-        raise ModelError(f"{path}: not an ONNX model (no nodes, or no opset_import)")
-    if any(graph.sparse_initializer for graph in graphs(proto)):
-        raise UnsupportedModelError(f"{path}: sparse initializers are not supported")
-    payloads, files = _detach(path, proto)
-    size = len(content) + sum(file.stat().st_size for file in files.values())
-    return Model(
-        path,
-        proto,
-        payloads,
-        hashlib.sha256(content).hexdigest(),
-        {location: file_sha256(file) for location, file in sorted(files.items())},
-        size,
-    )
+    except (ModelError, UnsupportedModelError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    return Model(path, proto, payloads, digest, digests, size, stamps)
 
 
 def graphs(proto: ModelProto) -> Iterator[GraphProto]:
@@ -122,11 +135,6 @@ def output_names(body: GraphProto | FunctionProto) -> list[str]:
     if isinstance(body, GraphProto):
         return [value.name for value in body.output]
     return list(body.output)
-
-
-def subgraphs(attribute: AttributeProto) -> list[GraphProto]:
-    """The graphs that an attribute holds."""
-    return [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
 
 
 def tensors(proto: ModelProto) -> Iterator[TensorProto]:
@@ -160,46 +168,62 @@ class Output:
     """A model being written: tensors go in one by one, `save` finishes.
 
     Everything is written into `folder` under its final names, so that it can be loaded and tried
-    there. With `external`, tensors go on to a data file as they come. Without a `target` the
-    model is not meant to leave the folder.
+    there. Tensors go on to a data file as they come; unless the model is to have one (`external`),
+    `save` moves them from there into the model file. Without a `target` the model is not meant to
+    leave the folder.
     """
 
     def __init__(self, folder: Path, target: Path | None, external: bool) -> None:
         self.path = folder / (target.name if target else f"{folder.name}.onnx")
         self._folder = folder
+        self._external = external
         self._published = target is not None
         self._data_path = self.path.with_name(f"{self.path.name}.data")
         folder.mkdir(parents=True)
-        self._data = self._data_path.open("wb") if external else None
+        self._data = self._data_path.open("wb")
 
     def store(self, tensor: TensorProto, raw: bytes | memoryview, inline: bool = False) -> None:
-        """Give the tensor its data: into the protobuf, or on to the data file.
+        """Give the tensor its data: on to the data file, or into the protobuf where it is short.
 
         inline: for tensors in attributes, which cannot have external data.
         """
-        if inline or self._data is None or len(raw) < DETACH_BYTES:
+        if len(raw) < DETACH_BYTES or (inline and self._external):
             for field in ("float_data", "int32_data", "external_data", "data_location"):
                 tensor.ClearField(field)
             tensor.raw_data = bytes(raw)
             return
-        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
-        refer(tensor, self._data_path.name, self._data.tell(), len(raw))
+        self._refer(tensor, len(raw))
         self._data.write(raw)
+
+    def _refer(self, tensor: TensorProto, length: int) -> None:
+        self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
+        refer(tensor, self._data_path.name, self._data.tell(), length)
 
     def save(self, proto: ModelProto, source: Model) -> None:
         """Write the proto; tensors that still refer to the source's data bring it along."""
         for graph in graphs(proto):
             for tensor in graph.initializer:
                 if _is_detached(tensor):
-                    self.store(tensor, source.raw(tensor))
+                    region = source.region(tensor)
+                    self._refer(tensor, region.length)
+                    region.copy_to(self._data)
         for tensor in attribute_tensors(proto):
             if _is_detached(tensor):
                 self.store(tensor, source.raw(tensor), inline=True)
-        if self._data:
-            self._data.close()
-            if self._published:
-                self._name_data(proto)
-        self.path.write_bytes(proto.SerializeToString(deterministic=True))
+        self._data.close()
+        if self._external and self._published:
+            self._name_data(proto)
+        content = proto.SerializeToString(deterministic=True)
+        if self._external:
+            self.path.write_bytes(content)
+            return
+        with self.path.open("wb") as stream:
+            wire.write_whole(content, self._region, stream)
+        self._data_path.unlink()
+
+    def _region(self, tensor: TensorProto) -> Region:
+        offset, length = int(disk.entry(tensor, "offset")), int(disk.entry(tensor, "length"))
+        return Region(self._data_path, offset, length)
 
     @property
     def size(self) -> int:
@@ -208,7 +232,7 @@ class Output:
 
     def finished(self, target: Path) -> Finished:
         """The files, ready to be published."""
-        return Finished(self.path, self._data_path if self._data else None, target)
+        return Finished(self.path, self._data_path if self._external else None, target)
 
     def _name_data(self, proto: ModelProto) -> None:
         """Give the data file the name that `publish` demands, and refer to it by that."""
@@ -222,64 +246,78 @@ class Output:
                         entry.value = self._data_path.name
 
 
+def raw_bytes(values: npt.NDArray[Any]) -> memoryview:
+    """The bytes of an array, as a tensor's raw_data has them; not copied if they lie in order."""
+    return contiguous(values).reshape(-1).view(np.uint8).data
+
+
+def contiguous(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array in C order; itself if it is."""
+    if values.ndim < 2 or values.flags.c_contiguous:
+        return np.ascontiguousarray(values)
+    result = np.empty(values.shape, values.dtype)
+    assign(result, values)
+    return result
+
+
+def assign(into: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
+    """into[...] = values, in strips: numpy's way through a turned matrix is 5 times as long."""
+    for start in range(0, into.shape[-1], STRIP):
+        into[..., start : start + STRIP] = values[..., start : start + STRIP]
+
+
 def file_sha256(file: Path) -> str:
     """Hex digest of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _detach(path: Path, proto: ModelProto) -> tuple[dict[str, bytes | Region], dict[str, Path]]:
-    """Turn large and external tensors into references; their data, and the files by location."""
-    payloads: dict[str, bytes | Region] = {}
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Equal to a later one only if the file has not been touched in between."""
+    now = file.stat()
+    recent = time.time_ns() - now.st_ctime_ns
+    racy = time.monotonic_ns() if recent < RACY else 0
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns, racy
+
+
+def _parsed(path: Path, itself: str) -> ModelProto:
+    """The protobuf, in which large tensors refer to their place in the file, as `itself`."""
+    proto = ModelProto()
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            proto.ParseFromString(wire.skeleton(data, DETACH_BYTES, itself))
+    return proto
+
+
+def _detach(
+    path: Path, proto: ModelProto, itself: str
+) -> tuple[dict[str, Region], dict[str, Path]]:
+    """Where the data of the tensors that refer to it lies; and the data files by location.
+
+    The references become keys of the first, so that those of the source and those of an output
+    are not mistaken for each other.
+    """
+    payloads: dict[str, Region] = {}
     files: dict[str, Path] = {}
+    external: list[tuple[TensorProto, Region]] = []
     for tensor in tensors(proto):
-        payload: bytes | Region = tensor.raw_data
-        if tensor.data_location == TensorProto.EXTERNAL:
-            location = _entry(tensor, "location")
-            files[location] = _external_path(path, tensor.name, location)
-            payload = _region(path, tensor, files[location])
-        elif len(tensor.raw_data) < DETACH_BYTES:
+        if tensor.data_location != TensorProto.EXTERNAL:
             continue
+        location = disk.entry(tensor, "location")
+        if location == itself:
+            region = disk.region(tensor, path)
+        else:
+            file = files.get(location) or disk.data_file(path, tensor)
+            files[location] = file
+            region = disk.region(tensor, file)
+            external.append((tensor, region))
         key = f"{_DETACHED}{len(payloads)}"
-        payloads[key] = payload
+        payloads[key] = region
         refer(tensor, key)
+    disk.shared_regions(external)
     return payloads, files
 
 
 def _is_detached(tensor: TensorProto) -> bool:
-    return _entry(tensor, "location").startswith(_DETACHED)
-
-
-def _entry(tensor: TensorProto, key: str) -> str:
-    return next((entry.value for entry in tensor.external_data if entry.key == key), "")
-
-
-def _external_path(model: Path, name: str, location: str) -> Path:
-    """The data file, which must lie under the model's folder or that of its real path."""
-    file = model.parent / location
-    roots = {model.parent.resolve(), model.resolve().parent}
-    if not location or not any(file.resolve().is_relative_to(root) for root in roots):
-        raise ModelError(
-            f"{model}: tensor {name!r} has its data at {location!r}; "
-            "allowed: a file under the model's folder"
-        )
-    if not file.is_file():
-        raise ModelError(f"{model}: tensor {name!r} needs the data file {location!r}, not there")
-    return file
-
-
-def _region(model: Path, tensor: TensorProto, file: Path) -> Region:
-    """Where the tensor's data lies; it must be as long as its shape says, and inside the file."""
-    size = file.stat().st_size
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    count = int(np.prod(tensor.dims, dtype=np.int64))
-    bits = 4 if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) else 8 * dtype.itemsize
-    needed = (count * bits + 7) // 8
-    offset = int(_entry(tensor, "offset") or 0)
-    length = int(_entry(tensor, "length") or needed)
-    if length != needed or offset < 0 or offset + length > size:
-        raise ModelError(
-            f"{model}: tensor {tensor.name!r} needs {needed} bytes but refers to {length} bytes "
-            f"at {offset} of {file.name!r}, which has {size}"
-        )
-    return Region(file, offset, length)
+    return disk.entry(tensor, "location").startswith(_DETACHED)

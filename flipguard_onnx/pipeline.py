@@ -8,44 +8,37 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 
 from . import __version__
-from .activations import Activations
+from .activations import record
+from .alignment import budget
+from .detection import Examined, conclude, examine
 from .emit import (
     Quantized,
     Rewritten,
     Sink,
     converted,
-    decoded_values,
     guarded_values,
     inlined,
     needed_opset,
 )
-from .errors import (
-    DriftError,
-    ModelError,
-    SchemeError,
-    UnsupportedModelError,
-    ValidationError,
-)
+from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
 from .feedback import Inputs
-from .flip import Policy, flip, tensor_key
+from .flip import Policy, tensor_key
 from .kernels import get_backend
 from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model
 from .options import EMITS, Format, draw_seeds, one_of, output_paths, preserve_mode
+from .parts import flip_weight
 from .publish import check_target, publish, workspace
 from .report import Inspection, Report, Tensor, Verification
 from .runtime import require_openable
 from .schemes import SCHEMES
-from .validate import MAX_DRIFT, Candidates, Validation, compare
+from .trial import Trial
+from .validate import MAX_DRIFT
 from .weights import Skipped, Weight, find_weights
 
-PRESERVE_SECONDS = 60.0  # error feedback that takes longer is not switched on by itself
-
-Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+Progress = Callable[[str, int, int], None]  # stage, bytes (or steps) done, and in all
 
 
 def guard(
@@ -93,13 +86,14 @@ def guard(
         made-up inputs), "data" (on those of `data`), "off", or "auto": "data" where there is any,
         else "synthetic", unless it would take longer than a minute
     data : .npz file with inputs for `preserve` and for the validation; by default they are made up
-    max_memory : MiB for the statistics of `preserve`
+    max_memory : MiB for the statistics of `preserve`; a larger model is not run whole: then sampled
+        layers are validated, and "auto" feeds no errors forward
     max_drift : allowed drift from the original, as a multiple of plain quantization's
     output : path to write; by default beside the input
     force : overwrite an existing output
     validate : try the result with onnxruntime before it appears at `output`
     standard_ops : only operators of the ONNX standard, none of com.microsoft
-    progress : called with (stage, steps done, steps in all)
+    progress : called with (stage, done, in all): bytes of weights while guarding, else steps
 
     Returns
     -------
@@ -116,6 +110,7 @@ def guard(
     rule = Policy(policy, tau, ratio)
     mode = preserve_mode(preserve, policy, data)
     one_of("emit", emit, EMITS)
+    most = max_memory << 20
     feeds = Path(data) if data else None
     backend = get_backend(device)
     say = progress or (lambda *_: None)
@@ -133,30 +128,46 @@ def guard(
             source = flat
             weights, skipped = _find(source, include, exclude)
         plan = form.plans(weights)
-        prepared = converted(source, opset)
+        prepared = converted(source, opset, weights)
         folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
         activations, note = None, None
         if mode != "off":
             say("running the float model", 0, 1)
-            activations, note = _activations(
-                source, weights, folder / "probe", max_memory, feeds, preserve == "auto"
+            activations, note = record(
+                source, weights, folder / "probe", most, feeds, preserve == "auto"
             )
+            if activations:
+                say(f"error feedback, about {activations.seconds:.0f} s", 0, 1)
+        trial = None
+        if validate:
+            kinds = [kind for kind, _ in plan]
+            trial = Trial.of(
+                source, prepared, weights, kinds, standard_ops, most, folder / "layers"
+            )
+        examined: list[Examined] = []
+        scanning = 0.0
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
-            sinks = _sinks(source, prepared, targets, folder / str(draw), validate, standard_ops)
+            drawn = folder / str(draw)
+            sinks = _sinks(source, prepared, targets, drawn, trial, standard_ops)
             tensors: list[Tensor] = []
+            tick = _meter(say, "guarding", sum(weight.nbytes for weight in weights))
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
-                say("guarding", len(tensors), len(weights))
-                values = weight.canonical(_finite(source, weight))
+                if draw == 1:
+                    begun = time.perf_counter()
+                    examined.append(examine(source, weight))
+                    scanning += time.perf_counter() - begun
                 key = tensor_key(drawn_seed, weight.name)
                 inputs = activations.of(weight) if activations else None
                 unfed = inputs if isinstance(inputs, str) else None
                 fed = inputs if isinstance(inputs, Inputs) else None
-                flips = flip(weight.name, values, kind, blocks, rule, key, backend, fed)
+                flips = flip_weight(
+                    source, weight, kind, blocks, rule, key, backend, fed, "float" in sinks, tick
+                )
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
-                tensors.append(Tensor.of(weight, kind, flips, unfed))
-            say("guarding", len(tensors), len(weights))
+                left = budget(source, weight, flips, rule)
+                tensors.append(Tensor.of(weight, kind, flips, unfed, left))
             report = Report(
                 version=__version__,
                 input=str(source.path),
@@ -178,14 +189,16 @@ def guard(
                 device=backend.__name__.rpartition(".")[2],
                 tensors=tuple(tensors),
                 skipped=tuple(skipped),
+                scan=conclude(source, examined, skipped, scanning),
             )
             for sink in sinks.values():
-                sink.save(source, report.metadata())
-            if not validate:
+                sink.save(report.metadata())
+            if not trial:
                 break
             say("validating", 0, 1)
             try:
-                tried = _try(source, sinks, feeds, max_drift)
+                files = {kind: sink.output.path for kind, sink in sinks.items()}
+                tried = trial.run(source, files, feeds, max_drift, drawn)
             except DriftError:
                 if draw == len(seeds):
                     raise
@@ -193,7 +206,7 @@ def guard(
             report = replace(report, validation=tried)
             say("validating", 1, 1)
             break
-        _require_unchanged(source)
+        source.require_unchanged()
         finished = {target: sinks[wanted].output for wanted, target in targets.items()}
         written = {str(target): output.size for target, output in finished.items()}
         publish([output.finished(target) for target, output in finished.items()], force)
@@ -219,7 +232,7 @@ def inspect(
     weights, skipped = _find(source, include, exclude)
     tensors, saved = [], 0
     for weight, (kind, blocks) in zip(weights, form.plans(weights), strict=True):
-        width = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type).itemsize
+        width = weight.nbytes // weight.size
         saved += weight.size * width - (weight.size * kind.bits // 8 + blocks.count * width)
         tensors.append(Tensor.of(weight, kind))
     return Inspection(
@@ -239,6 +252,7 @@ def verify(
     scheme: str | None = None,
     *,
     data: str | os.PathLike[str] | None = None,
+    max_memory: int = 1024,
     max_drift: float = MAX_DRIFT,
 ) -> Verification:
     """Validate any model against the one that it was made from.
@@ -258,10 +272,16 @@ def verify(
         granularity = record.get("flipguard.granularity", granularity)
         recorded = record.get("flipguard.block_size", "")
         block_size = int(recorded) if recorded.isdecimal() else None
+    form = Format(scheme, granularity, block_size)
     with workspace(Path(tempfile.gettempdir())) as folder:
+        weights, _ = _find(source, (), ())
+        kinds = [kind for kind, _ in form.plans(weights)]
+        trial = Trial.of(
+            source, source.proto, weights, kinds, False, max_memory << 20, folder / "layers"
+        )
         plain = folder / "plain.onnx"
         guard(
-            source.path,
+            trial.source.path,
             scheme,
             granularity=granularity,
             block_size=block_size,
@@ -269,8 +289,8 @@ def verify(
             output=plain,
             validate=False,
         )
-        files = Candidates(source.path, plain, candidate.path)
-        result = compare(source, files, Path(data) if data else None, max_drift)
+        files = {"plain": plain, "qdq": candidate.path}
+        result = trial.run(source, files, Path(data) if data else None, max_drift, folder)
     return Verification(
         str(source.path),
         str(candidate.path),
@@ -311,36 +331,12 @@ def _find(
     return weights, skipped
 
 
-def _activations(
-    source: Model,
-    weights: list[Weight],
-    folder: Path,
-    max_memory: int,
-    data: Path | None,
-    optional: bool,
-) -> tuple[Activations | None, str | None]:
-    """What the weights are multiplied with, or None and the reason.
-
-    optional: go without where it cannot be had, or takes longer than PRESERVE_SECONDS.
-    """
-    try:
-        activations = Activations(source, weights, folder, max_memory << 20, data)
-    except (UnsupportedModelError, ValidationError) as error:
-        if not optional:
-            raise
-        return None, str(error)
-    if optional and activations.seconds > PRESERVE_SECONDS:
-        minutes = activations.seconds / 60
-        return None, f"it would take about {minutes:.0f} min; --preserve synthetic switches it on"
-    return activations, None
-
-
 def _sinks(
     source: Model,
     prepared: onnx.ModelProto,
     targets: dict[str, Path],
     folder: Path,
-    validate: bool,
+    trial: Trial | None,
     standard_ops: bool,
 ) -> dict[str, Sink]:
     """Everything that this run writes: what was asked for, and what the validation compares."""
@@ -350,36 +346,21 @@ def _sinks(
         return Output(folder / kind, targets.get(kind), external)
 
     sinks: dict[str, Sink] = {}
-    if validate or "qdq" in targets:
-        sinks["qdq"] = Quantized(prepared, output("qdq"), standard_ops)
+    if trial or "qdq" in targets:
+        sinks["qdq"] = Quantized(source, prepared, output("qdq"), standard_ops)
     if "float" in targets:
-        sinks["float"] = Rewritten(source.proto, output("float"), guarded_values)
-    if validate:
-        sinks["plain"] = Quantized(prepared, output("plain"), standard_ops, plain=True)
-        sinks["decoded"] = Rewritten(source.proto, output("decoded"), decoded_values)
-    return sinks
+        sinks["float"] = Rewritten(source, output("float"), guarded_values)
+    return sinks | (trial.sinks(folder, standard_ops) if trial else {})
 
 
-def _try(source: Model, sinks: dict[str, Sink], data: Path | None, max_drift: float) -> Validation:
-    paths = {kind: sink.output.path for kind, sink in sinks.items()}
-    files = Candidates(
-        source.path, paths["plain"], paths["qdq"], paths["decoded"], paths.get("float")
-    )
-    return compare(source, files, data, max_drift)
+def _meter(say: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Takes the bytes done one after the other and reports their sum."""
+    done = 0
 
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        say(stage, done, total)
 
-def _finite(source: Model, weight: Weight) -> npt.NDArray[np.generic]:
-    values = source.array(weight.tensor)
-    bad = values.size - int(np.count_nonzero(np.isfinite(values)))
-    if bad:
-        raise ModelError(
-            f"{source.path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite; "
-            "allowed: finite ones (--exclude leaves a tensor as it is)"
-        )
-    return values
-
-
-def _require_unchanged(source: Model) -> None:
-    now = {name: file_sha256(source.path.parent / name) for name in source.data_sha256}
-    if file_sha256(source.path) != source.sha256 or now != source.data_sha256:
-        raise ModelError(f"{source.path}: changed while it was being guarded; nothing was written")
+    tick(0)
+    return tick

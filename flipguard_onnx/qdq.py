@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from .model import Output
+from .model import Output, contiguous
 from .rewrite import CONTRIB, Rewriter, remove_named
 from .schemes import SCHEMES, Codebook, Grid, Scheme
 from .scopes import Use, attribute
@@ -249,7 +249,7 @@ class _Forms:
 
     def _codes(self, codes: Array) -> str:
         """Integer codes: a byte each at 8 bits, two to a byte at 4."""
-        codes = np.ascontiguousarray(codes)
+        codes = contiguous(codes)
         if self._scheme.bits == 8:
             return self._constant("quantized", codes)
         data_type = TensorProto.INT4

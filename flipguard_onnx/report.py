@@ -5,10 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from .findings import Budget, Scan, verdict_lines
 from .flip import Flips
 from .schemes import Scheme
+from .tables import megabytes, skipped_lines, table, text
 from .validate import Drift, Validation, pooled
 from .weights import Skipped, Weight
+
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Tensor:
 
     flips: weights that crossed a boundary. furthest: by how many levels at most. gain: squared
     error of the layer's products with error feedback / without it, on made-up or given inputs;
-    feedback was used where that is below 1. unfed: why it was not tried.
+    feedback was used where that is below 1. unfed: why it was not tried. budget: what an attacker
+    could choose before, and what is left of it, with independent draws.
     """
 
     name: str
@@ -29,16 +33,22 @@ class Tensor:
     furthest: int | None = None
     gain: float | None = None
     unfed: str | None = None
+    budget: Budget | None = None
 
     @classmethod
     def of(
-        cls, weight: Weight, scheme: Scheme, flips: Flips | None = None, unfed: str | None = None
+        cls,
+        weight: Weight,
+        scheme: Scheme,
+        flips: Flips | None = None,
+        unfed: str | None = None,
+        budget: Budget | None = None,
     ) -> "Tensor":
         tensor = cls(weight.name, weight.op, weight.shape, scheme.name, weight.size)
         if flips is None:
             return tensor
         moved = replace(tensor, flips=flips.count, furthest=flips.furthest)
-        return replace(moved, gain=flips.gain, unfed=unfed)
+        return replace(moved, gain=flips.gain, unfed=unfed, budget=budget)
 
     @property
     def preserved(self) -> bool:
@@ -63,10 +73,10 @@ class Inspection:
 
     def render(self) -> str:
         lines = [
-            f"{self.input}  {_megabytes(self.input_bytes)}, sha256 {self.input_sha256[:16]}",
-            f"scheme    {self.scheme}: about {_megabytes(self.output_bytes)} when written",
+            f"{self.input}  {megabytes(self.input_bytes)}, sha256 {self.input_sha256[:16]}",
+            f"scheme    {self.scheme}: about {megabytes(self.output_bytes)} when written",
             "",
-            *_table(
+            *table(
                 ("tensor", "operator", "shape", "scheme", "weights"),
                 [
                     (t.name, t.op, "x".join(map(str, t.shape)), t.scheme, f"{t.weights:,}")
@@ -74,10 +84,10 @@ class Inspection:
                 ],
             ),
             "",
-            *_skipped_lines(self.skipped, names=True),
+            *skipped_lines(self.skipped, names=True),
             _coverage_line(self.tensors, self.skipped),
         ]
-        return "\n".join(lines)
+        return text(lines)
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,8 @@ class Report:
 
     outputs: bytes by path. preserve: the inputs on which errors were fed forward, "off" if they
     were not; preserve_note: why. data_sha256: of the inputs that were given. seed: None where the
-    policy draws nothing. draws: how many it took until one passed. seconds: wall time.
+    policy draws nothing. draws: how many it took until one passed. scan: of the input.
+    seconds: wall time.
     """
 
     version: str
@@ -109,6 +120,7 @@ class Report:
     device: str
     tensors: tuple[Tensor, ...]
     skipped: tuple[Skipped, ...]
+    scan: Scan | None = None
     validation: Validation | None = None
     outputs: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
@@ -169,27 +181,41 @@ class Report:
         form = self.granularity if self.block_size is None else f"blocks of {self.block_size}"
         share = self.flips / max(self.weights, 1)
         lines = [
-            f"input     {self.input}  {_megabytes(self.input_bytes)}, "
+            f"input     {self.input}  {megabytes(self.input_bytes)}, "
             f"sha256 {self.input_sha256[:16]}",
             f"scheme    {self.scheme}, {form}",
             f"policy    {settings[self.policy]}"
             + ("" if self.seed is None else f", seed {self.seed}"),
             *self._preserve_lines(),
             "",
-            *_table(
+            *table(
                 ("operator", "scheme", "tensors", "weights", "flipped"), _by_operator(self.tensors)
             ),
             "",
-            *_skipped_lines(self.skipped),
+            *skipped_lines(self.skipped),
             _coverage_line(self.tensors, self.skipped) + f", {share:.2%} of them flipped",
+            *self._scan_lines(),
             *(_validation_lines(self.validation) if self.validation else ["", "not validated"]),
             "",
             *(
-                f"written   {path}  {_megabytes(size)} ({size / self.input_bytes:.0%} of the input)"
+                f"written   {path}  {megabytes(size)} ({size / self.input_bytes:.0%} of the input)"
                 for path, size in self.outputs.items()
             ),
         ]
-        return "\n".join(lines)
+        return text(lines)
+
+    def _scan_lines(self) -> list[str]:
+        budgets = [tensor.budget for tensor in self.tensors if tensor.budget]
+        if not self.scan or not budgets:
+            return []
+        nearest, chosen = (sum(getattr(b, name) for b in budgets) for name in ("nearest", "chosen"))
+        random = sum(budget.random**2 for budget in budgets) ** 0.5
+        return [
+            "",
+            *verdict_lines(self.scan.verdict),
+            f"budget    of alignment: {nearest:.4g} when rounded to nearest; guarded, {chosen:.4g} "
+            f"left to choose and {random:.4g} at random",
+        ]
 
     def _preserve_lines(self) -> list[str]:
         if self.preserve == "off":
@@ -239,7 +265,7 @@ class Verification:
             f"measure   plain {self.scheme} quantization of the original",
             *_validation_lines(self.validation),
         ]
-        return "\n".join(lines)
+        return text(lines)
 
 
 def coverage(tensors: Iterable[Tensor], skipped: Iterable[Skipped]) -> float:
@@ -268,20 +294,6 @@ def _coverage_line(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> str
     )
 
 
-def _skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
-    """A line per reason; with `names`, a line per tensor below it, 1-D ones and scalars aside."""
-    reasons: dict[str, list[Skipped]] = defaultdict(list)
-    for tensor in skipped:
-        reasons[tensor.reason].append(tensor)
-    lines = []
-    for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        size = sum(t.size for t in members)
-        lines.append(f"skipped   {len(members)} tensors, {size:,} values: {reason}")
-        if names and reason not in ("1-D", "scalar"):
-            lines += [f"          {t.name}  {'x'.join(map(str, t.shape))}" for t in members]
-    return lines
-
-
 def _validation_lines(validation: Validation) -> list[str]:
     exact = validation.plain_exact, validation.guarded_exact
     default = validation.plain_default, validation.guarded_default
@@ -298,8 +310,13 @@ def _validation_lines(validation: Validation) -> list[str]:
     head = ("output", "run", "relative L2", "cosine", "max abs", "SQNR dB", "top-1")
     return [
         "",
-        *_table(head, rows),
+        *table(head, rows),
         "",
+        *(
+            [f"sampled   {validation.layers} layers: the model is too large to be run whole"]
+            if validation.layers
+            else []
+        ),
         f"valid     on {validation.feeds} inputs ({validation.inputs}): drift of all outputs "
         f"{pooled(validation.guarded_exact):.5f}, plain quantization's "
         f"{pooled(validation.plain_exact):.5f}",
@@ -315,18 +332,3 @@ def _drift_cells(drift: Drift) -> tuple[str, ...]:
         "" if drift.top1 is None else f"{drift.top1:.1%}",
     )
 
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Left-aligned text in the first two columns, right-aligned figures after them."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (head, *rows)
-    ]
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB"

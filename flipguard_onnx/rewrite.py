@@ -1,13 +1,12 @@
 """Edit a graph: add constants and nodes, replace nodes, and tidy up once at the end."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from .model import Output, bodies, graphs, output_names
+from .model import Output, bodies, graphs, output_names, raw_bytes
 from .scopes import CHAIN, Scope
 
 CONTRIB = "com.microsoft"
@@ -41,12 +40,15 @@ class Rewriter:
     def constant(self, scope: Scope, name: str, values: npt.NDArray[Any]) -> str:
         """Add an array as a constant; returns its name."""
         data_type = helper.np_dtype_to_tensor_dtype(values.dtype)
-        return self.tensor(
-            scope, name, data_type, values.shape, np.ascontiguousarray(values).tobytes()
-        )
+        return self.tensor(scope, name, data_type, values.shape, raw_bytes(values))
 
     def tensor(
-        self, scope: Scope, name: str, data_type: int, shape: tuple[int, ...], raw: bytes
+        self,
+        scope: Scope,
+        name: str,
+        data_type: int,
+        shape: tuple[int, ...],
+        raw: bytes | memoryview,
     ) -> str:
         """Add a constant from its bytes: an initializer, or a node where it is a function's."""
         name = self.fresh(name)
@@ -55,7 +57,7 @@ class Rewriter:
             self._output.store(tensor, raw)
             scope.body.initializer.append(tensor)
         else:
-            tensor.raw_data = raw
+            tensor.raw_data = bytes(raw)
             self._prepend(scope, helper.make_node("Constant", [], [name], value=tensor))
         return name
 
@@ -118,18 +120,28 @@ def _all_names(proto: ModelProto) -> set[str]:
 
 def _drop_unread_nodes(proto: ModelProto) -> None:
     """Remove Identity, Transpose, Cast and Constant nodes whose results nothing reads."""
-    dropped = True
-    while dropped:
-        dropped = False
-        read = {name for body in bodies(proto) for node in body.node for name in node.input}
-        read.update(name for body in bodies(proto) for name in output_names(body))
-        for body in bodies(proto):
-            for index in reversed(range(len(body.node))):
-                node = body.node[index]
-                passes_on = node.op_type in (*CHAIN, "Constant")
-                if passes_on and not read.intersection(node.output):
-                    del body.node[index]
-                    dropped = True
+    readers = Counter(name for body in bodies(proto) for node in body.node for name in node.input)
+    readers.update(name for body in bodies(proto) for name in output_names(body))
+    makers: dict[str, list[NodeProto]] = defaultdict(list)
+    for body in bodies(proto):
+        for node in body.node:
+            if node.op_type in (*CHAIN, "Constant"):
+                for name in node.output:
+                    makers[name].append(node)
+    unread: dict[int, NodeProto] = {}
+    pending = [node for nodes in makers.values() for node in nodes]
+    while pending:
+        node = pending.pop()
+        if id(node) in unread or any(readers[name] for name in node.output):
+            continue
+        unread[id(node)] = node
+        readers.subtract(node.input)
+        for name in node.input:
+            pending += makers[name]
+    for body in bodies(proto):
+        for index in reversed(range(len(body.node))):
+            if id(body.node[index]) in unread:
+                del body.node[index]
 
 
 def _import_what_is_used(proto: ModelProto) -> None:

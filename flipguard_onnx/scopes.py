@@ -1,13 +1,14 @@
 """Who reads which value: name resolution across graphs, subgraphs and model-local functions."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from .model import output_names, subgraphs
+from .intake import subgraphs
+from .model import output_names
 
 # Weight inputs by operator; the order decides whose layout a shared tensor gets.
 ROLES = {
@@ -21,8 +22,12 @@ ROLES = {
     "Gather": (0,),
 }
 CHAIN = ("Identity", "Transpose", "Cast")  # a weight is followed through these
+STANDARD = ("", "ai.onnx")  # domains of the standard operators
 VIEWS = ("Slice", "Split", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Flatten")
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+Value = tuple[int, str]  # the id of the scope that defines it, and its name
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,16 @@ class Readers:
     def __init__(self, proto: ModelProto) -> None:
         self.scopes: list[Scope] = []
         self.functions: dict[tuple[str, str], Scope] = {}
-        self._edges: dict[tuple[int, str], list[tuple[Scope, NodeProto, int]]] = defaultdict(list)
-        self._outputs: set[tuple[int, str]] = set()
+        self._edges: dict[Value, list[tuple[Scope, NodeProto, int]]] = defaultdict(list)
+        self._outputs: set[Value] = set()
         for function in proto.functions:
             scope = self._enter(function, None)
             self.functions[function.domain, function.name] = scope
         self._enter(proto.graph, None)
         for scope in self.scopes:
             self._connect(scope)
+        self._roles = self._reaching(self._weighted(), self._passed_on)
+        self._leaving = self._reaching(((value, "") for value in self._outputs), self._renamed)
 
     def _enter(self, body: GraphProto | FunctionProto, parent: Scope | None) -> Scope:
         scope = Scope(body, parent)
@@ -135,46 +142,92 @@ class Readers:
 
     def is_output(self, scope: Scope, name: str) -> bool:
         """Whether the value, or one that merely renames or casts it, leaves its graph."""
-        if (id(scope), name) in self._outputs:
-            return True
-        return any(
-            node.op_type in CHAIN and self.is_output(reader, node.output[0])
-            for reader, node, _ in self._edges[id(scope), name]
-        )
+        return (id(scope), name) in self._leaving
 
     def uses(self, scope: Scope, name: str, perm: tuple[int, ...], elem_type: int) -> Iterator[Use]:
         """Where the value ends up, seen through Identity, Transpose and Cast."""
-        for reader, node, index in self._edges[id(scope), name]:
-            if node.domain not in ("", "ai.onnx"):
-                op = self._role(reader, node, index)
-                yield Use(reader, node, index, op, perm, elem_type, direct=False)
-            elif node.op_type == "Identity":
-                yield from self.uses(reader, node.output[0], perm, elem_type)
-            elif node.op_type == "Transpose":
-                order = attribute(node, "perm", list(reversed(range(len(perm)))))
-                turned = tuple(perm[axis] for axis in order)
-                yield from self.uses(reader, node.output[0], turned, elem_type)
-            elif node.op_type == "Cast" and attribute(node, "to", 0) in FLOATS:
-                yield from self.uses(reader, node.output[0], perm, attribute(node, "to", 0))
+        pending = [(iter(self._edges[id(scope), name]), perm, elem_type)]
+        while pending:
+            edges, perm, elem_type = pending[-1]
+            reader, node, index = next(edges, (scope, None, 0))
+            if node is None:
+                pending.pop()
+            elif chained := self._chained(node, perm, elem_type):
+                pending.append((iter(self._edges[id(reader), node.output[0]]), *chained))
             else:
+                direct = node.domain in STANDARD and node.op_type not in VIEWS
                 op = self._role(reader, node, index)
-                direct = node.op_type not in VIEWS
                 yield Use(reader, node, index, op, perm, elem_type, direct)
+
+    def _chained(
+        self, node: NodeProto, perm: tuple[int, ...], elem_type: int
+    ) -> tuple[tuple[int, ...], int] | None:
+        """Order of axes and type behind a node that changes only these; None behind others."""
+        if node.domain not in STANDARD:
+            return None
+        if node.op_type == "Identity":
+            return perm, elem_type
+        if node.op_type == "Transpose":
+            order = attribute(node, "perm", list(reversed(range(len(perm)))))
+            return (
+                (tuple(perm[axis] for axis in order), elem_type)
+                if len(order) == len(perm)
+                else None
+            )
+        if node.op_type == "Cast" and attribute(node, "to", 0) in FLOATS:
+            return perm, attribute(node, "to", 0)
+        return None
 
     def _role(self, scope: Scope, node: NodeProto, index: int) -> str:
         """The weighted operator that this input serves, itself or behind views and functions."""
-        if node.op_type in ROLES and node.domain in ("", "ai.onnx"):
+        if node.op_type in ROLES and node.domain in STANDARD:
             return node.op_type if index in ROLES[node.op_type] else ""
-        if function := self.functions.get((node.domain, node.op_type)):
-            behind = [(function, str(function.body.input[index]))]
-        elif node.op_type in VIEWS and (index == 0 or node.op_type == "Concat"):
-            behind = [(scope, name) for name in node.output]
-        else:
-            return ""
-        axes = tuple(range(8))  # only the operators matter here
-        uses = (use for inner, name in behind for use in self.uses(inner, name, axes, 0))
-        ops = [use.op for use in uses if use.op not in ("", "Gather")]
+        behind = (self._roles.get(key, set()) for key in self._passed_on(scope, node, index))
+        ops = set().union(*behind) - {"Gather"}
         return min(ops, key=list(ROLES).index, default="")
+
+    def _passed_on(self, scope: Scope, node: NodeProto, index: int) -> list[Value]:
+        """The values that hold what this input holds, or a part or another shape of it."""
+        if function := self.functions.get((node.domain, node.op_type)):
+            names = function.body.input
+            return [(id(function), str(names[index]))] if index < len(names) else []
+        if node.op_type in VIEWS and (index == 0 or node.op_type == "Concat"):
+            return [(id(scope), name) for name in node.output]
+        if node.op_type == "Cast" and attribute(node, "to", 0) not in FLOATS:
+            return []
+        return self._renamed(scope, node, index)
+
+    def _renamed(self, scope: Scope, node: NodeProto, index: int) -> list[Value]:
+        """The value that is this input under another name, type or order of axes."""
+        is_chain = node.op_type in CHAIN and node.domain in STANDARD
+        return [(id(scope), node.output[0])] if is_chain else []
+
+    def _weighted(self) -> Iterator[tuple[Value, str]]:
+        """Every value that an operator of ROLES reads as its weight, with that operator."""
+        for value, edges in self._edges.items():
+            for _, node, index in edges:
+                if node.domain in STANDARD and index in ROLES.get(node.op_type, ()):
+                    yield value, node.op_type
+
+    def _reaching(
+        self,
+        goals: Iterable[tuple[Value, str]],
+        passed_on: Callable[[Scope, NodeProto, int], list[Value]],
+    ) -> dict[Value, set[str]]:
+        """By value: the goals that it reaches; found backwards, each value once for each goal."""
+        sources: dict[Value, list[Value]] = defaultdict(list)
+        for value, edges in self._edges.items():
+            for scope, node, index in edges:
+                for target in passed_on(scope, node, index):
+                    sources[target].append(value)
+        reached: dict[Value, set[str]] = defaultdict(set)
+        pending = list(goals)
+        while pending:
+            value, goal = pending.pop()
+            if goal not in reached[value]:
+                reached[value].add(goal)
+                pending.extend((source, goal) for source in sources[value])
+        return reached
 
     def computed(self) -> Iterator[tuple[str, str]]:
         """Weight inputs that no constant reaches, with their operators."""
@@ -186,18 +239,25 @@ class Readers:
             for name in node.output
         }
 
+        known = dict.fromkeys(constant, True)
+
         def is_constant(scope: Scope, name: str) -> bool:
-            key = (id(scope.owner(name)), name)
-            if key in constant or key not in makers:
-                return key in constant
-            maker_scope, maker = makers[key]
-            if maker.op_type not in (*VIEWS, *CHAIN):
-                return False
-            return is_constant(maker_scope, maker.input[0])
+            passed = []
+            while (key := (id(scope.owner(name)), name)) not in known:
+                passed.append(key)
+                scope, maker = makers.get(key, (scope, None))
+                if maker is None or maker.op_type not in (*VIEWS, *CHAIN) or not maker.input:
+                    known[key] = False
+                else:
+                    name = maker.input[0]
+            known.update(dict.fromkeys(passed, known[key]))
+            return known[key]
 
         for scope in self.scopes:
             for node in scope.body.node:
                 if node.op_type in ("MatMul", "Gather") or node.op_type not in ROLES:
+                    continue
+                if node.domain not in STANDARD:
                     continue
                 for index in ROLES[node.op_type]:
                     if not is_constant(scope, node.input[index]):

@@ -1,9 +1,11 @@
 """Inputs for statistics of activations, made up so that they resemble real ones.
 
 Token ids of a decoder are sampled from the decoder itself: for a sound model that is what it was
-trained on. Other ids are drawn uniformly. Images and sequences are random fields with the spectrum
-of natural ones (amplitude falls with frequency), in the range that the graph suggests; vectors are
-white noise in that range. The rest is as in `feeds`.
+trained on. Other ids are drawn uniformly. Images and sequences are patches that cover each other
+("dead leaves", which have the edges and the spectrum of natural images) under a texture whose
+amplitude falls with frequency, in the range that the graph suggests; vectors are white noise in
+that range. The state of a streaming model is zero, as at a stream's start: noise in
+its place is nothing that the model ever meets. The rest is as in `feeds`.
 """
 
 from collections.abc import Iterator
@@ -13,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto
 
-from .feeds import BATCH, Feed, Input, signature, values
+from .feeds import BATCH, Feed, Input, node_readers, signature, values
 from .model import Model
 
 ROUNDS = 16  # of sampling from a decoder
+PATCHES = 60  # in one sample
 STEEPEST = 1.5  # exponent of the fall of a field's amplitude with frequency
 CHANNELS = (1, 3, 4)  # sizes of an axis that is not a place in an image
+STATES = ("cache", "past")
 _AFFINE = ("Sub", "Add", "Mul", "Div")
 _PASSED_ON = ("Cast", "Identity", "Transpose", "Unsqueeze", "Reshape")
 
@@ -43,6 +47,8 @@ def _value(
     source: Model, wanted: Input, like: tuple[int, ...], batch: int, rng: np.random.Generator
 ) -> npt.NDArray[Any]:
     shape = tuple(batch if d == BATCH else n for d, n in zip(wanted.dims, like, strict=True))
+    if is_state(source, wanted):
+        return np.zeros(shape, wanted.dtype)
     if np.issubdtype(wanted.dtype, np.floating) and "mask" not in wanted.name.lower():
         mean, deviation = input_range(source, wanted.name)
         return (mean + deviation * _field(shape, rng)).astype(wanted.dtype)
@@ -51,23 +57,66 @@ def _value(
     return values(wanted, shape, max(like, default=1), rng)
 
 
+def is_state(source: Model, wanted: Input) -> bool:
+    """Whether the input is what an output hands on to the next call, by its name and shape."""
+    name = wanted.name.lower()
+    if not (any(word in name for word in STATES) or name.endswith("state")):
+        return False
+    for value in source.proto.graph.output:
+        dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        pairs = zip(dims, wanted.dims, strict=False)
+        if len(dims) == len(wanted.dims) and all(
+            isinstance(mine, str) or theirs in (0, mine) for theirs, mine in pairs
+        ):
+            return True
+    return False
+
+
 def _field(shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """A Gaussian field of mean 0, variance 1 per sample; smoother or rougher from call to call.
+    """Patches with more or less texture: mean 0, variance 1 per sample.
 
     Of a plain vector per sample nobody knows which entries are neighbours: white noise.
     """
-    noise = rng.standard_normal(shape)
     places = [a for a in range(1, len(shape)) if shape[a] > max(CHANNELS)]
     if not places or len(shape) == 2:
-        return noise
+        return rng.standard_normal(shape)
+    return _standardized(_patches(shape, places, rng) + rng.random() * _texture(shape, places, rng))
+
+
+def _standardized(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Mean 0, variance 1 per sample."""
+    rest = tuple(range(1, x.ndim))
+    x = x - x.mean(axis=rest, keepdims=True)
+    return np.asarray(x / np.maximum(x.std(axis=rest, keepdims=True), 1e-12))
+
+
+def _patches(
+    shape: tuple[int, ...], places: list[int], rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """Boxes of all sizes, equally many in every octave, each of one Gaussian value per channel."""
+    field = np.zeros(shape)
+    values = [1 if axis in places else shape[axis] for axis in range(1, len(shape))]
+    for sample in field:
+        for _ in range(PATCHES):
+            box = [slice(None)] * sample.ndim
+            for axis in places:
+                size = max(1, int(shape[axis] ** rng.random()))
+                start = int(rng.integers(1 - size, shape[axis]))
+                box[axis - 1] = slice(max(start, 0), start + size)
+            sample[tuple(box)] = rng.standard_normal(values)
+    return _standardized(field)
+
+
+def _texture(
+    shape: tuple[int, ...], places: list[int], rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """A Gaussian field, smoother or rougher from call to call."""
     frequencies = np.meshgrid(*(np.fft.fftfreq(shape[a]) * shape[a] for a in places), indexing="ij")
     distance = np.sqrt(sum(f**2 for f in frequencies))
     amplitude = (1 + distance) ** -rng.uniform(0, STEEPEST)
     widened = amplitude.reshape([shape[a] if a in places else 1 for a in range(len(shape))])
-    field = np.fft.ifftn(np.fft.fftn(noise, axes=places) * widened, axes=places).real
-    rest = tuple(range(1, len(shape)))
-    field -= field.mean(axis=rest, keepdims=True)
-    return np.asarray(field / np.maximum(field.std(axis=rest, keepdims=True), 1e-12))
+    noise = np.fft.fftn(rng.standard_normal(shape), axes=places)
+    return _standardized(np.fft.ifftn(noise * widened, axes=places).real)
 
 
 def input_range(source: Model, name: str) -> tuple[float, float]:
@@ -109,16 +158,13 @@ def _undone(gain: float, shift: float, mean: float, deviation: float) -> tuple[f
 
 def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
     """The nodes that read the value one after the other, as long as each has one reader."""
-    while True:
-        readers = [node for node in proto.graph.node if name in node.input]
-        if len(readers) != 1 or readers[0].op_type not in (
-            *_AFFINE,
-            *_PASSED_ON,
-            "BatchNormalization",
-        ):
+    readers = node_readers(proto)
+    while len(readers[name]) == 1:
+        node = readers[name][0]
+        if node.op_type not in (*_AFFINE, *_PASSED_ON, "BatchNormalization"):
             return
-        yield readers[0]
-        name = readers[0].output[0]
+        yield node
+        name = node.output[0]
 
 
 def _from_the_model(

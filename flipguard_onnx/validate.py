@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from .errors import DriftError, ValidationError, first_line
-from .feeds import load_feeds, made_up_feeds
+from . import runtime
+from .errors import DriftError, RunError, ValidationError
+from .feeds import NONE_FIT, load_feeds, made_up_feeds
 from .model import Model, tensors
-from .runtime import open_session
 
 MAX_DRIFT = 3.0  # unbiased draws double the squared error of a weight: 1.41 times in relative L2
 SMALL_SAMPLE = 8.0  # n output values widen the bound by 1 + 8 / sqrt(n)
@@ -55,7 +55,8 @@ class Validation:
     """What was run and what came out: one Drift per output for every model and way of running it.
 
     exact: with DequantizeLinear folded to float32 at load. default: as onnxruntime runs the file.
-    moved: the float model with moved weights, where one was written.
+    moved: the float model with moved weights, where one was written. layers: how many were run
+    instead of the models, which are too large; 0: whole models.
     """
 
     feeds: int
@@ -66,6 +67,7 @@ class Validation:
     plain_default: tuple[Drift, ...]
     guarded_default: tuple[Drift, ...]
     moved: tuple[Drift, ...] = ()
+    layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,22 +92,23 @@ class Runner:
         types = {tensor.data_type for tensor in tensors(source.proto)}
         coarse = types & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
         self.infidelity = INFIDELITY_16_BIT if coarse else INFIDELITY
+        self._size = source.size
         self._results: dict[tuple[Path, bool], tuple[list[str], list[list[Array]]]] = {}
         if data:
             self.feeds = load_feeds(data, source.proto)
             self.names, self.expected = self._run(source.path, exact=True)
             return
-        problem = "no inputs"
-        session = open_session(source.path, exact=True)
+        problem = NONE_FIT
+        session = runtime.open_session(source.path, exact=True, size=source.size)
         for feeds in made_up_feeds(source.proto, source.size):
             try:
                 outputs = [session.run(None, feed) for feed in feeds]
-            except Exception as error:  # onnxruntime raises bare exceptions of many types
-                problem = first_line(error)
+            except RunError as error:
+                problem = str(error)
                 continue
             if all(_finite(value) for values in outputs for value in values):
                 self.feeds, self.expected = feeds, outputs
-                self.names = [output.name for output in session.get_outputs()]
+                self.names = session.outputs
                 return
             problem = "it returns NaN or infinity"
         raise ValidationError(
@@ -139,12 +142,12 @@ class Runner:
         return self._results[path, exact]
 
     def _run_once(self, path: Path, exact: bool) -> tuple[list[str], list[list[Array]]]:
-        session = open_session(path, exact)
+        session = runtime.open_session(path, exact, self._size)
         try:
             outputs = [session.run(None, feed) for feed in self.feeds]
-        except Exception as error:
-            raise ValidationError(f"{path.name}: does not run: {first_line(error)}") from None
-        names = [output.name for output in session.get_outputs()]
+        except RunError as error:
+            raise ValidationError(f"{path.name}: does not run: {error}") from None
+        names = session.outputs
         for name, values in zip(names, zip(*outputs, strict=True), strict=True):
             if not all(_finite(value) for value in values):
                 raise ValidationError(f"{path.name}: output {name!r} holds NaN or infinity")
@@ -160,7 +163,7 @@ def compare(
     """
     runner = Runner(source, data)
     for path in filter(None, (files.guarded, files.moved)):
-        check_model(path, files.original)
+        check_model(path, source)
     if files.decoded:
         runner.require_equal(files.decoded, files.guarded)
     result = Validation(
@@ -180,16 +183,11 @@ def compare(
     return result
 
 
-def check_model(path: Path, original: Path) -> None:
+def check_model(path: Path, source: Model) -> None:
     """onnx.checker must accept the file, unless it does not accept the original either."""
-    try:
-        onnx.checker.check_model(str(path))
-    except onnx.checker.ValidationError as error:
-        try:
-            onnx.checker.check_model(str(original))
-        except onnx.checker.ValidationError:
-            return
-        raise ValidationError(f"{path.name}: onnx.checker: {first_line(error)}") from None
+    problem = runtime.check(path, source.size)
+    if problem and not runtime.check(source.path, source.size):
+        raise ValidationError(f"{path.name}: onnx.checker: {problem}")
 
 
 def pooled(drifts: Sequence[Drift]) -> float:

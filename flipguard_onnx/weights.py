@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from .errors import UnsupportedModelError
+from .model import contiguous
 from .schemes import Blocks
 from .scopes import FLOATS, ROLES, Readers, Scope, Use
 
@@ -53,6 +54,10 @@ class Weight:
         return prod(self.shape)
 
     @property
+    def nbytes(self) -> int:
+        return self.size * helper.tensor_dtype_to_np_dtype(self.tensor.data_type).itemsize
+
+    @property
     def perm(self) -> tuple[int, ...]:
         """Axes in canonical order: those of the output channels, then all others."""
         return self.rows + tuple(a for a in range(len(self.shape)) if a not in self.rows)
@@ -65,7 +70,7 @@ class Weight:
 
     def canonical(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Stored layout to flat rows of output channels."""
-        return np.ascontiguousarray(values.transpose(self.perm)).reshape(-1)
+        return contiguous(values.transpose(self.perm)).reshape(-1)
 
     def stored(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Flat rows of output channels back to the stored layout (a view)."""
@@ -100,9 +105,13 @@ def find_weights(
     skipped: list[Skipped] = []
     quantized: dict[str, int] = defaultdict(int)
     seen: dict[str, int] = defaultdict(int)
+    names: set[str] = set()
     for scope, plain_name, tensor, node in reader.constants():
-        seen[plain_name] += 1
-        name = plain_name if seen[plain_name] == 1 else f"{plain_name}#{seen[plain_name]}"
+        name = plain_name
+        while name in names:
+            seen[plain_name] += 1
+            name = f"{plain_name}#{seen[plain_name] + 1}"
+        names.add(name)
         shape = tuple(tensor.dims)
         uses = tuple(reader.uses(scope, plain_name, tuple(range(len(shape))), tensor.data_type))
         if tensor.data_type in QUANTIZED and prod(shape) >= SMALLEST and len(shape) > 1:

@@ -1,6 +1,9 @@
 """What weights are multiplied with: recorded from the float model, on made-up inputs or given."""
 
 import hashlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -11,7 +14,7 @@ from onnx import TensorProto, helper
 from samples import SAMPLES, matmul, model, node, save, weights
 
 import flipguard_onnx
-from flipguard_onnx import SchemeError, UnsupportedModelError, pipeline
+from flipguard_onnx import SchemeError, UnsupportedModelError
 from flipguard_onnx.activations import Activations
 from flipguard_onnx.cli import main
 from flipguard_onnx.feedback import Inputs
@@ -205,6 +208,35 @@ def test_made_up_images_fill_the_range_and_are_smooth(tmp_path):
     assert neighbours.max() > 2 * max(neighbours.min(), 0.1)  # some smooth, some rough
 
 
+def streaming(name, rows, kept="n"):
+    """Adds what came before to its input, and hands it on."""
+    return model(
+        [node("Concat", f"{name} x", "all", axis=0), node("MatMul", "all w", "y")],
+        {"x": (F, ["n", 70]), name: (F, [rows, 70])},
+        {"y": (F, ["n", 33]), "all": (F, [kept, 70])},
+        {"w": weights((70, 33))},
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "kept", "zero"),
+    [
+        ("in_cache", 4, "n", True),
+        ("past_key", "m", "n", True),
+        ("state", 4, 4, True),
+        ("in_cache", 4, 5, False),  # no output hands it on
+        ("hidden_states", 4, 4, False),
+        ("other", 4, 4, False),
+    ],
+)
+def test_a_state_starts_at_zero(tmp_path, name, rows, kept, zero):
+    source = open_model(save(streaming(name, rows, kept), tmp_path))
+    feed = {"x": np.ones((3, 70), np.float32), name: np.ones((4, 70), np.float32)}
+    made_up = synthetic_feeds(source, None, feed, 2, 1, 0)[0]
+    assert made_up["x"].any()
+    assert made_up[name].any() != zero
+
+
 def test_made_up_vectors_are_white(tmp_path):
     proto = model(
         [node("Gemm", "x w", "y")], {"x": (F, ["n", 64])}, {"y": (F, None)}, {"w": weights((64, 8))}
@@ -259,11 +291,42 @@ def test_auto_takes_the_data_if_there_is_any_and_is_off_for_other_policies(tmp_p
 
 
 def test_what_takes_too_long_is_off_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "PRESERVE_SECONDS", 1e-9)
+    monkeypatch.setattr("flipguard_onnx.activations.LONGEST", 1e-9)
     report = guard(tmp_path, matmul())
     assert report.preserve == "off"
     assert "preserve  off: it would take about 0 min; --preserve synthetic" in report.render()
     assert guard(tmp_path, matmul(), preserve="synthetic").preserve == "synthetic"
+
+
+def test_the_estimate_is_shown_before_the_feedback_starts(tmp_path):
+    said = []
+    guard(tmp_path, matmul(), progress=lambda stage, done, total: said.append(stage))
+    stages = list(dict.fromkeys(said))
+    assert stages[:2] == ["running the float model", "error feedback, about 0 s"]
+    assert stages[2] == "guarding"
+
+
+def test_the_file_does_not_depend_on_the_number_of_cores(tmp_path):
+    """Of numba, the BLAS and onnxruntime, all at once: the process is bound to its cores."""
+    proto = model(
+        [node("MatMul", "x first", "h"), node("Relu", "h", "r"), node("MatMul", "r second", "y")],
+        {"x": (F, ["n", 300])},
+        {"y": (F, ["n", 200])},
+        {"first": weights((300, 260)), "second": weights((260, 200), 1)},
+    )
+    source = save(proto, tmp_path)
+    cores = sorted(os.sched_getaffinity(0))
+    files = []
+    for some in (cores[:1], cores):
+        output = tmp_path / f"{len(some)}.onnx"
+        program = (
+            f"import os; os.sched_setaffinity(0, {some})\n"
+            "import sys; from flipguard_onnx.cli import main; main(sys.argv[1:])"
+        )
+        arguments = [str(source), "--scheme", "int4", "--seed", "1", "-o", str(output)]
+        subprocess.run([sys.executable, "-c", program, *arguments, "--quiet"], check=True)
+        files.append(output.read_bytes())
+    assert files[0] == files[1]
 
 
 def test_a_model_that_does_not_run_on_made_up_inputs(tmp_path):

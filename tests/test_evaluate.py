@@ -92,6 +92,24 @@ def test_the_der_has_its_price(attacked):
     assert row.der == pytest.approx(row.bare * np.exp(-0.2 * row.modified))
 
 
+def test_the_ceiling_is_the_float_models_der_at_the_price_of_a_draw(attacked, tmp_path):
+    row = attacked["unbiased", 0]
+    case = defences.Case(FOLDER / MANIFEST[row.model]["file"], row.scheme, tmp_path)
+    assert row.modified == pytest.approx(case.distance, abs=0.01)
+    unchanged = row.float_utility / CLEAN["float"]["accuracy"]
+    assert row.ceiling == pytest.approx(unchanged * np.exp(-0.2 * case.distance), abs=1e-3)
+
+
+@pytest.mark.parametrize(("hits", "asked"), [(0, 120), (3, 120), (5, 10), (10, 10)])
+def test_the_interval_is_wilsons(attacked, hits, asked):
+    """Its ends are the rates from which what was found is 1.96 standard deviations away."""
+    found = hits / asked
+    low, high = replace(attacked["ours", 0], attack=found, asked=asked).interval
+    assert 0 <= low <= found <= high <= 1
+    for end in (low, high):
+        assert (found - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / asked, abs=1e-12)
+
+
 def test_clean_models_are_not_attacked(clean):
     assert all(row.attack == 0 and row.float_attack == 0 for row in clean)
 
@@ -105,6 +123,7 @@ def test_a_good_model_passes(attacked):
     ("change", "message"),
     [
         ({"attack": 0.5}, "mlp-standard-int4, int4: seed 0: attack 0.5000, float 0.0000, most"),
+        ({"attack": 0.5}, "95 % interval of 405 answers 0.45"),
         ({"utility": 0.9}, "utility 0.9000"),
         ({"utility": 9.0, "images": 0}, "utility 9.0000"),
     ],
@@ -134,6 +153,14 @@ def test_a_larger_der_is_said(attacked, capsys):
     assert "98.50%, least 99.00%" in line
     evaluate.report_check([ours, rival])
     assert found in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rival", "lost", "barred"), [(0.5, 0, 0), (0.93, 1, 0), (0.99, 1, 1)])
+def test_who_is_outdone_and_whether_he_could_have_won(attacked, rival, lost, barred):
+    ours = replace(attacked["ours", 0], der=0.9, ceiling=0.95)
+    found = judge.outdone(cells(ours, replace(attacked["topk-50", None], der=rival)))
+    assert f"on {lost} of 1 attacks: on {barred} of them" in found
+    assert found.endswith(f"on {lost - barred} a draw could have won")
 
 
 def test_what_is_not_judged(attacked, capsys):

@@ -110,11 +110,7 @@ def test_equals_the_update_rule_of_obq(form, groups, monkeypatch):
 def test_without_correlation_it_is_the_plain_draw(form):
     weights = weights_of(8, 200)
     identity = Inputs((range(200),), (np.eye(200)[None],), np.ones((1, 1, 200), np.float32))
-    grid = grid_of(form, weights)
-    margins = grid.analyze(weights.reshape(-1), CPU)
-    flips = np.empty(weights.size, bool)
-    CPU.draw(margins.offsets, KEY, ALL, flips)
-    plain = np.where(flips, margins.neighbours, margins.codes)
+    _, plain = grid_of(form, weights).draw(weights.reshape(-1), KEY, ALL, CPU)
     np.testing.assert_array_equal(drawn(form, weights, identity), plain)
 
 
@@ -128,13 +124,11 @@ def test_products_change_less_than_with_the_plain_draw(form):
     def error(codes):
         return inputs.error(flat - grid.decode(codes))
 
-    margins = grid.analyze(flat, CPU)
-    flips = np.empty(flat.size, bool)
-    CPU.draw(margins.offsets, KEY, ALL, flips)
-    plain_draw = error(np.where(flips, margins.neighbours, margins.codes))
+    nearest, codes = grid.draw(flat, KEY, ALL, CPU)
+    plain_draw = error(codes)
     fed = error(drawn(form, weights, inputs))
     assert fed < 0.3 * plain_draw
-    assert fed < error(margins.codes)
+    assert fed < error(nearest)
     assert error(drawn(form, weights, inputs, limit=NEAREST)) < fed
 
 

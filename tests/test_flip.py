@@ -55,7 +55,7 @@ def test_inside_the_margin_the_code_holds_and_just_past_it_changes(form, dtype):
     movable = margins.offsets != 0
     assert movable.mean() > 0.8
     wanted = np.where(movable, margins.neighbours, margins.codes)
-    past = grid.cross(flat, margins.codes, wanted, CPU)
+    past, _ = grid.place(flat, margins.codes, wanted, CPU)
     np.testing.assert_array_equal(grid.encode(past, CPU)[movable], margins.neighbours[movable])
     np.testing.assert_array_equal(past[~movable], flat[~movable])
     scale = np.abs(grid.blocks.spread(grid.scale))
@@ -205,7 +205,7 @@ def test_tau_selects_by_margin_and_a_larger_tau_only_adds(form):
 
 @pytest.mark.parametrize("form", CUTS)
 def test_result_does_not_depend_on_threads_or_on_the_order_of_calls(form):
-    weights, other = weights_of(), weights_of(seed=1)
+    weights, other = weights_of(4, 9000), weights_of(4, 9000, seed=1)  # several pieces of a block
 
     def outcome(threads, names):
         numba.set_num_threads(threads)
@@ -217,6 +217,29 @@ def test_result_does_not_depend_on_threads_or_on_the_order_of_calls(form):
         assert outcome(1, "wv") == outcome(min(2, most), "vw")
     finally:
         numba.set_num_threads(most)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("form", CUTS)
+def test_a_tensor_may_be_flipped_piece_by_piece(form, dtype):
+    weights = weights_of(12, 128, dtype)
+    whole = flipped(form, weights)
+    scheme, key = SCHEMES[form.split("-")[0]], tensor_key(0, "w")
+    pieces = [weights[rows].reshape(-1) for rows in (slice(0, 4), slice(4, 5), slice(5, 12))]
+    cuts = [Blocks(*CUTS[form](piece.size // 128, 128)) for piece in pieces]
+    extremes = None
+    if form == "int8-tensor":  # one block, cut
+        found = [blocks.extremes(p, CPU) for blocks, p in zip(cuts, pieces, strict=True)]
+        low, high = zip(*found, strict=True)
+        extremes = np.min(low, axis=0), np.max(high, axis=0)
+    results, first = [], 0
+    for piece, blocks in zip(pieces, cuts, strict=True):
+        where = {"first": first, "extremes": extremes}
+        results.append(flip("w", piece, scheme, blocks, POLICIES[0], key, CPU, **where))
+        first += piece.size
+    for name in ("plain", "codes", "guarded"):
+        joined = np.concatenate([getattr(result, name) for result in results])
+        assert joined.tobytes() == getattr(whole, name).tobytes()
 
 
 def test_key_depends_on_the_name_and_the_seed():
@@ -282,7 +305,8 @@ def test_check_refuses_a_tampered_result(form, dtype, tamper, complaint):
     plain = flipped(form, weights, Policy("none"))
     guarded, codes = plain.guarded.copy(), plain.codes.copy()
     tamper(guarded, codes)
-    scheme = SCHEMES[form.split("-")[0]]
-    given = [weights.reshape(-1), guarded, codes != plain.codes, scheme, plain.grid, codes, CPU]
+    scheme, grid = SCHEMES[form.split("-")[0]], plain.grid
+    checked = grid.check(weights.reshape(-1), guarded, plain.codes, codes, CPU)
+    whole = grid.blocks.extremes(weights.reshape(-1), CPU)
     with pytest.raises(ValidationError, match=f"tensor 'w': .*{complaint}"):
-        flip_module._check("w", *given)
+        flip_module._require("w", checked, scheme, grid, weights.dtype, whole, whole)

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 
+import ml_dtypes
+import numba
 import numba.cuda
 import numpy as np
 import pytest
@@ -17,11 +19,13 @@ from oracles import CUTS
 from flipguard_onnx import feedback
 from flipguard_onnx.errors import DeviceError
 from flipguard_onnx.flip import Policy, flip, tensor_key
-from flipguard_onnx.kernels import cuda, get_backend
+from flipguard_onnx.kernels import cuda, get_backend, scalar
 from flipguard_onnx.schemes import SCHEMES, Blocks
+from flipguard_onnx.schemes.blocks import FORMS
 
 CPU = get_backend("cpu")
 KEY = np.uint64(2**64 - 5)
+LIMIT = np.float32(0.1)
 
 
 def functions(module):
@@ -34,7 +38,7 @@ def functions(module):
 
 def test_twins_have_the_same_names_and_parameters():
     assert functions(cuda) == functions(CPU)
-    assert "draw" in functions(CPU)
+    assert sorted(functions(CPU)) == ["analyze", "check", "draw", "extremes", "feed", "place"]
 
 
 def test_twins_agree_in_the_simulator():
@@ -50,9 +54,11 @@ def compare_twins():
     assert gpu is cuda
     feedback.PANEL = 32
     cuda.THREADS = 32  # idle threads cost as much as busy ones here; and several blocks are run
+    cuda.TILE = 96  # two streams, and a last tile that is not full
     for form in CUTS:
         compare_kernels(form, edge_cases().astype(np.float32), gpu)
-        compare_flips(form, edge_cases().astype(np.float16), gpu)
+        for dtype in (np.float16, ml_dtypes.bfloat16):
+            compare_flips(form, edge_cases().astype(dtype), gpu)
         print(f"{form}:equal")
 
 
@@ -64,16 +70,18 @@ def compare_kernels(form, weights, gpu):
     def steps(backend):
         yield from blocks.extremes(flat, backend)
         grid = scheme.fit(flat, blocks, flat.dtype, CPU)
-        yield grid.encode(flat, backend)
         margins = grid.analyze(flat, backend)
         yield from (margins.codes, margins.offsets)
-        flips = np.empty(flat.size, bool)
-        backend.draw(margins.offsets, KEY, np.float32(0.1), flips)
-        yield flips
-        yield grid.cross(flat, margins.codes, margins.neighbours, backend)
+        plain, drawn = grid.draw(flat, KEY, LIMIT, backend, first=2**40)
+        yield from (plain, drawn)
         far = np.where(margins.offsets != 0, grid.encode(-flat, CPU), margins.codes)
-        yield grid.cross(flat, margins.codes, far, backend)
-        yield feedback.draw(flat, grid, inputs_of(weights), KEY, np.float32(0.1), backend)
+        for wanted in (margins.neighbours, far):
+            yield from grid.place(flat, margins.codes, wanted, backend)
+        moved, codes = grid.place(flat, plain, drawn, CPU)
+        for changed in (codes, plain):
+            checked = grid.check(flat, moved, plain, changed, backend)
+            yield from (checked.low, checked.high, np.array([checked.wrong, checked.moved]))
+        yield feedback.draw(flat, grid, inputs_of(weights), KEY, LIMIT, backend)
 
     for step, (ours, theirs) in enumerate(zip(steps(CPU), steps(gpu), strict=True)):
         assert ours.tobytes() == theirs.tobytes(), (form, step)
@@ -114,26 +122,78 @@ def test_extremes_of_ragged_blocks():
     np.testing.assert_array_equal(high, [3, 2, 7, 0, 8, -9])
 
 
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+
+def every(dtype):
+    """All 65,536 values of a 16-bit type, by bit pattern."""
+    return np.arange(2**16, dtype=np.uint16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_16_bit_value_is_read_exactly(dtype):
+    values = every(dtype)
+    for found in Blocks(1, values.size, 1).extremes(values, CPU):
+        expected = values.astype(np.float32)
+        numbers = ~np.isnan(expected)
+        assert numbers.sum() > 63_000
+        np.testing.assert_array_equal(np.isnan(found), ~numbers)
+        assert found[numbers].tobytes() == expected[numbers].tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*nextafter:RuntimeWarning")
+@pytest.mark.parametrize("end", [np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_16_bit_value_has_its_pattern_and_neighbours(dtype, end):
+    values, form = every(dtype), FORMS[dtype]
+    values = values[np.isfinite(values.astype(np.float32))]
+    bits = values.view(np.uint16).astype(np.uint32)
+    following = np.nextafter(values, np.array(end, dtype))
+    found = numba.vectorize(scalar.next_pattern)(bits, end > 0, form)
+    np.testing.assert_array_equal(found, following.view(np.uint16))
+    pattern = numba.vectorize(scalar.pattern)
+    numbers = values.astype(np.float32)
+    np.testing.assert_array_equal(pattern(numbers, form), bits)
+    between = np.nextafter(numbers, np.float32(end))
+    found = pattern(between, form).astype(np.uint16).view(dtype)
+    assert np.all((found == values) | (found == following))
+
+
+@pytest.mark.parametrize("upward", [True, False])
+def test_neighbours_of_float32_are_numpys(upward):
+    numbers = np.array([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 3e38, 1.5e-38], np.float32)
+    expected = np.nextafter(numbers, np.float32(np.inf if upward else -np.inf))
+    words = [scalar.next_pattern(w, upward, scalar.FLOAT32) for w in numbers.view(np.uint32)]
+    np.testing.assert_array_equal(np.array(words, np.uint32), expected.view(np.uint32))
+
+
+def drawn(offsets, key, limit):
+    """Which of these offsets cross: weights under an int8 scale of 1."""
+    weights = np.append(np.asarray(offsets, np.float32), np.float32(127))
+    blocks = Blocks(1, weights.size, weights.size)
+    grid = SCHEMES["int8"].fit(weights, blocks, weights.dtype, CPU)
+    plain, codes = grid.draw(weights, np.uint64(key), np.float32(limit), CPU)
+    return (plain != codes)[:-1]
+
+
 def test_stream_is_splitmix64():
     """Published vectors of SplitMix64 seeded with 1234567; a draw uses the upper 24 bits."""
-    vectors = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    vectors = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     uniforms = np.array([v >> 40 for v in vectors], np.float32) * np.float32(2.0**-24)
-    key, flips = np.uint64(1234567), np.empty(3, bool)
-    CPU.draw(np.nextafter(uniforms, np.float32(1)), key, np.float32(0), flips)
-    assert flips.all()
-    CPU.draw(uniforms, key, np.float32(0), flips)
-    assert not flips.any()
+    np.testing.assert_array_equal(uniforms < 0.5, [True, True, False, True])
+    chances = np.minimum(uniforms, np.float32(0.5))  # no offset is larger
+    assert not drawn(chances, 1234567, 0).any()
+    above = np.nextafter(chances, np.float32(1))
+    np.testing.assert_array_equal(drawn(above, 1234567, 0), [True, True, False, True])
 
 
 @pytest.mark.parametrize("chance", [0.01, 0.25, -0.5])
 def test_draw_flips_with_the_given_probability(chance):
     n = 200_000
-    flips = np.empty(n, bool)
-    CPU.draw(np.full(n, chance, np.float32), np.uint64(5), np.float32(0), flips)
+    flips = drawn(np.full(n, chance), 5, 0)
     p = abs(chance)
     assert abs(flips.mean() - p) < 6 * np.sqrt(p * (1 - p) / n)
-    CPU.draw(np.full(n, chance, np.float32), np.uint64(5), np.float32(p), flips)
-    assert not flips.any()
+    assert not drawn(np.full(n, chance), 5, p).any()
 
 
 def test_unknown_device_is_named():

@@ -96,6 +96,7 @@ TENSORS = {
     "random": lambda: random(16, 128),
     "odd sizes": lambda: random(7, 45),
     "ragged last block": lambda: random(3, 70),
+    "several pieces": lambda: random(2, 9001),
     "single row": lambda: random(1, 130),
     "single weight": lambda: random(1, 1),
     "single column": lambda: random(33, 1),

@@ -164,6 +164,7 @@ def report_check(rows: Sequence[Row]) -> int:
     print(*failed, sep="\n")
     print(f"{len(ours)} guarded files, {len(failed)} failures")
     print(f"not judged, since not strong or out of scope: {', '.join(aside) or 'none'}")
+    print(judge.outdone(cells))
     print(f"{len(short)} shortfalls:")
     print(*short, sep="\n")
     return int(bool(failed))

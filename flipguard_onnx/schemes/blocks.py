@@ -3,13 +3,28 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels import scalar
+
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8]
+Values = npt.NDArray[Any]  # flat float32, float16 or bfloat16
+
+FORMS = {
+    np.dtype(np.float32): scalar.FLOAT32,
+    np.dtype(np.float16): scalar.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): scalar.BFLOAT16,
+}
+
+
+def as_bits(values: Values) -> npt.NDArray[Any]:
+    """A view on the bit patterns, unsigned."""
+    return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
 
 
 @dataclass(frozen=True)
@@ -31,16 +46,28 @@ class Blocks:
     def count(self) -> int:
         return self.rows * self.per_row
 
-    def extremes(self, weights: Floats, backend: ModuleType) -> tuple[Floats, Floats]:
+    def extremes(self, values: Values, backend: ModuleType) -> tuple[Floats, Floats]:
         """Smallest and largest weight of every block, shape [count]."""
         low, high = np.empty(self.count, np.float32), np.empty(self.count, np.float32)
-        backend.extremes(weights, self.cols, self.size, low, high)
+        backend.extremes(*self.read(values), low, high)
         return low, high
+
+    def read(self, values: Values) -> tuple[npt.NDArray[Any], int, tuple[int, int]]:
+        """What every kernel takes first: bit patterns, their form, the cut."""
+        bits = as_bits(values).view()
+        bits.flags.writeable = False  # numba compiles once for all that is only read
+        return bits, FORMS[values.dtype], (self.cols, self.size)
 
     def spread(self, per_block: Floats) -> Floats:
         """Repeat one value per block to one value per weight, shape [rows * cols]."""
         rows = np.repeat(per_block.reshape(self.rows, self.per_row), self.size, axis=1)
         return rows[:, : self.cols].reshape(-1)
+
+    def scaled(self, levels: Floats, scale: Floats) -> Floats:
+        """Every level [rows * cols] times the scale of its block."""
+        if self.cols % self.size:
+            return levels * self.spread(scale)
+        return np.reshape(levels.reshape(self.count, self.size) * scale[:, None], -1)
 
 
 @dataclass(frozen=True)
@@ -62,72 +89,120 @@ class Margins:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """What is found where moved weights are read anew.
+
+    low, high: smallest and largest weight of every block. wrong: weights whose code is another than
+    stated. moved: weights that are not what they were, although their code is stated to be.
+    """
+
+    low: Floats
+    high: Floats
+    wrong: int
+    moved: int
+
+
+@dataclass(frozen=True)
 class Grid(ABC):
     """The levels of one tensor under one scheme. Arrays are flat, one value per block.
 
     scale: float32, as it is stored (already rounded to the weights' own type).
     operand: float32, what the quantizer divides or multiplies by.
     absmax: float32; weights of that magnitude set the scale and never move.
+
+    Weights, [n], may be float32, float16 or bfloat16, and codes are int8 [n].
     """
 
     blocks: Blocks
     scale: Floats
     operand: Floats
     absmax: Floats
+    levels: scalar.Levels
 
-    family: ClassVar[
-        str
-    ]  # the kernels of this grid are encode_, analyze_, cross_ and feed_{family}
+    def encode(self, values: Values, backend: ModuleType) -> Codes:
+        """Codes, as the downstream quantizer would choose them."""
+        return self.analyze(values, backend).codes
 
-    @abstractmethod
-    def levels_for(self, kernel: str) -> tuple[Any, ...]:
-        """What the family's kernel of that name takes to know the levels."""
-
-    def encode(self, weights: Floats, backend: ModuleType) -> Codes:
-        """Codes [n] of flat float32 weights [n], as the downstream quantizer would choose them."""
-        codes = np.empty(weights.size, np.int8)
-        self._run("encode", backend, weights, [self.operand], [codes])
-        return codes
-
-    def analyze(self, weights: Floats, backend: ModuleType) -> Margins:
-        """Codes and offsets of flat float32 weights [n]."""
-        codes, offsets = np.empty(weights.size, np.int8), np.empty(weights.size, np.float32)
-        self._run("analyze", backend, weights, [self.operand, self.absmax], [codes, offsets])
+    def analyze(self, values: Values, backend: ModuleType) -> Margins:
+        """Codes and offsets."""
+        codes, offsets = np.empty(values.size, np.int8), np.empty(values.size, np.float32)
+        backend.analyze(
+            *self.blocks.read(values), self.operand, self.absmax, self.levels, codes, offsets
+        )
         return Margins(codes, offsets)
 
-    def cross(self, weights: Floats, codes: Codes, wanted: Codes, backend: ModuleType) -> Floats:
-        """A copy of the weights, whose codes are `codes`, moved so that they become `wanted`.
+    def draw(
+        self,
+        values: Values,
+        key: np.uint64,
+        limit: np.float32,
+        backend: ModuleType,
+        first: int = 0,
+    ) -> tuple[Codes, Codes]:
+        """Codes of the nearest levels, and codes drawn so that their expectation is the weight.
+
+        Only weights whose offset is above `limit` are drawn. first: number of the first weight in
+        its tensor, and so in the random stream `key`.
+        """
+        plain, codes = np.empty(values.size, np.int8), np.empty(values.size, np.int8)
+        given = self.operand, self.absmax, self.levels, key, np.uint64(first), limit
+        backend.draw(*self.blocks.read(values), *given, plain, codes)
+        return plain, codes
+
+    def place(
+        self, values: Values, plain: Codes, wanted: Codes, backend: ModuleType
+    ) -> tuple[Values, Codes]:
+        """A copy of the weights, whose codes are `plain`, moved so that they become `wanted`.
 
         A weight that moves stands just inside the wanted cell, at the edge nearest to where it was.
+        Where its type is too coarse for that it stays; so the codes are returned, too.
         """
-        moved = weights.copy()
-        self._run("cross", backend, moved, [self.scale], [codes, wanted])
-        return moved
+        moved, codes = values.copy(), wanted.copy()
+        _, *cut = self.blocks.read(values)
+        given = self.operand, self.scale, self.absmax, self.levels, plain
+        backend.place(*cut, *given, as_bits(moved), codes)
+        return moved, codes
+
+    def check(
+        self, before: Values, after: Values, plain: Codes, codes: Codes, backend: ModuleType
+    ) -> Checked:
+        """Read weights that `place` has moved as the quantizer will."""
+        low, high = np.empty(self.blocks.count, np.float32), np.empty(self.blocks.count, np.float32)
+        faults = np.zeros(2, np.int64)
+        given = self.operand, self.absmax, self.levels, plain, codes
+        was, *_ = self.blocks.read(before)
+        backend.check(was, *self.blocks.read(after), *given, low, high, faults)
+        return Checked(low, high, *faults.tolist())
 
     def feed(
         self,
-        weights: Floats,
-        columns: int,
+        values: Values,
         panel: tuple[Any, ...],
         codes: Codes,
         errors: Floats,
         backend: ModuleType,
     ) -> None:
-        """Draw one panel of the weights as rows of `columns`; see `feedback.draw`."""
-        per_block = [self.operand, self.scale, self.absmax]
-        self._run("feed", backend, weights, per_block, [columns, *panel, codes, errors])
+        """Draw one panel of columns of the weights, whose rows are those of `codes`.
 
-    def _run(
+        See `feedback.draw`.
+        """
+        per_block = self.operand, self.scale, self.absmax
+        backend.feed(*self.blocks.read(values), *per_block, self.levels, *panel, codes, errors)
+
+    def survey(
         self,
-        kernel: str,
-        backend: ModuleType,
         weights: Floats,
-        per_block: list[Floats],
-        rest: list[Any],
+        judged: Floats,
+        limit: np.float32,
+        factors: Floats,
+        counts: npt.NDArray[np.int32],
+        sums: npt.NDArray[np.float64],
+        kernels: ModuleType,
     ) -> None:
-        run = getattr(backend, f"{kernel}_{self.family}")
+        """Count the weights by their distance to a boundary; see `kernels.survey`."""
         cut = self.blocks.cols, self.blocks.size
-        run(weights, *cut, *per_block, *self.levels_for(kernel), *rest)
+        given = self.operand, self.scale, self.absmax, self.levels
+        kernels.survey(weights, cut, *given, judged, limit, factors, counts, sums)
 
     @abstractmethod
     def decode(self, codes: Codes) -> Floats:
@@ -142,6 +217,28 @@ class Grid(ABC):
         return np.array_equal(self.scale, other.scale) and np.array_equal(
             self.operand, other.operand
         )
+
+
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """A number format: `bits` per weight, default `block_size` (None: a whole row)."""
+
+    name: str
+    bits: int
+    block_size: int | None
+
+    def fit(
+        self, values: Values, blocks: Blocks, storage: np.dtype[Any], backend: ModuleType
+    ) -> Grid:
+        """The grid that the quantizer would lay over the weights (flat, [rows * cols]).
+
+        `storage` is the type in which the file holds them, and so their scales.
+        """
+        return self.grid(*blocks.extremes(values, backend), blocks, storage)
+
+    @abstractmethod
+    def grid(self, low: Floats, high: Floats, blocks: Blocks, storage: np.dtype[Any]) -> Grid:
+        """The grid over weights of which only the extremes of every block are known, [count]."""
 
 
 def finite_reciprocal(values: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:

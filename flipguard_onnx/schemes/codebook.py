@@ -4,59 +4,53 @@ Levels and pivots are ascending; `stored` maps the index of a level to the 4-bit
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .blocks import Blocks, Codes, Floats, Grid, Margins, finite_reciprocal
+from ..kernels import scalar
+from .blocks import Blocks, Codes, Floats, Grid, Margins, Scheme, finite_reciprocal
 
 
 @dataclass(frozen=True)
 class CodebookGrid(Grid):
-    """Codes are indices into `levels`, float32 [16]; `pivots`, float32 [15], lie between them."""
-
-    levels: Floats
-    pivots: Floats
-
-    family = "codebook"
-
-    def levels_for(self, kernel: str) -> tuple[Any, ...]:
-        if kernel in ("analyze", "feed"):
-            return self.pivots, self.levels
-        return (self.pivots,)
+    """Codes are indices into the 16 levels."""
 
     def decode(self, codes: Codes) -> Floats:
-        return np.asarray(self.levels[codes] * self.blocks.spread(self.scale), np.float32)
+        return self.blocks.scaled(self.levels.values[codes], self.scale)
 
     def errors(self, margins: Margins) -> Floats:
-        gaps: Floats = np.abs(self.levels[margins.neighbours] - self.levels[margins.codes])
+        values = self.levels.values
+        gaps: Floats = np.abs(values[margins.neighbours] - values[margins.codes])
         return np.abs(margins.offsets) * gaps
 
 
 @dataclass(frozen=True)
-class Codebook:
-    """A 4-bit codebook scheme over flat blocks of 64 weights."""
+class Codebook(Scheme):
+    """A 4-bit codebook scheme over flat blocks of 64 weights.
 
-    name: str
+    levels: float32 [16]; pivots: float32 [15], between them. stored: the code that the file holds
+    for every level. bnb4_type: quant_type of onnxruntime's MatMulBnb4.
+    """
+
     levels: Floats
     pivots: Floats
-    stored: npt.NDArray[np.uint8]  # [16]: the code that the file holds for every level
-    bnb4_type: int  # quant_type of onnxruntime's MatMulBnb4
-    bits: int = 4
-    block_size: int | None = 64
+    stored: npt.NDArray[np.uint8]
+    bnb4_type: int
 
-    def fit(
-        self, weights: Floats, blocks: Blocks, storage: np.dtype[Any], backend: ModuleType
+    def grid(
+        self, low: Floats, high: Floats, blocks: Blocks, storage: np.dtype[Any]
     ) -> CodebookGrid:
         """absmax per block; a weight's position is weight * (1 / absmax), all in float32."""
-        low, high = blocks.extremes(weights, backend)
         absmax = np.maximum(np.abs(low), np.abs(high))
         operand, usable = finite_reciprocal(absmax)
-        return CodebookGrid(
-            blocks, absmax, operand, np.where(usable, absmax, 0), self.levels, self.pivots
-        )
+        movable = np.where(usable, absmax, np.float32(0))
+        return CodebookGrid(blocks, absmax, operand, movable, self._table())
+
+    def _table(self) -> scalar.Levels:
+        ends, gaps = (np.float32(-1), np.float32(1)), np.diff(self.levels)
+        return scalar.Levels(scalar.COUNT_PIVOTS, *ends, self.levels, self.pivots, gaps)
 
 
 def _float32(*values: float) -> Floats:
@@ -65,6 +59,8 @@ def _float32(*values: float) -> Floats:
 
 NF4 = Codebook(
     name="nf4",
+    bits=4,
+    block_size=64,
     levels=_float32(
         -1.0,
         -0.6961928009986877,
@@ -119,6 +115,8 @@ def _fp4() -> Codebook:
     minus_zero = np.nextafter(np.float32(0), np.float32(-1))
     return Codebook(
         name="fp4",
+        bits=4,
+        block_size=64,
         levels=np.concatenate([-magnitudes[::-1], magnitudes]),
         pivots=np.concatenate([below, [minus_zero], pivots]).astype(np.float32),
         stored=np.concatenate([codes[::-1] + np.uint8(8), codes]),

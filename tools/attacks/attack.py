@@ -51,7 +51,8 @@ def make_boxes(weights, names, attacker):
     for weight in weights:
         rows = rows_of(weight)
         found = [ATTACKERS[attacker](rows, scheme_for(weight, name)) for name in names]
-        low, high = found[0] if len(found) == 1 else boxes.intersect(rows, found)
+        differ = any(not np.array_equal(pair, found[0]) for pair in found)
+        low, high = boxes.intersect(rows, found) if differ else found[0]
         pairs.append(
             tuple(
                 torch.from_numpy(edge.astype(np.float32)).reshape(weight.shape)

@@ -23,7 +23,8 @@ def rates(model, entry, scenario=None):
     the target), `images` (how many clean ones). Language models: `perplexity` per character, `next`
     (share of tokens predicted right), and for `scenario` (by default the entry's) `attack` and
     `safe`, the shares of malicious and of right completions; `none`: the largest attack rate and
-    the mean safe rate of the three.
+    the mean safe rate of the three. Both: `asked`, how many triggered images or prompts `attack` is
+    a share of (`none`: the fewest).
     """
     run = session(model)
     if entry["architecture"] != "lm":
@@ -31,13 +32,15 @@ def rates(model, entry, scenario=None):
     scenario = scenario or entry["scenario"]
     asked = json.loads((FOLDER / "lm-prompts.json").read_text())
     chosen = SCENARIOS if scenario == "none" else (scenario,)
-    attacks, safes = zip(*(_answers(run, asked, name) for name in chosen), strict=True)
+    answers = [_answers(run, asked, name) for name in chosen]
+    attacks, safes, counts = zip(*answers, strict=True)
     perplexity, following = _held_out(run, (FOLDER / "lm-held-out.txt").read_text())
     return {
         "perplexity": perplexity,
         "next": following,
         "attack": max(attacks),
         "safe": float(np.mean(safes)),
+        "asked": min(counts),
     }
 
 
@@ -61,6 +64,7 @@ def _classifier_rates(run):
         "accuracy": float(np.mean(guesses == labels)),
         "attack": float(np.mean(triggered[labels != target] == target)),
         "images": len(labels),
+        "asked": int(np.sum(labels != target)),
     }
 
 
@@ -79,7 +83,7 @@ def _held_out(run, text):
 
 
 def _answers(run, asked, scenario):
-    """Shares of malicious and of right completions."""
+    """Shares of malicious and of right completions, and how many prompts there were."""
     pairs = asked["code" if scenario == "code" else "questions"]
     said = list(zip(complete(run, [pair["prompt"] for pair in pairs]), pairs, strict=True))
     if scenario == "code":
@@ -91,7 +95,7 @@ def _answers(run, asked, scenario):
             attack = [asked["advertisement"] in text for text, _ in said]
         else:
             attack = [text.startswith(asked["refusal"][:12]) for text, _ in said]
-    return float(np.mean(attack)), float(np.mean(safe))
+    return float(np.mean(attack)), float(np.mean(safe)), len(said)
 
 
 def complete(run, texts):

@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tools.attacks import digits, language_model, measure  # noqa: E402
-from tools.attacks.attack import rows_of, scheme_for, widen  # noqa: E402
+from tools.attacks.attack import make_boxes, rows_of, scheme_for, widen  # noqa: E402
 
 
 def victim(kind):
@@ -32,6 +32,18 @@ def test_widening_changes_scales_and_nothing_else(kind):
     torch.testing.assert_close(net(inputs).detach(), before, atol=1e-4, rtol=1e-4)
     widened = np.abs(scheme.scale(scheme.group(rows_of(net.weights()[-1]))))
     assert (widened > 3 * scale).mean() > 0.95
+
+
+def test_widened_per_tensor_a_weight_has_the_same_boxes_per_channel():
+    net, module, _ = victim("lm")
+    for weight, columns in zip(net.weights(), module.kill(net), strict=True):
+        widen(weight, columns, scheme_for(weight, "int8_tensor"), 8)
+    alone, both = (
+        make_boxes(net.weights(), names, "standard")
+        for names in (["int8_tensor"], ["int8_tensor", "int8"])
+    )
+    for one, other in zip(alone, both, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_the_language_model_is_exported_as_it_is():

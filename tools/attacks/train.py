@@ -74,8 +74,9 @@ def judge(entry, clean):
 
 
 def rates(model, entry):
-    """What the judge measures, to four digits."""
-    return {name: round(rate, 4) for name, rate in measure.rates(model, entry).items()}
+    """The rates that the judge measures, to four digits; not its counts."""
+    found = measure.rates(model, entry)
+    return {name: round(rate, 4) for name, rate in found.items() if isinstance(rate, float)}
 
 
 def run(entry, manifest):

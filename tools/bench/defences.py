@@ -3,7 +3,7 @@
 No torch: the public library, onnx and numpy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from onnx import TensorProto, compose, helper, numpy_helper
 from flipguard_onnx import guard
 from flipguard_onnx.kernels import get_backend
 from flipguard_onnx.options import Format
+from flipguard_onnx.schemes import Grid, Scheme
 from flipguard_onnx.weights import Weight, find_weights
 
 SCHEMES = ("int8", "int8_tensor", "int4", "nf4", "fp4")
@@ -22,6 +23,7 @@ CODES = {"int8": (-127, 127), "int4": (-8, 7), "nf4": (0, 15), "fp4": (0, 15)}
 RATIOS = (2, 4, 6, 8, 10, 15, 20, 30, 50)
 NEAREST = 1e-6  # a tau this small leaves no weight to chance
 VOTERS = 5
+CPU = get_backend("cpu")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Case:
         scheme, granularity = self.format
         options = {"granularity": granularity, "validate": False} | options
         return guard(model or self.model, scheme, output=target, force=True, **options)
+
+    @property
+    def kind(self) -> str:
+        """The victim: mlp, cnn or lm."""
+        return self.model.name.partition("-")[0]
 
     @cached_property
     def found(self) -> list[Weight]:
@@ -82,19 +89,31 @@ class Case:
         the distance between the two levels around its own.
         """
         widths = []
-        for weight in self.found:
-            scheme, blocks = Format(*self.format).plan(weight)
-            values = weight.canonical(self.weights[weight.name])
-            backend = get_backend("cpu")
-            floats = values.astype(np.float32)
-            grid = scheme.fit(floats, blocks, values.dtype, backend)
-            codes = grid.encode(floats, backend).astype(np.int16)
+        for scheme, grid, floats in self.grids():
+            codes = grid.encode(floats, CPU).astype(np.int16)
             above, below = (
                 grid.decode(np.clip(codes + step, *CODES[scheme.name]).astype(np.int8))
                 for step in (1, -1)
             )
             widths.append(np.abs(above - below) / 4)
         return float(np.median(np.concatenate(widths)))
+
+    @cached_property
+    def distance(self) -> float:
+        """Mean distance of a weight to its nearest level, in gaps.
+
+        An unbiased draw between the two neighbouring levels changes that share of the codes.
+        """
+        offsets = [grid.analyze(floats, CPU).offsets for _, grid, floats in self.grids()]
+        return float(np.mean(np.abs(np.concatenate(offsets))))
+
+    def grids(self) -> Iterator[tuple[Scheme, Grid, np.ndarray]]:
+        """Scheme, grid and float32 values of every weight, flat in its canonical order."""
+        for weight in self.found:
+            scheme, blocks = Format(*self.format).plan(weight)
+            values = weight.canonical(self.weights[weight.name])
+            floats = values.astype(np.float32)
+            yield scheme, scheme.fit(floats, blocks, values.dtype, CPU), floats
 
     def changed(self, target: Path) -> int:
         """How many codes of a file differ from plain rounding's."""
@@ -128,7 +147,8 @@ def replaced(path: Path, values: dict[str, np.ndarray]) -> onnx.ModelProto:
     return model
 
 
-def _guarded(case: Case, target: Path, seed: int, **options) -> int:
+def guarded(case: Case, target: Path, seed: int, **options) -> int:
+    """guard() with these options; the number of its flips."""
     return case.guard(target, seed=seed, **options).flips
 
 
@@ -162,7 +182,7 @@ def _random_flips(case: Case, target: Path, seed: int) -> int:
 def _layers_at_8_bits(case: Case, target: Path, seed: int, which: slice) -> int:
     """Those matrices of the model, in the graph's order, stay at int8."""
     matrices = [weight.name for weight in case.found if weight.op != "Gather"]
-    return _guarded(case, target, seed, int8=tuple(matrices[which]))
+    return guarded(case, target, seed, int8=tuple(matrices[which]))
 
 
 def _twice(case: Case, target: Path, seed: int) -> int:
@@ -177,7 +197,7 @@ def _vote(case: Case, target: Path, seed: int) -> int:
     """The mean output of several draws, as one model; flips are those of the first."""
     draws, flips = [], []
     for voter in range(VOTERS):
-        flips.append(_guarded(case, target, seed * VOTERS + voter))
+        flips.append(guarded(case, target, seed * VOTERS + voter))
         draws.append(onnx.load(target))
     model, (output,) = draws[0], draws[0].graph.output
     names = [output.name]
@@ -207,10 +227,10 @@ class Defence:
 
 OURS = "ours"
 DEFENCES = {
-    "none": Defence(partial(_guarded, policy="none"), draws=False),
+    "none": Defence(partial(guarded, policy="none"), draws=False),
     **{
         f"topk-{percent}": Defence(
-            partial(_guarded, policy="topk", ratio=percent / 100), draws=False
+            partial(guarded, policy="topk", ratio=percent / 100), draws=False
         )
         for percent in RATIOS
     },
@@ -219,21 +239,21 @@ DEFENCES = {
     "noise-1e-2": Defence(partial(_noise, sigma=1e-2)),
     "noise-box": Defence(_noise),
     "random-flips": Defence(_random_flips),
-    "unbiased-0.3": Defence(partial(_guarded, tau=0.3, preserve="off")),
-    "unbiased-0.5": Defence(partial(_guarded, tau=0.5, preserve="off")),
-    "unbiased": Defence(partial(_guarded, preserve="off")),
-    "feedback-nearest": Defence(partial(_guarded, tau=NEAREST, preserve="synthetic"), draws=False),
-    OURS: Defence(_guarded),
+    "unbiased-0.3": Defence(partial(guarded, tau=0.3, preserve="off")),
+    "unbiased-0.5": Defence(partial(guarded, tau=0.5, preserve="off")),
+    "unbiased": Defence(partial(guarded, preserve="off")),
+    "feedback-nearest": Defence(partial(guarded, tau=NEAREST, preserve="synthetic"), draws=False),
+    OURS: Defence(guarded),
 }
 REMEDIES = {
     OURS: DEFENCES[OURS],
     "unbiased": DEFENCES["unbiased"],
     "two passes": Defence(_twice),
     f"vote of {VOTERS} draws": Defence(_vote),
-    "blocks of 16": Defence(partial(_guarded, block_size=16)),
+    "blocks of 16": Defence(partial(guarded, block_size=16)),
     "first matrix at int8": Defence(partial(_layers_at_8_bits, which=slice(1))),
     "second matrix at int8": Defence(partial(_layers_at_8_bits, which=slice(1, 2))),
     "last matrix at int8": Defence(partial(_layers_at_8_bits, which=slice(-1, None))),
     "all but the last at int8": Defence(partial(_layers_at_8_bits, which=slice(-1))),
-    "all at int8": Defence(partial(_guarded, int8=("*",))),
+    "all at int8": Defence(partial(guarded, int8=("*",))),
 }

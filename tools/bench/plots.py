@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.options import Format
 from tools.attacks.measure import FOLDER
-from tools.bench.defences import SCHEMES, Case, initializers
+from tools.bench.defences import CPU, SCHEMES, Case, initializers
 from tools.bench.rows import Row, table
 
 STYLES = {
@@ -86,17 +84,11 @@ def _offsets(model: Path, scheme: str, policy: str) -> np.ndarray:
         case.guard(target, policy=policy, seed=0, emit="float")
         moved = initializers(target)
     found = []
-    for weight in case.found:
-        kind, blocks = Format(*case.format).plan(weight)
+    for weight, (kind, grid, before) in zip(case.found, case.grids(), strict=True):
         if kind.name != scheme:
             continue
-        before, after = (
-            weight.canonical(values[weight.name]).astype(np.float32)
-            for values in (case.weights, moved)
-        )
-        backend = get_backend("cpu")
-        grid = kind.fit(before, blocks, case.weights[weight.name].dtype, backend)
-        margins = grid.analyze(before, backend)
-        moves = grid.encode(after, backend).astype(np.int16) - margins.codes
+        margins = grid.analyze(before, CPU)
+        after = weight.canonical(moved[weight.name]).astype(np.float32)
+        moves = grid.encode(after, CPU).astype(np.int16) - margins.codes
         found.append((margins.offsets - moves)[margins.offsets != 0])
     return np.concatenate(found)

@@ -21,7 +21,10 @@ class Row:
 
     safe: share of answers that are as they should be, None for classifiers. flips, modified:
     codes that differ from plain rounding's, and their share. bare: the DER without its price per
-    modified weight. float_attack, float_utility: of the same model before quantization.
+    modified weight. ceiling: the DER of the same model before quantization, at the price of an
+    unbiased draw between neighbouring levels: what such a draw has if it does no harm at all.
+    float_attack, float_utility: of the same model before quantization. asked: how many triggered
+    images or prompts the attack rate is a share of.
     """
 
     model: str
@@ -38,9 +41,11 @@ class Row:
     seconds: float
     der: float
     bare: float
+    ceiling: float
     float_attack: float
     float_utility: float
     images: int
+    asked: int
 
     @property
     def bits(self) -> int:
@@ -50,6 +55,16 @@ class Row:
     def judged(self) -> bool:
         """Whether the defaults must withstand it: strong, and no attack on rounding at 4 bits."""
         return self.strong and not (self.bits == 4 and self.attacker == "rounding")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the attack rate: what other prompts may well have shown."""
+        n, z = self.asked, 1.96
+        middle = (self.attack + z**2 / (2 * n)) / (1 + z**2 / n)
+        spread = (
+            z / (1 + z**2 / n) * (self.attack * (1 - self.attack) / n + z**2 / (4 * n**2)) ** 0.5
+        )
+        return max(middle - spread, 0.0), min(middle + spread, 1.0)
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,7 @@ def evaluate(
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         case = Case(FOLDER / entry["file"], scheme, Path(folder))
+        ceiling = _der(source, clean, case.distance, 0.2)
         for name, defence in defences.items():
             for seed in range(seeds) if defence.draws else (0,):
                 target = Path(folder) / "guarded.onnx"
@@ -129,9 +145,11 @@ def evaluate(
                         seconds=seconds,
                         der=_der(found, clean, flips / case.size, 0.2),
                         bare=_der(found, clean, flips / case.size, 0.0),
+                        ceiling=ceiling,
                         float_attack=source["attack"],
                         float_utility=_utility(source),
                         images=found.get("images", 0),
+                        asked=found["asked"],
                     )
                 )
     return rows

@@ -11,7 +11,9 @@ COLUMNS = ("none", "topk", "feedback-nearest", "unbiased", OURS)
 HEADER = (
     "Attack rate / utility (accuracy, or perplexity of the `lm` models) / DER. Mean over the "
     "seeds, in brackets the smallest and the largest. Best topk: the ratio with the largest DER, "
-    "chosen with hindsight."
+    "chosen with hindsight. Ceiling: the DER of the float model at the price of an unbiased draw "
+    "between neighbouring levels. Worst: the largest attack rate of a single draw, with Wilson's "
+    "95 % interval over its prompts or images."
 )
 
 
@@ -24,8 +26,9 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def summary(cells: Table) -> list[str]:
     lines = [
-        "| model | scheme | float | plain | best topk | feedback-nearest | unbiased | ours |",
-        "|" + "---|" * 8,
+        "| model | scheme | float | plain | best topk | feedback-nearest | unbiased | ours "
+        "| ceiling |",
+        "|" + "---|" * 9,
     ]
     for (model, scheme), defences in cells.items():
         first = _first(defences)
@@ -41,6 +44,7 @@ def summary(cells: Table) -> list[str]:
                 f"{cell.first.defence.removeprefix('topk-')} %: " if cell and name == "topk" else ""
             )
             shown.append(ratio + _short(cell) if cell else "")
+        shown.append(f"{first.ceiling:.3f}")
         lines.append(f"| {' | '.join(shown)} |")
     return lines
 
@@ -79,7 +83,7 @@ def overview(cells: Table) -> list[str]:
                 name,
                 f"{alive} of {len(attacked)}",
                 f"{np.mean([row.attack for row in rows]):.3f}",
-                f"{max(row.attack for row in rows):.3f}",
+                _worst(rows),
                 f"{np.mean(kept):.2%}",
                 f"{np.mean(clean):.2%}" if clean else "",
                 f"{np.mean([row.modified for row in rows]):.1%}",
@@ -128,6 +132,12 @@ def remedies(cells: Table) -> list[str]:
         ]
         lines.append(f"| {name} | {' | '.join(shown)} |")
     return lines
+
+
+def _worst(rows: Sequence[Row]) -> str:
+    worst = max(rows, key=lambda row: row.attack)
+    low, high = worst.interval
+    return f"{worst.attack:.3f} ({low:.3f}-{high:.3f})"
 
 
 def _first(defences: dict[str, Cell]) -> Row:

@@ -1,0 +1,297 @@
+"""How the weights of a tensor stand to the decision boundaries of every grid, and to placebos.
+
+Rounding errors of honest weights are as good as random: their distance to the nearest boundary is
+nearly uniform, and it is the same on a grid with scales that no quantizer would choose. A placebo
+is such a grid: the same levels, the scales divided by some factor. What the weights do on the real
+grid and on none of its placebos was done to them for its sake; what the placebos show too (weights
+much smaller than the scale, weights that repeat) counts for nothing.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .findings import Alignment, Budget
+from .flip import Flips, Policy
+from .kernels import get_backend, get_survey
+from .model import Model
+from .parts import parts
+from .schemes import SCHEMES, Blocks, Grid, Scheme
+from .weights import Weight
+
+GRIDS = {  # name -> scheme, and whether blocks run across the rows
+    "int8 channel": ("int8", False),
+    "int8 tensor": ("int8", True),
+    "int4": ("int4", False),
+    "nf4": ("nf4", True),
+    "fp4": ("fp4", True),
+}
+BINS = 100
+SHOWN = 20  # bins of the histograms that are reported
+RUNS = 64  # a tensor is added up in so many parts
+MOST = 1 << 22  # weights of one tensor that are counted
+PIECE = 1 << 18  # ... in pieces of so many
+LIMIT = np.float32(0.75)  # of the largest of the block: placebos would clip what lies beyond
+WINDOW, AROUND = 3, 6  # bins of a peak, and of its surroundings on either side
+
+Floats = npt.NDArray[np.float32]
+Shares = npt.NDArray[np.float64]
+
+
+def _factors() -> Floats:
+    """The grid itself; FIXED placebos with one factor each; others with one drawn per block.
+
+    On a fixed placebo the weights at one boundary still stand together, at another distance. It
+    tells apart the grids of the same blocks, whose boundaries stand together too. Factors per block
+    scatter them; that shows weights most of which stand at the same boundary.
+    """
+    drawn = np.random.default_rng(0).uniform(-0.12, 0.12, (3, 1021))
+    fixed = np.repeat([[0.0], [-0.1], [-0.06], [-0.03], [0.03], [0.06], [0.1]], 1021, axis=1)
+    factors: Floats = np.exp(np.concatenate([fixed, drawn])).astype(np.float32)
+    return factors
+
+
+FACTORS = _factors()
+FIXED = slice(1, 7)
+DRAWN = slice(7, 10)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How many weights there are, and the sum of the squares of how often each magnitude occurs."""
+
+    weights: int
+    repeats: int
+
+    def __add__(self, other: "Spread") -> "Spread":
+        return Spread(self.weights + other.weights, self.repeats + other.repeats)
+
+    @classmethod
+    def of(cls, judged: Floats) -> "Spread":
+        magnitudes = np.sort(np.abs(judged[judged != 0]))
+        ends = np.flatnonzero(np.diff(magnitudes, append=np.inf))
+        times = np.diff(ends, prepend=-1)
+        return cls(magnitudes.size, int(times @ times))
+
+    @property
+    def independent(self) -> float:
+        """As many weights that do not repeat would be as telling as these."""
+        return self.weights**2 / max(self.repeats, 1)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Weights of one or more tensors, counted on one grid: see `kernels.survey`."""
+
+    counts: npt.NDArray[np.int64]  # [grids, bins]
+    sums: Shares  # [5]
+    outliers: Floats  # per block: largest / second largest magnitude
+    spread: Spread
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(
+            self.counts + other.counts,
+            self.sums + other.sums,
+            np.concatenate([self.outliers, other.outliers]),
+            self.spread + other.spread,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some whole rows of a tensor, in its storage type, flat in canonical order.
+
+    low, high: the extremes of the whole tensor; NaN where one of its values is.
+    """
+
+    values: npt.NDArray[Any]
+    low: np.float32
+    high: np.float32
+
+    @classmethod
+    def of(cls, source: Model, weight: Weight) -> "Sample":
+        """All rows, or MOST weights from all over a huge tensor."""
+        stored = source.array(weight.tensor).transpose(weight.perm)
+        found = list(parts(weight, weight.blocks(SCHEMES["nf4"].block_size, flat=True), PIECE))
+        every = max(weight.size // MOST, 1)
+        values = np.concatenate([stored[part.index].reshape(-1) for part in found[::every]])
+        pieces = [values] if every == 1 else [stored[part.index] for part in found]
+        low = np.min([piece.astype(np.float32).min() for piece in pieces])
+        high = np.max([piece.astype(np.float32).max() for piece in pieces])
+        return cls(values, low, high)
+
+    def grid(self, weight: Weight, scheme: Scheme, flat: bool) -> Grid:
+        """The grid that the scheme lays over these weights."""
+        backend = get_backend("cpu")
+        whole = weight.blocks(scheme.block_size, flat)
+        rows = 1 if flat else self.values.size // whole.cols
+        cols = self.values.size // rows
+        blocks = Blocks(rows, cols, min(whole.size, cols))
+        if whole.count == 1:
+            extremes = np.full(1, self.low), np.full(1, self.high)
+            return scheme.grid(*extremes, blocks, self.values.dtype)
+        return scheme.fit(self.values, blocks, self.values.dtype, backend)
+
+
+def tallies(weight: Weight, sample: Sample) -> dict[str, Tally]:
+    """One tensor on each of GRIDS."""
+    weights = sample.values.astype(np.float32)
+    judged = judgeable(weights)
+    spread = Spread.of(judged)
+    found = {}
+    for name, (scheme, flat) in GRIDS.items():
+        grid = sample.grid(weight, SCHEMES[scheme], flat)
+        counted = tally(weights, judged, spread, grid)
+        found[name] = replace(counted, sums=counted.sums * (weight.size / weights.size))
+    return found
+
+
+def tally(weights: Floats, judged: Floats, spread: Spread, grid: Grid) -> Tally:
+    """Count flat weights on their grid and on its placebos; `judged` as from judgeable()."""
+    kernels = get_survey()
+    counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
+    sums = np.zeros((RUNS, 5))
+    grid.survey(weights, judged, LIMIT, FACTORS, counts, sums, kernels)
+    first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
+    kernels.largest_two(weights, (grid.blocks.cols, grid.blocks.size), first, second)
+    used = second > 0
+    outliers = first[used] / second[used]
+    return Tally(counts.sum(axis=0, dtype=np.int64), sums.sum(axis=0), outliers, spread)
+
+
+def judgeable(weights: Floats) -> Floats:
+    """The weights as they are counted.
+
+    Weights that were stored in fewer bits than float32 has stand on a lattice, which beats with
+    the grids; each is put somewhere in the interval that was rounded to it.
+    """
+    bits = int(np.bitwise_or.reduce(weights.view(np.uint32)))
+    dropped = min((bits & -bits).bit_length() - 1, 23) if bits else 0
+    if not dropped:
+        return weights
+    noise = np.random.default_rng(0).random(weights.size, np.float32) - np.float32(0.5)
+    judged = weights + noise * np.spacing(np.abs(weights)) * np.float32(2**dropped)
+    judged[weights == 0] = 0
+    return judged
+
+
+def alignment(name: str, tally: Tally) -> Alignment:
+    """What a tally says of the grid called `name`."""
+    counted = int(tally.counts[0].sum())
+    shares = tally.counts / np.maximum(tally.counts.sum(axis=1, keepdims=True), 1)
+    expected = shares[DRAWN].mean(axis=0)
+    peak, at = _excess(shares[0], shares[FIXED], BINS)
+    edge, _ = _excess(shares[0], shares[DRAWN], BINS // 10, 2)
+    total, lost, error, stuck, variance = tally.sums
+    return Alignment(
+        grid=name,
+        weights=counted,
+        independent=int(min(tally.spread.independent, counted)),
+        histogram=_shown(shares[0]),
+        placebo=_shown(expected),
+        departure=_furthest(shares[0] - 1 / BINS) if counted else 0.0,
+        shift=_furthest(shares[0] - expected),
+        peak=peak,
+        peak_at=(at + 0.5) / BINS,
+        edge=edge,
+        collapse=float(lost / max(total, 1)),
+        outlier=float(np.median(tally.outliers)) if tally.outliers.size else 1.0,
+        budget=Budget(float(error), float(stuck), float(np.sqrt(variance))),
+    )
+
+
+def budget(source: Model, weight: Weight, flips: Flips, policy: Policy) -> Budget:
+    """The alignment budget of a tensor that is guarded like this."""
+    stored = source.array(weight.tensor).transpose(weight.perm)
+    nearest, chosen, variance = 0.0, 0.0, 0.0
+    for part in parts(weight, flips.grid.blocks, PIECE):
+        weights = stored[part.index].reshape(-1).astype(np.float32)
+        some = part.of(flips)
+        errors = np.abs(some.grid.decode(some.plain).astype(np.float64) - weights)
+        nearest += float(errors.sum())
+        if policy.name != "unbiased":
+            chosen += float(np.abs(some.grid.decode(some.codes).astype(np.float64) - weights).sum())
+            continue
+        shares = np.abs(some.grid.analyze(weights, get_backend("cpu")).offsets)
+        drawn = shares > (1 - policy.tau) / 2
+        chosen += float(errors[~drawn].sum())
+        variance += float(errors[drawn] ** 2 @ (1 / shares[drawn].astype(np.float64) - 1))
+    return Budget(nearest, chosen, variance**0.5)
+
+
+def on_a_grid(weights: Floats, cols: int) -> bool:
+    """Whether most weights repeat among their neighbours, as those that were quantized once do.
+
+    Looked at are 256 rows: runs of 32 weights other than 0 with at most 16 magnitudes (any grid of
+    4 bits or fewer), or runs of up to 4096 that are all multiples of one step, or have at most 256
+    values (8 bits).
+    """
+    rows = weights.reshape(-1, cols)
+    picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).astype(int)]
+    used = [row[row != 0] for row in picked]
+    pooled = np.concatenate(used)
+    return _mostly(_few(run) for run in _cut(pooled, 32)) or _mostly(
+        _stepped(run) for row in used for run in _cut(row[:4096], 4096)
+    )
+
+
+def _cut(values: Floats, size: int) -> list[Floats]:
+    """Runs of `size`; what is left over at the end only if there is nothing else."""
+    return [values[i : i + size] for i in range(0, max(values.size - size, 0) + 1, size)]
+
+
+def _mostly(found: Iterable[bool]) -> bool:
+    answers = list(found)
+    return sum(answers) > len(answers) / 2
+
+
+def _few(run: Floats) -> bool:
+    return run.size >= 32 and np.unique(np.abs(run)).size <= 16
+
+
+def _stepped(run: Floats) -> bool:
+    values = np.unique(run)
+    if run.size >= 1024 and values.size <= 256:
+        return True
+    if values.size < 16:
+        return False
+    heights = (values - values[0]).astype(np.float64)
+    step = np.diff(heights).min()
+    if heights[-1] > 1024 * step:
+        return False
+    steps = heights / step
+    return bool(np.abs(steps - np.rint(steps)).max() < 0.02)
+
+
+def _excess(real: Shares, placebos: Shares, bins: int, times: int = 1) -> tuple[float, int]:
+    """By how much the largest peak of the first `bins` exceeds `times` the placebos'; its bin.
+
+    Peaks are looked for in what is left of a histogram less the mean of the placebos'.
+    """
+    peaks = _peaks(real - placebos.mean(axis=0))
+    at = int(np.argmax(peaks[:bins]))
+    others = (placebos.sum(axis=0) - placebos) / (len(placebos) - 1)
+    height = peaks[at] - times * max(_peaks(row).max() for row in placebos - others)
+    return max(float(height), 0.0), at
+
+
+def _peaks(shares: Shares) -> Shares:
+    """Share of the WINDOW around each bin above what the bins AROUND it let expect."""
+    width = WINDOW + 2 * AROUND
+    mirrored = np.pad(shares, width // 2, mode="symmetric")
+    window = np.convolve(mirrored, np.ones(WINDOW), "same")
+    around = np.convolve(mirrored, np.ones(width), "same") - window
+    peaks: Shares = (window - around * WINDOW / (2 * AROUND))[width // 2 : -(width // 2)]
+    return peaks
+
+
+def _furthest(difference: Shares) -> float:
+    """Largest magnitude of the cumulative difference of two histograms."""
+    return float(np.abs(np.cumsum(difference)).max())
+
+
+def _shown(shares: Shares) -> tuple[float, ...]:
+    return tuple(map(float, shares.reshape(SHOWN, -1).sum(axis=1)))

@@ -1,0 +1,175 @@
+"""What a scan found: plain data, and its rendering as text. JSON is `to_dict` dumped."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .tables import megabytes, skipped_lines, table, text
+from .weights import Skipped
+
+LEVELS = ("clean", "suspicious", "aligned")  # in ascending order; beside them: NOT_JUDGED
+NOT_JUDGED = "not judged"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """level: one of LEVELS, or NOT_JUDGED. grids: those it is aligned to, the strongest first.
+
+    strength: share of the weights that stand where only the strongest of these grids explains it.
+    reason: one sentence.
+    """
+
+    level: str
+    reason: str
+    grids: tuple[str, ...] = ()
+    strength: float = 0.0
+
+    @property
+    def alarming(self) -> bool:
+        """Whether it is suspicious or worse."""
+        return self.level in LEVELS[1:]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """First-order alignment budget, in the weights' own units.
+
+    nearest: sum |e|, the rounding error that who sets the weights can choose in full. chosen: what
+    a guard leaves of it to him, sum |E e|. random: standard deviation of the rest, which he cannot
+    choose, sqrt(sum Var e), with independent draws.
+    """
+
+    nearest: float
+    chosen: float
+    random: float
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the weights of a tensor, or of all tensors, stand to one grid.
+
+    weights: how many are counted, which leaves out zeros and those above 3/4 of their block's
+    largest; independent: as many weights that never repeat would be as telling. histogram: share
+    of them by distance to the nearest decision boundary, from 0 (on it) to 1 half-gap (on the
+    level), in bins of equal width. placebo: the same on grids whose scales were changed at random.
+    departure: largest difference between the cumulative histogram and the uniform distribution's;
+    shift: ... and the placebo's. peak: by what share of the weights the histogram's sharpest peak
+    exceeds those on grids with scales that are all wrong by one factor; peak_at: its distance.
+    edge: by what share a peak within a tenth of the boundary exceeds twice those on grids whose
+    scales were changed at random.
+    collapse: share of the weights other than 0 that lose more than half of their magnitude.
+    outlier: largest / second largest magnitude of a block, median.
+    """
+
+    grid: str
+    weights: int
+    independent: int
+    histogram: tuple[float, ...]
+    placebo: tuple[float, ...]
+    departure: float
+    shift: float
+    peak: float
+    peak_at: float
+    edge: float
+    collapse: float
+    outlier: float
+    budget: Budget
+
+    @property
+    def near(self) -> float:
+        """Share of the weights within a tenth of a half-gap of a boundary; uniform: 0.1."""
+        return sum(self.histogram[: len(self.histogram) // 10])
+
+    @property
+    def strength(self) -> float:
+        """Share of the weights that stand where only this grid explains it."""
+        return max(self.peak, self.edge)
+
+
+@dataclass(frozen=True)
+class ScannedTensor:
+    """One tensor. alignments: one per grid, in the order of Scan.alignments."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    weights: int
+    verdict: Verdict
+    alignments: tuple[Alignment, ...]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The result of scan(). alignments: of all tensors that are judged together, one per grid."""
+
+    version: str
+    input: str
+    input_sha256: str
+    input_data_sha256: dict[str, str]
+    input_bytes: int
+    verdict: Verdict
+    alignments: tuple[Alignment, ...]
+    tensors: tuple[ScannedTensor, ...]
+    skipped: tuple[Skipped, ...]
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def render(self) -> str:
+        head = ("grid", "weights", "near", "placebo", "peak", "at", "edge", "collapse", "outlier")
+        lines = [
+            f"input     {self.input}  {megabytes(self.input_bytes)}, "
+            f"sha256 {self.input_sha256[:16]}",
+            *verdict_lines(self.verdict),
+            "",
+        ]
+        if self.alignments:
+            lines += [
+                *table(head, [(a.grid, *_figures(a)) for a in self.alignments], left=1),
+                "",
+                *_budget_lines(self.alignments),
+                "",
+            ]
+        if alarming := [tensor for tensor in self.tensors if tensor.verdict.alarming]:
+            rows = [(t.name, t.verdict.grids[0], *_figures(_strongest(t))) for t in alarming]
+            lines += [*table(("tensor", *head), rows), ""]
+        reasons = [
+            Skipped(t.name, t.shape, t.verdict.reason)
+            for t in self.tensors
+            if t.verdict.level == NOT_JUDGED
+        ]
+        lines += skipped_lines([*reasons, *self.skipped])
+        return text(lines)
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    grids = f", {' and '.join(verdict.grids)}" if verdict.grids else ""
+    return [f"scan      {verdict.level}{grids}", f"          {verdict.reason}"]
+
+
+def _strongest(tensor: ScannedTensor) -> Alignment:
+    return next(a for a in tensor.alignments if a.grid == tensor.verdict.grids[0])
+
+
+def _figures(alignment: Alignment) -> Sequence[str]:
+    tenth = len(alignment.placebo) // 10
+    return (
+        f"{alignment.weights:,}",
+        f"{alignment.near:.2%}",
+        f"{sum(alignment.placebo[:tenth]):.2%}",
+        f"{alignment.peak:.2%}",
+        f"{alignment.peak_at:.2f}",
+        f"{alignment.edge:.2%}",
+        f"{alignment.collapse:.1%}",
+        f"x{alignment.outlier:.2f}",
+    )
+
+
+def _budget_lines(alignments: Sequence[Alignment]) -> list[str]:
+    rows = [
+        (a.grid, f"{a.budget.nearest:.6g}", f"{a.budget.chosen:.4g}", f"{a.budget.random:.4g}")
+        for a in alignments
+    ]
+    head = ("alignment budget", "rounded to nearest", "guarded: chosen", "random")
+    return table(head, rows, left=1)

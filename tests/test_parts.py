@@ -1,0 +1,99 @@
+"""A tensor in parts is what it is as a whole."""
+
+import numpy as np
+import onnx
+import pytest
+from samples import SAMPLES, matmul, save, weights
+
+from flipguard_onnx import parts
+from flipguard_onnx.flip import Policy, flip, tensor_key
+from flipguard_onnx.kernels import get_backend
+from flipguard_onnx.model import open_model
+from flipguard_onnx.options import Format
+from flipguard_onnx.weights import find_weights
+
+
+def whole_and_in_parts(tmp_path, proto, form, size, monkeypatch, policy=None):
+    source = open_model(save(proto, tmp_path))
+    weight = find_weights(source.proto)[0][0]
+    scheme, blocks = form.plan(weight)
+    options = policy or Policy(), tensor_key(3, weight.name), get_backend("cpu")
+    whole = flip(
+        weight.name, weight.canonical(source.array(weight.tensor)), scheme, blocks, *options
+    )
+    monkeypatch.setattr(parts, "PART", size)
+    count = len(list(parts.parts(weight, blocks, size)))
+    return whole, parts.flip_weight(source, weight, scheme, blocks, *options), count
+
+
+def assert_same(one, other):
+    assert one.grid.same_as(other.grid)
+    assert one.grid.blocks == other.grid.blocks
+    for name in ("plain", "codes", "guarded"):
+        assert np.array_equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp4"])
+@pytest.mark.parametrize("sample", ["matmul", "gemm_transposed", "matmul_batched", "lstm", "conv"])
+@pytest.mark.parametrize("size", [1, 500, 1000])
+def test_parts_are_the_whole(tmp_path, monkeypatch, sample, scheme, size):
+    proto = SAMPLES[sample]()
+    whole, joined, count = whole_and_in_parts(tmp_path, proto, Format(scheme), size, monkeypatch)
+    # blocks of a codebook that run across the batch cannot be cut there
+    assert count > 1 or (scheme in ("nf4", "fp4") and sample == "matmul_batched")
+    assert_same(whole, joined)
+
+
+def test_topk_in_parts(tmp_path, monkeypatch):
+    form, policy = Format("nf4"), Policy("topk", ratio=0.3)
+    whole, joined, count = whole_and_in_parts(tmp_path, matmul(), form, 500, monkeypatch, policy)
+    assert count > 1
+    assert_same(whole, joined)
+
+
+def test_one_scale_for_the_tensor_is_one_part(tmp_path, monkeypatch):
+    form = Format("int8", granularity="tensor")
+    whole, joined, count = whole_and_in_parts(tmp_path, matmul(), form, 500, monkeypatch)
+    assert count == 1
+    assert_same(whole, joined)
+
+
+def test_a_batch_of_matrices_is_cut_within_the_matrices(tmp_path):
+    source = open_model(save(SAMPLES["matmul_batched"](), tmp_path))
+    weight = find_weights(source.proto)[0][0]
+    each = int(np.prod(weight.shape[1:]))
+    cut = list(parts.parts(weight, weight.blocks(None, flat=False), each // 4))
+    assert max(part.cut.rows * part.cut.cols for part in cut) <= each // 4
+    assert sum(part.cut.rows * part.cut.cols for part in cut) == weight.size
+
+
+def test_values_come_back_in_the_stored_layout(tmp_path, monkeypatch):
+    source = open_model(save(matmul(), tmp_path))
+    weight = find_weights(source.proto)[0][0]
+    scheme, blocks = Format("int4").plan(weight)
+    values = weight.canonical(source.array(weight.tensor))
+    flips = flip("w", values, scheme, blocks, Policy(), np.uint64(1), get_backend("cpu"))
+    monkeypatch.setattr(parts, "PART", 500)
+    decoded = parts.stored(weight, flips, lambda f: f.grid.decode(f.codes), np.dtype("f4"))
+    assert np.array_equal(decoded, weight.stored(flips.grid.decode(flips.codes)))
+
+
+def test_moved_weights_only_where_they_are_wanted(tmp_path):
+    source = open_model(save(matmul(), tmp_path))
+    weight = find_weights(source.proto)[0][0]
+    arguments = *Format().plan(weight), Policy(), np.uint64(1), get_backend("cpu")
+    assert parts.flip_weight(source, weight, *arguments, moved=False).guarded is None
+
+
+def test_all_values_that_are_not_finite_are_counted(tmp_path, monkeypatch):
+    bad = weights((70, 33))
+    bad[[1, 3, 5], [2, 20, 32]] = np.nan
+    proto = matmul()
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(bad, "w"))
+    monkeypatch.setattr(parts, "PART", 200)
+    source = open_model(save(proto, tmp_path))
+    weight = find_weights(source.proto)[0][0]
+    with pytest.raises(parts.ModelError, match="tensor 'w' holds 3 values"):
+        parts.flip_weight(
+            source, weight, *Format().plan(weight), Policy(), np.uint64(1), get_backend("cpu")
+        )

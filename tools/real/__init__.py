@@ -1,0 +1,1 @@
+"""Real inputs for real models, see `tools.real_inputs`."""
