@@ -239,9 +239,10 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--load", nargs="+", type=Path, metavar="FILE", help="of earlier runs")
     options = parser.parse_args(given)
     rows: list[Row] = []
-    for file in options.load or ():
-        rows += [Row(**stored) for stored in json.loads(file.read_text())["rows"]]
     facts = environment("tools.real_inputs")
+    for file in options.load or ():
+        facts = json.loads(file.read_text())
+        rows += [Row(**stored) for stored in facts.pop("rows")]
     for name in () if options.load else options.models:
         say(name)
         for row in measure(known[name], options.schemes, options.seeds):
