@@ -28,7 +28,7 @@ import onnx
 from onnx import version_converter
 
 import flipguard_onnx
-from flipguard_onnx import UnsupportedModelError, pipeline
+from flipguard_onnx import UnsupportedModelError, activations
 from flipguard_onnx.activations import Activations
 from tools.attacks.measure import session
 from tools.fetch_models import path_of
@@ -154,7 +154,7 @@ def measure(subject: Subject, schemes: Sequence[str], seeds: int) -> Iterator[Ro
     """Every way on one model; the first run of a way gathers its statistics."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(subject, Path(folder))
-        with patch.object(pipeline, "Activations", Remembered()):
+        with patch.object(activations, "Activations", Remembered()):
             for scheme in schemes:
                 yield from _of_scheme(bench, scheme, seeds)
 

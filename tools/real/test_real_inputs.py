@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import flipguard_onnx
-from flipguard_onnx import pipeline
+from flipguard_onnx import activations
 from tools import real_inputs
 from tools.attacks.measure import session
 from tools.fetch_models import path_of
@@ -67,7 +67,7 @@ def test_statistics_that_are_remembered_change_nothing(tmp_path):
         return output.read_bytes()
 
     alone = written("alone.onnx", "int4", 2)
-    with patch.object(pipeline, "Activations", real_inputs.Remembered()):
+    with patch.object(activations, "Activations", real_inputs.Remembered()):
         written("first.onnx", "int8", 1)
         assert written("again.onnx", "int4", 2) == alone
 
