@@ -9,6 +9,8 @@ much smaller than the scale, weights that repeat) counts for nothing.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,6 @@ import numpy.typing as npt
 from .findings import Alignment, Budget
 from .flip import Flips, Policy
 from .kernels import get_backend, get_survey
-from .model import Model
 from .parts import parts
 from .schemes import SCHEMES, Blocks, Grid, Scheme
 from .weights import Weight
@@ -112,16 +113,16 @@ class Sample:
     high: np.float32
 
     @classmethod
-    def of(cls, source: Model, weight: Weight) -> "Sample":
-        """All rows, or MOST weights from all over a huge tensor."""
-        stored = source.array(weight.tensor).transpose(weight.perm)
+    def of(cls, weight: Weight, values: npt.NDArray[Any]) -> "Sample":
+        """All rows of values as they are stored, or MOST weights from all over a huge tensor."""
+        stored = values.transpose(weight.perm)
         found = list(parts(weight, weight.blocks(SCHEMES["nf4"].block_size, flat=True), PIECE))
         every = max(weight.size // MOST, 1)
-        values = np.concatenate([stored[part.index].reshape(-1) for part in found[::every]])
-        pieces = [values] if every == 1 else [stored[part.index] for part in found]
+        picked = np.concatenate([stored[part.index].reshape(-1) for part in found[::every]])
+        pieces = [picked] if every == 1 else [stored[part.index] for part in found]
         low = np.min([piece.astype(np.float32).min() for piece in pieces])
         high = np.max([piece.astype(np.float32).max() for piece in pieces])
-        return cls(values, low, high)
+        return cls(picked, low, high)
 
     def grid(self, weight: Weight, scheme: Scheme, flat: bool) -> Grid:
         """The grid that the scheme lays over these weights."""
@@ -203,23 +204,29 @@ def alignment(name: str, tally: Tally) -> Alignment:
     )
 
 
-def budget(source: Model, weight: Weight, flips: Flips, policy: Policy) -> Budget:
-    """The alignment budget of a tensor that is guarded like this."""
-    stored = source.array(weight.tensor).transpose(weight.perm)
-    nearest, chosen, variance = 0.0, 0.0, 0.0
-    for part in parts(weight, flips.grid.blocks, PIECE):
-        weights = stored[part.index].reshape(-1).astype(np.float32)
-        some = part.of(flips)
-        errors = np.abs(some.grid.decode(some.plain).astype(np.float64) - weights)
-        nearest += float(errors.sum())
-        if policy.name != "unbiased":
-            chosen += float(np.abs(some.grid.decode(some.codes).astype(np.float64) - weights).sum())
-            continue
-        shares = np.abs(some.grid.analyze(weights, get_backend("cpu")).offsets)
-        drawn = shares > (1 - policy.tau) / 2
-        chosen += float(errors[~drawn].sum())
-        variance += float(errors[drawn] ** 2 @ (1 / shares[drawn].astype(np.float64) - 1))
-    return Budget(nearest, chosen, variance**0.5)
+def budget(values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
+    """The alignment budget of weights, flat in canonical order, that are guarded like this."""
+    weights = values.astype(np.float32)
+    grid = flips.grid
+    errors = np.abs(grid.decode(flips.plain).astype(np.float64) - weights)
+    nearest = float(errors.sum())
+    if policy.name != "unbiased":
+        left = np.abs(grid.decode(flips.codes).astype(np.float64) - weights)
+        return Budget(nearest, float(left.sum()), 0.0)
+    shares = np.abs(grid.analyze(weights, get_backend("cpu")).offsets)
+    drawn = shares > (1 - policy.tau) / 2
+    variances = errors[drawn] ** 2 * (1 / shares[drawn].astype(np.float64) - 1)
+    return Budget(nearest, nearest - float(errors[drawn].sum()), float(variances.sum() ** 0.5))
+
+
+def budget_of(weight: Weight, values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
+    """budget() of a tensor, its values as they are stored, piece by piece."""
+    stored = values.transpose(weight.perm)
+    pieces = (
+        budget(stored[part.index].reshape(-1), part.of(flips), policy)
+        for part in parts(weight, flips.grid.blocks, PIECE)
+    )
+    return reduce(add, pieces)
 
 
 def on_a_grid(weights: Floats, cols: int) -> bool:

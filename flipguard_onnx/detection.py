@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from . import __version__
 from .alignment import Sample, Tally, alignment, on_a_grid, tallies
@@ -52,7 +55,7 @@ def scan(model: str | os.PathLike[str], *, progress: Progress | None = None) -> 
     examined: list[Examined] = []
     for weight in weights:
         say("scanning", len(examined), len(weights))
-        examined.append(examine(source, weight))
+        examined.append(examine(source.path, weight, source.array(weight.tensor)))
     say("scanning", len(examined), len(weights))
     return conclude(source, examined, skipped, time.perf_counter() - started)
 
@@ -73,12 +76,15 @@ def conclude(
     return _result(source, verdict, together, tensors, skipped, seconds)
 
 
-def examine(source: Model, weight: Weight) -> Examined:
-    """Judge one tensor. Raises ModelError when it holds values that are not finite."""
-    sample = Sample.of(source, weight)
+def examine(path: Path, weight: Weight, values: npt.NDArray[Any]) -> Examined:
+    """Judge one tensor, its values as they are stored.
+
+    Raises ModelError, which names the model at `path`, when a value is not finite.
+    """
+    sample = Sample.of(weight, values)
     if not np.isfinite([sample.low, sample.high]).all():
         raise ModelError(
-            f"{source.path}: tensor {weight.name!r} holds values that are NaN or infinite; "
+            f"{path}: tensor {weight.name!r} holds values that are NaN or infinite; "
             "allowed: finite ones"
         )
     counted = tallies(weight, sample)

@@ -1,5 +1,6 @@
 """What a scan found: plain data, and its rendering as text. JSON is `to_dict` dumped."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,6 +43,13 @@ class Budget:
     nearest: float
     chosen: float
     random: float
+
+    def __add__(self, other: "Budget") -> "Budget":
+        return Budget(
+            self.nearest + other.nearest,
+            self.chosen + other.chosen,
+            math.hypot(self.random, other.random),
+        )
 
 
 @dataclass(frozen=True)

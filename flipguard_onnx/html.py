@@ -103,11 +103,9 @@ def guard_html(report: Report) -> str:
     )
     if report.validation:
         sections.append(_drift_section(report.validation))
-    budgets = [tensor.budget for tensor in report.tensors if tensor.budget]
-    if budgets:
-        nearest, chosen = (sum(getattr(b, name) for b in budgets) for name in ("nearest", "chosen"))
-        random = sum(budget.random**2 for budget in budgets) ** 0.5
-        sections.append(_budget_section([(report.scheme, nearest, chosen, random)]))
+    if left := report.budget:
+        row = (report.scheme, left.nearest, left.chosen, left.random)
+        sections.append(_budget_section([row]))
     page = Page(
         report.input,
         "Guarded against quantization-conditioned backdoors",

@@ -12,7 +12,7 @@ import onnx
 
 from . import __version__
 from .activations import record
-from .alignment import budget
+from .alignment import budget_of
 from .detection import Examined, conclude, examine
 from .emit import (
     Quantized,
@@ -154,9 +154,10 @@ def guard(
             tensors: list[Tensor] = []
             tick = _meter(say, "guarding", sum(weight.nbytes for weight in weights))
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
+                values = source.array(weight.tensor)
                 if draw == 1:
                     begun = time.perf_counter()
-                    examined.append(examine(source, weight))
+                    examined.append(examine(source.path, weight, values))
                     scanning += time.perf_counter() - begun
                 key = tensor_key(drawn_seed, weight.name)
                 inputs = activations.of(weight) if activations else None
@@ -167,7 +168,7 @@ def guard(
                 )
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
-                left = budget(source, weight, flips, rule)
+                left = budget_of(weight, values, flips, rule)
                 tensors.append(Tensor.of(weight, kind, flips, unfed, left))
                 del flips  # what comes next needs the memory
             report = Report(

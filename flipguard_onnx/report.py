@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 from .findings import Budget, Scan, verdict_lines
@@ -205,17 +207,21 @@ class Report:
         ]
         return text(lines)
 
-    def _scan_lines(self) -> list[str]:
+    @property
+    def budget(self) -> Budget | None:
+        """The alignment budget of all tensors together."""
         budgets = [tensor.budget for tensor in self.tensors if tensor.budget]
-        if not self.scan or not budgets:
+        return reduce(add, budgets) if budgets else None
+
+    def _scan_lines(self) -> list[str]:
+        if not self.scan or not self.budget:
             return []
-        nearest, chosen = (sum(getattr(b, name) for b in budgets) for name in ("nearest", "chosen"))
-        random = sum(budget.random**2 for budget in budgets) ** 0.5
+        left = self.budget
         return [
             "",
             *verdict_lines(self.scan.verdict),
-            f"budget    of alignment: {nearest:.4g} when rounded to nearest; guarded, {chosen:.4g} "
-            f"left to choose and {random:.4g} at random",
+            f"budget    of alignment: {left.nearest:.4g} when rounded to nearest; guarded, "
+            f"{left.chosen:.4g} left to choose and {left.random:.4g} at random",
         ]
 
     def _preserve_lines(self) -> list[str]:

@@ -50,7 +50,9 @@ def verdict_on(path: Path, change: Change = lambda _, values: values) -> Verdict
 
 def judge(source: Model, pairs: Iterable[tuple[Weight, Values]]) -> Verdict:
     """The verdict on these weights."""
-    return conclude(source, [examine(*pair) for pair in pairs], (), 0.0).verdict
+    return conclude(
+        source, [examine(source.path, w, w.stored(values)) for w, values in pairs], (), 0.0
+    ).verdict
 
 
 def attacks() -> None:
