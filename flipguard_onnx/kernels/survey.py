@@ -151,10 +151,10 @@ def survey_codebook(
             i = end
 
 
-@_kernel
+@numba.njit(cache=True)  # too little work to share out
 def largest_two(weights, cols, block, first, second):
     """The two largest magnitudes of every block."""
-    for b in numba.prange(first.size):
+    for b in range(first.size):
         per_row = (cols + block - 1) // block
         start = (b // per_row) * cols + (b % per_row) * block
         stop = min(start + block, (b // per_row + 1) * cols)
