@@ -240,8 +240,10 @@ def on_a_grid(weights: Floats, cols: int) -> bool:
     picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).astype(int)]
     used = [row[row != 0] for row in picked]
     pooled = np.concatenate(used)
+    runs = np.sort(np.abs(pooled[: pooled.size // 32 * 32]).reshape(-1, 32))
+    values = 1 + np.count_nonzero(np.diff(runs), axis=1)
     return (
-        _mostly(_few(run) for run in _cut(pooled, 32))
+        _mostly(values <= 16)
         or _mostly(_stepped(run) for run in _cut(pooled, 4096))
         or _mostly(_stepped(row[:4096]) for row in used)
     )
@@ -255,10 +257,6 @@ def _cut(values: Floats, size: int) -> list[Floats]:
 def _mostly(found: Iterable[bool]) -> bool:
     answers = list(found)
     return sum(answers) > len(answers) / 2
-
-
-def _few(run: Floats) -> bool:
-    return run.size >= 32 and np.unique(np.abs(run)).size <= 16
 
 
 def _stepped(run: Floats) -> bool:

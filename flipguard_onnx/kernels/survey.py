@@ -122,11 +122,11 @@ def survey(weights, cut, operands, scales, absmax, levels, judged, limit, factor
             i = end
 
 
-@_kernel
+@numba.njit(cache=True)  # too little work to share out
 def largest_two(weights, cut, first, second):
     """The two largest magnitudes of every block."""
     cols, block = cut
-    for b in numba.prange(first.size):
+    for b in range(first.size):
         per_row = (cols + block - 1) // block
         start = (b // per_row) * cols + (b % per_row) * block
         stop = min(start + block, (b // per_row + 1) * cols)
