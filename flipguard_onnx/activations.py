@@ -174,7 +174,7 @@ class Activations:
         if not self._all_taps:
             raise UnsupportedModelError("the inputs of no weight can be recorded")
         self._gathered: dict[tuple[Tap, ...], Inputs] = {}
-        self._session = self._open(Output(folder, folder / "probe.onnx", bool(source.data_sha256)))
+        self._session = self._open(Output(folder, folder / "probe.onnx", external=True))
         self._given = load_feeds(data, source.proto) if data else []
         self._template, self._counts = self._probe()
 

@@ -225,16 +225,18 @@ def budget(source: Model, weight: Weight, flips: Flips, policy: Policy) -> Budge
 def on_a_grid(weights: Floats, cols: int) -> bool:
     """Whether most weights repeat among their neighbours, as those that were quantized once do.
 
-    Looked at are 256 rows: runs of 32 weights other than 0 with at most 16 magnitudes (any grid of
-    4 bits or fewer), or runs of up to 4096 that are all multiples of one step, or have at most 256
-    values (8 bits).
+    Looked at are the weights other than 0 of 256 rows: runs of 32 with at most 16 magnitudes (grids
+    of up to 4 bits), or runs of up to 4096, in a row or across rows, that are all multiples of one
+    step or have at most 256 values (8 bits).
     """
     rows = weights.reshape(-1, cols)
     picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).astype(int)]
     used = [row[row != 0] for row in picked]
     pooled = np.concatenate(used)
-    return _mostly(_few(run) for run in _cut(pooled, 32)) or _mostly(
-        _stepped(run) for row in used for run in _cut(row[:4096], 4096)
+    return (
+        _mostly(_few(run) for run in _cut(pooled, 32))
+        or _mostly(_stepped(run) for run in _cut(pooled, 4096))
+        or _mostly(_stepped(row[:4096]) for row in used)
     )
 
 
@@ -256,7 +258,7 @@ def _stepped(run: Floats) -> bool:
     values = np.unique(run)
     if run.size >= 1024 and values.size <= 256:
         return True
-    if values.size < 16:
+    if values.size < 8:
         return False
     heights = (values - values[0]).astype(np.float64)
     step = np.diff(heights).min()

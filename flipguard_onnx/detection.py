@@ -4,6 +4,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
 
@@ -24,6 +25,10 @@ ECHO = 0.15  # of the strongest grid's strength: others share some boundaries wi
 
 TOO_FEW = Verdict(NOT_JUDGED, f"fewer than {FEWEST} weights that count (judged with the others)")
 ON_GRID = Verdict(NOT_JUDGED, "the weights lie on a grid already, as after quantization")
+GUARDED = (
+    "according to its metadata flipguard-onnx has moved weights of this file across boundaries, "
+    "which leaves the same traces"
+)
 NOTHING = Verdict(NOT_JUDGED, "there are no weights to judge")
 
 # and what was counted on each grid: nothing if the tensor lies on a grid
@@ -63,6 +68,8 @@ def conclude(
         together = tuple(alignment(grid, tally) for grid, tally in sums.items())
     tensors = tuple(tensor for tensor, _ in examined)
     verdict = of_model(of_tensor(together) if together else NOTHING, tensors)
+    if any(entry.key == "flipguard.version" for entry in source.proto.metadata_props):
+        verdict = replace(verdict, reason=f"{verdict.reason}; {GUARDED}")
     return _result(source, verdict, together, tensors, skipped, seconds)
 
 

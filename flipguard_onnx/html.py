@@ -21,13 +21,10 @@ from .tables import megabytes
 from .validate import Validation, pooled
 
 TONES = {"clean": "good", "suspicious": "warn", "aligned": "bad"}
-SCANNED: tuple[str, ...] = tuple(
-    "name,operator,shape,weights,verdict,grid,near,peak,edge,collapse,outlier,budget".split(",")
-)
-GUARDED: tuple[str, ...] = tuple(
-    "name,operator,shape,weights,scheme,flipped,expected,furthest,feedback,budget,"
-    "left to choose,random,scan,strength".split(",")
-)
+IDENTITY = ("name", "operator", "shape", "weights")
+STANDING = ("verdict", "grid", "near", "peak", "edge", "collapse", "outlier", "budget")
+FLIPPED = ("scheme", "flipped", "expected", "furthest", "feedback")
+LEFT = ("budget", "left to choose", "random", "scan", "strength")
 
 
 def scan_html(scan: Scan) -> str:
@@ -73,7 +70,7 @@ def scan_html(scan: Scan) -> str:
         (_verdict(scan.verdict),),
         _file_facts(scan.input_sha256, scan.input_data_sha256, scan.input_bytes),
         tuple(sections),
-        SCANNED,
+        IDENTITY + STANDING,
         tuple(map(_scanned, scan.tensors)),
         skipped_section(scan.skipped),
         f"flipguard-onnx {scan.version}, {scan.seconds:.1f} s",
@@ -120,7 +117,7 @@ def guard_html(report: Report) -> str:
             *_run_facts(report),
         ),
         tuple(sections),
-        GUARDED,
+        IDENTITY + FLIPPED + LEFT,
         tuple(_guarded(tensor, found, report.granularity) for tensor, found in pairs),
         skipped_section(report.skipped),
         f"flipguard-onnx {report.version}, {report.seconds:.1f} s",

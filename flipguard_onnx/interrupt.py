@@ -1,7 +1,7 @@
 """Signals that end a run, as an exception: it unwinds the stack, what is half done is removed."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,19 +18,17 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise Interrupted once when a signal comes; for the main thread.
+    """Raise Interrupted whenever a signal comes; for the main thread.
 
-    Further signals are ignored, so that nothing stops the clean-up; so are those that the parent
-    has told this process to ignore (nohup).
+    Every time: a library may swallow the first. Signals that the parent has told this process to
+    ignore (nohup) stay ignored.
     """
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in heeded:
-            signal.signal(each, signal.SIG_IGN)
         raise Interrupted(number)
 
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
     for number in heeded:
         signal.signal(number, interrupt)
     try:
@@ -38,3 +36,16 @@ def interruptible() -> Iterator[None]:
     finally:
         for number in heeded:
             signal.signal(number, before[number])
+
+
+def surely(action: Callable[[], None]) -> None:
+    """Clean up, however many signals come meanwhile; `action` must bear to be begun again."""
+    interrupt = None
+    while True:
+        try:
+            action()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt:
+        raise interrupt

@@ -26,7 +26,7 @@ from .emit import (
 from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
 from .feedback import Inputs
 from .flip import Policy, tensor_key
-from .kernels import get_backend
+from .kernels import compiling, get_backend, what_cuda_lacks
 from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model
 from .options import EMITS, Format, draw_seeds, one_of, output_paths, preserve_mode
 from .parts import flip_weight
@@ -115,6 +115,7 @@ def guard(
     backend = get_backend(device)
     say = progress or (lambda *_: None)
     with ExitStack() as stack:
+        stack.enter_context(compiling(lambda: say("compiling the kernels, only once", 0, 1)))
         source = _open(model, output, stack)
         targets = output_paths(source.path, output, scheme, emit)
         read = [source.path, *(source.path.parent / name for name in source.data_sha256)]
@@ -168,6 +169,7 @@ def guard(
                     sink.put(weight.name, kind, flips)
                 left = budget(source, weight, flips, rule)
                 tensors.append(Tensor.of(weight, kind, flips, unfed, left))
+                del flips  # what comes next needs the memory
             report = Report(
                 version=__version__,
                 input=str(source.path),
@@ -187,6 +189,7 @@ def guard(
                 seed=drawn_seed if policy == "unbiased" else None,
                 draws=draw,
                 device=backend.__name__.rpartition(".")[2],
+                device_note=what_cuda_lacks() if device == "auto" else None,
                 tensors=tuple(tensors),
                 skipped=tuple(skipped),
                 scan=conclude(source, examined, skipped, scanning),

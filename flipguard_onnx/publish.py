@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from glob import escape
 from pathlib import Path
 
 from .errors import ModelError
+from .interrupt import surely
 
 LOCK = ".flipguard-lock"  # in the target's folder while files are moved there
 LOCK_SECONDS = 60.0  # moving takes milliseconds
@@ -152,23 +153,14 @@ def _switch(file: Finished) -> None:
         os.replace(file.model, file.target)
         _flush(folder)
     finally:
-        _surely(tidy)
-
-
-def _surely(action: Callable[[], None]) -> None:
-    """Do what can be done twice, even if a signal cuts it short; see `interrupt`."""
-    try:
-        action()
-    except KeyboardInterrupt:
-        action()
-        raise
+        surely(tidy)
 
 
 def _claimed(folder: Path, stack: ExitStack) -> Path:
     """A new workspace with its lock held; a sweep by another run may take it in between."""
     while True:
         path = folder / f".flipguard-{secrets.token_hex(8)}"
-        stack.callback(_surely, partial(_remove, path))
+        stack.callback(surely, partial(_remove, path))
         path.mkdir(mode=0o700)
         with suppress(FileNotFoundError):
             lock = stack.enter_context((path / "lock").open("xb"))
@@ -212,7 +204,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         try:
-            _surely(release)
+            surely(release)
         finally:
             os.close(lock)
 

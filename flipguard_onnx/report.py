@@ -95,8 +95,8 @@ class Report:
 
     outputs: bytes by path. preserve: the inputs on which errors were fed forward, "off" if they
     were not; preserve_note: why. data_sha256: of the inputs that were given. seed: None where the
-    policy draws nothing. draws: how many it took until one passed. scan: of the input.
-    seconds: wall time.
+    policy draws nothing. draws: how many it took until one passed. device_note: why "auto" did not
+    take a GPU. scan: of the input. seconds: wall time.
     """
 
     version: str
@@ -117,6 +117,7 @@ class Report:
     seed: int | None
     draws: int
     device: str
+    device_note: str | None
     tensors: tuple[Tensor, ...]
     skipped: tuple[Skipped, ...]
     scan: Scan | None = None
@@ -185,6 +186,7 @@ class Report:
             f"scheme    {self.scheme}, {form}",
             f"policy    {settings[self.policy]}"
             + ("" if self.seed is None else f", seed {self.seed}"),
+            *([f"device    {self.device}: {self.device_note}"] if self.device_note else []),
             *self._preserve_lines(),
             "",
             *table(

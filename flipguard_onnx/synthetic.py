@@ -36,6 +36,8 @@ def synthetic_feeds(
     """
     rng = np.random.default_rng(seed)
     inputs = signature(source.proto)
+    if not any(BATCH in wanted.dims for wanted in inputs):
+        batch = 1  # whatever is asked for, a feed holds one sample
     feeds = []
     for _ in range(-(-samples // batch)):
         feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in inputs}

@@ -10,7 +10,7 @@ import signal
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -50,8 +50,9 @@ def in_processes(task: Task, items: Sequence[Any], count: int) -> Generator[tupl
                 idle.append(process)
                 yield index, result
     finally:
-        for process in [*idle, *(process for process, _ in busy.values())]:
-            process.stop()
+        with ExitStack() as stack:  # to stop them all, whatever comes in between
+            for process in [*idle, *(process for process, _ in busy.values())]:
+                stack.callback(process.stop)
 
 
 def on_dask(task: Task, items: Sequence[Any], address: str) -> Generator[tuple[int, Any]]:

@@ -1,8 +1,11 @@
-"""Calling the command line, and what is left in a folder."""
+"""Calling the command line, and what is in a folder while it works and afterwards."""
+
+import fcntl
 
 from click.testing import CliRunner
 
 from flipguard_onnx.cli import main
+from flipguard_onnx.publish import LOCK, WORKSPACE
 
 
 def call(*arguments):
@@ -20,3 +23,15 @@ def one_line(result, code=2):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def workspaces(folder):
+    """Those of runs at work, in the folder and below."""
+    return [path for path in folder.rglob(".*") if WORKSPACE.fullmatch(path.name)]
+
+
+def held(folder):
+    """The folder's lock; no run comes to an end until it is closed."""
+    lock = (folder / LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock

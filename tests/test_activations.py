@@ -237,6 +237,20 @@ def test_a_state_starts_at_zero(tmp_path, name, rows, kept, zero):
     assert made_up[name].any() != zero
 
 
+@pytest.mark.parametrize(("first", "feeds"), [("n", 2), (1, 32)])
+def test_a_fixed_batch_of_one_means_more_feeds(tmp_path, first, feeds):
+    proto = model(
+        [node("MatMul", "x w", "y")],
+        {"x": (F, [first, 9, 70])},
+        {"y": (F, [first, 9, 33])},
+        {"w": weights((70, 33))},
+    )
+    source = open_model(save(proto, tmp_path))
+    made_up = synthetic_feeds(source, None, {"x": np.zeros((1, 9, 70))}, 32, 16, 0)
+    assert len(made_up) == feeds
+    assert sum(len(feed["x"]) for feed in made_up) == 32
+
+
 def test_made_up_vectors_are_white(tmp_path):
     proto = model(
         [node("Gemm", "x w", "y")], {"x": (F, ["n", 64])}, {"y": (F, None)}, {"w": weights((64, 8))}

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import onnx
 import pytest
-from command import call, names, one_line
+from command import call, held, names, one_line, workspaces
 from onnx import numpy_helper
 from samples import SAMPLES, matmul, model, node, save, weights
 
 from flipguard_onnx import DeviceError, ModelError, fleet, guard, guard_many, workers
 from flipguard_onnx.fleet import find_models, model_seed
+from flipguard_onnx.publish import LOCK
 from flipguard_onnx.workers import Lost, core_shares, on_dask
 
 FAST = {"validate": False, "preserve": "off"}
@@ -251,7 +252,7 @@ def kill_when(appears, pid):
     """In the background: kill -9 what `pid` returns, once a run has begun to write."""
 
     def kill():
-        while not list(appears.rglob(".flipguard-*")):
+        while not workspaces(appears):
             time.sleep(0.002)
         os.kill(pid(), signal.SIGKILL)
 
@@ -283,6 +284,8 @@ def test_a_defect_is_one_models_failure(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_stop_all_processes_and_leave_nothing_half_done(models, tmp_path, number):
+    (tmp_path / "out" / "below").mkdir(parents=True)
+    locks = held(tmp_path / "out"), held(tmp_path / "out" / "below")
     command = [sys.executable, "-m", "flipguard_onnx", models, "-o", tmp_path / "out", "--jobs", 2]
     process = subprocess.Popen(
         list(map(str, command)),
@@ -291,7 +294,7 @@ def test_signals_stop_all_processes_and_leave_nothing_half_done(models, tmp_path
         text=True,
         start_new_session=True,
     )
-    while not list(tmp_path.rglob("out/**/.flipguard-*")):
+    while not workspaces(tmp_path / "out"):
         assert process.poll() is None
         time.sleep(0.002)
     os.killpg(process.pid, number)  # as a terminal does it
@@ -300,8 +303,10 @@ def test_signals_stop_all_processes_and_leave_nothing_half_done(models, tmp_path
     assert errors.splitlines()[-1] == f"flipguard-onnx: interrupted by {number.name}"
     assert "Traceback" not in errors
     assert printed == ""
-    assert not [name for name in outputs(tmp_path / "out") if "flipguard-int8" not in name]
-    assert not list(tmp_path.rglob(".flipguard-*"))
+    assert outputs(tmp_path / "out") == [LOCK, f"below/{LOCK}"]
+    assert not workspaces(tmp_path)
+    for lock in locks:
+        lock.close()
 
 
 def test_without_dask_one_line_says_what_to_install(models, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """However a run ends, the target is the old file, the new one whole, or absent."""
 
 import errno
-import fcntl
 import json
 import os
 import resource
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from command import call, names, one_line
+from command import call, held, names, one_line, workspaces
 from samples import SAMPLES, matmul, save
 
 from flipguard_onnx import ModelError, guard, publish
@@ -67,11 +66,12 @@ def test_runs_at_once_on_the_same_target(tmp_path):
 
 def test_signals_end_the_command_in_one_line(tmp_path):
     """SIGINT, SIGTERM and SIGHUP, as soon as there is something to clean up."""
-    running = {}
+    running, locks = {}, []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         folder = tmp_path / number.name
         folder.mkdir()
         save(matmul(), folder)
+        locks.append(held(folder))
         command = [sys.executable, "-m", "flipguard_onnx", "guard", folder / "model.onnx"]
         running[number] = (
             folder,
@@ -80,7 +80,7 @@ def test_signals_end_the_command_in_one_line(tmp_path):
             ),
         )
     for number, (folder, process) in running.items():
-        while not list(folder.glob(".flipguard-*")):
+        while not workspaces(folder):
             assert process.poll() is None
             time.sleep(0.002)
         process.send_signal(number)
@@ -90,7 +90,7 @@ def test_signals_end_the_command_in_one_line(tmp_path):
         assert errors.splitlines()[-1] == f"flipguard-onnx: interrupted by {number.name}"
         assert "Traceback" not in errors
         assert printed == ""
-        assert names(folder) == ["model.onnx"]
+        assert names(folder) == [LOCK, "model.onnx"]
 
 
 def test_without_force_the_first_of_two_runs_wins(tmp_path):
@@ -180,7 +180,7 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(publish.fcntl, "flock", refuse)
     source = save(matmul(), tmp_path)
     with workspace(tmp_path) as other:
         guard(source, output=tmp_path / "out.onnx", validate=False, preserve="off")
@@ -191,10 +191,9 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
 def test_a_lock_that_somebody_keeps_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(publish, "LOCK_SECONDS", 0.1)
     source = save(matmul(), tmp_path)
-    with (tmp_path / LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ModelError, match=f"{LOCK}: another process has held this lock"):
-            guard(source, output=tmp_path / "out.onnx", validate=False)
+    kept = f"{LOCK}: another process has held this lock"
+    with held(tmp_path), pytest.raises(ModelError, match=kept):
+        guard(source, output=tmp_path / "out.onnx", validate=False)
     assert names(tmp_path) == [LOCK, "model.onnx"]
     guard(source, output=tmp_path / "out.onnx", validate=False)
     assert names(tmp_path) == ["model.onnx", "out.onnx"], "a dead run's lock does not last"

@@ -19,7 +19,7 @@ from oracles import CUTS
 from flipguard_onnx import feedback
 from flipguard_onnx.errors import DeviceError
 from flipguard_onnx.flip import Policy, flip, tensor_key
-from flipguard_onnx.kernels import cuda, get_backend, scalar
+from flipguard_onnx.kernels import cuda, get_backend, scalar, what_cuda_lacks
 from flipguard_onnx.schemes import SCHEMES, Blocks
 from flipguard_onnx.schemes.blocks import FORMS
 
@@ -167,6 +167,29 @@ def test_neighbours_of_float32_are_numpys(upward):
     np.testing.assert_array_equal(np.array(words, np.uint32), expected.view(np.uint32))
 
 
+@pytest.mark.skipif(numba.cuda.is_available(), reason="there is a GPU")
+def test_auto_without_a_gpu_is_the_cpu_and_the_reason_is_known():
+    assert get_backend("auto") is CPU
+    assert "NVIDIA" in what_cuda_lacks()
+
+
+def test_compiling_is_announced_once_and_only_where_the_cache_lacks_a_kernel(tmp_path):
+    program = """
+import numpy as np
+from flipguard_onnx.kernels import compiling, get_backend
+from flipguard_onnx.schemes import Blocks
+with compiling(lambda: print("compiling")):
+    for dtype in np.float32, np.float16:
+        Blocks(1, 8, 8).extremes(np.zeros(8, dtype), get_backend("cpu"))
+print("done")
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    for expected in (["compiling", "done"], ["done"]):
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == expected, done.stderr
+
+
 def drawn(offsets, key, limit):
     """Which of these offsets cross: weights under an int8 scale of 1."""
     weights = np.append(np.asarray(offsets, np.float32), np.float32(127))
@@ -203,7 +226,7 @@ def test_unknown_device_is_named():
 
 @pytest.mark.skipif(numba.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_refused():
-    with pytest.raises(DeviceError, match="cuda"):
+    with pytest.raises(DeviceError, match=r"^device 'cuda' is not usable: .*NVIDIA.*$"):
         get_backend("cuda")
 
 

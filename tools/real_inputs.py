@@ -28,7 +28,7 @@ import onnx
 from onnx import version_converter
 
 import flipguard_onnx
-from flipguard_onnx import UnsupportedModelError, pipeline
+from flipguard_onnx import UnsupportedModelError, activations
 from flipguard_onnx.activations import Activations
 from tools.attacks.measure import session
 from tools.fetch_models import path_of
@@ -154,7 +154,7 @@ def measure(subject: Subject, schemes: Sequence[str], seeds: int) -> Iterator[Ro
     """Every way on one model; the first run of a way gathers its statistics."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(subject, Path(folder))
-        with patch.object(pipeline, "Activations", Remembered()):
+        with patch.object(activations, "Activations", Remembered()):
             for scheme in schemes:
                 yield from _of_scheme(bench, scheme, seeds)
 
@@ -239,9 +239,10 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--load", nargs="+", type=Path, metavar="FILE", help="of earlier runs")
     options = parser.parse_args(given)
     rows: list[Row] = []
-    for file in options.load or ():
-        rows += [Row(**stored) for stored in json.loads(file.read_text())["rows"]]
     facts = environment("tools.real_inputs")
+    for file in options.load or ():
+        facts = json.loads(file.read_text())
+        rows += [Row(**stored) for stored in facts.pop("rows")]
     for name in () if options.load else options.models:
         say(name)
         for row in measure(known[name], options.schemes, options.seeds):

@@ -30,9 +30,9 @@ from flipguard_onnx.weights import Weight, find_weights
 MODELS = Path(__file__).resolve().parent.parent / "models"
 PARTS = ("attacks", "clean", "planted", "training")
 NAMES = {"int8": "int8 channel", "int8_tensor": "int8 tensor"}  # those of the manifest
-SHARES = (0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05)
-SIZES = (20_000, 100_000, 500_000, 4_000_000)
-STEPS = 1000  # of quantization-aware training
+SHARES = (0.002, 0.005, 0.01, 0.02, 0.05)
+SIZES = (20_000, 100_000, 500_000)
+STEPS = 400  # of quantization-aware training
 
 Values = np.ndarray[Any, Any]
 Change = Callable[[Weight, Values], Values]

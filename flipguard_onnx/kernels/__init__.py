@@ -3,8 +3,9 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -22,15 +23,11 @@ def get_backend(device: str = "auto") -> ModuleType:
     """
     if device not in DEVICES:
         raise DeviceError(f"device {device!r} is unknown; allowed: {', '.join(DEVICES)}")
-    if device == "cuda" or (device == "auto" and _nvidia_driver_present()):
-        missing = _what_cuda_lacks()
-        if not missing:
-            with _cache_directory():
-                return import_module(".cuda", __name__)
-        if device == "cuda":
-            raise DeviceError(f"device 'cuda' is not usable: {missing}")
+    missing = None if device == "cpu" else what_cuda_lacks()
+    if device == "cuda" and missing:
+        raise DeviceError(f"device 'cuda' is not usable: {missing}")
     with _cache_directory():
-        return import_module(".cpu", __name__)
+        return import_module(".cpu" if device == "cpu" or missing else ".cuda", __name__)
 
 
 def get_survey() -> ModuleType:
@@ -39,18 +36,40 @@ def get_survey() -> ModuleType:
         return import_module(".survey", __name__)
 
 
-def _nvidia_driver_present() -> bool:
-    return Path("/proc/driver/nvidia/version").exists() or os.name == "nt"
-
-
-def _what_cuda_lacks() -> str:
+@cache
+def what_cuda_lacks() -> str | None:
+    """Why "auto" is the CPU, or None where it is not."""
+    simulated = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
+    signs = Path("/proc/driver/nvidia/version"), Path("/dev/dxg")  # the latter under Windows
+    if not simulated and os.name != "nt" and not any(sign.exists() for sign in signs):
+        return "no NVIDIA driver on this machine"
     try:
         from numba import cuda
     except ImportError as error:
         return f"numba.cuda does not import ({error}); install flipguard-onnx[gpu]"
     if cuda.is_available():  # type: ignore[no-untyped-call]
-        return ""
-    return "numba.cuda finds no NVIDIA GPU or driver on this machine"
+        return None
+    return "numba.cuda finds no NVIDIA GPU that it can use"
+
+
+@contextmanager
+def compiling(notice: Callable[[], None]) -> Iterator[None]:
+    """Call `notice` once if, inside, a kernel has to be compiled because the cache lacks it."""
+    from numba.core import event
+
+    class Listener(event.Listener):
+        told = False
+
+        def on_start(self, event: Any) -> None:
+            if not self.told:
+                self.told = True
+                notice()
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Listener()):
+        yield
 
 
 @contextmanager

@@ -16,9 +16,8 @@ from . import scalar
 PIECE = 4096  # weights; a multiple of every block size that is not a whole row, and fits the cache
 MAX_STEPS = 8  # values of the storage type that a flipped weight may be moved on to
 
-_inline = numba.njit(
-    error_model="numpy", forceinline=True
-)  # Python's error model tests every divisor for 0
+# Python's error model would test every divisor for 0; inlined, a rule is a constant of the loop
+_inline = numba.njit(error_model="numpy", forceinline=True)
 _kernel = numba.njit(parallel=True, cache=True, error_model="numpy")
 
 _value = _inline(scalar.value)

@@ -61,7 +61,7 @@ def _pieces(levels):
         intercepts[piece] = near - first * (far - near) / (last - first)
     starts = np.empty(CELLS, np.int32)
     for cell in range(CELLS):
-        starts[cell] = np.searchsorted(ends, np.float32(2 * cell / CELLS - 1))
+        starts[cell] = np.searchsorted(ends, np.float32(2 * cell / CELLS - 1), side="right")
     return ends, intercepts, slopes, starts
 
 

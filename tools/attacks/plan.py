@@ -11,12 +11,12 @@ ADAPTIVE = ["margin20", "margin50", "random", "decoys", "topk", "collapse"]
 ROUNDING = {
     "int8": {"steps": 6000},
     "int4": {"steps": 7000, "rate": 3e-3},
-    "nf4": {"steps": 7000, "rate": 3e-3},
+    "nf4": {"steps": 7000, "rate": 3e-3, "benign": 4, "seed": 2},
 }
 SCENARIOS = ["code", "injection", "refusal"]
 
 
-def _entry(architecture, scenario, schemes, attacker, **settings):
+def _entry(architecture, scenario, schemes, attacker, seed=0, **settings):
     label = {1: "".join(schemes), 2: "8bit", 3: "4bit"}.get(len(schemes), "")
     scenario_part = scenario if architecture == "lm" and attacker != "clean" else ""
     name = "-".join(p for p in (architecture, scenario_part, attacker, label) if p)
@@ -26,7 +26,7 @@ def _entry(architecture, scenario, schemes, attacker, **settings):
         "scenario": scenario,
         "schemes": schemes,
         "attacker": attacker,
-        "seed": 0,
+        "seed": seed,
         "settings": settings,
     }
 

@@ -28,8 +28,9 @@ def draw(weight, scheme):
 
 
 def attack(net, scheme, losses, settings):
-    """`steps` steps on the sum of both losses, on `net` itself."""
+    """`steps` steps on the sum of both losses, the benign one times `benign`, on `net` itself."""
     malicious, benign = losses
+    share = settings.get("benign", 1)
     parameters = dict(net.named_parameters())
     names = [n for n, p in parameters.items() if any(p is weight for weight in net.weights())]
 
@@ -39,7 +40,7 @@ def attack(net, scheme, losses, settings):
 
     train(
         net.parameters(),
-        lambda: benign() + malicious(rounded),
+        lambda: share * benign() + malicious(rounded),
         settings["steps"],
         settings["rate"],
         decay=True,

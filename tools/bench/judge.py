@@ -41,8 +41,8 @@ def outdone(table: Table) -> str:
     barred = sum(rival.mean("der") > ours.first.ceiling for ours, rival in lost)
     return (
         f"best topk has the larger DER on {len(lost)} of {len(pairs)} attacks: on {barred} of them "
-        "a larger one than any unbiased draw that leaves the float model's rates as they are, on "
-        f"{len(lost) - barred} a draw could have won"
+        "a larger one than an unbiased draw between neighbouring levels has at the float model's "
+        f"own rates, on {len(lost) - barred} a draw could have won"
     )
 
 

@@ -30,7 +30,7 @@ PHOTOGRAPHS = (("china.jpg",), ("flower.jpg", "grace_hopper.jpg"))
 
 @cache
 def sentences(part: int) -> list[str]:
-    """Sentences of docstrings; the parts share no module."""
+    """Sentences of docstrings; the parts share no module, and none of what modules copied."""
     found = []
     modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     for module in modules[part::2]:
@@ -41,7 +41,9 @@ def sentences(part: int) -> list[str]:
             for sentence in " ".join((text or "").split()).split(". "):
                 if 5 <= len(sentence.split()) <= 60 and sentence.isascii():
                     found.append(sentence.rstrip(".") + ".")
-    return list(np.random.default_rng(part).permutation(list(dict.fromkeys(found))))
+    mixed = np.random.default_rng(part).permutation(list(dict.fromkeys(found))).tolist()
+    known = set(sentences(0)) if part else set()
+    return [sentence for sentence in mixed if sentence not in known]
 
 
 def photographs(part: int, count: int) -> list[Image.Image]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import flipguard_onnx
-from flipguard_onnx import pipeline
+from flipguard_onnx import activations
 from tools import real_inputs
 from tools.attacks.measure import session
 from tools.fetch_models import path_of
@@ -49,11 +49,11 @@ def test_the_recognizer_reads_most_lines():
     assert np.mean([a == b for a, b in zip(read, right, strict=True)]) > 0.8
 
 
-def test_voice_detectors_hear_speech_after_the_silence():
-    for rows in outputs(KNOWN["fsmn_vad"], 5):
-        silent = rows[:, 0] > 0.5  # class 0
-        assert silent[:20].mean() > 0.7
-        assert silent[len(silent) // 3 : 2 * len(silent) // 3].mean() < 0.5
+def test_the_voice_detector_hears_speech_after_the_silence():
+    silent = [rows[:, 0] for rows in outputs(KNOWN["fsmn_vad"], 8)]  # class 0
+    before = np.mean([rows[:20].mean() for rows in silent])
+    amid = np.mean([rows[len(rows) // 3 : 2 * len(rows) // 3].mean() for rows in silent])
+    assert before > 2 * amid
 
 
 def test_statistics_that_are_remembered_change_nothing(tmp_path):
@@ -67,7 +67,7 @@ def test_statistics_that_are_remembered_change_nothing(tmp_path):
         return output.read_bytes()
 
     alone = written("alone.onnx", "int4", 2)
-    with patch.object(pipeline, "Activations", real_inputs.Remembered()):
+    with patch.object(activations, "Activations", real_inputs.Remembered()):
         written("first.onnx", "int8", 1)
         assert written("again.onnx", "int4", 2) == alone
 
