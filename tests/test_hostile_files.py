@@ -8,60 +8,10 @@ import zipfile
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
+from command import call
+from hostile import MATRIX, changed, emptied, external, one_line, refused, shape, written
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 from samples import SAMPLES, F, matmul, model, node, save, weights
-
-from flipguard_onnx.cli import main
-
-MATRIX = (64, 64)
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
-
-
-def refused(path, *arguments, code=2):
-    """The message of a run that is refused; nothing but the input may be left in its folder."""
-    before = files(path.parent)
-    result = call(path, *arguments)
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == code, result.output
-    assert files(path.parent) == before
-    return one_line(result)
-
-
-def files(folder):
-    found = ((path, path.lstat()) for path in folder.rglob("*"))
-    return {path: (s.st_ino, s.st_mode, s.st_size, s.st_mtime_ns) for path, s in found}
-
-
-def one_line(result):
-    lines = [line for line in result.stderr.splitlines() if not line.endswith(" ...")]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("flipguard-onnx: ")
-    assert lines[0].isprintable()
-    return lines[0]
-
-
-def written(proto, folder):
-    path = folder / "model.onnx"
-    path.write_bytes(proto.SerializeToString())
-    return path
-
-
-def external(folder, **entries):
-    """A model whose weight is in model.onnx.data, with entries of its reference replaced."""
-    path = save(matmul(MATRIX), folder, external=True)
-    proto = onnx.load(path, load_external_data=False)
-    tensor = proto.graph.initializer[0]
-    kept = {e.key: e.value for e in tensor.external_data} | entries
-    del tensor.external_data[:]
-    for key, value in kept.items():
-        tensor.external_data.add(key=key, value=value)
-    path.write_bytes(proto.SerializeToString())
-    return path
-
 
 # --- external data
 
@@ -330,29 +280,6 @@ def test_depth_bomb(tmp_path):
         assert "not an ONNX model" in refused(path)
     path.write_bytes(nested_by_hand(30))
     assert "nothing to guard" in refused(path)
-
-
-def changed(change, proto=None):
-    proto = proto or SAMPLES["nested"]()
-    change(proto)
-    return proto
-
-
-def shape(*dims):
-    def change(proto):
-        tensor = proto.graph.initializer[0]
-        del tensor.dims[:]
-        tensor.dims.extend(dims)
-
-    return change
-
-
-def emptied(*dims):
-    def change(proto):
-        shape(*dims)(proto)
-        proto.graph.initializer[0].ClearField("raw_data")
-
-    return change
 
 
 @pytest.mark.parametrize(

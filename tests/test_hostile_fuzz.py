@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+from command import call
+from hostile import files
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from samples import F, save
-from test_hostile_files import call, files
 
 from tools import fuzz
 
@@ -32,7 +33,8 @@ LINE = "flipguard-onnx: wrong\n"
         ({"code": 3, "stderr": LINE}, {"m": b"1"}, "exit code 3"),
         ({"exception": "KeyError('w')"}, {"m": b"1"}, "raises KeyError('w')"),
         ({"code": 1, "stderr": "Traceback\n" + LINE}, {"m": b"1"}, "2 lines on stderr"),
-        ({"code": 1, "stderr": ""}, {"m": b"1"}, "0 lines on stderr"),
+        ({"code": 1, "stderr": "", "stdout": ""}, {"m": b"1"}, "0 lines on stderr"),
+        ({"stdout": f"<html>{fuzz.MARKUP}"}, {"m": b"1"}, "prints markup"),
         ({"stderr": "RuntimeWarning: overflow\n"}, {"m": b"1"}, "exit code 0 with"),
         ({"stdout": "\x1b[2J"}, {"m": b"1"}, "prints what is not printable"),
         ({}, {"m": b"2"}, "the input has changed"),
@@ -43,8 +45,14 @@ LINE = "flipguard-onnx: wrong\n"
 )
 def test_the_fuzzer_sees_what_is_wrong(tmp_path, change, after, wrong):
     after = {tmp_path / name: content for name, content in after.items()}
-    found = fuzz.problem(GOOD | change, {tmp_path / "m": b"1"}, after)
+    found = fuzz.problem("guard", GOOD | change, {tmp_path / "m": b"1"}, after)
     assert found is None if wrong is None else found.startswith(wrong)
+
+
+def test_a_scan_may_end_with_a_verdict():
+    outcome = GOOD | {"code": 1, "stderr": ""}
+    assert fuzz.problem("scan", outcome, {}, {}) is None
+    assert fuzz.problem("guard", outcome, {}, {}) == "0 lines on stderr: []"
 
 
 def test_a_case_is_the_same_every_time(tmp_path):

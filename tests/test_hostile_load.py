@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import call
+from hostile import MATRIX, emptied, one_line, refused, written
 from onnx import TensorProto, helper, numpy_helper
 from samples import SAMPLES, F, matmul, model, node, save, weights
-from test_hostile_files import MATRIX, call, emptied, one_line, refused, written
 
 from flipguard_onnx import runtime
 

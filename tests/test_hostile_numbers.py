@@ -5,9 +5,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from command import call
+from hostile import refused
 from onnx import helper, numpy_helper
 from samples import F, matmul, model, node, save
-from test_hostile_files import call, refused
 
 import flipguard_onnx
 

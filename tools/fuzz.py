@@ -3,7 +3,7 @@
     python -m tools.fuzz --seconds 60 --seed 1 --jobs 2
 
 Models of the tests and of the repository are mutated, as bytes and as protobuf messages (shapes,
-types, names, attributes, external data), and handed to `inspect` and `guard` in worker processes
+types, names, attributes, external data), and handed to inspect, scan and guard in worker processes
 with limits on time and memory. Allowed: exit codes 0, 1 and 2; one line "flipguard-onnx: ..." that
 a terminal can show where it is not 0; no traceback, hang or dead process; no file but the outputs
 of a run that succeeds; the input as it was. Everything else is a finding, kept with the command
@@ -34,13 +34,26 @@ from onnx import ModelProto
 ROOT = Path(__file__).parents[1]
 LARGEST = 4_000_000  # bytes of a model of the corpus
 CASE_SECONDS = 600  # for one case; the machine may be busy
-WARM_UP_SECONDS = 600  # for the first ones, which may have to compile kernels
+WARM_UP_SECONDS = 3600  # for the first ones, which may have to compile kernels
 RUN_SECONDS = 3.0  # for one run of a model in onnxruntime
 MEMORY = 6 << 30  # bytes of a worker
 SCHEMES = ("int8", "int4", "nf4", "fp4")
 INTEGERS = (0, 1, -1, 2, 3, 7, 8, 16, 64, 255, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 FLOATS = (0.0, -0.0, 1.0, -1.0, 1e38, 1e-38, 1e-45, float("nan"), float("inf"), float("-inf"))
-STRINGS = ("", "../outside", "/etc/passwd", "x" * 3000, "\x1b[2J\n", "a\0b", "‮", "0", "-1", "é")
+MARKUP = "<script>alert(1)</script>"
+STRINGS = (
+    "",
+    MARKUP,
+    "../outside",
+    "/etc/passwd",
+    "x" * 3000,
+    "\x1b[2J\n",
+    "a\0b",
+    "‮",
+    "0",
+    "-1",
+    "é",
+)
 
 
 @cache
@@ -207,8 +220,11 @@ def make_case(seed, index, folder):
     if data.exists() and rng.random() < 0.3:
         data.write_bytes(mutate_bytes(data.read_bytes(), rng))
     scheme = ("--scheme", rng.choice(SCHEMES))
-    if rng.random() < 0.3:
+    command = rng.choices(("guard", "inspect", "scan"), (0.6, 0.25, 0.15))[0]
+    if command == "inspect":
         return ["inspect", str(path), *scheme]
+    if command == "scan":
+        return ["scan", str(path), "--format", rng.choice(("text", "json", "sarif", "html"))]
     options = ["--seed", "1", *scheme]
     for option, share in (
         (("--no-validate",), 0.4),
@@ -230,8 +246,8 @@ def snapshot(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def problem(result, before, after):
-    """What is wrong with a run, or None."""
+def problem(command, result, before, after):
+    """What is wrong with a run, or None. A scan says what it found by its exit code, too."""
     if result["exception"]:
         return f"raises {result['exception']}"
     code, lines = result["code"], result["stderr"].splitlines()
@@ -240,10 +256,13 @@ def problem(result, before, after):
     lines = [line for line in lines if not line.endswith(" ...")]
     if code == 0 and lines:
         return f"exit code 0 with {lines[0]!r} on stderr"
-    if code and (len(lines) != 1 or not lines[0].startswith("flipguard-onnx: ")):
+    judged = command == "scan" and not lines and result["stdout"].strip()
+    if code and not judged and not (len(lines) == 1 and lines[0].startswith("flipguard-onnx: ")):
         return f"{len(lines)} lines on stderr: {lines[:1]!r}"
     if not all(line.isprintable() for line in (*lines, *result["stdout"].split("\n"))):
         return "prints what is not printable"
+    if MARKUP in result["stdout"] and "<html" in result["stdout"]:
+        return "prints markup that a name brought"
     if any(after.get(path) != content for path, content in before.items()):
         return "the input has changed"
     new = {path.name for path in after.keys() - before.keys()}
@@ -304,7 +323,8 @@ class Process:
             path.write_bytes(corpus()["samples"][0][1])
             for scheme in SCHEMES:
                 answer = self.ask(["guard", str(path), "--scheme", scheme], WARM_UP_SECONDS)
-                assert answer["code"] == 0, answer
+                if isinstance(answer, str) or answer["code"]:
+                    raise RuntimeError(f"a sound model: {answer}")
 
     def ask(self, arguments, seconds=CASE_SECONDS):
         """The outcome, or a text: what became of the process."""
@@ -340,7 +360,7 @@ def run(seconds, seed, job=0, jobs=1, first=0, cases=None, keep=None):
             if isinstance(answer, str):
                 wrong, where, process = answer, "", Process()
             else:
-                wrong = problem(answer, before, snapshot(Path(home)))
+                wrong = problem(arguments[0], answer, before, snapshot(Path(home)))
                 where = answer.get("where", "")
                 counts[f"{arguments[0]} {answer['code']}"] += 1
             if wrong:
