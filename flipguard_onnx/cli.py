@@ -215,7 +215,7 @@ def guard(
             publish(fleet, report, quiet)
             for outcome in fleet.outcomes if quiet else ():
                 if outcome.error:
-                    echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
+                    click.echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
             sys.exit(fleet.code)
 
 
@@ -286,7 +286,7 @@ def scan(model: Path, form: str, report: Path | None, fail_on: str, quiet: bool)
         if report:
             write_report(report, text + "\n")
         if not quiet:
-            echo(result.render() if report else text)
+            click.echo(result.render() if report else text)
     sys.exit(scan_code(result.verdict.level, fail_on))
 
 
@@ -316,12 +316,7 @@ def publish(
     if path:
         write_report(path, json.dumps(result.to_dict(), indent=2) + "\n")
     if not quiet:
-        echo(result.render())
-
-
-def echo(text: str, err: bool = False) -> None:
-    """Print; what is no UTF-8 in a file's name as an escape."""
-    click.echo(text.encode(errors="backslashreplace").decode(), err=err)
+        click.echo(result.render())
 
 
 @contextmanager
@@ -333,19 +328,21 @@ def failures(report: Path | None) -> Iterator[None]:
                 check_report(report)
             yield
     except FlipguardError as error:
-        echo(f"flipguard-onnx: {printable(str(error))}", err=True)
+        click.echo(f"flipguard-onnx: {printable(str(error))}", err=True)
         sys.exit(exit_code(error))
     except Interrupted as signal:
-        echo(f"flipguard-onnx: {signal}", err=True)
+        click.echo(f"flipguard-onnx: {signal}", err=True)
         sys.exit(signal.code)
     except BrokenPipeError:  # click's
         raise
     except MemoryError:
-        echo("flipguard-onnx: not enough memory for this model; nothing was written", err=True)
+        click.echo(
+            "flipguard-onnx: not enough memory for this model; nothing was written", err=True
+        )
         sys.exit(2)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        echo(f"flipguard-onnx: {place}{error.strerror or error}", err=True)
+        place = printable(f"{error.filename}: ") if error.filename else ""
+        click.echo(f"flipguard-onnx: {place}{error.strerror or error}", err=True)
         sys.exit(2)
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import FlipguardError, ModelError, exit_code
+from .errors import FlipguardError, ModelError, exit_code, printable
 from .model import open_model
 from .options import EMITS, one_of, output_paths
 from .pipeline import Progress, guard
@@ -59,11 +59,12 @@ class Fleet:
         return {"code": self.code, "models": models}
 
     def render(self) -> str:
-        width = max(len("model"), *(len(outcome.model) for outcome in self.outcomes))
         head = ("model", "exit", "coverage", "flipped", "drift", "plain", "seconds", "output")
+        rows = [head, *map(_row, self.outcomes)]
+        width = max(len(row[0]) for row in rows)
         lines = [
             "{:{}}  {:>4}  {:>8}  {:>7}  {:>7}  {:>7}  {:>7}  {}".format(row[0], width, *row[1:])
-            for row in (head, *map(_row, self.outcomes))
+            for row in rows
         ]
         bad = sum(outcome.code != 0 for outcome in self.outcomes)
         return "\n".join([*lines, "", f"guarded   {len(self.outcomes) - bad} models, {bad} failed"])
@@ -247,23 +248,16 @@ def _for_dask(job: Job) -> Job:
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
+    """Cells of the summary; the last one has the outputs, or the error."""
+    coverage, flipped, guarded, plain = "", "", "", ""
+    last = (outcome.error or "").removeprefix(f"{outcome.model}: ")
+    if report := outcome.report:
+        coverage = f"{report.coverage:.2%}"
+        flipped = f"{report.flips / max(report.weights, 1):.2%}"
+        last = ", ".join(report.outputs)
+        if report.validation:
+            guarded = f"{pooled(report.validation.guarded_exact):.5f}"
+            plain = f"{pooled(report.validation.plain_exact):.5f}"
     seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
-    report = outcome.report
-    if report is None:
-        why = (outcome.error or "").removeprefix(f"{outcome.model}: ")
-        return outcome.model, str(outcome.code), "", "", "", "", seconds, why
-    drifts = ("", "")
-    if report.validation:
-        drifts = (
-            f"{pooled(report.validation.guarded_exact):.5f}",
-            f"{pooled(report.validation.plain_exact):.5f}",
-        )
-    return (
-        outcome.model,
-        str(outcome.code),
-        f"{report.coverage:.2%}",
-        f"{report.flips / max(report.weights, 1):.2%}",
-        *drifts,
-        seconds,
-        ", ".join(report.outputs),
-    )
+    figures = str(outcome.code), coverage, flipped, guarded, plain, seconds
+    return printable(outcome.model), *figures, printable(last)
