@@ -294,7 +294,7 @@ def scan(model: Path, form: str, report: Path | None, fail_on: str, quiet: bool)
         if report:
             write_report(report, text + "\n")
         if not quiet:
-            echo(result.render() if report else text)
+            click.echo(result.render() if report else text)
     sys.exit(scan_code(result.verdict.level, fail_on))
 
 
@@ -357,8 +357,8 @@ def failures(*reports: Path | None) -> Iterator[None]:
         echo("flipguard-onnx: not enough memory for this model; nothing was written", err=True)
         sys.exit(2)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        echo(f"flipguard-onnx: {printable(f'{place}{error.strerror or error}')}", err=True)
+        place = printable(f"{error.filename}: ") if error.filename else ""
+        echo(f"flipguard-onnx: {place}{error.strerror or error}", err=True)
         sys.exit(2)
 
 

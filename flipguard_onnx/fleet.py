@@ -60,7 +60,7 @@ class Fleet:
 
     def render(self) -> str:
         head = ("model", "exit", "coverage", "flipped", "drift", "plain", "seconds", "output")
-        rows = [head, *([printable(cell) for cell in _row(o)] for o in self.outcomes)]
+        rows = [head, *map(_row, self.outcomes)]
         width = max(len(row[0]) for row in rows)
         lines = [
             "{:{}}  {:>4}  {:>8}  {:>7}  {:>7}  {:>7}  {:>7}  {}".format(row[0], width, *row[1:])
@@ -248,23 +248,16 @@ def _for_dask(job: Job) -> Job:
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
+    """Cells of the summary; the last one has the outputs, or the error."""
+    coverage, flipped, guarded, plain = "", "", "", ""
+    last = (outcome.error or "").removeprefix(f"{outcome.model}: ")
+    if report := outcome.report:
+        coverage = f"{report.coverage:.2%}"
+        flipped = f"{report.flips / max(report.weights, 1):.2%}"
+        last = ", ".join(report.outputs)
+        if report.validation:
+            guarded = f"{pooled(report.validation.guarded_exact):.5f}"
+            plain = f"{pooled(report.validation.plain_exact):.5f}"
     seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
-    report = outcome.report
-    if report is None:
-        why = (outcome.error or "").removeprefix(f"{outcome.model}: ")
-        return outcome.model, str(outcome.code), "", "", "", "", seconds, why
-    drifts = ("", "")
-    if report.validation:
-        drifts = (
-            f"{pooled(report.validation.guarded_exact):.5f}",
-            f"{pooled(report.validation.plain_exact):.5f}",
-        )
-    return (
-        outcome.model,
-        str(outcome.code),
-        f"{report.coverage:.2%}",
-        f"{report.flips / max(report.weights, 1):.2%}",
-        *drifts,
-        seconds,
-        ", ".join(report.outputs),
-    )
+    figures = str(outcome.code), coverage, flipped, guarded, plain, seconds
+    return printable(outcome.model), *figures, printable(last)

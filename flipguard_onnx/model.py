@@ -178,7 +178,10 @@ class Output:
         self._folder = folder
         self._external = external
         self._published = target is not None
-        self._data_path = self.path.with_name(f"{self.path.name}.data")
+        name = self.path.name.encode(errors="replace").decode()  # what a protobuf can hold
+        if external and name != self.path.name:
+            raise ModelError(f"{target}: a model with a data file needs a name in UTF-8")
+        self._data_path = self.path.with_name(f"{name}.data")
         folder.mkdir(parents=True)
         self._data = self._data_path.open("wb")
 

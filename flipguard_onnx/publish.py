@@ -98,14 +98,9 @@ def publish(files: Sequence[Finished], force: bool) -> None:
 
 
 def check_report(path: Path) -> None:
-    """Raise ModelError where a report may not go.
-
-    That is over a file that is none, a model for one, and along a link out of its folder, which
-    whoever made the folder may have laid there.
-    """
-    leaves = path.resolve().parent != path.parent.resolve()
-    if path.is_symlink() and leaves and path.parent != Path("/dev"):
-        raise ModelError(f"{path}: is a link out of its folder; the report needs another name")
+    """Raise ModelError where a report may not go: over what is none, or where a link leads."""
+    if path.is_symlink() and (path.is_file() or not path.exists()):
+        raise ModelError(f"{path}: is a link; the report needs another name")
     if path.is_dir() or not os.access(path.parent, os.W_OK, effective_ids=True):
         raise ModelError(f"{path}: the report cannot be written there")
     if path.is_file():
@@ -119,7 +114,6 @@ def write_report(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         path.write_text(text)
         return
-    path = path.resolve()
     with workspace(path.parent) as folder:
         draft = folder / path.name
         draft.write_text(text)

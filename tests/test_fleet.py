@@ -237,11 +237,10 @@ def test_onnxruntime_keeps_to_the_cores_it_may_use(models):
     """By itself it starts a thread for each core of the machine, and binds it there."""
     code = f"""
 import os
-from pathlib import Path
 core = min(os.sched_getaffinity(0))
 os.sched_setaffinity(0, [core])
-from flipguard_onnx.runtime import open_session
-session = open_session(Path({str(models / "good.onnx")!r}), exact=True)
+from flipguard_onnx.child import load
+load({str(models / "good.onnx")!r}, exact=True)
 print({{frozenset(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")}})
 assert all(os.sched_getaffinity(int(task)) == {{core}} for task in os.listdir("/proc/self/task"))
 """

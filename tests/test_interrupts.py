@@ -209,7 +209,7 @@ def mounted(folder, options):
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a traceback holds files
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason=NO_ROOT)

@@ -52,9 +52,13 @@ def test_a_report_is_never_the_input(source):
     for report in spellings(source):
         for command in (["guard", source, *PLAIN], ["inspect", source], ["guard", source, source]):
             message = one_line(call(*command, "--report", report))
-            assert message.endswith(": exists and is no report; the report needs another name\n")
+            why = "is a link" if report.is_symlink() else "exists and is no report"
+            assert message.endswith(f": {why}; the report needs another name\n")
         assert source.read_bytes() == content
     report = source.with_name("r.json")
+    report.symlink_to(source.with_name("nothing"))
+    assert "r.json: is a link" in one_line(call("inspect", source, "--report", report))
+    report.unlink()
     for _ in range(2):
         assert call("inspect", source, "--report", report).exit_code == 0
     assert json.loads(report.read_text())["input"] == str(source)
@@ -155,6 +159,11 @@ def test_a_name_that_is_not_utf8(tmp_path):
     assert "\\udcff.flipguard-int8.onnx" in result.stdout
     assert json.loads((tmp_path / "r.json").read_text())["input"] == str(source)
     assert inspect(source).input == str(source)
+    (tmp_path / "in").mkdir()
+    external = save(matmul(), tmp_path / "in", external=True)
+    message = one_line(call("guard", external, "-o", output, *PLAIN))
+    assert message.endswith("out\\udcfe.onnx: a model with a data file needs a name in UTF-8\n")
+    assert not Path(output).exists()
 
 
 def test_a_name_that_is_too_long(source, tmp_path):
