@@ -294,7 +294,7 @@ def scan(model: Path, form: str, report: Path | None, fail_on: str, quiet: bool)
         if report:
             write_report(report, text + "\n")
         if not quiet:
-            click.echo(result.render() if report else text)
+            echo(result.render() if report else text)
     sys.exit(scan_code(result.verdict.level, fail_on))
 
 
