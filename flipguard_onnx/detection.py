@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from . import __version__
 from .alignment import Sample, Tally, alignment, on_a_grid, tallies
-from .errors import ModelError, UnsupportedModelError
+from .errors import UnsupportedModelError
 from .findings import LEVELS, NOT_JUDGED, Alignment, Scan, ScannedTensor, Verdict
 from .model import Model, open_model
+from .parts import refuse
 from .weights import Skipped, Weight, find_weights
 
 FEWEST = 1000  # weights; what fewer do says nothing
@@ -52,6 +53,14 @@ def scan(model: str | os.PathLike[str], *, progress: Progress | None = None) -> 
     except UnsupportedModelError as error:
         seconds = time.perf_counter() - started
         return _result(source, Verdict(NOT_JUDGED, str(error)), (), (), (), seconds)
+    return scan_weights(source, weights, skipped, say)
+
+
+def scan_weights(
+    source: Model, weights: Sequence[Weight], skipped: Sequence[Skipped], say: Progress
+) -> Scan:
+    """scan() of a model that has been opened. Raises ModelError when a weight holds NaN."""
+    started = time.perf_counter()
     examined: list[Examined] = []
     for weight in weights:
         say("scanning", len(examined), len(weights))
@@ -83,10 +92,7 @@ def examine(path: Path, weight: Weight, values: npt.NDArray[Any]) -> Examined:
     """
     sample = Sample.of(weight, values)
     if not np.isfinite([sample.low, sample.high]).all():
-        raise ModelError(
-            f"{path}: tensor {weight.name!r} holds values that are NaN or infinite; "
-            "allowed: finite ones"
-        )
+        refuse(path, weight, weight.blocks(None, flat=False), values.transpose(weight.perm))
     counted = tallies(weight, sample)
     alignments = tuple(alignment(name, tally) for name, tally in counted.items())
     verdict = of_tensor(alignments)

@@ -140,9 +140,7 @@ class Scan:
                 "",
             ]
         if alarming := [tensor for tensor in self.tensors if tensor.verdict.alarming]:
-            rows = [
-                (printable(t.name), t.verdict.grids[0], *_figures(_strongest(t))) for t in alarming
-            ]
+            rows = [(t.name, t.verdict.grids[0], *_figures(_strongest(t))) for t in alarming]
             lines += [*table(("tensor", *head), rows), ""]
         reasons = [
             Skipped(t.name, t.shape, t.verdict.reason)
@@ -151,11 +149,6 @@ class Scan:
         ]
         lines += skipped_lines([*reasons, *self.skipped])
         return text(lines)
-
-
-def printable(name: str) -> str:
-    """A name out of a model, its control characters as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:

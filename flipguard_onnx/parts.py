@@ -7,6 +7,7 @@ weight: the parts together are what the whole would be.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import gcd, prod
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -100,7 +101,7 @@ def flip_weight(
     for part in parts(weight, blocks, weight.size if inputs else PART):
         found = contiguous(values[part.index]).reshape(-1)
         if not _sound(found).all():
-            _refuse(source, weight, blocks, values)
+            refuse(source.path, weight, blocks, values)
         first = part.weights.start
         flips = flip(
             weight.name, found, scheme, part.cut, policy, key, backend, inputs, first=first
@@ -142,11 +143,10 @@ def _bound(dtype: np.dtype[Any]) -> Any:
     return dtype.type(float(kind.max) * (1 - 2 * float(kind.eps)))
 
 
-def _refuse(
-    source: Model, weight: Weight, blocks: Blocks, values: npt.NDArray[np.generic]
-) -> NoReturn:
+def refuse(path: Path, weight: Weight, blocks: Blocks, values: npt.NDArray[np.generic]) -> NoReturn:
+    """Raise ModelError for a tensor, its axes in canonical order, that holds what no grid fits."""
     bad = sum(int(np.count_nonzero(~_sound(values[part.index]))) for part in parts(weight, blocks))
     raise ModelError(
-        f"{source.path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite, or "
+        f"{path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite, or "
         f"beyond {_bound(values.dtype):.4g}; allowed: others (--exclude leaves a tensor as it is)"
     )

@@ -13,7 +13,7 @@ import onnx
 from . import __version__
 from .activations import record
 from .alignment import budget_of
-from .detection import Examined, conclude, examine
+from .detection import scan_weights
 from .emit import (
     Quantized,
     Rewritten,
@@ -145,8 +145,7 @@ def guard(
             trial = Trial.of(
                 source, prepared, weights, kinds, standard_ops, most, folder / "layers"
             )
-        examined: list[Examined] = []
-        scanning = 0.0
+        found = scan_weights(source, weights, skipped, say) if policy != "none" else None
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             drawn = folder / str(draw)
@@ -154,11 +153,6 @@ def guard(
             tensors: list[Tensor] = []
             tick = _meter(say, "guarding", sum(weight.nbytes for weight in weights))
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
-                values = source.array(weight.tensor)
-                if draw == 1:
-                    begun = time.perf_counter()
-                    examined.append(examine(source.path, weight, values))
-                    scanning += time.perf_counter() - begun
                 key = tensor_key(drawn_seed, weight.name)
                 inputs = activations.of(weight) if activations else None
                 unfed = inputs if isinstance(inputs, str) else None
@@ -168,7 +162,7 @@ def guard(
                 )
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
-                left = budget_of(weight, values, flips, rule)
+                left = budget_of(weight, source.array(weight.tensor), flips, rule)
                 tensors.append(Tensor.of(weight, kind, flips, unfed, left))
                 del flips  # what comes next needs the memory
             report = Report(
@@ -193,7 +187,7 @@ def guard(
                 device_note=what_cuda_lacks() if device == "auto" else None,
                 tensors=tuple(tensors),
                 skipped=tuple(skipped),
-                scan=conclude(source, examined, skipped, scanning),
+                scan=found,
             )
             for sink in sinks.values():
                 sink.save(report.metadata())
