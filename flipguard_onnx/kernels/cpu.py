@@ -28,6 +28,7 @@ _position = _inline(scalar.position)
 _code = _inline(scalar.code)
 _offset = _inline(scalar.offset)
 _edge = _inline(scalar.edge)
+_lands = _inline(scalar.lands)
 _just_past = _inline(scalar.just_past)
 _state = _inline(scalar.state)
 _uniform = _inline(scalar.uniform)
@@ -219,10 +220,9 @@ def place(form, cut, operands, scales, absmax, levels, plain, weights, codes):
                 found = False
                 for _ in range(MAX_STEPS):
                     value = _value(bits, form)
-                    short = value < target if upward else value > target
                     position = _position(value, operands[b], rule, levels)
                     right = _code(position, rule, levels) == codes[i]
-                    found = right and not short and abs(value) <= absmax[b]
+                    found = right and _lands(value, target, upward, absmax[b])
                     if found:
                         break
                     bits = _next_pattern(bits, upward, form)

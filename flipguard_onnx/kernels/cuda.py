@@ -29,6 +29,7 @@ _position = _device(scalar.position)
 _code = _device(scalar.code)
 _offset = _device(scalar.offset)
 _edge = _device(scalar.edge)
+_lands = _device(scalar.lands)
 _just_past = _device(scalar.just_past)
 _state = _device(scalar.state)
 _uniform = _device(scalar.uniform)
@@ -210,9 +211,8 @@ def _place(start, form, cut, operands, scales, absmax, levels, plain, weights, c
         found = False
         for _ in range(MAX_STEPS):
             value = _value(bits, form)
-            short = value < target if upward else value > target
             right = _code(_position(value, operands[b], rule, levels), rule, levels) == codes[i]
-            found = right and not short and abs(value) <= absmax[b]
+            found = right and _lands(value, target, upward, absmax[b])
             if found:
                 break
             bits = _next_pattern(bits, upward, form)

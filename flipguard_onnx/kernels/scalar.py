@@ -159,6 +159,13 @@ def just_past(boundary, direction):
     return boundary + step if direction > ZERO else boundary - step
 
 
+def lands(value, target, upward, absmax):
+    """Whether a value of the storage type may stand for the target: not short of it, nor a new
+    extreme of its block."""
+    short = value < target if upward else value > target
+    return not short and abs(value) <= absmax
+
+
 def state(key, index):
     """State number `index` of the stream `key`; every next one is larger by GAMMA."""
     return key + (index + np.uint64(1)) * GAMMA
