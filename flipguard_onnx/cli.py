@@ -16,6 +16,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .arguments import (
+    FILE,
+    SCHEME_NAMES,
+    draw_options,
+    fleet_options,
+    format_options,
+    output_options,
+    report_options,
+    validation_options,
+)
 from .errors import FlipguardError, SchemeError, exit_code, printable
 from .interrupt import Interrupted, interruptible
 from .publish import check_report, write_report
@@ -24,8 +34,6 @@ if TYPE_CHECKING:
     from .findings import Scan
     from .fleet import Fleet
     from .report import Inspection, Report, Verification
-
-SCHEME_NAMES = ("int8", "int4", "nf4", "fp4")
 
 
 class DefaultGroup(click.Group):
@@ -46,147 +54,14 @@ def main() -> None:
     """
 
 
-def format_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that guard and inspect share."""
-    for option in reversed(
-        (
-            click.option(
-                "--scheme",
-                type=click.Choice(SCHEME_NAMES),
-                default="int8",
-                show_default=True,
-                help="Number format of the output.",
-            ),
-            click.option(
-                "--granularity",
-                type=click.Choice(("channel", "tensor")),
-                default="channel",
-                show_default=True,
-                help="int8: one scale per output channel or per tensor.",
-            ),
-            click.option(
-                "--block-size",
-                type=int,
-                help="4 bits: weights per scale: 16, 32, 64, 128 or 256.  [default: int4 32, "
-                "nf4 and fp4 64]",
-            ),
-            click.option(
-                "--include", multiple=True, metavar="PATTERN", help="Guard only tensors like this."
-            ),
-            click.option(
-                "--exclude", multiple=True, metavar="PATTERN", help="Leave tensors like this."
-            ),
-            click.option(
-                "--int8",
-                multiple=True,
-                metavar="PATTERN",
-                help="Keep tensors like this at 8 bits under a 4-bit scheme.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of everything that reports."""
-    report = click.option("--report", type=click.Path(path_type=Path), help="Write JSON here.")
-    quiet = click.option("--quiet", is_flag=True, help="Print errors only.")
-    return report(quiet(command))
-
-
-def validation_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of everything that validates."""
-    data = click.option(
-        "--data",
-        type=click.Path(path_type=Path),
-        help=".npz with inputs to run the model on.  [default: made up]",
-    )
-    drift = click.option(
-        "--max-drift",
-        type=click.FloatRange(min=0, min_open=True),
-        default=3.0,
-        show_default=True,
-        help="Allowed drift, as a multiple of plain quantization's.",
-    )
-    memory = click.option(
-        "--max-memory",
-        type=click.IntRange(min=1),
-        default=1024,
-        show_default=True,
-        help="MiB for the statistics of --preserve; of a larger model only sampled layers are run.",
-    )
-    return data(memory(drift(command)))
-
-
 @main.command()
-@click.argument("models", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("models", type=FILE, nargs=-1, required=True)
 @format_options
-@click.option(
-    "--policy",
-    type=click.Choice(("unbiased", "topk", "none")),
-    default="unbiased",
-    show_default=True,
-    help="Which weights cross a boundary; none is plain rounding.",
-)
-@click.option(
-    "--tau",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="unbiased: draw only weights this near to a boundary, in half-gaps; 1 draws all.",
-)
-@click.option(
-    "--ratio", type=float, default=0.1, show_default=True, help="topk: share of each block."
-)
-@click.option(
-    "--seed", type=click.IntRange(min=0), help="Of the draws.  [default: fresh entropy, recorded]"
-)
-@click.option(
-    "--emit",
-    type=click.Choice(("qdq", "float", "both")),
-    default="qdq",
-    show_default=True,
-    help="A quantized graph, or the same graph with moved weights for your own quantizer.",
-)
-@click.option("--standard-ops", is_flag=True, help="No operators of com.microsoft.")
-@click.option(
-    "--device",
-    type=click.Choice(("auto", "cpu", "cuda")),
-    default="auto",
-    show_default=True,
-    help="Where the kernels run.",
-)
-@click.option(
-    "--preserve",
-    type=click.Choice(("auto", "off", "synthetic", "data")),
-    default="auto",
-    show_default=True,
-    help="Feed rounding errors forward so that layers' outputs are preserved, on made-up inputs or "
-    "those of --data; auto: where it takes less than a minute.",
-)
+@draw_options
 @validation_options
-@click.option("--no-validate", is_flag=True, help="Write without running the result.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    help="For many models: folder.  [default: MODEL.flipguard-SCHEME.onnx beside the input]",
-)
-@click.option("--force", is_flag=True, help="Overwrite the output.")
-@click.option(
-    "--jobs",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Many models: how many at a time, each on its share of the cores.",
-)
-@click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="Many models: let the workers of this Dask cluster do it.",
-)
-@click.option("--html", type=click.Path(path_type=Path), help="One model: write a page here.")
+@output_options
+@fleet_options
+@click.option("--html", type=FILE, help="One model: write a page here.")
 @report_options
 def guard(
     models: tuple[Path, ...],
@@ -228,7 +103,7 @@ def guard(
 
 
 @main.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=FILE)
 @format_options
 @report_options
 def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
@@ -241,8 +116,8 @@ def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("original", type=click.Path(path_type=Path))
-@click.argument("guarded", type=click.Path(path_type=Path))
+@click.argument("original", type=FILE)
+@click.argument("guarded", type=FILE)
 @click.option(
     "--scheme",
     type=click.Choice(SCHEME_NAMES),
@@ -260,7 +135,7 @@ def verify(report: Path | None, quiet: bool, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=FILE)
 @click.option(
     "--format",
     "form",
@@ -269,9 +144,7 @@ def verify(report: Path | None, quiet: bool, **options: Any) -> None:
     show_default=True,
     help="Of the output.",
 )
-@click.option(
-    "--report", type=click.Path(path_type=Path), help="Write it here; print text all the same."
-)
+@click.option("--report", type=FILE, help="Write it here; print text all the same.")
 @click.option(
     "--fail-on",
     type=click.Choice(("suspicious", "aligned", "never")),
