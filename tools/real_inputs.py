@@ -21,16 +21,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import onnx
 from onnx import version_converter
 
 import flipguard_onnx
-from flipguard_onnx import UnsupportedModelError, activations
-from flipguard_onnx.activations import Activations
+from flipguard_onnx import UnsupportedModelError
 from tools.attacks.measure import session
+from tools.bench.remembered import remembered
 from tools.fetch_models import path_of
 from tools.real.subjects import SUBJECTS, Feed, Rows, Subject
 from tools.real_models import (
@@ -66,19 +65,6 @@ class Row:
     drift: float
     scores: dict[str, float]
     seconds: float
-
-
-class Remembered:
-    """Stands in for Activations: statistics depend on model and data, not on scheme or seed."""
-
-    def __init__(self) -> None:
-        self._made: dict[str, Activations] = {}
-
-    def __call__(self, source, weights, folder, max_bytes, data) -> Activations:
-        key = f"{source.sha256} {data}"
-        if key not in self._made:
-            self._made[key] = Activations(source, weights, folder, max_bytes, data)
-        return self._made[key]
 
 
 @dataclass(frozen=True)
@@ -154,7 +140,7 @@ def measure(subject: Subject, schemes: Sequence[str], seeds: int) -> Iterator[Ro
     """Every way on one model; the first run of a way gathers its statistics."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(subject, Path(folder))
-        with patch.object(activations, "Activations", Remembered()):
+        with remembered():
             for scheme in schemes:
                 yield from _of_scheme(bench, scheme, seeds)
 

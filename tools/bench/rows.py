@@ -13,6 +13,7 @@ import numpy as np
 from flipguard_onnx import der
 from tools.attacks.measure import FOLDER, rates
 from tools.bench.defences import Case, Defence
+from tools.bench.remembered import remembered
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Row:
     """One guarded file. Utility is an accuracy (images > 0) or a perplexity (images = 0).
 
     safe: share of answers that are as they should be, None for classifiers. flips, modified:
-    codes that differ from plain rounding's, and their share. bare: the DER without its price per
+    codes that differ from plain rounding's, and their share. seconds: of the first draw of a model
+    with the statistics of its inputs, of the others without. bare: the DER without its price per
     modified weight. ceiling: the DER of the same model before quantization, at the price of an
     unbiased draw between neighbouring levels: what such a draw has if it does no harm at all.
     float_attack, float_utility: of the same model before quantization. asked: how many triggered
@@ -119,7 +121,7 @@ def evaluate(
     clean = rates(FOLDER / baseline["file"], baseline, entry["scenario"])
     source = rates(FOLDER / entry["file"], entry)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, remembered():
         case = Case(FOLDER / entry["file"], scheme, Path(folder))
         ceiling = _der(source, clean, case.distance, 0.2)
         for name, defence in defences.items():

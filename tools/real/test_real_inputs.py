@@ -1,15 +1,14 @@
 """The inputs are what they claim to be, and the bench measures what guard() does by itself."""
 
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 import flipguard_onnx
-from flipguard_onnx import activations
 from tools import real_inputs
 from tools.attacks.measure import session
+from tools.bench.remembered import remembered
 from tools.fetch_models import path_of
 from tools.real import samples
 from tools.real.subjects import LINE, SUBJECTS, Subject, decoded
@@ -67,7 +66,7 @@ def test_statistics_that_are_remembered_change_nothing(tmp_path):
         return output.read_bytes()
 
     alone = written("alone.onnx", "int4", 2)
-    with patch.object(activations, "Activations", real_inputs.Remembered()):
+    with remembered():
         written("first.onnx", "int8", 1)
         assert written("again.onnx", "int4", 2) == alone
 
