@@ -1,15 +1,15 @@
-"""Statistics of a model's inputs, gathered once for all that is done to it."""
+"""What guard() finds out about a model, found out once for all that is done to it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from flipguard_onnx import activations
+from flipguard_onnx import activations, pipeline
 
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """Within, guard() makes the statistics of error feedback once for a model and its data.
+    """Within, guard() scans a model, and makes the statistics of its error feedback, only once.
 
     They depend on neither scheme nor seed, and take most of the time.
     """
@@ -22,5 +22,17 @@ def remembered() -> Iterator[None]:
             made[key] = original(source, weights, folder, max_bytes, data)
         return made[key]
 
-    with patch.object(activations, "Activations", make):
+    scans = {}
+    scan = pipeline.scan_weights
+
+    def scan_once(source, weights, skipped, say):
+        key = source.sha256
+        if key not in scans:
+            scans[key] = scan(source, weights, skipped, say)
+        return scans[key]
+
+    with (
+        patch.object(activations, "Activations", make),
+        patch.object(pipeline, "scan_weights", scan_once),
+    ):
         yield
