@@ -33,8 +33,9 @@ GRIDS = {  # name -> scheme, and whether blocks run across the rows
 BINS = 100
 SHOWN = 20  # bins of the histograms that are reported
 RUNS = 64  # a tensor is added up in so many parts
-MOST = 1 << 22  # weights of one tensor that are counted
-PIECE = 1 << 18  # ... in pieces of so many
+ALL = 1 << 24  # weights of a model that are counted, about
+OF_A_TENSOR = 1 << 17, 1 << 20  # ... of a huge tensor, at least and at most
+PIECE = 1 << 14  # ... in pieces of so many
 LIMIT = np.float32(0.75)  # of the largest of the block: placebos would clip what lies beyond
 WINDOW, AROUND = 3, 6  # bins of a peak, and of its surroundings on either side
 
@@ -113,13 +114,16 @@ class Sample:
     high: np.float32
 
     @classmethod
-    def of(cls, weight: Weight, values: npt.NDArray[Any]) -> "Sample":
-        """All rows of values as they are stored, or MOST weights from all over a huge tensor."""
+    def of(
+        cls, weight: Weight, values: npt.NDArray[Any], most: int, rng: np.random.Generator
+    ) -> "Sample":
+        """All rows of values as they are stored, or about `most` weights chosen at random."""
         stored = values.transpose(weight.perm)
         found = list(parts(weight, weight.blocks(SCHEMES["nf4"].block_size, flat=True), PIECE))
-        every = max(weight.size // MOST, 1)
-        picked = np.concatenate([stored[part.index].reshape(-1) for part in found[::every]])
-        pieces = [picked] if every == 1 else [stored[part.index] for part in found]
+        kept = -(-len(found) * most // weight.size)
+        chosen = sorted(rng.choice(len(found), min(kept, len(found)), replace=False))
+        picked = np.concatenate([stored[found[i].index].reshape(-1) for i in chosen])
+        pieces = [picked] if len(chosen) == len(found) else [stored[p.index] for p in found]
         low = np.min([piece.astype(np.float32).min() for piece in pieces])
         high = np.max([piece.astype(np.float32).max() for piece in pieces])
         return cls(picked, low, high)
@@ -224,7 +228,7 @@ def budget_of(weight: Weight, values: npt.NDArray[Any], flips: Flips, policy: Po
     stored = values.transpose(weight.perm)
     pieces = (
         budget(stored[part.index].reshape(-1), part.of(flips), policy)
-        for part in parts(weight, flips.grid.blocks, PIECE)
+        for part in parts(weight, flips.grid.blocks)
     )
     return reduce(add, pieces)
 

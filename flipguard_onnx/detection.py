@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import __version__
-from .alignment import Sample, Tally, alignment, on_a_grid, tallies
+from .alignment import ALL, OF_A_TENSOR, Sample, Tally, alignment, on_a_grid, tallies
 from .errors import UnsupportedModelError
 from .findings import LEVELS, NOT_JUDGED, Alignment, Scan, ScannedTensor, Verdict
 from .model import Model, open_model
@@ -61,10 +61,12 @@ def scan_weights(
 ) -> Scan:
     """scan() of a model that has been opened. Raises ModelError when a weight holds NaN."""
     started = time.perf_counter()
+    most = int(np.clip(ALL // max(len(weights), 1), *OF_A_TENSOR))
+    rng = np.random.default_rng(_digest(source))
     examined: list[Examined] = []
     for weight in weights:
         say("scanning", len(examined), len(weights))
-        examined.append(examine(source.path, weight, source.array(weight.tensor)))
+        examined.append(examine(source.path, weight, source.array(weight.tensor), most, rng))
     say("scanning", len(examined), len(weights))
     return conclude(source, examined, skipped, time.perf_counter() - started)
 
@@ -85,12 +87,19 @@ def conclude(
     return _result(source, verdict, together, tensors, skipped, seconds)
 
 
-def examine(path: Path, weight: Weight, values: npt.NDArray[Any]) -> Examined:
-    """Judge one tensor, its values as they are stored.
+def _digest(source: Model) -> list[int]:
+    """Of the model's files: nobody can prepare a file for the sample that is taken of it."""
+    return [int(digest, 16) for digest in (source.sha256, *source.data_sha256.values())]
+
+
+def examine(
+    path: Path, weight: Weight, values: npt.NDArray[Any], most: int, rng: np.random.Generator
+) -> Examined:
+    """Judge one tensor, its values as they are stored, or a sample of about `most` of them.
 
     Raises ModelError, which names the model at `path`, when a value is not finite.
     """
-    sample = Sample.of(weight, values)
+    sample = Sample.of(weight, values, most, rng)
     if not np.isfinite([sample.low, sample.high]).all():
         refuse(path, weight, weight.blocks(None, flat=False), values.transpose(weight.perm))
     counted = tallies(weight, sample)

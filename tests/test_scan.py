@@ -12,7 +12,16 @@ from onnx import helper
 from samples import model, save
 
 import flipguard_onnx
-from flipguard_onnx.alignment import FACTORS, FIXED, GRIDS, LIMIT, Spread, budget, tally
+from flipguard_onnx.alignment import (
+    FACTORS,
+    FIXED,
+    GRIDS,
+    LIMIT,
+    OF_A_TENSOR,
+    Spread,
+    budget,
+    tally,
+)
 from flipguard_onnx.cli import main
 from flipguard_onnx.flip import Policy, flip
 from flipguard_onnx.kernels import get_backend
@@ -328,3 +337,13 @@ def test_fingerprints_stay_with_the_finding(tmp_path, aligned):
     moved = save(matmuls(w=again), elsewhere, "renamed.onnx")
     other = save(matmuls(w=shifted("int4", 0.3)), elsewhere, "int4.onnx")
     assert prints(aligned) == prints(aligned) == prints(moved) != prints(other)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_huge_tensor_is_judged_by_a_sample(tmp_path, name):
+    values = honest(shape=(1000, 2200))  # 2200 rows of 1000: no row begins where a block does
+    assert scanned(tmp_path, values).verdict.level == "clean"
+    result = scanned(tmp_path, shifted(name, 0.3, values=values))
+    assert result.verdict.grids[0] == name
+    counted = max(a.weights for a in result.alignments)
+    assert OF_A_TENSOR[1] * 0.8 < counted < OF_A_TENSOR[1] * 1.05

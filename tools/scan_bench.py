@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flipguard_onnx.alignment import GRIDS
+from flipguard_onnx.alignment import GRIDS, OF_A_TENSOR
 from flipguard_onnx.detection import conclude, examine
 from flipguard_onnx.errors import UnsupportedModelError
 from flipguard_onnx.findings import Verdict
@@ -50,9 +50,11 @@ def verdict_on(path: Path, change: Change = lambda _, values: values) -> Verdict
 
 def judge(source: Model, pairs: Iterable[tuple[Weight, Values]]) -> Verdict:
     """The verdict on these weights."""
-    return conclude(
-        source, [examine(source.path, w, w.stored(values)) for w, values in pairs], (), 0.0
-    ).verdict
+    rng = np.random.default_rng(0)
+    examined = [
+        examine(source.path, w, w.stored(values), OF_A_TENSOR[1], rng) for w, values in pairs
+    ]
+    return conclude(source, examined, (), 0.0).verdict
 
 
 def attacks() -> None:
