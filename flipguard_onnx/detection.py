@@ -153,7 +153,7 @@ def of_model(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdict:
         max((v.level for v in verdicts if v.alarming), key=LEVELS.index),
         f"{len(alarming)} of {len(tensors)} tensors, {share:.1%} of the weights, stand where only "
         f"the boundaries of {' and '.join(grids)} explain it: an attack, or quantization-aware "
-        "training, which does the same",
+        "training, which may do the same",
         grids,
         max(verdict.strength for verdict in verdicts),
     )

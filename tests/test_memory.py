@@ -40,26 +40,31 @@ def under_the_limit(code, path, limit=LIMIT):
 
 
 @pytest.fixture(
-    scope="module", params=[(12, 3800), (110, 1250)], ids=["few large", "many moderate"]
+    scope="module",
+    params=[("int8", 12, 3800), ("nf4", 110, 1250)],
+    ids=["few large", "many moderate"],
 )
 def larger_than_memory(request, tmp_path_factory):
+    """A scheme, and a model of so many square matrices."""
+    scheme, *size = request.param
     path = tmp_path_factory.mktemp("big") / "big.onnx"
-    make_big(path, *request.param)
+    make_big(path, *size)
     assert path.with_name("big.onnx.data").stat().st_size > LIMIT
-    yield path
+    yield scheme, path
     path.with_name("big.onnx.data").unlink()
 
 
 def test_loading_it_fails(larger_than_memory):
     """protobuf ends the process, or Python raises MemoryError."""
-    result = under_the_limit(LOAD, larger_than_memory)
+    _, path = larger_than_memory
+    result = under_the_limit(LOAD, path)
     assert result.returncode != 0
     assert "loaded" not in result.stdout
-    assert "loaded" in under_the_limit(LOAD, larger_than_memory, limit=-1).stdout
+    assert "loaded" in under_the_limit(LOAD, path, limit=-1).stdout
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
-def test_it_is_guarded_and_validated(larger_than_memory, scheme):
-    result = under_the_limit(GUARD.format(scheme=scheme), larger_than_memory)
+def test_it_is_guarded_and_validated(larger_than_memory):
+    scheme, path = larger_than_memory
+    result = under_the_limit(GUARD.format(scheme=scheme), path)
     assert result.returncode == 0, result.stderr
-    assert list(larger_than_memory.parent.glob(f"big.flipguard-{scheme}.onnx*.data"))
+    assert list(path.parent.glob(f"big.flipguard-{scheme}.onnx*.data"))
