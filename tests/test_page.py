@@ -6,11 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from flipguard_onnx.cli import main
 from flipguard_onnx.findings import Alignment, Budget, Scan, ScannedTensor, Verdict
 from flipguard_onnx.html import scan_html
 from flipguard_onnx.page import SHADES, heat_map
 from flipguard_onnx.weights import Skipped
+from tools.attacks.measure import FOLDER
 
 GRIDS = ("int8 channel", "int8 tensor", "int4", "nf4", "fp4")
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -89,6 +92,44 @@ def test_heat_map_shades_cells_by_their_share():
 
 
 @pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """The page of a guard, as the command line writes it."""
+    folder = tmp_path_factory.mktemp("guarded")
+    source = FOLDER / "mlp-standard-int4.onnx"
+    options = ["--scheme", "int4", "--seed", "1", "-o", folder / "out.onnx"]
+    result = CliRunner().invoke(main, [str(o) for o in [source, *options, "--html", folder / "p"]])
+    assert result.exit_code == 0, result.output
+    return (folder / "p").read_text(), result.stdout
+
+
+def test_the_page_of_a_guard(guarded):
+    html, text = guarded
+    assert html.startswith("<!doctype html>")
+    assert '<div class="verdict good"><b>guarded</b> 84,480 weights in 3 tensors at int4' in html
+    assert '<div class="verdict bad"><b>aligned</b> 3 of 3 tensors' in html
+    drift = re.search(r"drift of all outputs ([\d.]+)", text)[1]
+    assert f"Drift {float(drift):.4f}, plain " in html
+    embedded = json.loads(re.search(r'id="histograms">(.*?)</script>', html)[1])
+    assert [grid for grid, _ in embedded[0]] == list(GRIDS)
+    flipped = re.search(r"Gemm +int4 +3 +84,480 +([\d.]+%)", text)[1]
+    assert f"{flipped} of them moved across a boundary" in html
+
+
+def test_html_is_for_one_model(tmp_path):
+    models = [str(FOLDER / f"mlp-{name}.onnx") for name in ("clean", "standard-int4")]
+    result = CliRunner().invoke(main, ["guard", *models, "--html", str(tmp_path / "p")])
+    assert result.exit_code == 2
+    assert "--html is for one model" in result.output
+
+
+def test_a_scan_from_the_command_line(tmp_path):
+    command = ["scan", str(FOLDER / "mlp-clean.onnx"), "--format", "html"]
+    result = CliRunner().invoke(main, [*command, "--report", str(tmp_path / "p.html")])
+    assert result.exit_code == 0
+    assert '<div class="verdict good"><b>clean</b>' in (tmp_path / "p.html").read_text()
+
+
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if not (CHROMIUM and CHROMEDRIVER):
         pytest.skip("chromium and chromedriver are not installed (apt: chromium chromium-driver)")
@@ -122,13 +163,27 @@ def shown(browser, column=0):
     return [cell.text for cell in cells if cell.is_displayed()]
 
 
-def test_in_a_browser(browser, tmp_path):
-    file = tmp_path / "page.html"
-    file.write_text(scan_html(a_scan(30, attacked=[4])))
+def opened(browser, file):
+    """Load the page; afterwards `requests` has all that it asked for."""
     browser.get("about:blank")
     for log in ("performance", "browser"):  # the browser's own first page is not ours
         browser.get_log(log)
     browser.get(file.as_uri())
+
+
+def requests(browser):
+    messages = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
+    return [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+
+
+def test_in_a_browser(browser, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(scan_html(a_scan(30, attacked=[4])))
+    opened(browser, file)
     weights = [f"{i + 100}" for i in range(30)]
     assert shown(browser, 3) == weights
     heading = browser.find_element("css selector", "#layers th:nth-child(4)")
@@ -149,11 +204,17 @@ def test_in_a_browser(browser, tmp_path):
     browser.find_element("id", "filter").send_keys("LAYER.2")
     assert len(shown(browser)) == 11  # 2 and 20 to 29
 
-    requests = [
-        message["params"]["request"]["url"]
-        for entry in browser.get_log("performance")
-        if (message := json.loads(entry["message"])["message"])["method"]
-        == "Network.requestWillBeSent"
-    ]
-    assert requests == [file.as_uri()]
+    assert requests(browser) == [file.as_uri()]
+    assert browser.get_log("browser") == []
+
+
+def test_the_page_of_a_guard_in_a_browser(browser, guarded, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(guarded[0])
+    opened(browser, file)
+    assert shown(browser, 1) == ["Gemm"] * 3
+    browser.find_element("css selector", "button[data-layer='1']").click()
+    assert len(browser.find_elements("css selector", "tr.details figure")) == len(GRIDS)
+    assert len(browser.find_elements("css selector", "section > figure > svg")) == 3
+    assert requests(browser) == [file.as_uri()]
     assert browser.get_log("browser") == []
