@@ -90,7 +90,7 @@ class Tally:
 
     counts: npt.NDArray[np.int64]  # [grids, bins]
     sums: Shares  # [5]
-    outliers: Floats  # per block: largest / second largest magnitude
+    outliers: Shares  # per block: largest / second largest magnitude
     spread: Spread
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -163,7 +163,7 @@ def tally(weights: Floats, judged: Floats, spread: Spread, grid: Grid) -> Tally:
     first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
     kernels.largest_two(weights, (grid.blocks.cols, grid.blocks.size), first, second)
     used = second > 0
-    outliers = first[used] / second[used]
+    outliers = first[used].astype(np.float64) / second[used]
     return Tally(counts.sum(axis=0, dtype=np.int64), sums.sum(axis=0), outliers, spread)
 
 

@@ -117,7 +117,7 @@ class Session:
 
     def __init__(self, path: Path, exact: bool, size: int) -> None:
         self._name, self._size = path.name, size
-        self._number, self.outputs = _CHILD.ask("load", str(path), exact, size=size)
+        self._number, self.outputs = _CHILD.ask("load", str(path.absolute()), exact, size=size)
         self._life = _CHILD.life
 
     def run(self, names: list[str] | None, feed: dict[str, Array]) -> list[Array]:
@@ -171,7 +171,7 @@ def require_openable(*paths: Path) -> None:
 def check(path: Path, size: int) -> str | None:
     """What onnx.checker has against a file."""
     try:
-        _CHILD.ask("check", str(path), size=size)
+        _CHILD.ask("check", str(path.absolute()), size=size)
     except RemoteError as error:
         return str(error)
     return None
