@@ -31,12 +31,15 @@ GRIDS = {  # name -> scheme, and whether blocks run across the rows
     "fp4": ("fp4", True),
 }
 BINS = 100
+LEVEL = 80  # bin from which on weights stand on the level: their rounding errors are no weapon
 SHOWN = 20  # bins of the histograms that are reported
 RUNS = 64  # a tensor is added up in so many parts
 ALL = 1 << 24  # weights of a model that are counted, about
 OF_A_TENSOR = 1 << 17, 1 << 20  # ... of a huge tensor, at least and at most
 PIECE = 1 << 14  # ... in pieces of so many
 LIMIT = np.float32(0.75)  # of the largest of the block: placebos would clip what lies beyond
+# of float32, zero where float16 was; the step of its smallest values
+FLOAT16_BITS, FLOAT16_STEP = range(13, 16), np.float32(2.0**-24)
 WINDOW, AROUND = 3, 6  # bins of a peak, and of its surroundings on either side
 
 Floats = npt.NDArray[np.float32]
@@ -144,7 +147,7 @@ class Sample:
 def tallies(weight: Weight, sample: Sample) -> dict[str, Tally]:
     """One tensor on each of GRIDS."""
     weights = sample.values.astype(np.float32)
-    judged = judgeable(weights)
+    judged = judgeable(sample.values)
     spread = Spread.of(judged)
     found = {}
     for name, (scheme, flat) in GRIDS.items():
@@ -167,18 +170,25 @@ def tally(weights: Floats, judged: Floats, spread: Spread, grid: Grid) -> Tally:
     return Tally(counts.sum(axis=0, dtype=np.int64), sums.sum(axis=0), outliers, spread)
 
 
-def judgeable(weights: Floats) -> Floats:
-    """The weights as they are counted.
+def judgeable(values: npt.NDArray[Any]) -> Floats:
+    """The weights as they are counted, of values in their storage type.
 
     Weights that were stored in fewer bits than float32 has stand on a lattice, which beats with
     the grids; each is put somewhere in the interval that was rounded to it.
     """
-    bits = int(np.bitwise_or.reduce(weights.view(np.uint32)))
-    dropped = min((bits & -bits).bit_length() - 1, 23) if bits else 0
-    if not dropped:
-        return weights
+    weights = values.astype(np.float32)
+    if values.dtype == np.float16:
+        step = np.spacing(np.abs(values)).astype(np.float32)
+    else:
+        bits = int(np.bitwise_or.reduce(weights.view(np.uint32)))
+        dropped = min((bits & -bits).bit_length() - 1, 23) if bits else 0
+        if not dropped:
+            return weights
+        step = np.spacing(np.abs(weights)) * np.float32(2**dropped)
+        if dropped in FLOAT16_BITS:
+            step = np.maximum(step, FLOAT16_STEP)
     noise = np.random.default_rng(0).random(weights.size, np.float32) - np.float32(0.5)
-    judged = weights + noise * np.spacing(np.abs(weights)) * np.float32(2**dropped)
+    judged: Floats = weights + noise * step
     judged[weights == 0] = 0
     return judged
 
@@ -188,7 +198,7 @@ def alignment(name: str, tally: Tally) -> Alignment:
     counted = int(tally.counts[0].sum())
     shares = tally.counts / np.maximum(tally.counts.sum(axis=1, keepdims=True), 1)
     expected = shares[DRAWN].mean(axis=0)
-    peak, at = _excess(shares[0], shares[FIXED], BINS)
+    peak, at = _excess(shares[0], shares[FIXED], LEVEL)
     edge, _ = _excess(shares[0], shares[DRAWN], BINS // 10, 2)
     total, lost, error, stuck, variance = tally.sums
     return Alignment(
