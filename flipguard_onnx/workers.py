@@ -4,6 +4,7 @@ A task is a function of a module, and returns what it has to say about failures:
 a process that it takes down, is Lost.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -67,10 +68,14 @@ def on_dask(task: Task, items: Sequence[Any], address: str) -> Generator[tuple[i
         raise DeviceError(
             "dask.distributed is not installed; a scheduler needs flipguard-onnx[dask]"
         ) from None
+    client, problem = None, ""
     try:
-        client: Any = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
+        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
-        raise DeviceError(f"scheduler {address!r} cannot be used: {first_line(error)}") from None
+        problem = first_line(error)
+    if client is None:
+        gc.collect()  # what is left of it ends its loop now, not while another one starts
+        raise DeviceError(f"scheduler {address!r} cannot be used: {problem}")
     with client:
         futures = client.map(task, items, pure=False)
         index = {future.key: place for place, future in enumerate(futures)}

@@ -1,5 +1,6 @@
 """Many models in one run: every one accounted for, whatever happens to the others."""
 
+import gc
 import json
 import os
 import signal
@@ -340,6 +341,7 @@ def test_a_scheduler_that_is_not_there(models, tmp_path, monkeypatch, address):
 @pytest.fixture(scope="module")
 def cluster():
     distributed = pytest.importorskip("distributed")
+    gc.collect()  # a client that found no scheduler would close amid the start, and wait for ever
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None
     ) as running:
