@@ -68,7 +68,8 @@ def on_dask(task: Task, items: Sequence[Any], address: str) -> Generator[tuple[i
         raise DeviceError(
             "dask.distributed is not installed; a scheduler needs flipguard-onnx[dask]"
         ) from None
-    client, problem = None, ""
+    client: Any = None
+    problem = ""
     try:
         client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
