@@ -177,16 +177,15 @@ def judgeable(values: npt.NDArray[Any]) -> Floats:
     the grids; each is put somewhere in the interval that was rounded to it.
     """
     weights = values.astype(np.float32)
+    bits = int(np.bitwise_or.reduce(weights.view(np.uint32)))
+    dropped = min((bits & -bits).bit_length() - 1, 23) if bits else 0
     if values.dtype == np.float16:
-        step = np.spacing(np.abs(values)).astype(np.float32)
-    else:
-        bits = int(np.bitwise_or.reduce(weights.view(np.uint32)))
-        dropped = min((bits & -bits).bit_length() - 1, 23) if bits else 0
-        if not dropped:
-            return weights
-        step = np.spacing(np.abs(weights)) * np.float32(2**dropped)
-        if dropped in FLOAT16_BITS:
-            step = np.maximum(step, FLOAT16_STEP)
+        dropped = FLOAT16_BITS.start
+    if not dropped:
+        return weights
+    step = np.spacing(np.abs(weights)) * np.float32(2**dropped)
+    if dropped in FLOAT16_BITS:
+        step = np.maximum(step, FLOAT16_STEP)
     noise = np.random.default_rng(0).random(weights.size, np.float32) - np.float32(0.5)
     judged: Floats = weights + noise * step
     judged[weights == 0] = 0
