@@ -37,7 +37,7 @@ NOTHING = Verdict(NOT_JUDGED, "there are no weights to judge")
 
 # and what was counted on each grid: nothing if the tensor lies on a grid
 Examined = tuple[ScannedTensor, dict[str, Tally]]
-Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+Progress = Callable[[str, int, int], None]  # stage, bytes (or steps) done, and in all
 
 
 def scan(model: str | os.PathLike[str], *, progress: Progress | None = None) -> Scan:

@@ -89,6 +89,11 @@ class Alignment:
         return sum(self.histogram[: len(self.histogram) // 10])
 
     @property
+    def near_placebo(self) -> float:
+        """The same on placebos."""
+        return sum(self.placebo[: len(self.placebo) // 10])
+
+    @property
     def strength(self) -> float:
         """Share of the weights that stand where only this grid explains it."""
         return max(self.peak, self.edge)
@@ -161,11 +166,10 @@ def _strongest(tensor: ScannedTensor) -> Alignment:
 
 
 def _figures(alignment: Alignment) -> Sequence[str]:
-    tenth = len(alignment.placebo) // 10
     return (
         f"{alignment.weights:,}",
         f"{alignment.near:.2%}",
-        f"{sum(alignment.placebo[:tenth]):.2%}",
+        f"{alignment.near_placebo:.2%}",
         f"{alignment.peak:.2%}",
         f"{alignment.peak_at:.2f}",
         f"{alignment.edge:.2%}",

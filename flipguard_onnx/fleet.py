@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .detection import Progress
 from .errors import FlipguardError, ModelError, exit_code, printable
 from .model import open_model
 from .options import EMITS, one_of, output_paths
-from .pipeline import Progress, guard
+from .pipeline import guard
 from .publish import WORKSPACE, check_target, sweep
 from .report import Report
 from .validate import pooled

@@ -42,7 +42,7 @@ def scan_html(scan: Scan) -> str:
                     a.grid,
                     f"{a.weights:,}",
                     percent(a.near),
-                    percent(_near(a.placebo)),
+                    percent(a.near_placebo),
                     percent(a.peak),
                     f"{a.peak_at:.2f}",
                     percent(a.edge),
@@ -258,7 +258,3 @@ def _strongest(alignments: Sequence[Alignment]) -> Alignment:
 def _file_facts(sha256: str, data_sha256: dict[str, str], size: int) -> tuple[tuple[str, str], ...]:
     data = tuple((f"sha256 of {name}", digest) for name, digest in data_sha256.items())
     return (("sha256", sha256), *data, ("size", megabytes(size)))
-
-
-def _near(histogram: Sequence[float]) -> float:
-    return sum(histogram[: len(histogram) // 10])

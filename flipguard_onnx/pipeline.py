@@ -13,7 +13,7 @@ import onnx
 from . import __version__
 from .activations import record
 from .alignment import budget_of
-from .detection import scan_weights
+from .detection import Progress, scan_weights
 from .emit import (
     Quantized,
     Rewritten,
@@ -37,8 +37,6 @@ from .schemes import SCHEMES
 from .trial import Trial
 from .validate import MAX_DRIFT
 from .weights import Skipped, Weight, find_weights
-
-Progress = Callable[[str, int, int], None]  # stage, bytes (or steps) done, and in all
 
 
 def guard(
