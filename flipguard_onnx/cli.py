@@ -5,7 +5,6 @@ nothing to guard. Of many models the worst. 128 + n: interrupted by signal n.
 scan: 0: clean. 1: suspicious or aligned. 2: unreadable, or nothing judged.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from .arguments import (
 )
 from .errors import FlipguardError, SchemeError, exit_code, printable
 from .interrupt import Interrupted, interruptible
+from .jsonable import dumped
 from .publish import check_report, write_report
 
 if TYPE_CHECKING:
@@ -176,14 +176,14 @@ def scan_output(result: "Scan", form: str) -> str:
     if form == "text":
         return result.render()
     if form == "json":
-        return json.dumps(result.to_dict(), indent=2)
+        return dumped(result.to_dict())
     if form == "html":
         from .html import scan_html
 
         return scan_html(result)
     from .sarif import sarif
 
-    return json.dumps(sarif(result), indent=2)
+    return dumped(sarif(result))
 
 
 def scan_code(level: str, fail_on: str) -> int:
@@ -199,7 +199,7 @@ def publish(
 ) -> None:
     """Print the result and write it as JSON."""
     if path:
-        write_report(path, json.dumps(result.to_dict(), indent=2) + "\n")
+        write_report(path, dumped(result.to_dict()) + "\n")
     if not quiet:
         echo(result.render())
 

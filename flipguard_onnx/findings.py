@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from .jsonable import FORMAT, jsonable
 from .tables import megabytes, skipped_lines, table, text
 from .weights import Skipped
 
@@ -115,6 +116,8 @@ class ScannedTensor:
 class Scan:
     """The result of scan(). alignments: of all tensors that are judged together, one per grid."""
 
+    kind: Literal["scan"] = field(default="scan", init=False)
+    format_version: int = field(default=FORMAT, init=False)
     version: str
     input: str
     input_sha256: str
@@ -127,7 +130,7 @@ class Scan:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return jsonable(self)
 
     def render(self) -> str:
         head = ("grid", "weights", "near", "placebo", "peak", "at", "edge", "collapse", "outlier")

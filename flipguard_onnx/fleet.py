@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .detection import Progress
 from .errors import FlipguardError, ModelError, exit_code, printable
+from .jsonable import FORMAT, jsonable
 from .model import open_model
 from .options import EMITS, one_of, output_paths
 from .pipeline import guard
@@ -44,6 +45,8 @@ class Outcome:
 class Fleet:
     """The result of guard_many(): one outcome per model, in the order of the models."""
 
+    kind: Literal["guard_many"] = field(default="guard_many", init=False)
+    format_version: int = field(default=FORMAT, init=False)
     outcomes: tuple[Outcome, ...]
 
     @property
@@ -54,10 +57,11 @@ class Fleet:
     def to_dict(self) -> dict[str, Any]:
         """JSON types; every report as it is alone."""
         models = [
-            asdict(outcome) | {"report": outcome.report and outcome.report.to_dict()}
+            jsonable(outcome) | {"report": outcome.report and outcome.report.to_dict()}
             for outcome in self.outcomes
         ]
-        return {"code": self.code, "models": models}
+        own = {"kind": self.kind, "format_version": self.format_version}
+        return own | {"code": self.code, "models": models}
 
     def render(self) -> str:
         head = ("model", "exit", "coverage", "flipped", "drift", "plain", "seconds", "output")

@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, Literal
 
 from .findings import Budget, Scan, verdict_lines
 from .flip import Flips
+from .jsonable import FORMAT, jsonable
 from .schemes import Scheme
 from .tables import megabytes, skipped_lines, table, text
 from .validate import Drift, Validation, pooled
@@ -61,6 +62,8 @@ class Tensor:
 class Inspection:
     """What guard() would do. `output_bytes` is an estimate."""
 
+    kind: Literal["inspect"] = field(default="inspect", init=False)
+    format_version: int = field(default=FORMAT, init=False)
     input: str
     input_sha256: str
     input_bytes: int
@@ -70,7 +73,7 @@ class Inspection:
     skipped: tuple[Skipped, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return jsonable(self)
 
     def render(self) -> str:
         lines = [
@@ -101,6 +104,8 @@ class Report:
     take a GPU. scan: of the input. seconds: wall time.
     """
 
+    kind: Literal["guard"] = field(default="guard", init=False)
+    format_version: int = field(default=FORMAT, init=False)
     version: str
     input: str
     input_sha256: str
@@ -166,7 +171,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types; `seed` is a string, since JSON readers round large numbers."""
-        result = asdict(self)
+        result = jsonable(self)
         result["seed"] = None if self.seed is None else str(self.seed)
         return result | {
             "weights": self.weights,
@@ -251,6 +256,8 @@ class Report:
 class Verification:
     """The result of verify(). made_from: `guarded` records this original (None: no record)."""
 
+    kind: Literal["verify"] = field(default="verify", init=False)
+    format_version: int = field(default=FORMAT, init=False)
     original: str
     guarded: str
     scheme: str
@@ -258,7 +265,7 @@ class Verification:
     validation: Validation
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return jsonable(self)
 
     def render(self) -> str:
         origin = {

@@ -16,7 +16,7 @@ ROOMS = {  # library -> modules that may import it
     "numba": {"kernels/__init__.py", "kernels/cpu.py", "kernels/cuda.py", "kernels/survey.py"},
 }
 LAYERS = [  # a module imports only from layers below its own
-    {"arguments.py", "errors.py", "interrupt.py", "kernels/scalar.py", "wire.py"},
+    {"arguments.py", "errors.py", "interrupt.py", "jsonable.py", "kernels/scalar.py", "wire.py"},
     {"child.py", "disk.py"},
     {"intake.py"},
     {"runtime.py", "publish.py", "workers.py"},
