@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from . import __version__
 from .arguments import (
     FILE,
     SCHEME_NAMES,
+    config_option,
     draw_options,
     fleet_options,
     format_options,
@@ -54,6 +56,17 @@ def main() -> None:
     """
 
 
+def configure(context: click.Context, _: click.Parameter, file: Path | None) -> str | None:
+    """Let a file give defaults; the path of the one that did."""
+    if context.resilient_parsing:  # for the shell's completion
+        return None
+    from .config import configured
+
+    with failures():
+        read, context.default_map = configured(main, context.command.name or "", file)
+        return str(read) if read else None
+
+
 @main.command()
 @click.argument("models", type=FILE, nargs=-1, required=True)
 @format_options
@@ -63,6 +76,7 @@ def main() -> None:
 @fleet_options
 @click.option("--html", type=FILE, help="One model: write a page here.")
 @report_options
+@config_option(configure)
 def guard(
     models: tuple[Path, ...],
     jobs: int,
@@ -71,6 +85,7 @@ def guard(
     html: Path | None,
     report: Path | None,
     quiet: bool,
+    config: str | None,
     **options: Any,
 ) -> None:
     """Guard MODELS and write them quantized; folders are searched for .onnx files."""
@@ -80,7 +95,7 @@ def guard(
             from . import guard as run
 
             with progress_bar(quiet) as progress:
-                result = run(*models, progress=progress, **options)
+                result = replace(run(*models, progress=progress, **options), config=config)
             if html:
                 from .html import guard_html
 
@@ -95,7 +110,7 @@ def guard(
                 fleet = guard_many(
                     models, jobs=jobs, scheduler=scheduler, progress=progress, **options
                 )
-            publish(fleet, report, quiet)
+            publish(replace(fleet, config=config), report, quiet)
             for outcome in fleet.outcomes if quiet else ():
                 if outcome.error:
                     echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
@@ -106,13 +121,13 @@ def guard(
 @click.argument("model", type=FILE)
 @format_options
 @report_options
-def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
+@config_option(configure)
+def inspect(report: Path | None, quiet: bool, config: str | None, **options: Any) -> None:
     """Show what would be guarded in MODEL and what would be skipped; write no model."""
     with failures(report):
         from . import inspect as run
 
-        result = run(**options)
-        publish(result, report, quiet)
+        publish(replace(run(**options), config=config), report, quiet)
 
 
 @main.command()
@@ -125,13 +140,13 @@ def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
 )
 @validation_options
 @report_options
-def verify(report: Path | None, quiet: bool, **options: Any) -> None:
+@config_option(configure)
+def verify(report: Path | None, quiet: bool, config: str | None, **options: Any) -> None:
     """Validate GUARDED against ORIGINAL, as guard does with its own output."""
     with failures(report):
         from . import verify as run
 
-        result = run(**options)
-        publish(result, report, quiet)
+        publish(replace(run(**options), config=config), report, quiet)
 
 
 @main.command()
@@ -153,7 +168,15 @@ def verify(report: Path | None, quiet: bool, **options: Any) -> None:
     help="Verdict from which on the exit code is 1.",
 )
 @click.option("--quiet", is_flag=True, help="Print errors only.")
-def scan(model: Path, form: str, report: Path | None, fail_on: str, quiet: bool) -> None:
+@config_option(configure)
+def scan(
+    model: Path,
+    form: str,
+    report: Path | None,
+    fail_on: str,
+    quiet: bool,
+    config: str | None,
+) -> None:
     """Was MODEL prepared for a quantizer, and for which one?
 
     Compares where its weights stand between the decision boundaries of int8, int4, nf4 and fp4
@@ -162,7 +185,7 @@ def scan(model: Path, form: str, report: Path | None, fail_on: str, quiet: bool)
     with failures(report), progress_bar(quiet) as progress:
         from . import scan as run
 
-        result = run(model, progress=progress)
+        result = replace(run(model, progress=progress), config=config)
         text = scan_output(result, form)
         if report:
             write_report(report, text + "\n")

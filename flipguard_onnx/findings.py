@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .jsonable import FORMAT, jsonable
-from .tables import megabytes, skipped_lines, table, text
+from .tables import config_line, megabytes, skipped_lines, table, text
 from .weights import Skipped
 
 LEVELS = ("clean", "suspicious", "aligned")  # in ascending order; beside them: NOT_JUDGED
@@ -114,7 +114,10 @@ class ScannedTensor:
 
 @dataclass(frozen=True)
 class Scan:
-    """The result of scan(). alignments: of all tensors that are judged together, one per grid."""
+    """The result of scan(). alignments: of all tensors that are judged together, one per grid.
+
+    config: the file that gave options of the command line.
+    """
 
     kind: Literal["scan"] = field(default="scan", init=False)
     format_version: int = field(default=FORMAT, init=False)
@@ -128,6 +131,7 @@ class Scan:
     tensors: tuple[ScannedTensor, ...]
     skipped: tuple[Skipped, ...]
     seconds: float = 0.0
+    config: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return jsonable(self)
@@ -135,6 +139,7 @@ class Scan:
     def render(self) -> str:
         head = ("grid", "weights", "near", "placebo", "peak", "at", "edge", "collapse", "outlier")
         lines = [
+            *config_line(self.config),
             f"input     {self.input}  {megabytes(self.input_bytes)}, "
             f"sha256 {self.input_sha256[:16]}",
             *verdict_lines(self.verdict),

@@ -19,6 +19,7 @@ from .options import EMITS, one_of, output_paths
 from .pipeline import guard
 from .publish import WORKSPACE, check_target, sweep
 from .report import Report
+from .tables import config_line
 from .validate import pooled
 from .workers import Lost, described, in_processes, on_dask
 
@@ -43,11 +44,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Fleet:
-    """The result of guard_many(): one outcome per model, in the order of the models."""
+    """The result of guard_many(): one outcome per model, in the order of the models.
+
+    config: the file that gave options of the command line.
+    """
 
     kind: Literal["guard_many"] = field(default="guard_many", init=False)
     format_version: int = field(default=FORMAT, init=False)
     outcomes: tuple[Outcome, ...]
+    config: str | None = None
 
     @property
     def code(self) -> int:
@@ -60,7 +65,7 @@ class Fleet:
             jsonable(outcome) | {"report": outcome.report and outcome.report.to_dict()}
             for outcome in self.outcomes
         ]
-        own = {"kind": self.kind, "format_version": self.format_version}
+        own = {"kind": self.kind, "format_version": self.format_version, "config": self.config}
         return own | {"code": self.code, "models": models}
 
     def render(self) -> str:
@@ -72,6 +77,7 @@ class Fleet:
             for row in rows
         ]
         bad = sum(outcome.code != 0 for outcome in self.outcomes)
+        lines = [*map(printable, config_line(self.config)), *lines]
         return "\n".join([*lines, "", f"guarded   {len(self.outcomes) - bad} models, {bad} failed"])
 
 

@@ -11,7 +11,7 @@ from .findings import Budget, Scan, verdict_lines
 from .flip import Flips
 from .jsonable import FORMAT, jsonable
 from .schemes import Scheme
-from .tables import megabytes, skipped_lines, table, text
+from .tables import config_line, megabytes, skipped_lines, table, text
 from .validate import Drift, Validation, pooled
 from .weights import Skipped, Weight
 
@@ -60,7 +60,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What guard() would do. `output_bytes` is an estimate."""
+    """What guard() would do. `output_bytes` is an estimate; config: as in a Scan."""
 
     kind: Literal["inspect"] = field(default="inspect", init=False)
     format_version: int = field(default=FORMAT, init=False)
@@ -71,12 +71,14 @@ class Inspection:
     scheme: str
     tensors: tuple[Tensor, ...]
     skipped: tuple[Skipped, ...]
+    config: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return jsonable(self)
 
     def render(self) -> str:
         lines = [
+            *config_line(self.config),
             f"{self.input}  {megabytes(self.input_bytes)}, sha256 {self.input_sha256[:16]}",
             f"scheme    {self.scheme}: about {megabytes(self.output_bytes)} when written",
             "",
@@ -101,7 +103,7 @@ class Report:
     outputs: bytes by path. preserve: the inputs on which errors were fed forward, "off" if they
     were not; preserve_note: why. data_sha256: of the inputs that were given. seed: None where the
     policy draws nothing. draws: how many it took until one passed. device_note: why "auto" did not
-    take a GPU. scan: of the input. seconds: wall time.
+    take a GPU. scan: of the input. seconds: wall time. config: as in a Scan.
     """
 
     kind: Literal["guard"] = field(default="guard", init=False)
@@ -131,6 +133,7 @@ class Report:
     validation: Validation | None = None
     outputs: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    config: str | None = None
 
     @property
     def weights(self) -> int:
@@ -188,6 +191,7 @@ class Report:
         form = self.granularity if self.block_size is None else f"blocks of {self.block_size}"
         share = self.flips / max(self.weights, 1)
         lines = [
+            *config_line(self.config),
             f"input     {self.input}  {megabytes(self.input_bytes)}, "
             f"sha256 {self.input_sha256[:16]}",
             f"scheme    {self.scheme}, {form}",
@@ -254,7 +258,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of verify(). made_from: `guarded` records this original (None: no record)."""
+    """The result of verify().
+
+    made_from: `guarded` records this original (None: no record). config: as in a Scan.
+    """
 
     kind: Literal["verify"] = field(default="verify", init=False)
     format_version: int = field(default=FORMAT, init=False)
@@ -263,6 +270,7 @@ class Verification:
     scheme: str
     made_from: bool | None
     validation: Validation
+    config: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return jsonable(self)
@@ -274,6 +282,7 @@ class Verification:
             None: "no record of what it was made from",
         }
         lines = [
+            *config_line(self.config),
             f"original  {self.original}",
             f"guarded   {self.guarded}: {origin[self.made_from]}",
             f"measure   plain {self.scheme} quantization of the original",

@@ -9,7 +9,7 @@ import flipguard_onnx
 
 PACKAGE = Path(flipguard_onnx.__file__).parent
 ROOMS = {  # library -> modules that may import it
-    "click": {"arguments.py", "cli.py"},
+    "click": {"arguments.py", "cli.py", "config.py"},
     "onnxruntime": {"child.py"},
     "distributed": {"workers.py"},
     "jinja2": {"page.py"},
@@ -17,7 +17,7 @@ ROOMS = {  # library -> modules that may import it
 }
 LAYERS = [  # a module imports only from layers below its own
     {"arguments.py", "errors.py", "interrupt.py", "jsonable.py", "kernels/scalar.py", "wire.py"},
-    {"child.py", "disk.py"},
+    {"child.py", "config.py", "disk.py"},
     {"intake.py"},
     {"runtime.py", "publish.py", "workers.py"},
     {"kernels/cpu.py", "kernels/cuda.py", "kernels/survey.py"},
