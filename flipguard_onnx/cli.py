@@ -75,6 +75,7 @@ def configure(context: click.Context, _: click.Parameter, file: Path | None) -> 
 @output_options
 @fleet_options
 @click.option("--html", type=FILE, help="One model: write a page here.")
+@click.option("--sbom", type=FILE, help="One model: write a CycloneDX ML-BOM here.")
 @report_options
 @config_option(configure)
 def guard(
@@ -83,6 +84,7 @@ def guard(
     scheduler: str | None,
     no_validate: bool,
     html: Path | None,
+    sbom: Path | None,
     report: Path | None,
     quiet: bool,
     config: str | None,
@@ -90,7 +92,9 @@ def guard(
 ) -> None:
     """Guard MODELS and write them quantized; folders are searched for .onnx files."""
     options["validate"] = not no_validate
-    with failures(report, html):
+    with failures(report, html, sbom):
+        if sbom:
+            from .sbom import sbom as bom  # before the run: it may not be installed
         if len(models) == 1 and not models[0].is_dir() and not scheduler:
             from . import guard as run
 
@@ -100,9 +104,12 @@ def guard(
                 from .html import guard_html
 
                 write_report(html, guard_html(result))
+            if sbom:
+                write_report(sbom, bom(result))
             publish(result, report, quiet)
-        elif html:
-            raise SchemeError("--html is for one model; --report has all of them")
+        elif html or sbom:
+            option = "--html" if html else "--sbom"
+            raise SchemeError(f"{option} is for one model; --report has all of them")
         else:
             from . import guard_many
 

@@ -100,7 +100,8 @@ class Inspection:
 class Report:
     """The result of guard().
 
-    outputs: bytes by path. preserve: the inputs on which errors were fed forward, "off" if they
+    outputs: bytes by path, data files counted in. outputs_sha256: of every file written, data files
+    too. preserve: the inputs on which errors were fed forward, "off" if they
     were not; preserve_note: why. data_sha256: of the inputs that were given. seed: None where the
     policy draws nothing. draws: how many it took until one passed. device_note: why "auto" did not
     take a GPU. scan: of the input. seconds: wall time. config: as in a Scan.
@@ -132,6 +133,7 @@ class Report:
     scan: Scan | None = None
     validation: Validation | None = None
     outputs: dict[str, int] = field(default_factory=dict)
+    outputs_sha256: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     config: str | None = None
 

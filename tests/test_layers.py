@@ -11,6 +11,7 @@ PACKAGE = Path(flipguard_onnx.__file__).parent
 ROOMS = {  # library -> modules that may import it
     "click": {"arguments.py", "cli.py", "config.py"},
     "onnxruntime": {"child.py"},
+    "cyclonedx": {"sbom.py"},
     "distributed": {"workers.py"},
     "jinja2": {"page.py"},
     "numba": {"kernels/__init__.py", "kernels/cpu.py", "kernels/cuda.py", "kernels/survey.py"},
@@ -35,7 +36,7 @@ LAYERS = [  # a module imports only from layers below its own
     {"qdq.py"},
     {"emit.py", "validate.py", "options.py", "sampled.py", "page.py"},
     {"report.py", "alignment.py", "sarif.py", "trial.py"},
-    {"detection.py", "html.py"},
+    {"detection.py", "html.py", "sbom.py"},
     {"pipeline.py"},
     {"fleet.py"},
     {"__init__.py"},
