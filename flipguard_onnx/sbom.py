@@ -35,14 +35,14 @@ def sbom(report: Report) -> str:
     )
     source = _model(report.input, report.input_sha256, report.input_data_sha256, "")
     properties = [Property(name=name, value=value) for name, value in _properties(report)]
-    models = []
-    for path in report.outputs:
+    models: list[Component] = []
+    for number, path in enumerate(report.outputs):
         data = {
             Path(file).name: digest
             for file, digest in report.outputs_sha256.items()
             if file.startswith(f"{path}.")
         }
-        model = _model(path, report.outputs_sha256[path], data, f"model{len(models)}")
+        model = _model(path, report.outputs_sha256[path], data, f"model{number}")
         model.pedigree = Pedigree(ancestors=[source])
         model.properties.update(properties)
         models.append(model)
