@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from . import __version__
 from .arguments import (
@@ -45,6 +46,15 @@ class DefaultGroup(click.Group):
         if args and args[0] not in (*self.commands, "--help", "--version"):
             args = ["guard", *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Of the first word: a command, or what the command that goes unnamed takes."""
+        named = super().shell_complete(ctx, incomplete)
+        if not incomplete.startswith("-"):
+            return [CompletionItem(incomplete, type="file"), *named]
+        guard = self.commands["guard"]
+        with guard.make_context("guard", [], parent=ctx, resilient_parsing=True) as inner:
+            return [*named, *guard.shell_complete(inner, incomplete)]
 
 
 @click.group(cls=DefaultGroup, no_args_is_help=True)
