@@ -36,9 +36,9 @@ class Verdict:
 class Budget:
     """First-order alignment budget, in the weights' own units.
 
-    nearest: sum |e|, the rounding error that who sets the weights can choose in full. chosen: what
-    a guard leaves of it to him, sum |E e|. random: standard deviation of the rest, which he cannot
-    choose, sqrt(sum Var e), with independent draws.
+    nearest: sum abs(e), the rounding error that who sets the weights can choose in full. chosen:
+    what a guard leaves of it to him, sum abs(E e). random: standard deviation of the rest, which
+    he cannot choose, sqrt(sum Var e), with independent draws.
     """
 
     nearest: float
