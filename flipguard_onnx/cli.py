@@ -167,7 +167,7 @@ def verify(report: Path | None, quiet: bool, config: str | None, **options: Any)
 
 
 @main.command()
-@click.argument("model", type=FILE)
+@click.argument("models", type=FILE, nargs=-1, required=True)
 @click.option(
     "--format",
     "form",
@@ -187,28 +187,34 @@ def verify(report: Path | None, quiet: bool, config: str | None, **options: Any)
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @config_option(configure)
 def scan(
-    model: Path,
+    models: tuple[Path, ...],
     form: str,
     report: Path | None,
     fail_on: str,
     quiet: bool,
     config: str | None,
 ) -> None:
-    """Was MODEL prepared for a quantizer, and for which one?
+    """Was one of MODELS prepared for a quantizer, and for which one?
 
     Compares where its weights stand between the decision boundaries of int8, int4, nf4 and fp4
     with where they stand on grids that nobody uses.
     """
-    with failures(report), progress_bar(quiet) as progress:
+    codes: list[int] = []
+    with failures(report):
+        if len(models) > 1 and (report or form != "text"):
+            raise SchemeError("--report and --format are for one model")
         from . import scan as run
 
-        result = replace(run(model, progress=progress), config=config)
-        text = scan_output(result, form)
-        if report:
-            write_report(report, text + "\n")
-        if not quiet:
-            echo(result.render() if report else text)
-    sys.exit(scan_code(result.verdict.level, fail_on))
+        for model in models:
+            with progress_bar(quiet) as progress:
+                result = replace(run(model, progress=progress), config=config)
+            text = scan_output(result, form)
+            if report:
+                write_report(report, text + "\n")
+            if not quiet:
+                echo("\n" * bool(codes) + (result.render() if report else text))
+            codes.append(scan_code(result.verdict.level, fail_on))
+    sys.exit(max(codes))
 
 
 def scan_output(result: "Scan", form: str) -> str:
