@@ -32,11 +32,12 @@ def configured(
     everywhere = {key: option for own in options.values() for key, option in own.items()}
     top = {key: value for key, value in table.items() if key not in options}
     settings = _checked(top, everywhere, f"{file}: ")
-    for name in options.keys() & table.keys():
-        if not isinstance(table[name], dict):
-            raise SchemeError(f"{file}: {name} is {table[name]!r}; allowed: a table")
-        own = _checked(table[name], options[name], f"{file}: {name}.")
-        settings |= own if name == command else {}
+    for name in options:
+        own = table.get(name, {})
+        if not isinstance(own, dict):
+            raise SchemeError(f"{file}: {name} is {own!r}; allowed: a table")
+        checked = _checked(own, options[name], f"{file}: {name}.")
+        settings |= checked if name == command else {}
     return file, settings
 
 

@@ -153,7 +153,8 @@ def test_after_olive_itself(tmp_path):
         "cache_dir": "cache",
     }
     (tmp_path / "workflow.json").write_text(json.dumps(workflow))
-    run(sys.executable, "-m", "olive", "run", "--config", "workflow.json", cwd=tmp_path)
+    olive = (sys.executable, "-m", "olive", "run", "--config", "workflow.json")
+    run(*olive, cwd=tmp_path, OLIVE_DISABLE_TELEMETRY=1)
     run(sys.executable, EXAMPLES / "after_olive.py", "olive", "guarded", cwd=tmp_path)
     assert names(tmp_path / "guarded") == ["model.onnx", "model_config.json"]
     assert str(tmp_path / "olive") not in (tmp_path / "guarded" / "model_config.json").read_text()

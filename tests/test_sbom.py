@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import sys
 
@@ -78,6 +79,13 @@ def test_the_same_run_gives_the_same_bom(tmp_path):
 def test_names_are_data(tmp_path, name):
     bom = guarded(save(matmul(), tmp_path, f"{name}.onnx"), "--no-validate", "--preserve", "off")
     assert bom["metadata"]["component"]["name"] == f"{name}.flipguard-int8.onnx"
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.onnx")
+    bom = guarded(save(matmul(), tmp_path).rename(path), "--no-validate", "--preserve", "off")
+    [ancestor] = bom["metadata"]["component"]["pedigree"]["ancestors"]
+    assert ancestor["name"] == "\udcff.onnx"
 
 
 def test_a_run_that_fails_leaves_none(tmp_path):
