@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from .errors import SchemeError
+from .errors import SchemeError, first_line
 
 FILE = "flipguard.toml"
 PYPROJECT = "pyproject.toml"
@@ -55,8 +55,8 @@ def _read(file: Path) -> tuple[Path, dict[str, Any]]:
         table: Any = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SchemeError(f"{file}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise SchemeError(f"{file}: is no TOML: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise SchemeError(f"{file}: is no TOML: {first_line(error)}") from None
     for key in ("tool", TABLE) if file.name == PYPROJECT else ():
         table = table.get(key, {})
         if not isinstance(table, dict):

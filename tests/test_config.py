@@ -104,10 +104,12 @@ REFUSED = {
     "[tool.flipguard-onnx]\nscheme = 'int4'": "tool is unknown; allowed: ",
     "scheme": "is no TOML: ",
     "\0": "is no TOML: ",
+    "jobs = " + 9999 * "[": "is no TOML: ",
+    'output = ["\\u001b[2J"]': r"output is ['\x1b[2J']; allowed: a string",
 }
 
 
-@pytest.mark.parametrize("content", REFUSED)
+@pytest.mark.parametrize("content", REFUSED, ids=lambda content: content[:30])
 def test_what_is_refused(source, tmp_path, content):
     """In whatever table, whichever command runs; nothing is written."""
     (tmp_path / "flipguard.toml").write_text(content)
