@@ -7,6 +7,7 @@ grid and on none of its placebos was done to them for its sake; what the placebo
 much smaller than the scale, weights that repeat) counts for nothing.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -34,7 +35,7 @@ BINS = 100
 LEVEL = 80  # bin from which on weights stand on the level: their rounding errors are no weapon
 SHOWN = 20  # bins of the histograms that are reported
 RUNS = 64  # a tensor is added up in so many parts
-ALL = 1 << 24  # weights of a model that are counted, about
+ALL = 1 << 22  # weights of a model that are counted, about
 OF_A_TENSOR = 1 << 17, 1 << 20  # ... of a huge tensor, at least and at most
 PIECE = 1 << 14  # ... in pieces of so many
 LIMIT = np.float32(0.75)  # of the largest of the block: placebos would clip what lies beyond
@@ -161,13 +162,13 @@ def tally(weights: Floats, judged: Floats, spread: Spread, grid: Grid) -> Tally:
     """Count flat weights on their grid and on its placebos; `judged` as from judgeable()."""
     kernels = get_survey()
     counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
-    sums = np.zeros((RUNS, 5))
-    grid.survey(weights, judged, LIMIT, FACTORS, counts, sums, kernels)
+    grid.survey(judged, LIMIT, FACTORS, counts, kernels)
+    sums = grid.account(weights, np.float32(0), kernels)
     first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
     kernels.largest_two(weights, (grid.blocks.cols, grid.blocks.size), first, second)
     used = second > 0
     outliers = first[used].astype(np.float64) / second[used]
-    return Tally(counts.sum(axis=0, dtype=np.int64), sums.sum(axis=0), outliers, spread)
+    return Tally(counts.sum(axis=0, dtype=np.int64), sums, outliers, spread)
 
 
 def judgeable(values: npt.NDArray[Any]) -> Floats:
@@ -220,16 +221,15 @@ def alignment(name: str, tally: Tally) -> Alignment:
 def budget(values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
     """The alignment budget of weights, flat in canonical order, that are guarded like this."""
     weights = values.astype(np.float32)
-    grid = flips.grid
-    errors = np.abs(grid.decode(flips.plain).astype(np.float64) - weights)
-    nearest = float(errors.sum())
-    if policy.name != "unbiased":
-        left = np.abs(grid.decode(flips.codes).astype(np.float64) - weights)
-        return Budget(nearest, float(left.sum()), 0.0)
-    shares = np.abs(grid.analyze(weights, get_backend("cpu")).offsets)
-    drawn = shares > (1 - policy.tau) / 2
-    variances = errors[drawn] ** 2 * (1 / shares[drawn].astype(np.float64) - 1)
-    return Budget(nearest, nearest - float(errors[drawn].sum()), float(variances.sum() ** 0.5))
+    if policy.name == "unbiased":
+        limit = np.float32((1 - policy.tau) / 2)
+        _, _, nearest, stuck, variance = flips.grid.account(weights, limit, get_survey()).tolist()
+        return Budget(nearest, stuck, math.sqrt(variance))
+    plain, left = (
+        float(np.abs(flips.grid.decode(codes).astype(np.float64) - weights).sum())
+        for codes in (flips.plain, flips.codes)
+    )
+    return Budget(plain, left, 0.0)
 
 
 def budget_of(weight: Weight, values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:

@@ -191,18 +191,25 @@ class Grid(ABC):
 
     def survey(
         self,
-        weights: Floats,
         judged: Floats,
         limit: np.float32,
         factors: Floats,
         counts: npt.NDArray[np.int32],
-        sums: npt.NDArray[np.float64],
         kernels: ModuleType,
     ) -> None:
         """Count the weights by their distance to a boundary; see `kernels.survey`."""
         cut = self.blocks.cols, self.blocks.size
-        given = self.operand, self.scale, self.absmax, self.levels
-        kernels.survey(weights, cut, *given, judged, limit, factors, counts, sums)
+        given = self.operand, self.absmax, self.levels, limit, factors
+        kernels.survey(judged, cut, *given, counts)
+
+    def account(
+        self, weights: Floats, limit: np.float32, kernels: ModuleType
+    ) -> npt.NDArray[np.float64]:
+        """Sums over the rounding errors, [5]; see `kernels.survey`."""
+        cut, sums = (self.blocks.cols, self.blocks.size), np.empty(5)
+        given = self.operand, self.scale, self.absmax, self.levels, limit
+        kernels.account(weights, cut, *given, sums)
+        return sums
 
     @abstractmethod
     def decode(self, codes: Codes) -> Floats:
