@@ -10,8 +10,6 @@ much smaller than the scale, weights that repeat) counts for nothing.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ import numpy.typing as npt
 from .findings import Alignment, Budget
 from .flip import Flips, Policy
 from .kernels import get_backend, get_survey
+from .model import contiguous
 from .parts import parts
 from .schemes import SCHEMES, Blocks, Grid, Scheme
 from .weights import Weight
@@ -126,10 +125,10 @@ class Sample:
         found = list(parts(weight, weight.blocks(SCHEMES["nf4"].block_size, flat=True), PIECE))
         kept = -(-len(found) * most // weight.size)
         chosen = sorted(rng.choice(len(found), min(kept, len(found)), replace=False))
-        picked = np.concatenate([stored[found[i].index].reshape(-1) for i in chosen])
+        picked = np.concatenate([contiguous(stored[found[i].index]).reshape(-1) for i in chosen])
         pieces = [picked] if len(chosen) == len(found) else [stored[p.index] for p in found]
-        low = np.min([piece.astype(np.float32).min() for piece in pieces])
-        high = np.max([piece.astype(np.float32).max() for piece in pieces])
+        floats = [piece.astype(np.float32, copy=False) for piece in pieces]
+        low, high = np.min([f.min() for f in floats]), np.max([f.max() for f in floats])
         return cls(picked, low, high)
 
     def grid(self, weight: Weight, scheme: Scheme, flat: bool) -> Grid:
@@ -220,7 +219,7 @@ def alignment(name: str, tally: Tally) -> Alignment:
 
 def budget(values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
     """The alignment budget of weights, flat in canonical order, that are guarded like this."""
-    weights = values.astype(np.float32)
+    weights = values.astype(np.float32, copy=False)
     if policy.name == "unbiased":
         limit = np.float32((1 - policy.tau) / 2)
         _, _, nearest, stuck, variance = flips.grid.account(weights, limit, get_survey()).tolist()
@@ -230,16 +229,6 @@ def budget(values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
         for codes in (flips.plain, flips.codes)
     )
     return Budget(plain, left, 0.0)
-
-
-def budget_of(weight: Weight, values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
-    """budget() of a tensor, its values as they are stored, piece by piece."""
-    stored = values.transpose(weight.perm)
-    pieces = (
-        budget(stored[part.index].reshape(-1), part.of(flips), policy)
-        for part in parts(weight, flips.grid.blocks)
-    )
-    return reduce(add, pieces)
 
 
 def on_a_grid(weights: Floats, cols: int) -> bool:

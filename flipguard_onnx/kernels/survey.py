@@ -130,9 +130,11 @@ def account(weights, cut, operands, scales, absmax, levels, limit, sums):
                     stuck += error
         parts[s, 0], parts[s, 1] = used, lost
         parts[s, 2], parts[s, 3], parts[s, 4] = total, stuck, variance
-    sums[:] = 0
-    for s in range(shares):
-        sums += parts[s]
+    for column in range(5):  # plain loops: an array expression would wake all threads each time
+        total = 0.0
+        for s in range(shares):
+            total += parts[s, column]
+        sums[column] = total
 
 
 @_kernel
