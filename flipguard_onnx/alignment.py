@@ -64,6 +64,11 @@ FIXED = slice(1, 7)
 DRAWN = slice(7, 10)
 
 
+def sample_size(tensors: int) -> int:
+    """About how many weights of each tensor are counted in a model of so many tensors."""
+    return int(np.clip(ALL // max(tensors, 1), *OF_A_TENSOR))
+
+
 @dataclass(frozen=True)
 class Spread:
     """How many weights there are, and the sum of the squares of how often each magnitude occurs."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import __version__
-from .alignment import ALL, OF_A_TENSOR, Sample, Tally, alignment, on_a_grid, tallies
+from .alignment import Sample, Tally, alignment, on_a_grid, sample_size, tallies
 from .errors import UnsupportedModelError
 from .findings import LEVELS, NOT_JUDGED, Alignment, Scan, ScannedTensor, Verdict
 from .model import Model, open_model
@@ -61,7 +61,7 @@ def scan_weights(
 ) -> Scan:
     """scan() of a model that has been opened. Raises ModelError when a weight holds NaN."""
     started = time.perf_counter()
-    most = int(np.clip(ALL // max(len(weights), 1), *OF_A_TENSOR))
+    most = sample_size(len(weights))
     rng = np.random.default_rng(_digest(source))
     examined: list[Examined] = []
     for weight in weights:
