@@ -32,6 +32,7 @@ GRIDS = {  # name -> scheme, and whether blocks run across the rows
 }
 BINS = 100
 LEVEL = 80  # bin from which on weights stand on the level: their rounding errors are no weapon
+ON_LEVEL = slice(98, 100)  # the bins of weights that are a level
 SHOWN = 20  # bins of the histograms that are reported
 RUNS = 64  # a tensor is added up in so many parts
 ALL = 1 << 22  # weights of a model that are counted, about
@@ -234,6 +235,15 @@ def budget(values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
         for codes in (flips.plain, flips.codes)
     )
     return Budget(plain, left, 0.0)
+
+
+def on_levels(counted: Iterable[Tally]) -> bool:
+    """Whether most weights are levels of one of the grids, which chance makes of a few."""
+    for tally in counted:
+        shares = tally.counts / np.maximum(tally.counts.sum(axis=1, keepdims=True), 1)
+        if shares[0, ON_LEVEL].sum() > 0.5 and shares[DRAWN, ON_LEVEL].sum(axis=1).mean() < 0.25:
+            return True
+    return False
 
 
 def on_a_grid(weights: Floats, cols: int) -> bool:
