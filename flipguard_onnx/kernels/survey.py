@@ -13,12 +13,9 @@ CELLS = 1024
 ONE, TWO = np.float32(1.0), np.float32(2.0)
 
 _position = _inline(scalar.position)
-_code = _inline(scalar.code)
-_offset = _inline(scalar.offset)
 _error = _inline(scalar.error)
 
 
-@numba.njit
 def _segments(levels):
     """The distance to the boundary as a function of the position, which is linear in segments.
 
@@ -26,28 +23,23 @@ def _segments(levels):
     cells of [-1, 1] the segment in which it begins. No cell has more than one end inside: the
     closest two, 0 and fp4's first pivot, are 0.0026 apart.
     """
-    ends = np.sort(np.concatenate((levels.pivots, levels.values)))
-    intercepts = np.zeros(ends.size + 1, np.float32)
-    slopes = np.zeros(ends.size + 1, np.float32)
+    ends = np.sort(np.concatenate([levels.pivots, levels.values]))
+    intercepts, slopes = np.zeros((2, ends.size + 1), np.float32)
     for segment in range(1, ends.size):
-        low, high = np.float64(ends[segment - 1]), np.float64(ends[segment])
+        low, high = ends[segment - 1 : segment + 1].astype(np.float64)
         if high - low < 1e-6:  # between fp4's two zeros
             continue
         first, last = low + (high - low) / 4, high - (high - low) / 4
-        near = _distance(np.float32(first), levels)
-        far = _distance(np.float32(last), levels)
+        near, far = (_distance(np.float32(place), levels) for place in (first, last))
         slopes[segment] = (far - near) / (last - first)
         intercepts[segment] = near - first * (far - near) / (last - first)
-    starts = np.empty(CELLS, np.int32)
-    for cell in range(CELLS):
-        starts[cell] = np.searchsorted(ends, np.float32(2 * cell / CELLS - 1), side="right")
-    return ends, intercepts, slopes, starts
+    cells = np.linspace(-1, 1, CELLS, endpoint=False, dtype=np.float32)
+    return ends, intercepts, slopes, np.searchsorted(ends, cells, side="right").astype(np.int32)
 
 
-@numba.njit
 def _distance(position, levels):
-    offset = _offset(position, _code(position, levels.rule, levels), levels.rule, levels)
-    return 1.0 - 2.0 * abs(np.float64(offset))
+    code = scalar.code(position, levels.rule, levels)
+    return 1.0 - 2.0 * abs(float(scalar.offset(position, code, levels.rule, levels)))
 
 
 @_inline
@@ -66,7 +58,6 @@ def _bins(rule, positions, factor, segments, last, bins):
         bins[i] = max(np.int32(0), min(np.int32(distance * scale), np.int32(last)))
 
 
-@_kernel
 def survey(judged, cut, operands, absmax, levels, limit, factors, counts):
     """Count weights by their distance to the nearest decision boundary, from 0 to 1 half-gap.
 
@@ -76,6 +67,11 @@ def survey(judged, cut, operands, absmax, levels, limit, factors, counts):
     counts: int32 [runs, grids, bins], one run after the other for every thread.
     """
     segments = _segments(levels)
+    _survey(judged, cut, operands, absmax, levels, limit, factors, segments, counts)
+
+
+@_kernel
+def _survey(judged, cut, operands, absmax, levels, limit, factors, segments, counts):
     each, pieces, _ = _pieces(judged.size, cut)
     runs, grids, width = counts.shape
     for run in numba.prange(runs):
