@@ -150,6 +150,19 @@ fleet_options = together(
     ),
 )
 
+
+def config_option(read: Callable[..., Any]) -> Decorator:
+    """`read` is click's callback; it runs before defaults are looked up."""
+    return click.option(
+        "--config",
+        type=FILE,
+        is_eager=True,
+        callback=read,
+        help="TOML file with options.  [default: flipguard.toml, else [tool.flipguard-onnx] of "
+        "pyproject.toml, in the current folder]",
+    )
+
+
 report_options = together(
     click.option("--report", type=FILE, help="Write JSON here."),
     click.option("--quiet", is_flag=True, help="Print errors only."),

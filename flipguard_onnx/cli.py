@@ -5,20 +5,22 @@ nothing to guard. Of many models the worst. 128 + n: interrupted by signal n.
 scan: 0: clean. 1: suspicious or aligned. 2: unreadable, or nothing judged.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from . import __version__
 from .arguments import (
     FILE,
     SCHEME_NAMES,
+    config_option,
     draw_options,
     fleet_options,
     format_options,
@@ -28,6 +30,7 @@ from .arguments import (
 )
 from .errors import FlipguardError, SchemeError, exit_code, printable
 from .interrupt import Interrupted, interruptible
+from .jsonable import dumped
 from .publish import check_report, write_report
 
 if TYPE_CHECKING:
@@ -44,6 +47,15 @@ class DefaultGroup(click.Group):
             args = ["guard", *args]
         return super().parse_args(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Of the first word: a command, or what the command that goes unnamed takes."""
+        named = super().shell_complete(ctx, incomplete)
+        if not incomplete.startswith("-"):
+            return [CompletionItem(incomplete, type="file"), *named]
+        guard = self.commands["guard"]
+        with guard.make_context("guard", [], parent=ctx, resilient_parsing=True) as inner:
+            return [*named, *guard.shell_complete(inner, incomplete)]
+
 
 @click.group(cls=DefaultGroup, no_args_is_help=True)
 @click.version_option(__version__, prog_name="flipguard-onnx")
@@ -54,6 +66,17 @@ def main() -> None:
     """
 
 
+def configure(context: click.Context, _: click.Parameter, file: Path | None) -> str | None:
+    """Let a file give defaults; the path of the one that did."""
+    if context.resilient_parsing:  # for the shell's completion
+        return None
+    from .config import configured
+
+    with failures():
+        read, context.default_map = configured(main, context.command.name or "", file)
+        return str(read) if read else None
+
+
 @main.command()
 @click.argument("models", type=FILE, nargs=-1, required=True)
 @format_options
@@ -62,32 +85,41 @@ def main() -> None:
 @output_options
 @fleet_options
 @click.option("--html", type=FILE, help="One model: write a page here.")
+@click.option("--sbom", type=FILE, help="One model: write a CycloneDX ML-BOM here.")
 @report_options
+@config_option(configure)
 def guard(
     models: tuple[Path, ...],
     jobs: int,
     scheduler: str | None,
     no_validate: bool,
     html: Path | None,
+    sbom: Path | None,
     report: Path | None,
     quiet: bool,
+    config: str | None,
     **options: Any,
 ) -> None:
     """Guard MODELS and write them quantized; folders are searched for .onnx files."""
     options["validate"] = not no_validate
-    with failures(report, html):
+    with failures(report, html, sbom):
+        if sbom:
+            from .sbom import sbom as bom  # before the run: it may not be installed
         if len(models) == 1 and not models[0].is_dir() and not scheduler:
             from . import guard as run
 
             with progress_bar(quiet) as progress:
-                result = run(*models, progress=progress, **options)
+                result = replace(run(*models, progress=progress, **options), config=config)
             if html:
                 from .html import guard_html
 
                 write_report(html, guard_html(result))
+            if sbom:
+                write_report(sbom, bom(result))
             publish(result, report, quiet)
-        elif html:
-            raise SchemeError("--html is for one model; --report has all of them")
+        elif html or sbom:
+            option = "--html" if html else "--sbom"
+            raise SchemeError(f"{option} is for one model; --report has all of them")
         else:
             from . import guard_many
 
@@ -95,7 +127,7 @@ def guard(
                 fleet = guard_many(
                     models, jobs=jobs, scheduler=scheduler, progress=progress, **options
                 )
-            publish(fleet, report, quiet)
+            publish(replace(fleet, config=config), report, quiet)
             for outcome in fleet.outcomes if quiet else ():
                 if outcome.error:
                     echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
@@ -106,13 +138,13 @@ def guard(
 @click.argument("model", type=FILE)
 @format_options
 @report_options
-def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
+@config_option(configure)
+def inspect(report: Path | None, quiet: bool, config: str | None, **options: Any) -> None:
     """Show what would be guarded in MODEL and what would be skipped; write no model."""
     with failures(report):
         from . import inspect as run
 
-        result = run(**options)
-        publish(result, report, quiet)
+        publish(replace(run(**options), config=config), report, quiet)
 
 
 @main.command()
@@ -125,17 +157,17 @@ def inspect(report: Path | None, quiet: bool, **options: Any) -> None:
 )
 @validation_options
 @report_options
-def verify(report: Path | None, quiet: bool, **options: Any) -> None:
+@config_option(configure)
+def verify(report: Path | None, quiet: bool, config: str | None, **options: Any) -> None:
     """Validate GUARDED against ORIGINAL, as guard does with its own output."""
     with failures(report):
         from . import verify as run
 
-        result = run(**options)
-        publish(result, report, quiet)
+        publish(replace(run(**options), config=config), report, quiet)
 
 
 @main.command()
-@click.argument("model", type=FILE)
+@click.argument("models", type=FILE, nargs=-1, required=True)
 @click.option(
     "--format",
     "form",
@@ -153,22 +185,36 @@ def verify(report: Path | None, quiet: bool, **options: Any) -> None:
     help="Verdict from which on the exit code is 1.",
 )
 @click.option("--quiet", is_flag=True, help="Print errors only.")
-def scan(model: Path, form: str, report: Path | None, fail_on: str, quiet: bool) -> None:
-    """Was MODEL prepared for a quantizer, and for which one?
+@config_option(configure)
+def scan(
+    models: tuple[Path, ...],
+    form: str,
+    report: Path | None,
+    fail_on: str,
+    quiet: bool,
+    config: str | None,
+) -> None:
+    """Was one of MODELS prepared for a quantizer, and for which one?
 
     Compares where its weights stand between the decision boundaries of int8, int4, nf4 and fp4
     with where they stand on grids that nobody uses.
     """
-    with failures(report), progress_bar(quiet) as progress:
+    codes: list[int] = []
+    with failures(report):
+        if len(models) > 1 and (report or form != "text"):
+            raise SchemeError("--report and --format are for one model")
         from . import scan as run
 
-        result = run(model, progress=progress)
-        text = scan_output(result, form)
-        if report:
-            write_report(report, text + "\n")
-        if not quiet:
-            echo(result.render() if report else text)
-    sys.exit(scan_code(result.verdict.level, fail_on))
+        for model in models:
+            with progress_bar(quiet) as progress:
+                result = replace(run(model, progress=progress), config=config)
+            text = scan_output(result, form)
+            if report:
+                write_report(report, text + "\n")
+            if not quiet:
+                echo("\n" * bool(codes) + (result.render() if report else text))
+            codes.append(scan_code(result.verdict.level, fail_on))
+    sys.exit(max(codes))
 
 
 def scan_output(result: "Scan", form: str) -> str:
@@ -176,14 +222,14 @@ def scan_output(result: "Scan", form: str) -> str:
     if form == "text":
         return result.render()
     if form == "json":
-        return json.dumps(result.to_dict(), indent=2)
+        return dumped(result.to_dict())
     if form == "html":
         from .html import scan_html
 
         return scan_html(result)
     from .sarif import sarif
 
-    return json.dumps(sarif(result), indent=2)
+    return dumped(sarif(result))
 
 
 def scan_code(level: str, fail_on: str) -> int:
@@ -199,7 +245,7 @@ def publish(
 ) -> None:
     """Print the result and write it as JSON."""
     if path:
-        write_report(path, json.dumps(result.to_dict(), indent=2) + "\n")
+        write_report(path, dumped(result.to_dict()) + "\n")
     if not quiet:
         echo(result.render())
 

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from .tables import megabytes, skipped_lines, table, text
+from .jsonable import FORMAT, jsonable
+from .tables import config_line, megabytes, skipped_lines, table, text
 from .weights import Skipped
 
 LEVELS = ("clean", "suspicious", "aligned")  # in ascending order; beside them: NOT_JUDGED
@@ -35,9 +36,9 @@ class Verdict:
 class Budget:
     """First-order alignment budget, in the weights' own units.
 
-    nearest: sum |e|, the rounding error that who sets the weights can choose in full. chosen: what
-    a guard leaves of it to him, sum |E e|. random: standard deviation of the rest, which he cannot
-    choose, sqrt(sum Var e), with independent draws.
+    nearest: sum abs(e), the rounding error that who sets the weights can choose in full. chosen:
+    what a guard leaves of it to him, sum abs(E e). random: standard deviation of the rest, which
+    he cannot choose, sqrt(sum Var e), with independent draws.
     """
 
     nearest: float
@@ -113,8 +114,13 @@ class ScannedTensor:
 
 @dataclass(frozen=True)
 class Scan:
-    """The result of scan(). alignments: of all tensors that are judged together, one per grid."""
+    """The result of scan(). alignments: of all tensors that are judged together, one per grid.
 
+    config: the file that gave options of the command line.
+    """
+
+    kind: Literal["scan"] = field(default="scan", init=False)
+    format_version: int = field(default=FORMAT, init=False)
     version: str
     input: str
     input_sha256: str
@@ -125,13 +131,15 @@ class Scan:
     tensors: tuple[ScannedTensor, ...]
     skipped: tuple[Skipped, ...]
     seconds: float = 0.0
+    config: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return jsonable(self)
 
     def render(self) -> str:
         head = ("grid", "weights", "near", "placebo", "peak", "at", "edge", "collapse", "outlier")
         lines = [
+            *config_line(self.config),
             f"input     {self.input}  {megabytes(self.input_bytes)}, "
             f"sha256 {self.input_sha256[:16]}",
             *verdict_lines(self.verdict),

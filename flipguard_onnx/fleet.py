@@ -7,17 +7,19 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .detection import Progress
 from .errors import FlipguardError, ModelError, exit_code, printable
+from .jsonable import FORMAT, jsonable
 from .model import open_model
 from .options import EMITS, one_of, output_paths
 from .pipeline import guard
 from .publish import WORKSPACE, check_target, sweep
 from .report import Report
+from .tables import config_line
 from .validate import pooled
 from .workers import Lost, described, in_processes, on_dask
 
@@ -42,9 +44,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Fleet:
-    """The result of guard_many(): one outcome per model, in the order of the models."""
+    """The result of guard_many(): one outcome per model, in the order of the models.
 
+    config: the file that gave options of the command line.
+    """
+
+    kind: Literal["guard_many"] = field(default="guard_many", init=False)
+    format_version: int = field(default=FORMAT, init=False)
     outcomes: tuple[Outcome, ...]
+    config: str | None = None
 
     @property
     def code(self) -> int:
@@ -54,10 +62,11 @@ class Fleet:
     def to_dict(self) -> dict[str, Any]:
         """JSON types; every report as it is alone."""
         models = [
-            asdict(outcome) | {"report": outcome.report and outcome.report.to_dict()}
+            jsonable(outcome) | {"report": outcome.report and outcome.report.to_dict()}
             for outcome in self.outcomes
         ]
-        return {"code": self.code, "models": models}
+        own = {"kind": self.kind, "format_version": self.format_version, "config": self.config}
+        return own | {"code": self.code, "models": models}
 
     def render(self) -> str:
         head = ("model", "exit", "coverage", "flipped", "drift", "plain", "seconds", "output")
@@ -68,6 +77,7 @@ class Fleet:
             for row in rows
         ]
         bad = sum(outcome.code != 0 for outcome in self.outcomes)
+        lines = [*map(printable, config_line(self.config)), *lines]
         return "\n".join([*lines, "", f"guarded   {len(self.outcomes) - bad} models, {bad} failed"])
 
 

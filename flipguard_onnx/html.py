@@ -73,7 +73,7 @@ def scan_html(scan: Scan) -> str:
         IDENTITY + STANDING,
         tuple(map(_scanned, scan.tensors)),
         skipped_section(scan.skipped),
-        f"flipguard-onnx {scan.version}, {scan.seconds:.1f} s",
+        _footer(scan),
     )
     return page.render()
 
@@ -118,7 +118,7 @@ def guard_html(report: Report) -> str:
         IDENTITY + FLIPPED + LEFT,
         tuple(_guarded(tensor, found, report.granularity) for tensor, found in pairs),
         skipped_section(report.skipped),
-        f"flipguard-onnx {report.version}, {report.seconds:.1f} s",
+        _footer(report),
     )
     return page.render()
 
@@ -253,6 +253,11 @@ def _verdict(verdict: Verdict) -> tuple[str, str, str]:
 
 def _strongest(alignments: Sequence[Alignment]) -> Alignment:
     return max(alignments, key=lambda alignment: alignment.strength)
+
+
+def _footer(result: Scan | Report) -> str:
+    config = f", options from {result.config}" if result.config else ""
+    return f"flipguard-onnx {result.version}, {result.seconds:.1f} s{config}"
 
 
 def _file_facts(sha256: str, data_sha256: dict[str, str], size: int) -> tuple[tuple[str, str], ...]:

@@ -14,7 +14,7 @@ def der(
     modified: float,
     lam: float = 0.2,
 ) -> float:
-    """Defense Effectiveness Ratio: security and utility kept, less a price per modified weight.
+    """Defense Effectiveness Ratio: security and utility kept, less a price per modified weight::
 
         ACC = mean of the utility metrics
         DER = (min(SEC, SEC_baseline) / SEC_baseline - (ACC_baseline - ACC) / ACC_baseline)

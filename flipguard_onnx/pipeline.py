@@ -208,10 +208,19 @@ def guard(
             say("validating", 1, 1)
             break
         source.require_unchanged()
-        finished = {target: sinks[wanted].output for wanted, target in targets.items()}
-        written = {str(target): output.size for target, output in finished.items()}
-        publish([output.finished(target) for target, output in finished.items()], force)
-    return replace(report, outputs=written, seconds=time.perf_counter() - started)
+        outputs = {target: sinks[wanted].output for wanted, target in targets.items()}
+        finished = [output.finished(target) for target, output in outputs.items()]
+        report = replace(
+            report,
+            outputs={str(target): output.size for target, output in outputs.items()},
+            outputs_sha256={
+                str(place): file_sha256(file)
+                for each in finished
+                for place, file in each.places.items()
+            },
+        )
+        publish(finished, force)
+    return replace(report, seconds=time.perf_counter() - started)
 
 
 def inspect(

@@ -38,6 +38,12 @@ class Finished:
     data: Path | None
     target: Path
 
+    @property
+    def places(self) -> dict[Path, Path]:
+        """Where each file will be, with where it is."""
+        data = {self.target.with_name(self.data.name): self.data} if self.data else {}
+        return {self.target: self.model} | data
+
 
 @contextmanager
 def workspace(folder: Path) -> Iterator[Path]:

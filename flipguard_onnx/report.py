@@ -2,15 +2,16 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, Literal
 
 from .findings import Budget, Scan, verdict_lines
 from .flip import Flips
+from .jsonable import FORMAT, jsonable
 from .schemes import Scheme
-from .tables import megabytes, skipped_lines, table, text
+from .tables import config_line, megabytes, skipped_lines, table, text
 from .validate import Drift, Validation, pooled
 from .weights import Skipped, Weight
 
@@ -59,8 +60,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What guard() would do. `output_bytes` is an estimate."""
+    """What guard() would do. `output_bytes` is an estimate; config: as in a Scan."""
 
+    kind: Literal["inspect"] = field(default="inspect", init=False)
+    format_version: int = field(default=FORMAT, init=False)
     input: str
     input_sha256: str
     input_bytes: int
@@ -68,12 +71,14 @@ class Inspection:
     scheme: str
     tensors: tuple[Tensor, ...]
     skipped: tuple[Skipped, ...]
+    config: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return jsonable(self)
 
     def render(self) -> str:
         lines = [
+            *config_line(self.config),
             f"{self.input}  {megabytes(self.input_bytes)}, sha256 {self.input_sha256[:16]}",
             f"scheme    {self.scheme}: about {megabytes(self.output_bytes)} when written",
             "",
@@ -95,12 +100,15 @@ class Inspection:
 class Report:
     """The result of guard().
 
-    outputs: bytes by path. preserve: the inputs on which errors were fed forward, "off" if they
+    outputs: bytes by path, data files counted in. outputs_sha256: of every file written, data files
+    too. preserve: the inputs on which errors were fed forward, "off" if they
     were not; preserve_note: why. data_sha256: of the inputs that were given. seed: None where the
     policy draws nothing. draws: how many it took until one passed. device_note: why "auto" did not
-    take a GPU. scan: of the input. seconds: wall time.
+    take a GPU. scan: of the input. seconds: wall time. config: as in a Scan.
     """
 
+    kind: Literal["guard"] = field(default="guard", init=False)
+    format_version: int = field(default=FORMAT, init=False)
     version: str
     input: str
     input_sha256: str
@@ -125,7 +133,9 @@ class Report:
     scan: Scan | None = None
     validation: Validation | None = None
     outputs: dict[str, int] = field(default_factory=dict)
+    outputs_sha256: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    config: str | None = None
 
     @property
     def weights(self) -> int:
@@ -166,7 +176,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON types; `seed` is a string, since JSON readers round large numbers."""
-        result = asdict(self)
+        result = jsonable(self)
         result["seed"] = None if self.seed is None else str(self.seed)
         return result | {
             "weights": self.weights,
@@ -183,6 +193,7 @@ class Report:
         form = self.granularity if self.block_size is None else f"blocks of {self.block_size}"
         share = self.flips / max(self.weights, 1)
         lines = [
+            *config_line(self.config),
             f"input     {self.input}  {megabytes(self.input_bytes)}, "
             f"sha256 {self.input_sha256[:16]}",
             f"scheme    {self.scheme}, {form}",
@@ -249,16 +260,22 @@ class Report:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of verify(). made_from: `guarded` records this original (None: no record)."""
+    """The result of verify().
 
+    made_from: `guarded` records this original (None: no record). config: as in a Scan.
+    """
+
+    kind: Literal["verify"] = field(default="verify", init=False)
+    format_version: int = field(default=FORMAT, init=False)
     original: str
     guarded: str
     scheme: str
     made_from: bool | None
     validation: Validation
+    config: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return jsonable(self)
 
     def render(self) -> str:
         origin = {
@@ -267,6 +284,7 @@ class Verification:
             None: "no record of what it was made from",
         }
         lines = [
+            *config_line(self.config),
             f"original  {self.original}",
             f"guarded   {self.guarded}: {origin[self.made_from]}",
             f"measure   plain {self.scheme} quantization of the original",

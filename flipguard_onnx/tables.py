@@ -27,6 +27,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> 
     ]
 
 
+def config_line(config: str | None) -> list[str]:
+    """Which file gave options, if one did."""
+    return [f"config    {config}"] if config else []
+
+
 def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 

@@ -9,15 +9,16 @@ import flipguard_onnx
 
 PACKAGE = Path(flipguard_onnx.__file__).parent
 ROOMS = {  # library -> modules that may import it
-    "click": {"arguments.py", "cli.py"},
+    "click": {"arguments.py", "cli.py", "config.py"},
     "onnxruntime": {"child.py"},
+    "cyclonedx": {"sbom.py"},
     "distributed": {"workers.py"},
     "jinja2": {"page.py"},
     "numba": {"kernels/__init__.py", "kernels/cpu.py", "kernels/cuda.py", "kernels/survey.py"},
 }
 LAYERS = [  # a module imports only from layers below its own
-    {"arguments.py", "errors.py", "interrupt.py", "kernels/scalar.py", "wire.py"},
-    {"child.py", "disk.py"},
+    {"arguments.py", "errors.py", "interrupt.py", "jsonable.py", "kernels/scalar.py", "wire.py"},
+    {"child.py", "config.py", "disk.py"},
     {"intake.py"},
     {"runtime.py", "publish.py", "workers.py"},
     {"kernels/cpu.py", "kernels/cuda.py"},
@@ -36,7 +37,7 @@ LAYERS = [  # a module imports only from layers below its own
     {"qdq.py"},
     {"emit.py", "validate.py", "options.py", "sampled.py", "page.py"},
     {"report.py", "alignment.py", "sarif.py", "trial.py"},
-    {"detection.py", "html.py"},
+    {"detection.py", "html.py", "sbom.py"},
     {"pipeline.py"},
     {"fleet.py"},
     {"__init__.py"},

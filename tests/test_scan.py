@@ -276,6 +276,21 @@ def test_exit_codes(tmp_path, aligned):
     assert call("scan", tmp_path / "none.onnx").exit_code == 2
 
 
+def test_several_models(tmp_path, aligned):
+    """A report each, and the worst exit code; the first that cannot be read ends it."""
+    clean = save(matmuls(w=honest()), tmp_path, "clean.onnx")
+    result = call("scan", aligned, clean)
+    assert result.exit_code == 1
+    verdicts = [line for line in result.stdout.splitlines() if line.startswith("scan ")]
+    assert verdicts == ["scan      aligned, int8 channel", "scan      clean"]
+    assert call("scan", clean, clean).exit_code == 0
+    assert call("scan", aligned, tmp_path / "none.onnx").exit_code == 2
+    for option in (("--format", "sarif"), ("--report", tmp_path / "r.txt")):
+        result = call("scan", aligned, clean, *option)
+        assert result.exit_code == 2
+        assert "are for one model" in result.stderr
+
+
 def test_a_quantized_model_is_not_judged(tmp_path):
     source = save(matmuls(w=honest()), tmp_path)
     flipguard_onnx.guard(source, preserve="off", output=tmp_path / "q.onnx")

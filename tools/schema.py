@@ -1,0 +1,109 @@
+"""Write the JSON Schema of the reports, which is read off their dataclasses.
+
+python -m tools.schema > flipguard_onnx/report.schema.json
+"""
+
+import inspect
+import json
+import types
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from flipguard_onnx.findings import Scan
+from flipguard_onnx.fleet import Fleet
+from flipguard_onnx.jsonable import FORMAT
+from flipguard_onnx.report import Inspection, Report, Verification
+
+REPORTS = (Report, Fleet, Inspection, Verification, Scan)
+PLAIN = {str: "string", int: "integer", bool: "boolean", type(None): "null"}
+
+
+def schema() -> dict[str, Any]:
+    """Draft 2020-12; one definition per dataclass."""
+    found: dict[str, Any] = {}
+    kinds = [_reference(report, found) for report in REPORTS]
+    _as_written(found)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:flipguard-onnx:report:{FORMAT}",
+        "title": "Reports of flipguard-onnx",
+        "description": "What --report and scan --format json write. `kind` tells which report it "
+        "is. `format_version` is raised when a field is lost or changes its meaning; not for "
+        "new ones, so take the schema from the version that wrote the report. Numbers that are "
+        "not finite are null.",
+        "oneOf": kinds,
+        "$defs": dict(sorted(found.items())),
+    }
+
+
+def _as_written(found: dict[str, Any]) -> None:
+    """Where to_dict() says more than the fields, or something else."""
+    report = found["Report"]
+    report["properties"] |= {
+        "seed": {"type": ["string", "null"], "pattern": "^[0-9]+$"},
+        "weights": {"type": "integer"},
+        "flips": {"type": "integer"},
+        "coverage": {"type": "number"},
+    }
+    report["required"] += ["weights", "flips", "coverage"]
+    fleet = found["Fleet"]
+    fleet["properties"] |= {
+        "code": {"type": "integer"},
+        "models": fleet["properties"].pop("outcomes"),
+    }
+    fleet["required"].remove("outcomes")
+    fleet["required"] += ["code", "models"]
+
+
+def _reference(kind: type, found: dict[str, Any]) -> dict[str, Any]:
+    if kind.__name__ not in found:
+        found[kind.__name__] = {}  # it may hold others of its kind
+        found[kind.__name__] = _object(kind, found)
+    return {"$ref": f"#/$defs/{kind.__name__}"}
+
+
+def _object(kind: type, found: dict[str, Any]) -> dict[str, Any]:
+    assert is_dataclass(kind)
+    hints = get_type_hints(kind)
+    properties = {}
+    for field in fields(kind):
+        if field.init:
+            properties[field.name] = _type(hints[field.name], found)
+        else:
+            assert field.default is not MISSING
+            properties[field.name] = {"const": field.default}
+    return {
+        "description": inspect.cleandoc(kind.__doc__ or ""),
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _type(hint: Any, found: dict[str, Any]) -> dict[str, Any]:
+    if hint is float:
+        return {"type": ["number", "null"]}
+    if hint in PLAIN:
+        return {"type": PLAIN[hint]}
+    if is_dataclass(hint):
+        assert isinstance(hint, type)
+        return _reference(hint, found)
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        assert inner[1:] == (...,), hint
+        return {"type": "array", "items": _type(inner[0], found)}
+    if origin is dict:
+        assert inner[0] is str, hint
+        return {"type": "object", "additionalProperties": _type(inner[1], found)}
+    assert origin in (Union, types.UnionType), hint
+    options = [_type(option, found) for option in inner if option is not type(None)]
+    if len(options) == 1 and "type" in options[0]:
+        [only] = options
+        names = only["type"] if isinstance(only["type"], list) else [only["type"]]
+        return only | {"type": list(dict.fromkeys([*names, "null"]))}
+    return {"anyOf": [*options, {"type": "null"}]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=2))
