@@ -7,10 +7,9 @@ grid and on none of its placebos was done to them for its sake; what the placebo
 much smaller than the scale, weights that repeat) counts for nothing.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from .findings import Alignment, Budget
 from .flip import Flips, Policy
 from .kernels import get_backend, get_survey
+from .model import contiguous
 from .parts import parts
 from .schemes import SCHEMES, Blocks, Grid, Scheme
 from .weights import Weight
@@ -32,9 +32,10 @@ GRIDS = {  # name -> scheme, and whether blocks run across the rows
 }
 BINS = 100
 LEVEL = 80  # bin from which on weights stand on the level: their rounding errors are no weapon
+ON_LEVEL = slice(98, 100)  # the bins of weights that are a level
 SHOWN = 20  # bins of the histograms that are reported
 RUNS = 64  # a tensor is added up in so many parts
-ALL = 1 << 24  # weights of a model that are counted, about
+ALL = 1 << 22  # weights of a model that are counted, about
 OF_A_TENSOR = 1 << 17, 1 << 20  # ... of a huge tensor, at least and at most
 PIECE = 1 << 14  # ... in pieces of so many
 LIMIT = np.float32(0.75)  # of the largest of the block: placebos would clip what lies beyond
@@ -62,6 +63,11 @@ def _factors() -> Floats:
 FACTORS = _factors()
 FIXED = slice(1, 7)
 DRAWN = slice(7, 10)
+
+
+def sample_size(tensors: int) -> int:
+    """About how many weights of each tensor are counted in a model of so many tensors."""
+    return int(np.clip(ALL // max(tensors, 1), *OF_A_TENSOR))
 
 
 @dataclass(frozen=True)
@@ -125,10 +131,10 @@ class Sample:
         found = list(parts(weight, weight.blocks(SCHEMES["nf4"].block_size, flat=True), PIECE))
         kept = -(-len(found) * most // weight.size)
         chosen = sorted(rng.choice(len(found), min(kept, len(found)), replace=False))
-        picked = np.concatenate([stored[found[i].index].reshape(-1) for i in chosen])
+        picked = np.concatenate([contiguous(stored[found[i].index]).reshape(-1) for i in chosen])
         pieces = [picked] if len(chosen) == len(found) else [stored[p.index] for p in found]
-        low = np.min([piece.astype(np.float32).min() for piece in pieces])
-        high = np.max([piece.astype(np.float32).max() for piece in pieces])
+        floats = [piece.astype(np.float32, copy=False) for piece in pieces]
+        low, high = np.min([f.min() for f in floats]), np.max([f.max() for f in floats])
         return cls(picked, low, high)
 
     def grid(self, weight: Weight, scheme: Scheme, flat: bool) -> Grid:
@@ -161,13 +167,13 @@ def tally(weights: Floats, judged: Floats, spread: Spread, grid: Grid) -> Tally:
     """Count flat weights on their grid and on its placebos; `judged` as from judgeable()."""
     kernels = get_survey()
     counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
-    sums = np.zeros((RUNS, 5))
-    grid.survey(weights, judged, LIMIT, FACTORS, counts, sums, kernels)
+    grid.survey(judged, LIMIT, FACTORS, counts, kernels)
+    sums = grid.account(weights, np.float32(0), kernels)
     first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
     kernels.largest_two(weights, (grid.blocks.cols, grid.blocks.size), first, second)
     used = second > 0
     outliers = first[used].astype(np.float64) / second[used]
-    return Tally(counts.sum(axis=0, dtype=np.int64), sums.sum(axis=0), outliers, spread)
+    return Tally(counts.sum(axis=0, dtype=np.int64), sums, outliers, spread)
 
 
 def judgeable(values: npt.NDArray[Any]) -> Floats:
@@ -219,27 +225,25 @@ def alignment(name: str, tally: Tally) -> Alignment:
 
 def budget(values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
     """The alignment budget of weights, flat in canonical order, that are guarded like this."""
-    weights = values.astype(np.float32)
-    grid = flips.grid
-    errors = np.abs(grid.decode(flips.plain).astype(np.float64) - weights)
-    nearest = float(errors.sum())
-    if policy.name != "unbiased":
-        left = np.abs(grid.decode(flips.codes).astype(np.float64) - weights)
-        return Budget(nearest, float(left.sum()), 0.0)
-    shares = np.abs(grid.analyze(weights, get_backend("cpu")).offsets)
-    drawn = shares > (1 - policy.tau) / 2
-    variances = errors[drawn] ** 2 * (1 / shares[drawn].astype(np.float64) - 1)
-    return Budget(nearest, nearest - float(errors[drawn].sum()), float(variances.sum() ** 0.5))
-
-
-def budget_of(weight: Weight, values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
-    """budget() of a tensor, its values as they are stored, piece by piece."""
-    stored = values.transpose(weight.perm)
-    pieces = (
-        budget(stored[part.index].reshape(-1), part.of(flips), policy)
-        for part in parts(weight, flips.grid.blocks)
+    weights = values.astype(np.float32, copy=False)
+    if policy.name == "unbiased":
+        limit = np.float32((1 - policy.tau) / 2)
+        _, _, nearest, stuck, variance = flips.grid.account(weights, limit, get_survey()).tolist()
+        return Budget(nearest, stuck, math.sqrt(variance))
+    plain, left = (
+        float(np.abs(flips.grid.decode(codes).astype(np.float64) - weights).sum())
+        for codes in (flips.plain, flips.codes)
     )
-    return reduce(add, pieces)
+    return Budget(plain, left, 0.0)
+
+
+def on_levels(counted: Iterable[Tally]) -> bool:
+    """Whether most weights are levels of one of the grids, which chance makes of a few."""
+    for tally in counted:
+        shares = tally.counts / np.maximum(tally.counts.sum(axis=1, keepdims=True), 1)
+        if shares[0, ON_LEVEL].sum() > 0.5 and shares[DRAWN, ON_LEVEL].sum(axis=1).mean() < 0.25:
+            return True
+    return False
 
 
 def on_a_grid(weights: Floats, cols: int) -> bool:

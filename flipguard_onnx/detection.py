@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import __version__
-from .alignment import ALL, OF_A_TENSOR, Sample, Tally, alignment, on_a_grid, tallies
+from .alignment import Sample, Tally, alignment, on_a_grid, on_levels, sample_size, tallies
 from .errors import UnsupportedModelError
 from .findings import LEVELS, NOT_JUDGED, Alignment, Scan, ScannedTensor, Verdict
 from .model import Model, open_model
@@ -61,7 +61,7 @@ def scan_weights(
 ) -> Scan:
     """scan() of a model that has been opened. Raises ModelError when a weight holds NaN."""
     started = time.perf_counter()
-    most = int(np.clip(ALL // max(len(weights), 1), *OF_A_TENSOR))
+    most = sample_size(len(weights))
     rng = np.random.default_rng(_digest(source))
     examined: list[Examined] = []
     for weight in weights:
@@ -105,7 +105,8 @@ def examine(
     counted = tallies(weight, sample)
     alignments = tuple(alignment(name, tally) for name, tally in counted.items())
     verdict = of_tensor(alignments)
-    if on_a_grid(sample.values.astype(np.float32), weight.blocks(None, flat=False).cols):
+    floats = sample.values.astype(np.float32)
+    if on_levels(counted.values()) or on_a_grid(floats, weight.blocks(None, flat=False).cols):
         verdict, counted = ON_GRID, {}
     shape, size = weight.shape, weight.size
     return ScannedTensor(weight.name, weight.op, shape, size, verdict, alignments), counted

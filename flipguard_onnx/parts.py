@@ -87,12 +87,14 @@ def flip_weight(
     backend: ModuleType,
     inputs: Inputs | None = None,
     moved: bool = True,
-    tick: Callable[[int], None] = lambda _: None,
+    done: Callable[[npt.NDArray[Any], Flips], None] = lambda *_: None,
 ) -> Flips:
     """`flip` for a weight of the model, part by part; with error feedback as a whole.
 
-    moved: whether the result is to have the moved weights. tick: called after every part with the
-    bytes read. Raises ModelError when the tensor holds values that are not finite.
+    moved: whether the result is to have the moved weights. done: called after every part with its
+    weights and what became of them.
+
+    Raises ModelError when the tensor holds values that are not finite.
     """
     values = source.array(weight.tensor).transpose(weight.perm)
     plain, codes = np.empty(weight.size, np.int8), np.empty(weight.size, np.int8)
@@ -111,7 +113,7 @@ def flip_weight(
             placed[part.weights] = flips.guarded
         grids.append(flips.grid)
         gain = flips.gain
-        tick(found.nbytes)
+        done(found, flips)
     per_block: dict[str, Any] = {
         name: np.concatenate([getattr(g, name) for g in grids]) for name in PER_BLOCK
     }

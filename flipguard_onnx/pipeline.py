@@ -6,13 +6,17 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
 import onnx
 
 from . import __version__
 from .activations import record
-from .alignment import budget_of
+from .alignment import budget
 from .detection import Progress, scan_weights
 from .emit import (
     Quantized,
@@ -25,7 +29,8 @@ from .emit import (
 )
 from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
 from .feedback import Inputs
-from .flip import Policy, tensor_key
+from .findings import Budget
+from .flip import Flips, Policy, tensor_key
 from .kernels import compiling, get_backend, what_cuda_lacks
 from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model
 from .options import EMITS, Format, draw_seeds, one_of, output_paths, preserve_mode
@@ -155,13 +160,13 @@ def guard(
                 inputs = activations.of(weight) if activations else None
                 unfed = inputs if isinstance(inputs, str) else None
                 fed = inputs if isinstance(inputs, Inputs) else None
+                budgets, done = _accountant(rule, tick)
                 flips = flip_weight(
-                    source, weight, kind, blocks, rule, key, backend, fed, "float" in sinks, tick
+                    source, weight, kind, blocks, rule, key, backend, fed, "float" in sinks, done
                 )
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
-                left = budget_of(weight, source.array(weight.tensor), flips, rule)
-                tensors.append(Tensor.of(weight, kind, flips, unfed, left))
+                tensors.append(Tensor.of(weight, kind, flips, unfed, reduce(add, budgets)))
                 del flips  # what comes next needs the memory
             report = Report(
                 version=__version__,
@@ -356,6 +361,19 @@ def _sinks(
     if "float" in targets:
         sinks["float"] = Rewritten(source, output("float"), guarded_values)
     return sinks | (trial.sinks(folder, standard_ops) if trial else {})
+
+
+def _accountant(
+    rule: Policy, tick: Callable[[int], None]
+) -> tuple[list[Budget], Callable[[npt.NDArray[Any], Flips], None]]:
+    """Alignment budgets of a tensor's parts, and what enters them as the parts are done."""
+    budgets: list[Budget] = []
+
+    def done(values: npt.NDArray[Any], flips: Flips) -> None:
+        budgets.append(budget(values, flips, rule))
+        tick(values.nbytes)
+
+    return budgets, done
 
 
 def _meter(say: Progress, stage: str, total: int) -> Callable[[int], None]:

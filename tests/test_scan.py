@@ -126,6 +126,13 @@ def test_weights_on_a_grid_are_not_judged(tmp_path, name):
     assert result.alignments == ()
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_weights_on_the_grid_of_short_rows_are_not_judged(tmp_path, name):
+    # as in a depthwise convolution: no row has the weights to show the step of its own grid
+    values = decoded(name, honest(shape=(9, 4096)))
+    assert scanned(tmp_path, values).verdict.level == "not judged"
+
+
 def test_ternary_weights_are_not_judged(tmp_path):
     ternary = np.random.default_rng(0).integers(-1, 2, SHAPE).astype(np.float32)
     assert scanned(tmp_path, ternary).verdict.level == "not judged"

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flipguard_onnx.alignment import GRIDS, OF_A_TENSOR
+from flipguard_onnx.alignment import GRIDS, sample_size
 from flipguard_onnx.detection import conclude, examine
 from flipguard_onnx.errors import UnsupportedModelError
 from flipguard_onnx.findings import Verdict
@@ -45,15 +45,14 @@ def verdict_on(path: Path, change: Change = lambda _, values: values) -> Verdict
         weights, _ = find_weights(source.proto)
     except UnsupportedModelError as error:
         return Verdict("not judged", str(error))
-    return judge(source, ((w, change(w, w.canonical(source.array(w.tensor)))) for w in weights))
+    changed = ((w, change(w, w.canonical(source.array(w.tensor)))) for w in weights)
+    return judge(source, changed, len(weights))
 
 
-def judge(source: Model, pairs: Iterable[tuple[Weight, Values]]) -> Verdict:
-    """The verdict on these weights."""
-    rng = np.random.default_rng(0)
-    examined = [
-        examine(source.path, w, w.stored(values), OF_A_TENSOR[1], rng) for w, values in pairs
-    ]
+def judge(source: Model, pairs: Iterable[tuple[Weight, Values]], tensors: int) -> Verdict:
+    """The verdict on these weights, sampled as those of a model of so many tensors."""
+    rng, most = np.random.default_rng(0), sample_size(tensors)
+    examined = [examine(source.path, w, w.stored(values), most, rng) for w, values in pairs]
     return conclude(source, examined, (), 0.0).verdict
 
 
@@ -155,7 +154,7 @@ def planted(name: str = "minilm") -> None:
             cells = []
             for share in SHARES:
                 moved = [(w, _shifted(grid, w, values, share)) for w, values in chosen]
-                verdict = judge(source, moved)
+                verdict = judge(source, moved, len(moved))
                 right = verdict.grids[:1] == (grid,) or not verdict.alarming
                 cells.append(verdict.level if right else f"{verdict.level} ({verdict.grids[0]})")
             print(f"| {grid} | {total:,} | " + " | ".join(cells) + " |", flush=True)
@@ -205,7 +204,7 @@ def training() -> None:
             loss.backward()
             optimizer.step()
         values = [layer.weight.detach().numpy().reshape(-1) for layer in net.layers]
-        verdict = judge(source, zip(weights, values, strict=True))
+        verdict = judge(source, zip(weights, values, strict=True), len(values))
         named = ", ".join(verdict.grids) or "-"
         print(f"| {scheme} | {verdict.level} | {named} | {verdict.strength:.2%} |", flush=True)
     print()

@@ -1,15 +1,17 @@
 """Whole runs, ours and onnxruntime's quantizers', on the same files: wall time and peak memory.
 
-    python -m tools.whole_runs [--models minilm open_nsfw big] [--repeat 3] [--folder DIR]
+    python -m tools.whole_runs [--models minilm open_nsfw big] [--repeat 3] [--folder DIR] [--alone]
 
 Every run is a process of its own, start-up included, and the runs on a file take turns. `big` is
 made here, in a temporary folder (inside --folder), and removed: 8 MatMul of 9000x9000, 2.6 GB of
 external data (--layers and --width change that). Seconds and CPU seconds are the least of the
 repetitions. Memory is the resident memory of the process and its children, pages of mapped files
-included. The ratios are to onnxruntime's quantizer of the same format.
+included. The ratios are to onnxruntime's quantizer of the same format; --alone leaves it out, for
+models that it has not the memory for.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -142,9 +144,10 @@ def make_big(path: Path, layers: int, width: int) -> None:
     graph = helper.make_graph(nodes, "big", [given], [result], tensors)
     opset = [helper.make_opsetid("", 21)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    os.sync()  # or the first run pays for the writing
 
 
-def measure(source: Path, schemes: list[str], repeat: int, folder: Path) -> None:
+def measure(source: Path, schemes: list[str], repeat: int, folder: Path, alone: bool) -> None:
     """Print the table of one model."""
     external = source.with_name(f"{source.name}.data").exists()
     size = sum(file.stat().st_size for file in source.parent.glob(f"{source.name}*"))
@@ -155,7 +158,7 @@ def measure(source: Path, schemes: list[str], repeat: int, folder: Path) -> None
         name, code = THEIRS[scheme]
         target = folder / "target.onnx"
         setting = f"source, target, external = {str(source)!r}, {str(target)!r}, {external}\n"
-        commands = {name: [sys.executable, "-c", setting + code]}
+        commands = {} if alone else {name: [sys.executable, "-c", setting + code]}
         for run, options in OURS.items():
             command = [sys.executable, "-m", "flipguard_onnx", str(source), "--scheme", scheme]
             commands[run] = [*command, "-o", str(target), "--force", "--quiet", *options]
@@ -167,15 +170,14 @@ def measure(source: Path, schemes: list[str], repeat: int, folder: Path) -> None
                 costs[run] = costs[run].least(cost) if run in costs else cost
                 for file in folder.glob("target.onnx*"):
                     file.unlink()
-        base = costs[name]
+        base = costs.get(name)
         for run, cost in costs.items():
-            cells = []
-            for found, of, form in (
-                (cost.wall, base.wall, "{:.1f}"),
-                (cost.cpu, base.cpu, "{:.1f}"),
-                (cost.memory / 1e6, base.memory / 1e6, "{:,.0f}"),
-            ):
-                cells += [form.format(found), f"{found / of:.2f}"]
+            cells = [f"{cost.wall:.1f}", f"{cost.cpu:.1f}", f"{cost.memory / 1e6:,.0f}"]
+            if base:
+                ratios = (cost.wall / base.wall, cost.cpu / base.cpu, cost.memory / base.memory)
+                cells = [f"{cell} | {ratio:.2f}" for cell, ratio in zip(cells, ratios, strict=True)]
+            else:
+                cells = [f"{cell} | –" for cell in cells]
             print(f"| {scheme} | {run} | {' | '.join(cells)} |", flush=True)
 
 
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=9000)
+    parser.add_argument("--alone", action="store_true", help="ours alone")
     parser.add_argument("--folder", type=Path, help="where there is room for `big`, twice")
     arguments = parser.parse_args()
     for name in arguments.models:
@@ -195,7 +198,7 @@ def main() -> None:
                 make_big(source, arguments.layers, arguments.width)
             else:
                 source = path_of(name)
-            measure(source, arguments.schemes, arguments.repeat, Path(folder))
+            measure(source, arguments.schemes, arguments.repeat, Path(folder), arguments.alone)
 
 
 if __name__ == "__main__":

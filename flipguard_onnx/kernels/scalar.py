@@ -134,14 +134,13 @@ def offset(position, code, rule, levels):
     """Signed distance to the level in gaps to the neighbour on that side; 0 where there is none."""
     if rule != COUNT_PIVOTS:
         return position - np.float32(code)
-    level = levels.values[0]
-    for i in range(15):  # levels.values[code] would need a gather, which is slower
-        following = levels.values[i + 1]
+    level, gap = levels.values[0], levels.gaps[0]
+    for i in range(14):  # levels.values[code] would need a gather, which is slower
+        following, width = levels.values[i + 1], levels.gaps[i + 1]
         level = following if position > levels.pivots[i] else level
-    gap = levels.gaps[0]
-    for i in range(1, 15):
-        following = levels.gaps[i]
-        gap = following if position > levels.values[i] else gap
+        gap = width if position > following else gap
+    last = levels.values[15]
+    level = last if position > levels.pivots[14] else level
     return (position - level) / gap
 
 

@@ -1,138 +1,149 @@
-"""The kernels of a scan, on the CPU: one pass over a tensor for one grid and its placebos.
+"""The kernels of a scan, on the CPU: where weights stand, on one grid and its placebos.
 
-Arguments as in `cpu`. The weights are shared out among the threads in as many runs as `counts` has
-rows, and every run adds up on its own, so that sums do not depend on the number of threads.
-
-judged: float32 [n], the weights that are counted; 0 where one is not.
-factors: float32 [grids, columns]; positions in block b are multiplied by number b of these, round
-and round: 1 in the grid itself, others in its placebos.
-counts: int32 [runs, grids, bins], judged weights by their distance to the nearest decision
-boundary, from 0 to 1 half-gap; only those whose magnitude is below `limit` times the block's
-largest.
-sums: float64 [runs, 5], over all `weights` other than 0, on the grid itself: how many; how many
-lose more than half of their magnitude; sum |e|; the part of it that no draw can move; sum Var e.
+Arguments as in `cpu`, but that weights are float32. Sums do not depend on the number of threads.
 """
 
 import numba
 import numpy as np
 
 from . import scalar
+from .cpu import PIECE, _inline, _kernel, _margins, _pieces, _share, _span
 
 CELLS = 1024
-ONE = np.float32(1.0)
+ONE, TWO = np.float32(1.0), np.float32(2.0)
 
-_kernel = numba.njit(parallel=True, cache=True, error_model="numpy")
-
-_position = numba.njit(scalar.position)
-_code = numba.njit(scalar.code)
-_offset = numba.njit(scalar.offset)
-_error = numba.njit(scalar.error)
+_position = _inline(scalar.position)
+_error = _inline(scalar.error)
 
 
-@numba.njit
-def _block_span(i, cut):
-    """Number of the block that weight `i` belongs to, and one past the block's last weight."""
-    cols, block = cut
-    row = i // cols
-    inside = (i - row * cols) // block
-    stop = min((inside + 1) * block, cols) + row * cols
-    return row * ((cols + block - 1) // block) + inside, stop
-
-
-@numba.njit
-def _pieces(levels):
-    """The distance to the boundary as a function of the position, which is linear in pieces.
+def _segments(levels):
+    """The distance to the boundary as a function of the position, which is linear in segments.
 
     Their ends (levels and pivots, ascending), intercepts and slopes, and for each of CELLS equal
-    cells of [-1, 1] the piece in which it begins. No cell has more than one end inside: the
+    cells of [-1, 1] the segment in which it begins. No cell has more than one end inside: the
     closest two, 0 and fp4's first pivot, are 0.0026 apart.
     """
-    ends = np.sort(np.concatenate((levels.pivots, levels.values)))
-    intercepts = np.zeros(ends.size + 1, np.float32)
-    slopes = np.zeros(ends.size + 1, np.float32)
-    for piece in range(1, ends.size):
-        low, high = np.float64(ends[piece - 1]), np.float64(ends[piece])
+    ends = np.sort(np.concatenate([levels.pivots, levels.values]))
+    intercepts, slopes = np.zeros((2, ends.size + 1), np.float32)
+    for segment in range(1, ends.size):
+        low, high = ends[segment - 1 : segment + 1].astype(np.float64)
         if high - low < 1e-6:  # between fp4's two zeros
             continue
         first, last = low + (high - low) / 4, high - (high - low) / 4
-        near = _distance(np.float32(first), levels)
-        far = _distance(np.float32(last), levels)
-        slopes[piece] = (far - near) / (last - first)
-        intercepts[piece] = near - first * (far - near) / (last - first)
-    starts = np.empty(CELLS, np.int32)
-    for cell in range(CELLS):
-        starts[cell] = np.searchsorted(ends, np.float32(2 * cell / CELLS - 1), side="right")
-    return ends, intercepts, slopes, starts
+        near, far = (_distance(np.float32(place), levels) for place in (first, last))
+        slopes[segment] = (far - near) / (last - first)
+        intercepts[segment] = near - first * (far - near) / (last - first)
+    cells = np.linspace(-1, 1, CELLS, endpoint=False, dtype=np.float32)
+    return ends, intercepts, slopes, np.searchsorted(ends, cells, side="right").astype(np.int32)
 
 
-@numba.njit
 def _distance(position, levels):
-    offset = _offset(position, _code(position, levels.rule, levels), levels.rule, levels)
-    return 1.0 - 2.0 * abs(np.float64(offset))
+    code = scalar.code(position, levels.rule, levels)
+    return 1.0 - 2.0 * abs(float(scalar.offset(position, code, levels.rule, levels)))
 
 
-@numba.njit
-def _bin(distance, bins):
-    return max(np.int32(0), min(np.int32(distance * np.float32(bins)), np.int32(bins - 1)))
+@_inline
+def _bins(rule, positions, factor, segments, last, bins):
+    """Number of the bin, 0 to `last`, of every position times the factor."""
+    ends, intercepts, slopes, starts = segments
+    scale = np.float32(last + 1)
+    for i in range(positions.size):
+        moved = positions[i] * factor
+        if rule == scalar.COUNT_PIVOTS:
+            segment = starts[np.int32((moved + ONE) * np.float32(CELLS / 2))]
+            segment += np.int32(moved > ends[segment])
+            distance = intercepts[segment] + slopes[segment] * moved
+        else:
+            distance = ONE - TWO * abs(moved - np.rint(moved))
+        bins[i] = max(np.int32(0), min(np.int32(distance * scale), np.int32(last)))
 
 
-@numba.njit
-def _account(sums, weight, error, gap, free):
-    """Add one weight, whose nearest level is `error` away and the next one a `gap` from that."""
-    sums[0] += 1.0
-    if error > abs(weight) / 2:
-        sums[1] += 1.0
-    sums[2] += error
-    if free:
-        sums[4] += error * (gap - error)
-    else:
-        sums[3] += error
+def survey(judged, cut, operands, absmax, levels, limit, factors, counts):
+    """Count weights by their distance to the nearest decision boundary, from 0 to 1 half-gap.
+
+    judged: float32 [n]; those that are 0, or not below `limit` times their block's largest
+    magnitude, are not counted. factors: float32 [grids, columns]; positions in block b are
+    multiplied by number b of these, round and round: 1 in the grid itself, others in its placebos.
+    counts: int32 [runs, grids, bins], one run after the other for every thread.
+    """
+    segments = _segments(levels)
+    _survey(judged, cut, operands, absmax, levels, limit, factors, segments, counts)
 
 
 @_kernel
-def survey(weights, cut, operands, scales, absmax, levels, judged, limit, factors, counts, sums):
-    rule = levels.rule
-    ends, intercepts, slopes, starts = _pieces(levels)
-    for run in numba.prange(counts.shape[0]):
-        i = weights.size * run // counts.shape[0]
-        stop = weights.size * (run + 1) // counts.shape[0]
-        while i < stop:
-            b, end = _block_span(i, cut)
-            for j in range(i, min(end, stop)):
-                weight = weights[j]
-                if weight == 0:
-                    continue
-                position = _position(weight, operands[b], rule, levels)
-                code = _code(position, rule, levels)
-                offset = abs(_offset(position, code, rule, levels))
-                error = abs(np.float64(_error(weight, code, scales[b], rule, levels)))
-                free = offset > 0 and abs(weight) < absmax[b]
-                _account(sums[run], weight, error, error / offset if free else 0.0, free)
-                if judged[j] != 0 and abs(judged[j]) < limit * absmax[b]:
-                    position = _position(judged[j], operands[b], rule, levels)
-                    for f in range(factors.shape[0]):
-                        moved = position * factors[f, b % factors.shape[1]]
-                        if rule == scalar.COUNT_PIVOTS:
-                            piece = starts[np.int32((moved + ONE) * np.float32(CELLS / 2))]
-                            piece += np.int32(moved > ends[piece])
-                            distance = intercepts[piece] + slopes[piece] * moved
-                        else:
-                            distance = ONE - 2 * abs(moved - np.rint(moved))
-                        counts[run, f, _bin(distance, counts.shape[2])] += 1
-            i = end
+def _survey(judged, cut, operands, absmax, levels, limit, factors, segments, counts):
+    each, pieces, _ = _pieces(judged.size, cut)
+    runs, grids, width = counts.shape
+    for run in numba.prange(runs):
+        kept = np.empty(PIECE, np.float32)
+        bins = np.empty(PIECE, np.int32)
+        for piece in range(pieces * run // runs, pieces * (run + 1) // runs):
+            b, start, stop = _span(piece, cut, each)
+            below = limit * absmax[b]
+            count = 0
+            for weight in judged[start:stop]:
+                kept[count] = _position(weight, operands[b], levels.rule, levels)
+                count += (weight != 0) & (abs(weight) < below)
+            for grid in range(grids):
+                given = kept[:count], factors[grid, b % factors.shape[1]], segments, width - 1, bins
+                if levels.rule == scalar.COUNT_PIVOTS:
+                    _bins(scalar.COUNT_PIVOTS, *given)
+                else:
+                    _bins(scalar.DIVIDE_HALF_EVEN, *given)
+                into = counts[run, grid]
+                for i in range(count):
+                    into[bins[i]] += 1
 
 
-@numba.njit(cache=True)  # too little work to share out
+@_kernel
+def account(weights, cut, operands, scales, absmax, levels, limit, sums):
+    """Add up rounding errors, where weights whose offset is above `limit` are drawn.
+
+    sums: float64 [5], over all weights: how many are not 0; how many lose more than half of their
+    magnitude; sum |e|; the part of it that no draw moves; sum Var e.
+    """
+    each, pieces, share = _pieces(weights.size, cut)
+    shares = (pieces + share - 1) // share
+    parts = np.empty((shares, 5), np.float64)
+    for s in numba.prange(shares):
+        own, start, stop = _share(s, share, pieces, cut, each)
+        values = weights[start:stop]
+        codes, offsets = np.empty(values.size, np.int8), np.empty_like(values)
+        _margins(values, start, own, cut, each, operands, absmax, levels, codes, offsets)
+        used, lost = 0, 0
+        total, stuck, variance = 0.0, 0.0, 0.0
+        for piece in range(own[0], own[1]):
+            b, first, last = _span(piece, cut, each)
+            for i in range(first - start, last - start):
+                error = abs(np.float64(_error(values[i], codes[i], scales[b], levels.rule, levels)))
+                used += values[i] != 0
+                lost += error > abs(values[i]) / 2
+                total += error
+                chance = np.float64(abs(offsets[i]))
+                if chance > limit:
+                    variance += error * (error / chance - error)
+                else:
+                    stuck += error
+        parts[s, 0], parts[s, 1] = used, lost
+        parts[s, 2], parts[s, 3], parts[s, 4] = total, stuck, variance
+    for column in range(5):  # plain loops: an array expression would wake all threads each time
+        total = 0.0
+        for s in range(shares):
+            total += parts[s, column]
+        sums[column] = total
+
+
+@_kernel
 def largest_two(weights, cut, first, second):
     """The two largest magnitudes of every block."""
     cols, block = cut
-    for b in range(first.size):
-        per_row = (cols + block - 1) // block
+    per_row = (cols + block - 1) // block
+    for b in numba.prange(first.size):
         start = (b // per_row) * cols + (b % per_row) * block
         stop = min(start + block, (b // per_row + 1) * cols)
         top = runner_up = scalar.ZERO
-        for i in range(start, stop):
-            magnitude = abs(weights[i])
+        for weight in weights[start:stop]:
+            magnitude = abs(weight)
             runner_up = max(runner_up, min(top, magnitude))
             top = max(top, magnitude)
         first[b] = top

@@ -27,6 +27,13 @@ def as_bits(values: Values) -> npt.NDArray[Any]:
     return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
 
 
+def read_only(values: Values) -> Values:
+    """A view that cannot be written to: numba compiles once for all that is only read."""
+    view = values.view()
+    view.flags.writeable = False
+    return view
+
+
 @dataclass(frozen=True)
 class Blocks:
     """A tensor as `rows` rows of `cols` weights, each row cut into blocks of `size`.
@@ -54,9 +61,7 @@ class Blocks:
 
     def read(self, values: Values) -> tuple[npt.NDArray[Any], int, tuple[int, int]]:
         """What every kernel takes first: bit patterns, their form, the cut."""
-        bits = as_bits(values).view()
-        bits.flags.writeable = False  # numba compiles once for all that is only read
-        return bits, FORMS[values.dtype], (self.cols, self.size)
+        return read_only(as_bits(values)), FORMS[values.dtype], (self.cols, self.size)
 
     def spread(self, per_block: Floats) -> Floats:
         """Repeat one value per block to one value per weight, shape [rows * cols]."""
@@ -191,18 +196,25 @@ class Grid(ABC):
 
     def survey(
         self,
-        weights: Floats,
         judged: Floats,
         limit: np.float32,
         factors: Floats,
         counts: npt.NDArray[np.int32],
-        sums: npt.NDArray[np.float64],
         kernels: ModuleType,
     ) -> None:
         """Count the weights by their distance to a boundary; see `kernels.survey`."""
         cut = self.blocks.cols, self.blocks.size
-        given = self.operand, self.scale, self.absmax, self.levels
-        kernels.survey(weights, cut, *given, judged, limit, factors, counts, sums)
+        given = self.operand, self.absmax, self.levels, limit, factors
+        kernels.survey(judged, cut, *given, counts)
+
+    def account(
+        self, weights: Floats, limit: np.float32, kernels: ModuleType
+    ) -> npt.NDArray[np.float64]:
+        """Sums over the rounding errors, [5]; see `kernels.survey`."""
+        cut, sums = (self.blocks.cols, self.blocks.size), np.empty(5)
+        given = self.operand, self.scale, self.absmax, self.levels, limit
+        kernels.account(read_only(weights), cut, *given, sums)
+        return sums
 
     @abstractmethod
     def decode(self, codes: Codes) -> Floats:
