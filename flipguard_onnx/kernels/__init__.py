@@ -1,7 +1,9 @@
 """Choose the device: `get_backend` returns the module whose functions run the kernels."""
 
+import atexit
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,7 +95,9 @@ def _cache_directory() -> Iterator[None]:
         config.CACHE_DIR = ""
 
 
+@cache
 def _cache_root() -> Path:
+    """The user's cache folder; where that is not writable, one that goes with the process."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = base / "flipguard-onnx"
     try:
@@ -102,4 +106,6 @@ def _cache_root() -> Path:
             return root
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="flipguard-onnx-"))
+    folder = tempfile.mkdtemp(prefix="flipguard-onnx-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
