@@ -76,7 +76,7 @@ def can_mount():
 @pytest.mark.skipif(not can_mount(), reason="needs root, for a read-only mount")
 @pytest.mark.parametrize("home", ["writable", "read-only"])
 def test_an_installation_that_is_read_only(installed, tmp_path, home):
-    """Compiled kernels go to the user's cache, or where that is read-only to a temporary one."""
+    """Compiled kernels stay in the user's cache; where that is read-only nothing is left."""
     source = save(matmul(), tmp_path)
     for name in ("writable", "read-only", "tmp"):
         (tmp_path / name).mkdir()
@@ -94,7 +94,6 @@ def test_an_installation_that_is_read_only(installed, tmp_path, home):
     )
     assert result.returncode == 0, result.stderr
     assert source.with_name("model.flipguard-int8.onnx").exists()
-    compiled = list(tmp_path.rglob("*.nbi"))
-    assert compiled
-    place = tmp_path / ("writable" if home == "writable" else "tmp")
-    assert all(path.is_relative_to(place) for path in compiled)
+    places = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.nbi")}
+    assert places == ({"writable"} if home == "writable" else set())
+    assert list((tmp_path / "tmp").iterdir()) == []
