@@ -53,7 +53,7 @@ class Quantized:
 
     def save(self, metadata: dict[str, str]) -> None:
         self._emitter.finish()
-        _save(self._proto, self.output, self._source, metadata)
+        save(self._proto, self.output, self._source, metadata)
 
 
 class Rewritten:
@@ -77,7 +77,7 @@ class Rewritten:
         self.output.store(weight.tensor, raw_bytes(values), inline=weight.node is not None)
 
     def save(self, metadata: dict[str, str]) -> None:
-        _save(self._proto, self.output, self._source, metadata)
+        save(self._proto, self.output, self._source, metadata)
 
 
 def guarded_values(flips: Flips) -> npt.NDArray[Any]:
@@ -150,7 +150,8 @@ def _by_name(proto: ModelProto) -> dict[str, Weight]:
     return {weight.name: weight for weight in find_weights(proto)[0]}
 
 
-def _save(proto: ModelProto, output: Output, source: Model, metadata: dict[str, str]) -> None:
+def save(proto: ModelProto, output: Output, source: Model, metadata: dict[str, str]) -> None:
+    """Write a graph with these entries in its metadata."""
     kept = [entry for entry in proto.metadata_props if entry.key not in metadata]
     del proto.metadata_props[:]
     proto.metadata_props.extend(kept)

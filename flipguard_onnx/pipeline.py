@@ -25,15 +25,17 @@ from .emit import (
 )
 from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
 from .feedback import Inputs
+from .feeds import feeds_sha256
 from .flip import Policy, tensor_key
 from .kernels import compiling, get_backend, what_cuda_lacks
-from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model
+from .model import INLINE_LIMIT, Model, Output, open_model
 from .options import EMITS, Format, draw_seeds, one_of, output_paths, preserve_mode
 from .parts import flip_weight
 from .publish import check_target, publish, workspace
 from .report import Inspection, Report, Tensor, Verification
 from .runtime import require_openable
 from .schemes import SCHEMES
+from .static import Calibration, Static, calibration_of, preprocessed, require_static
 from .trial import Trial
 from .validate import MAX_DRIFT
 from .weights import Skipped, Weight, find_weights
@@ -62,6 +64,8 @@ def guard(
     force: bool = False,
     validate: bool = True,
     standard_ops: bool = False,
+    activations: str | None = None,
+    calibration: str = "minmax",
     progress: Progress | None = None,
 ) -> Report:
     """Guard a model against quantization-conditioned backdoors and write it quantized.
@@ -83,7 +87,8 @@ def guard(
     preserve : feed rounding errors forward, so that layers' outputs change less: "synthetic" (on
         made-up inputs), "data" (on those of `data`), "off", or "auto": "data" where there is any,
         else "synthetic", unless it would take longer than a minute
-    data : .npz file with inputs for `preserve` and for the validation; by default they are made up
+    data : .npz file, or folder of such files, with inputs for `preserve`, for the calibration of
+        `activations` and for the validation; by default they are made up
     max_memory : MiB for the statistics of `preserve`; a larger model is not run whole: then sampled
         layers are validated, and "auto" feeds no errors forward
     max_drift : allowed drift from the original, as a multiple of plain quantization's
@@ -91,6 +96,9 @@ def guard(
     force : overwrite an existing output
     validate : try the result with onnxruntime before it appears at `output`
     standard_ops : only operators of the ONNX standard, none of com.microsoft
+    activations : "int8", "uint8" or "int16": quantize activations, too, by onnxruntime's static
+        quantizer; only with scheme "int8"
+    calibration : "minmax", "entropy" or "percentile": how it finds their ranges
     progress : called with (stage, done, in all): bytes of weights while guarding, else steps
 
     Returns
@@ -108,6 +116,7 @@ def guard(
     rule = Policy(policy, tau, ratio)
     mode = preserve_mode(preserve, policy, data)
     one_of("emit", emit, EMITS)
+    require_static(activations, calibration, scheme, emit)
     most = max_memory << 20
     feeds = Path(data) if data else None
     backend = get_backend(device)
@@ -119,24 +128,31 @@ def guard(
         read = [source.path, *(source.path.parent / name for name in source.data_sha256)]
         for target in targets.values():
             check_target(target, [*read, *filter(None, [feeds])], force)
-        if validate or mode != "off":
+        if validate or activations or mode != "off":
             require_openable(source.path, *targets.values())
+        folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
+        static = None
+        if activations:
+            say("preparing for integer activations", 0, 1)
+            source = preprocessed(source, activations, most, folder)
         weights, skipped = _find(source, include, exclude)
+        if activations:
+            per_channel = granularity == "channel"
+            static = calibration_of(source, weights, activations, calibration, per_channel, feeds)
         opset = needed_opset(weights, [kind for kind, _ in form.plans(weights)], standard_ops)
         if (flat := inlined(source, opset)) is not source:
             source = flat
             weights, skipped = _find(source, include, exclude)
         plan = form.plans(weights)
         prepared = converted(source, opset, weights)
-        folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
-        activations, note = None, None
+        recorded, note = None, None
         if mode != "off":
             say("running the float model", 0, 1)
-            activations, note = record(
+            recorded, note = record(
                 source, weights, folder / "probe", most, feeds, preserve == "auto"
             )
-            if activations:
-                say(f"error feedback, about {activations.seconds:.0f} s", 0, 1)
+            if recorded:
+                say(f"error feedback, about {recorded.seconds:.0f} s", 0, 1)
         trial = None
         if validate:
             kinds = [kind for kind, _ in plan]
@@ -147,16 +163,17 @@ def guard(
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             drawn = folder / str(draw)
-            sinks = _sinks(source, prepared, targets, drawn, trial, standard_ops)
+            sinks = _sinks(source, prepared, targets, drawn, trial, standard_ops, static)
             tensors: list[Tensor] = []
+            place = bool(static) or "float" in sinks
             tick = _meter(say, "guarding", sum(weight.nbytes for weight in weights))
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
                 key = tensor_key(drawn_seed, weight.name)
-                inputs = activations.of(weight) if activations else None
+                inputs = recorded.of(weight) if recorded else None
                 unfed = inputs if isinstance(inputs, str) else None
                 fed = inputs if isinstance(inputs, Inputs) else None
                 flips = flip_weight(
-                    source, weight, kind, blocks, rule, key, backend, fed, "float" in sinks, tick
+                    source, weight, kind, blocks, rule, key, backend, fed, place, tick
                 )
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
@@ -176,9 +193,9 @@ def guard(
                 tau=tau if policy == "unbiased" else None,
                 ratio=ratio if policy == "topk" else None,
                 int8=int8,
-                preserve=mode if activations else "off",
+                preserve=mode if recorded else "off",
                 preserve_note=note,
-                data_sha256=file_sha256(feeds) if feeds else None,
+                data_sha256=feeds_sha256(feeds) if feeds else None,
                 seed=drawn_seed if policy == "unbiased" else None,
                 draws=draw,
                 device=backend.__name__.rpartition(".")[2],
@@ -186,9 +203,15 @@ def guard(
                 tensors=tuple(tensors),
                 skipped=tuple(skipped),
                 scan=found,
+                activations=activations,
+                calibration=calibration if static else None,
+                calibrated_on=static.inputs if static else None,
             )
+            say("writing", 0, 1)
             for sink in sinks.values():
                 sink.save(report.metadata())
+            if isinstance(written := sinks.get("qdq"), Static):
+                report = replace(report, weight_only=written.weight_only, floats=written.floats)
             if not trial:
                 break
             say("validating", 0, 1)
@@ -204,9 +227,9 @@ def guard(
             break
         source.require_unchanged()
         finished = {target: sinks[wanted].output for wanted, target in targets.items()}
-        written = {str(target): output.size for target, output in finished.items()}
+        sizes = {str(target): output.size for target, output in finished.items()}
         publish([output.finished(target) for target, output in finished.items()], force)
-    return replace(report, outputs=written, seconds=time.perf_counter() - started)
+    return replace(report, outputs=sizes, seconds=time.perf_counter() - started)
 
 
 def inspect(
@@ -254,7 +277,7 @@ def verify(
     """Validate any model against the one that it was made from.
 
     The measure is plain quantization of `original`, to `scheme` or, by default, to the one that
-    guard() recorded in `guarded` (int8 when there is no record).
+    guard() recorded in `guarded` (int8 when there is no record), with activations if that has them.
 
     Raises ValidationError when `guarded` does not load or run, or drifts further than allowed;
     other errors as in guard().
@@ -263,8 +286,11 @@ def verify(
     record = {entry.key: entry.value for entry in candidate.proto.metadata_props}
     made_from = record.get("flipguard.input_sha256")
     granularity, block_size = "channel", None
+    activations, calibration = None, "minmax"
     if scheme is None:
         scheme = record.get("flipguard.scheme", "int8")
+        activations = record.get("flipguard.activations")
+        calibration = record.get("flipguard.calibration", calibration)
         granularity = record.get("flipguard.granularity", granularity)
         recorded = record.get("flipguard.block_size", "")
         block_size = int(recorded) if recorded.isdecimal() else None
@@ -282,8 +308,12 @@ def verify(
             granularity=granularity,
             block_size=block_size,
             policy="none",
+            data=data,
+            max_memory=max_memory,
             output=plain,
             validate=False,
+            activations=activations,
+            calibration=calibration,
         )
         files = {"plain": plain, "qdq": candidate.path}
         result = trial.run(source, files, Path(data) if data else None, max_drift, folder)
@@ -334,6 +364,7 @@ def _sinks(
     folder: Path,
     trial: Trial | None,
     standard_ops: bool,
+    static: Calibration | None,
 ) -> dict[str, Sink]:
     """Everything that this run writes: what was asked for, and what the validation compares."""
     external = source.size > INLINE_LIMIT or bool(source.data_sha256)
@@ -342,10 +373,16 @@ def _sinks(
         return Output(folder / kind, targets.get(kind), external)
 
     sinks: dict[str, Sink] = {}
-    if trial or "qdq" in targets:
+    if static:
+        for kind in ("qdq", "plain") if trial else ("qdq",):
+            plain = kind == "plain"
+            sinks[kind] = Static(source, prepared, output(kind), static, standard_ops, plain)
+    elif trial or "qdq" in targets:
         sinks["qdq"] = Quantized(source, prepared, output("qdq"), standard_ops)
     if "float" in targets:
         sinks["float"] = Rewritten(source, output("float"), guarded_values)
+    if static:
+        return sinks
     return sinks | (trial.sinks(folder, standard_ops) if trial else {})
 
 

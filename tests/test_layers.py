@@ -35,7 +35,7 @@ LAYERS = [  # a module imports only from layers below its own
     {"qdq.py"},
     {"emit.py", "validate.py", "options.py", "sampled.py", "page.py"},
     {"report.py", "alignment.py", "sarif.py", "trial.py"},
-    {"detection.py", "html.py"},
+    {"detection.py", "html.py", "static.py"},
     {"pipeline.py"},
     {"fleet.py"},
     {"__init__.py"},
