@@ -131,7 +131,7 @@ output_options = together(
         "--activations",
         type=click.Choice(("int8", "uint8", "int16")),
         help="int8: quantize activations to this, too, by onnxruntime's static quantizer on the "
-        "inputs of --data; on made-up ones it is weaker. x86: uint8; symmetric: int8 and int16.",
+        "inputs of --data; on made-up ones it is weaker.",
     ),
     click.option(
         "--calibration",
@@ -139,6 +139,9 @@ output_options = together(
         default="minmax",
         show_default=True,
         help="How the ranges of activations are found.",
+    ),
+    click.option(
+        "--symmetric", is_flag=True, help="Activations with their zero point in the middle."
     ),
     click.option("--standard-ops", is_flag=True, help="No operators of com.microsoft."),
     click.option(

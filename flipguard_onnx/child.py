@@ -73,6 +73,7 @@ def quantize(
     result: str,
     operators: list[str],
     activations: str,
+    symmetric: bool,
     method: str,
     per_channel: bool,
     feeds: list[dict[str, Any]],
@@ -100,7 +101,7 @@ def quantize(
         weight_type=ort.QuantType.QInt8,
         calibrate_method=ort.CalibrationMethod[methods[method]],
         extra_options={
-            "ActivationSymmetric": activations != "uint8",
+            "ActivationSymmetric": symmetric,
             "QDQDisableWeightAdjustForInt32Bias": True,
         },
     )

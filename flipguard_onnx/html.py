@@ -16,7 +16,7 @@ from .page import (
     share,
     skipped_section,
 )
-from .report import CALIBRATED_ON, Report, Tensor
+from .report import Report, Tensor
 from .tables import megabytes
 from .validate import Validation, pooled
 
@@ -241,22 +241,11 @@ def _run_facts(report: Report) -> tuple[tuple[str, str], ...]:
         ("scheme", f"{report.scheme}, {form}"),
         ("policy", report.policy + settings[report.policy]),
         ("error feedback", report.preserve + note),
-        *_activation_facts(report),
+        *((("integers", report.integers.setting),) if report.integers else ()),
         *((("seed", str(report.seed)),) if report.seed is not None else ()),
         *((f"written, {megabytes(size)}", path) for path, size in report.outputs.items()),
     ]
     return tuple(facts)
-
-
-def _activation_facts(report: Report) -> tuple[tuple[str, str], ...]:
-    if not report.activations:
-        return ()
-    found = f"{report.calibration} on {CALIBRATED_ON[report.calibrated_on or '']}"
-    return (
-        ("activations", f"{report.activations}, {found}"),
-        *((f"{name}: weight-only", reason) for name, reason in report.weight_only.items()),
-        *((f"{name}: float", "not guarded, so not rounded") for name in report.floats),
-    )
 
 
 def _verdict(verdict: Verdict) -> tuple[str, str, str]:

@@ -1,7 +1,6 @@
-"""guard(), inspect() and verify(): the stages of a run, one after the other."""
+"""guard() and inspect(): the stages of a run, one after the other."""
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from . import __version__
+from . import __version__, static
 from .activations import record
 from .alignment import budget_of
 from .detection import Progress, scan_weights
@@ -32,10 +31,10 @@ from .model import INLINE_LIMIT, Model, Output, open_model
 from .options import EMITS, Format, draw_seeds, one_of, output_paths, preserve_mode
 from .parts import flip_weight
 from .publish import check_target, publish, workspace
-from .report import Inspection, Report, Tensor, Verification
+from .report import Inspection, Report, Tensor
 from .runtime import require_openable
 from .schemes import SCHEMES
-from .static import Calibration, Static, calibration_of, preprocessed, require_static
+from .static import Calibration
 from .trial import Trial
 from .validate import MAX_DRIFT
 from .weights import Skipped, Weight, find_weights
@@ -66,6 +65,7 @@ def guard(
     standard_ops: bool = False,
     activations: str | None = None,
     calibration: str = "minmax",
+    symmetric: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Guard a model against quantization-conditioned backdoors and write it quantized.
@@ -99,6 +99,7 @@ def guard(
     activations : "int8", "uint8" or "int16": quantize activations, too, by onnxruntime's static
         quantizer; only with scheme "int8"
     calibration : "minmax", "entropy" or "percentile": how it finds their ranges
+    symmetric : activations with their zero point in the middle
     progress : called with (stage, done, in all): bytes of weights while guarding, else steps
 
     Returns
@@ -116,7 +117,7 @@ def guard(
     rule = Policy(policy, tau, ratio)
     mode = preserve_mode(preserve, policy, data)
     one_of("emit", emit, EMITS)
-    require_static(activations, calibration, scheme, emit)
+    integers = static.asked_for(activations, symmetric, calibration, scheme, emit)
     most = max_memory << 20
     feeds = Path(data) if data else None
     backend = get_backend(device)
@@ -128,21 +129,20 @@ def guard(
         read = [source.path, *(source.path.parent / name for name in source.data_sha256)]
         for target in targets.values():
             check_target(target, [*read, *filter(None, [feeds])], force)
-        if validate or activations or mode != "off":
+        if validate or integers or mode != "off":
             require_openable(source.path, *targets.values())
         folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
-        static = None
-        if activations:
+        if integers:
             say("preparing for integer activations", 0, 1)
-            source = preprocessed(source, activations, most, folder)
-        weights, skipped = _find(source, include, exclude)
-        if activations:
-            per_channel = granularity == "channel"
-            static = calibration_of(source, weights, activations, calibration, per_channel, feeds)
+            source = static.preprocessed(source, integers, most, folder)
+        weights, skipped = find_or_refuse(source, include, exclude)
+        calibrated = None
+        if integers:
+            calibrated = Calibration.of(integers, granularity, source, weights, feeds)
         opset = needed_opset(weights, [kind for kind, _ in form.plans(weights)], standard_ops)
         if (flat := inlined(source, opset)) is not source:
             source = flat
-            weights, skipped = _find(source, include, exclude)
+            weights, skipped = find_or_refuse(source, include, exclude)
         plan = form.plans(weights)
         prepared = converted(source, opset, weights)
         recorded, note = None, None
@@ -163,9 +163,9 @@ def guard(
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             drawn = folder / str(draw)
-            sinks = _sinks(source, prepared, targets, drawn, trial, standard_ops, static)
+            sinks = _sinks(source, prepared, targets, drawn, trial, standard_ops, calibrated)
             tensors: list[Tensor] = []
-            place = bool(static) or "float" in sinks
+            place = bool(integers) or "float" in sinks
             tick = _meter(say, "guarding", sum(weight.nbytes for weight in weights))
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
                 key = tensor_key(drawn_seed, weight.name)
@@ -203,21 +203,21 @@ def guard(
                 tensors=tuple(tensors),
                 skipped=tuple(skipped),
                 scan=found,
-                activations=activations,
-                calibration=calibration if static else None,
-                calibrated_on=static.inputs if static else None,
+                integers=calibrated.integers if calibrated else None,
             )
             say("writing", 0, 1)
             for sink in sinks.values():
                 sink.save(report.metadata())
-            if isinstance(written := sinks.get("qdq"), Static):
-                report = replace(report, weight_only=written.weight_only, floats=written.floats)
+            if isinstance(whole := sinks.get("qdq"), static.Static):
+                report = replace(report, integers=whole.integers)
             if not trial:
                 break
             say("validating", 0, 1)
             try:
                 files = {kind: sink.output.path for kind, sink in sinks.items()}
                 tried = trial.run(source, files, feeds, max_drift, drawn)
+                if integers:
+                    static.require_useful(tried, integers)
             except DriftError:
                 if draw == len(seeds):
                     raise
@@ -227,9 +227,9 @@ def guard(
             break
         source.require_unchanged()
         finished = {target: sinks[wanted].output for wanted, target in targets.items()}
-        sizes = {str(target): output.size for target, output in finished.items()}
+        written = {str(target): output.size for target, output in finished.items()}
         publish([output.finished(target) for target, output in finished.items()], force)
-    return replace(report, outputs=sizes, seconds=time.perf_counter() - started)
+    return replace(report, outputs=written, seconds=time.perf_counter() - started)
 
 
 def inspect(
@@ -248,7 +248,7 @@ def inspect(
     """
     form = Format(scheme, granularity, block_size, int8)
     source = open_model(model)
-    weights, skipped = _find(source, include, exclude)
+    weights, skipped = find_or_refuse(source, include, exclude)
     tensors, saved = [], 0
     for weight, (kind, blocks) in zip(weights, form.plans(weights), strict=True):
         width = weight.nbytes // weight.size
@@ -262,67 +262,6 @@ def inspect(
         scheme,
         tuple(tensors),
         tuple(skipped),
-    )
-
-
-def verify(
-    original: str | os.PathLike[str],
-    guarded: str | os.PathLike[str],
-    scheme: str | None = None,
-    *,
-    data: str | os.PathLike[str] | None = None,
-    max_memory: int = 1024,
-    max_drift: float = MAX_DRIFT,
-) -> Verification:
-    """Validate any model against the one that it was made from.
-
-    The measure is plain quantization of `original`, to `scheme` or, by default, to the one that
-    guard() recorded in `guarded` (int8 when there is no record), with activations if that has them.
-
-    Raises ValidationError when `guarded` does not load or run, or drifts further than allowed;
-    other errors as in guard().
-    """
-    source, candidate = open_model(original), open_model(guarded)
-    record = {entry.key: entry.value for entry in candidate.proto.metadata_props}
-    made_from = record.get("flipguard.input_sha256")
-    granularity, block_size = "channel", None
-    activations, calibration = None, "minmax"
-    if scheme is None:
-        scheme = record.get("flipguard.scheme", "int8")
-        activations = record.get("flipguard.activations")
-        calibration = record.get("flipguard.calibration", calibration)
-        granularity = record.get("flipguard.granularity", granularity)
-        recorded = record.get("flipguard.block_size", "")
-        block_size = int(recorded) if recorded.isdecimal() else None
-    form = Format(scheme, granularity, block_size)
-    with workspace(Path(tempfile.gettempdir())) as folder:
-        weights, _ = _find(source, (), ())
-        kinds = [kind for kind, _ in form.plans(weights)]
-        trial = Trial.of(
-            source, source.proto, weights, kinds, False, max_memory << 20, folder / "layers"
-        )
-        plain = folder / "plain.onnx"
-        guard(
-            trial.source.path,
-            scheme,
-            granularity=granularity,
-            block_size=block_size,
-            policy="none",
-            data=data,
-            max_memory=max_memory,
-            output=plain,
-            validate=False,
-            activations=activations,
-            calibration=calibration,
-        )
-        files = {"plain": plain, "qdq": candidate.path}
-        result = trial.run(source, files, Path(data) if data else None, max_drift, folder)
-    return Verification(
-        str(source.path),
-        str(candidate.path),
-        scheme,
-        None if made_from is None else made_from == source.sha256,
-        result,
     )
 
 
@@ -344,9 +283,10 @@ def _open(
     return open_model(path)
 
 
-def _find(
-    source: Model, include: tuple[str, ...], exclude: tuple[str, ...]
+def find_or_refuse(
+    source: Model, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
 ) -> tuple[list[Weight], list[Skipped]]:
+    """As find_weights(). Raises UnsupportedModelError for a model without weights, too."""
     try:
         weights, skipped = find_weights(source.proto, include, exclude)
     except UnsupportedModelError as error:
@@ -364,7 +304,7 @@ def _sinks(
     folder: Path,
     trial: Trial | None,
     standard_ops: bool,
-    static: Calibration | None,
+    calibrated: Calibration | None,
 ) -> dict[str, Sink]:
     """Everything that this run writes: what was asked for, and what the validation compares."""
     external = source.size > INLINE_LIMIT or bool(source.data_sha256)
@@ -373,17 +313,15 @@ def _sinks(
         return Output(folder / kind, targets.get(kind), external)
 
     sinks: dict[str, Sink] = {}
-    if static:
-        for kind in ("qdq", "plain") if trial else ("qdq",):
-            plain = kind == "plain"
-            sinks[kind] = Static(source, prepared, output(kind), static, standard_ops, plain)
+    if calibrated:
+        measured = trial is not None
+        sinks |= static.sinks(source, prepared, output, calibrated, standard_ops, measured)
     elif trial or "qdq" in targets:
         sinks["qdq"] = Quantized(source, prepared, output("qdq"), standard_ops)
     if "float" in targets:
         sinks["float"] = Rewritten(source, output("float"), guarded_values)
-    if static:
-        return sinks
-    return sinks | (trial.sinks(folder, standard_ops) if trial else {})
+    own = trial.sinks(folder, standard_ops) if trial and not calibrated else {}
+    return sinks | own
 
 
 def _meter(say: Progress, stage: str, total: int) -> Callable[[int], None]:

@@ -9,15 +9,11 @@ from typing import Any
 
 from .findings import Budget, Scan, verdict_lines
 from .flip import Flips
+from .integers import Integers
 from .schemes import Scheme
 from .tables import megabytes, skipped_lines, table, text
 from .validate import Drift, Validation, pooled
 from .weights import Skipped, Weight
-
-CALIBRATED_ON = {
-    "data": "the inputs given",
-    "synthetic": "made-up inputs, weaker than real ones (--data)",
-}
 
 
 @dataclass(frozen=True)
@@ -103,11 +99,8 @@ class Report:
     outputs: bytes by path. preserve: the inputs on which errors were fed forward, "off" if they
     were not; preserve_note: why. data_sha256: of the inputs that were given. seed: None where the
     policy draws nothing. draws: how many it took until one passed. device_note: why "auto" did not
-    take a GPU. scan: of the input. seconds: wall time.
-
-    activations: their type, None where only weights are quantized; calibration: how their ranges
-    were found; calibrated_on: "data" or "synthetic". weight_only: the tensors that do not run in
-    integers all the same, and why. floats: other constants, kept from being rounded.
+    take a GPU. scan: of the input. integers: how activations were quantized, if they were.
+    seconds: wall time.
     """
 
     version: str
@@ -132,11 +125,7 @@ class Report:
     tensors: tuple[Tensor, ...]
     skipped: tuple[Skipped, ...]
     scan: Scan | None = None
-    activations: str | None = None
-    calibration: str | None = None
-    calibrated_on: str | None = None
-    weight_only: dict[str, str] = field(default_factory=dict)
-    floats: tuple[str, ...] = ()
+    integers: Integers | None = None
     validation: Validation | None = None
     outputs: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
@@ -158,6 +147,8 @@ class Report:
 
     def metadata(self) -> dict[str, str]:
         """What goes into the model's metadata_props: all that is needed to repeat the run."""
+        integers = self.integers
+        on_data = "data" in (self.preserve, integers and integers.inputs)
         entries = {
             "version": self.version,
             "scheme": self.scheme,
@@ -167,11 +158,10 @@ class Report:
             "tau": self.tau,
             "ratio": self.ratio,
             "preserve": self.preserve if self.policy == "unbiased" else None,
-            "activations": self.activations,
-            "calibration": self.calibration,
-            "data_sha256": self.data_sha256
-            if "data" in (self.preserve, self.calibrated_on)
-            else None,
+            "data_sha256": self.data_sha256 if on_data else None,
+            "activations": integers and integers.activations,
+            "symmetric": integers and integers.symmetric,
+            "calibration": integers and integers.calibration,
             "int8": " ".join(self.int8) or None,
             "seed": self.seed,
             "input_sha256": self.input_sha256,
@@ -208,7 +198,7 @@ class Report:
             + ("" if self.seed is None else f", seed {self.seed}"),
             *([f"device    {self.device}: {self.device_note}"] if self.device_note else []),
             *self._preserve_lines(),
-            *self._activation_lines(),
+            *self._integer_lines(),
             "",
             *table(
                 ("operator", "scheme", "tensors", "weights", "flipped"), _by_operator(self.tensors)
@@ -243,23 +233,9 @@ class Report:
             f"{left.chosen:.4g} left to choose and {left.random:.4g} at random",
         ]
 
-    def _activation_lines(self) -> list[str]:
-        if not self.activations:
-            return []
-        integers = [tensor for tensor in self.tensors if tensor.name not in self.weight_only]
-        share = sum(tensor.weights for tensor in integers) / max(self.weights, 1)
-        reasons: dict[str, list[Tensor]] = defaultdict(list)
-        for tensor in self.tensors:
-            if reason := self.weight_only.get(tensor.name):
-                reasons[reason].append(tensor)
-        kept = f"not {len(self.floats)} other constants: not guarded, so not rounded"
-        return [
-            f"integers  {self.activations} activations, {self.calibration} on "
-            f"{CALIBRATED_ON[self.calibrated_on or '']}: {len(integers)} of {len(self.tensors)} "
-            f"tensors, {share:.1%} of the weights",
-            *_not_lines(reasons),
-            *([f"          {kept}"] if self.floats else []),
-        ]
+    def _integer_lines(self) -> list[str]:
+        sizes = {tensor.name: tensor.weights for tensor in self.tensors}
+        return self.integers.lines(sizes) if self.integers else []
 
     def _preserve_lines(self) -> list[str]:
         if self.preserve == "off":
@@ -277,7 +253,10 @@ class Report:
         return [
             f"preserve  on {self.preserve} inputs: {len(kept)} of {len(self.tensors)} tensors, "
             f"{share:.1%} of the weights{typical}",
-            *_not_lines(reasons),
+            *(
+                f"          not {len(members)}, {sum(t.weights for t in members):,} weights: {why}"
+                for why, members in reasons.items()
+            ),
         ]
 
 
@@ -313,13 +292,6 @@ def coverage(tensors: Iterable[Tensor], skipped: Iterable[Skipped]) -> float:
     """Guarded weights / all constant float values, those of skipped tensors included."""
     guarded = sum(tensor.weights for tensor in tensors)
     return guarded / max(guarded + sum(tensor.size for tensor in skipped), 1)
-
-
-def _not_lines(reasons: dict[str, list[Tensor]]) -> list[str]:
-    return [
-        f"          not {len(members)}, {sum(t.weights for t in members):,} weights: {why}"
-        for why, members in reasons.items()
-    ]
 
 
 def _by_operator(tensors: Sequence[Tensor]) -> list[tuple[str, ...]]:

@@ -198,16 +198,18 @@ def quantize_static(
     result: Path,
     operators: Sequence[str],
     activations: str,
+    symmetric: bool,
     method: str,
     per_channel: bool,
     feeds: Sequence[dict[str, Array]],
 ) -> None:
     """Write what onnxruntime's static quantizer makes of a model.
 
-    operators: the kinds to quantize. activations: their type. method: of calibration on `feeds`.
+    operators: the kinds to quantize. activations: their type; symmetric: with zero point in the
+    middle. per_channel: scales of the weights. method: of calibration on `feeds`.
     Raises ValidationError where it refuses.
     """
-    given = list(operators), activations, method, per_channel, list(feeds)
+    given = list(operators), activations, symmetric, method, per_channel, list(feeds)
     size = path.stat().st_size * (1 + len(feeds))  # it runs the model on each
     try:
         _CHILD.ask("quantize", str(path.absolute()), str(result.absolute()), *given, size=size)

@@ -7,7 +7,7 @@ Other constants that onnxruntime would round are put back as they were: what nob
 an attacker may have aligned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,18 @@ import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from . import runtime
-from .emit import Rewritten, converted, guarded_values, save
-from .errors import SchemeError, UnsupportedModelError, ValidationError
+from .emit import Rewritten, Sink, converted, guarded_values, save
+from .errors import DriftError, SchemeError, UnsupportedModelError, ValidationError
 from .feeds import Feed, load_feeds
 from .flip import Flips
+from .integers import Integers
 from .model import INLINE_LIMIT, Model, Output, bodies, open_model, output_names, raw_bytes
 from .options import one_of
 from .qdq import Emitter
 from .schemes import Codes, Grid, Scheme
 from .scopes import attribute
 from .synthetic import synthetic_feeds
-from .validate import Runner
+from .validate import Runner, Validation, pooled
 from .weights import Weight, find_weights
 
 OPSETS = {"int8": 13, "uint8": 13, "int16": 21}  # that have QuantizeLinear to these types
@@ -48,31 +49,64 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Type of the activations, the method that finds their ranges, and what it runs on.
+    """What the static quantizer is told: the options, the granularity of the weights' scales, and
+    the inputs on which it finds the ranges of activations."""
 
-    inputs: "data" where the user gave them, else "synthetic".
-    """
-
-    activations: str
-    method: str
+    integers: Integers
     per_channel: bool
     feeds: list[Feed]
-    inputs: str
+
+    @classmethod
+    def of(
+        cls,
+        integers: Integers,
+        granularity: str,
+        source: Model,
+        weights: Sequence[Weight],
+        data: Path | None,
+    ) -> "Calibration":
+        """On the inputs of `data`, else on made-up ones.
+
+        Raises UnsupportedModelError when the static quantizer would find none of the weights.
+        """
+        if not any(_within_reach(source.proto.graph, weight) for weight in weights):
+            raise UnsupportedModelError(
+                f"{source.path}: no weight feeds {', '.join(WEIGHTED)} in the main graph, and in "
+                "subgraphs onnxruntime's static quantizer does not reach any; allowed: to go "
+                "without --activations"
+            )
+        if data:
+            feeds = load_feeds(data, source.proto)
+        else:
+            noise = Runner(source, None).feeds
+            session = runtime.open_session(source.path, exact=True, size=source.size)
+            feeds = noise + synthetic_feeds(source, session, noise[0], SAMPLES, 1, SEED)
+        inputs = "data" if data else "synthetic"
+        integers = replace(integers, inputs=inputs, feeds=len(feeds))
+        return cls(integers, granularity == "channel", feeds)
 
 
-def require_static(activations: str | None, method: str, scheme: str, emit: str) -> None:
-    """Raise SchemeError for activations that are unknown or do not fit the other options."""
-    one_of("calibration", method, CALIBRATIONS)
+def asked_for(
+    activations: str | None, symmetric: bool, calibration: str, scheme: str, emit: str
+) -> Integers | None:
+    """The options together, None without activations.
+
+    Raises SchemeError for what is unknown or does not fit the other options.
+    """
+    one_of("calibration", calibration, CALIBRATIONS)
     if activations is None:
-        return
+        if symmetric:
+            raise SchemeError("symmetric goes with activations")
+        return None
     one_of("activations", activations, tuple(OPSETS))
     if scheme != "int8":
         raise SchemeError(f"activations go with scheme int8, not {scheme!r}")
     if emit == "float":
         raise SchemeError("activations go with emit 'qdq' or 'both', not 'float'")
+    return Integers(activations, symmetric, calibration)
 
 
-def preprocessed(source: Model, activations: str, most: int, folder: Path) -> Model:
+def preprocessed(source: Model, integers: Integers, most: int, folder: Path) -> Model:
     """The source as onnxruntime's pre-processing leaves it: constants folded, BatchNormalization
     merged into Conv, shapes inferred, at an opset that has the activations' type.
 
@@ -86,7 +120,8 @@ def preprocessed(source: Model, activations: str, most: int, folder: Path) -> Mo
         )
     given = Output(folder / "given", None, external=False)
     proto = ModelProto()
-    proto.CopyFrom(converted(source, OPSETS[activations], find_weights(source.proto)[0]))
+    opset = OPSETS[integers.activations]
+    proto.CopyFrom(converted(source, opset, find_weights(source.proto)[0]))
     given.save(proto, source)
     result = folder / "preprocessed.onnx"
     try:
@@ -104,42 +139,25 @@ def preprocessed(source: Model, activations: str, most: int, folder: Path) -> Mo
     return replace(source, proto=made.proto, payloads=made.payloads)
 
 
-def calibration_of(
-    source: Model,
-    weights: Sequence[Weight],
-    activations: str,
-    method: str,
-    per_channel: bool,
-    data: Path | None,
-) -> Calibration:
-    """Inputs to calibrate on: those of `data`, else made-up ones.
-
-    Raises UnsupportedModelError when the static quantizer would find none of the weights.
-    """
-    if not any(_within_reach(source.proto.graph, weight) for weight in weights):
-        raise UnsupportedModelError(
-            f"{source.path}: no weight feeds {', '.join(WEIGHTED)} in the main graph, and in "
-            "subgraphs onnxruntime's static quantizer does not reach any; allowed: to go without "
-            "--activations"
-        )
-    if data:
-        feeds = load_feeds(data, source.proto)
-    else:
-        noise = Runner(source, None).feeds
-        session = runtime.open_session(source.path, exact=True, size=source.size)
-        feeds = noise + synthetic_feeds(source, session, noise[0], SAMPLES, 1, SEED)
-    return Calibration(activations, method, per_channel, feeds, "data" if data else "synthetic")
-
-
 def _within_reach(main: GraphProto, weight: Weight) -> bool:
     return any(use.scope.body is main and use.op in WEIGHTED for use in weight.uses)
+
+
+def require_useful(validation: Validation, integers: Integers) -> None:
+    """Raise DriftError when outputs are no nearer to the original's than zeros would be."""
+    drift = pooled(validation.guarded_default)
+    if not drift < 1:
+        raise DriftError(
+            f"with {integers.activations} activations the outputs drift by {drift:.4f} (relative "
+            "L2) from the original's; allowed: below 1, which zeros have; real inputs (--data) or "
+            "another --calibration may help"
+        )
 
 
 class Static:
     """A sink: the float model with guarded (`plain`: with its own) weights, quantized whole.
 
-    After `save`, weight_only: the guarded tensors that do not run in integers, and why;
-    floats: the constants that onnxruntime would have rounded.
+    integers: what became of the tensors, after `save`.
     """
 
     def __init__(
@@ -152,8 +170,7 @@ class Static:
         plain: bool = False,
     ) -> None:
         self.output = output
-        self.weight_only: dict[str, str] = {}
-        self.floats: tuple[str, ...] = ()
+        self.integers = calibration.integers
         self._folder = output.path.parent.with_name(f"{output.path.parent.name}-float")
         self._float = Rewritten(
             replace(source, proto=prepared), Output(self._folder, None, False), guarded_values
@@ -171,15 +188,15 @@ class Static:
     def save(self, metadata: dict[str, str]) -> None:
         self._float.save({})
         result = self._folder / "static.onnx"
-        how = self._calibration
         runtime.quantize_static(
             self._float.output.path,
             result,
             OPERATORS,
-            how.activations,
-            how.method,
-            how.per_channel,
-            how.feeds,
+            self.integers.activations,
+            self.integers.symmetric,
+            self.integers.calibration,
+            self._calibration.per_channel,
+            self._calibration.feeds,
         )
         floats, made = open_model(self._float.output.path), open_model(result)
         weights = {weight.name: weight for weight in find_weights(floats.proto)[0]}
@@ -187,7 +204,9 @@ class Static:
         for name, (_, grid, codes) in self._guarded.items():
             settled.weight(weights[name], grid, codes)
         settled.finish()
-        self.weight_only, self.floats = settled.weight_only, tuple(settled.floats)
+        self.integers = replace(
+            self.integers, weight_only=settled.weight_only, floats=tuple(settled.floats)
+        )
         self._emit_the_rest(made.proto)
         _drop_unread_initializers(made.proto)
         _keep_metadata(made.proto, floats.proto)
@@ -196,12 +215,27 @@ class Static:
     def _emit_the_rest(self, proto: ModelProto) -> None:
         """The weight-only tensors, in the forms that they have without activations."""
         left = {w.name: w for w in find_weights(proto, partly=True)[0] if w.name in self._guarded}
-        if lost := self.weight_only.keys() ^ left.keys():
+        if lost := self.integers.weight_only.keys() ^ left.keys():
             raise ValidationError(f"tensor {min(lost)!r}: its codes found no place in the graph")
         emitter = Emitter(proto, self.output, self._standard_ops)
         for name, weight in left.items():
             emitter.emit(weight, *self._guarded[name])
         emitter.finish()
+
+
+def sinks(
+    source: Model,
+    prepared: ModelProto,
+    output: Callable[[str], Output],
+    calibration: Calibration,
+    standard_ops: bool,
+    measured: bool,
+) -> dict[str, Sink]:
+    """The guarded model and, where it is `measured`, the plainly quantized one beside it."""
+    return {
+        kind: Static(source, prepared, output(kind), calibration, standard_ops, kind == "plain")
+        for kind in (("qdq", "plain") if measured else ("qdq",))
+    }
 
 
 class _Settled:
