@@ -207,8 +207,8 @@ class Static:
         self.integers = replace(
             self.integers, weight_only=settled.weight_only, floats=tuple(settled.floats)
         )
-        self._emit_the_rest(made.proto)
         _drop_unread_initializers(made.proto)
+        self._emit_the_rest(made.proto)
         _keep_metadata(made.proto, floats.proto)
         save(made.proto, self.output, made, metadata)
 
