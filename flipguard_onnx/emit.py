@@ -94,7 +94,7 @@ def decoded_values(flips: Flips) -> npt.NDArray[Any]:
 def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: bool) -> int:
     """The lowest version of the standard operators that has every form the weights will take."""
     return max(
-        opset_for(form_of(use, weight, scheme, standard_ops), scheme, use.elem_type)
+        opset_for(form_of(use, weight, scheme, standard_ops), scheme)
         for weight, scheme in zip(weights, schemes, strict=True)
         for use in weight.uses
     )

@@ -8,6 +8,7 @@ INPUTS = {
     "data": "the inputs given",
     "synthetic": "made-up inputs, weaker than real ones (--data)",
 }
+SLOW_16_BIT = "onnxruntime's CPU kernels know no 16-bit activations: there it runs in float, slower"
 
 
 @dataclass(frozen=True)
@@ -50,4 +51,5 @@ class Integers:
                 for reason, names in reasons.items()
             ),
             *([f"          not {len(self.floats)} {kept}"] if self.floats else []),
+            *([f"speed     {SLOW_16_BIT}"] if self.activations == "int16" else []),
         ]
