@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     )
     from .fleet import guard_many
     from .metrics import der
-    from .pipeline import guard, inspect, verify
+    from .pipeline import guard, inspect
+    from .verification import verify
 
 _HOME = {
     "guard": ".pipeline",
     "guard_many": ".fleet",
     "inspect": ".pipeline",
-    "verify": ".pipeline",
+    "verify": ".verification",
     "scan": ".detection",
     "der": ".metrics",
     "FlipguardError": ".errors",

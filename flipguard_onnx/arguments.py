@@ -98,7 +98,9 @@ draw_options = together(
 
 validation_options = together(
     click.option(
-        "--data", type=FILE, help=".npz with inputs to run the model on.  [default: made up]"
+        "--data",
+        type=FILE,
+        help=".npz, or folder of them, with inputs to run the model on.  [default: made up]",
     ),
     click.option(
         "--max-memory",
@@ -124,6 +126,22 @@ output_options = together(
         default="qdq",
         show_default=True,
         help="A quantized graph, or the same graph with moved weights for your own quantizer.",
+    ),
+    click.option(
+        "--activations",
+        type=click.Choice(("int8", "uint8", "int16")),
+        help="int8: quantize activations to this, too, by onnxruntime's static quantizer on the "
+        "inputs of --data; on made-up ones it is weaker.",
+    ),
+    click.option(
+        "--calibration",
+        type=click.Choice(("minmax", "entropy", "percentile")),
+        default="minmax",
+        show_default=True,
+        help="How the ranges of activations are found.",
+    ),
+    click.option(
+        "--symmetric", is_flag=True, help="Activations with their zero point in the middle."
     ),
     click.option("--standard-ops", is_flag=True, help="No operators of com.microsoft."),
     click.option(

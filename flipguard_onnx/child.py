@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -59,7 +60,54 @@ def inline(proto: bytes) -> bytes:
     return onnx.inliner.inline_local_functions(_parsed(proto)).SerializeToString()
 
 
-REQUESTS = {f.__name__: f for f in (load, run, check, convert, inline)}
+def preprocess(path: str, result: str) -> None:
+    """onnxruntime's preparation of a model for its static quantizer."""
+    from onnxruntime.quantization import quant_pre_process
+
+    tempfile.tempdir = os.path.dirname(result)
+    quant_pre_process(path, result, skip_symbolic_shape=True)  # that part needs sympy
+
+
+def quantize(
+    path: str,
+    result: str,
+    operators: list[str],
+    activations: str,
+    symmetric: bool,
+    method: str,
+    per_channel: bool,
+    feeds: list[dict[str, Any]],
+) -> None:
+    """onnxruntime's static quantizer, with weights in symmetric int8."""
+    import onnxruntime.quantization as ort
+
+    class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
+        left = iter(feeds)
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.left, None)
+
+    methods = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+    types = {"int8": "QInt8", "uint8": "QUInt8", "int16": "QInt16"}
+    tempfile.tempdir = os.path.dirname(result)
+    ort.quantize_static(
+        path,
+        result,
+        Reader(),
+        quant_format=ort.QuantFormat.QDQ,
+        op_types_to_quantize=operators,
+        per_channel=per_channel,
+        activation_type=ort.QuantType[types[activations]],
+        weight_type=ort.QuantType.QInt8,
+        calibrate_method=ort.CalibrationMethod[methods[method]],
+        extra_options={
+            "ActivationSymmetric": symmetric,
+            "QDQDisableWeightAdjustForInt32Bias": True,
+        },
+    )
+
+
+REQUESTS = {f.__name__: f for f in (load, run, check, convert, inline, preprocess, quantize)}
 
 
 def serve(requests: Connection, answers: Connection) -> None:

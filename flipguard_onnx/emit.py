@@ -53,7 +53,7 @@ class Quantized:
 
     def save(self, metadata: dict[str, str]) -> None:
         self._emitter.finish()
-        _save(self._proto, self.output, self._source, metadata)
+        save(self._proto, self.output, self._source, metadata)
 
 
 class Rewritten:
@@ -77,7 +77,7 @@ class Rewritten:
         self.output.store(weight.tensor, raw_bytes(values), inline=weight.node is not None)
 
     def save(self, metadata: dict[str, str]) -> None:
-        _save(self._proto, self.output, self._source, metadata)
+        save(self._proto, self.output, self._source, metadata)
 
 
 def guarded_values(flips: Flips) -> npt.NDArray[Any]:
@@ -94,7 +94,7 @@ def decoded_values(flips: Flips) -> npt.NDArray[Any]:
 def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: bool) -> int:
     """The lowest version of the standard operators that has every form the weights will take."""
     return max(
-        opset_for(form_of(use, weight, scheme, standard_ops), scheme, use.elem_type)
+        opset_for(form_of(use, weight, scheme, standard_ops), scheme)
         for weight, scheme in zip(weights, schemes, strict=True)
         for use in weight.uses
     )
@@ -150,7 +150,8 @@ def _by_name(proto: ModelProto) -> dict[str, Weight]:
     return {weight.name: weight for weight in find_weights(proto)[0]}
 
 
-def _save(proto: ModelProto, output: Output, source: Model, metadata: dict[str, str]) -> None:
+def save(proto: ModelProto, output: Output, source: Model, metadata: dict[str, str]) -> None:
+    """Write a graph with these entries in its metadata."""
     kept = [entry for entry in proto.metadata_props if entry.key not in metadata]
     del proto.metadata_props[:]
     proto.metadata_props.extend(kept)

@@ -5,6 +5,7 @@ index; lengths, sampling rates and positions by their names; noise for everythin
 left open are tried at several sizes until the model runs.
 """
 
+import hashlib
 import math
 import time
 import zipfile
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from .errors import ModelError, first_line
+from .model import file_sha256
 
 Feed = dict[str, npt.NDArray[Any]]
 
@@ -48,11 +50,36 @@ class Input:
 
 
 def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
-    """Feeds from an .npz file with one array per graph input, named as it is.
+    """Feeds from an .npz file with one array per graph input, or from a folder of such files.
 
-    An array with one axis more than its input holds several feeds along its first axis.
-    Raises ModelError when an input is missing or does not fit.
+    Arrays are named as the inputs. One with one axis more than its input holds several feeds along
+    its first axis. Raises ModelError when an input is missing or does not fit.
     """
+    return [feed for file in npz_files(path) for feed in _feeds_of(file, proto)]
+
+
+def npz_files(path: Path) -> list[Path]:
+    """The file itself, or the .npz files of a folder by name. Raises ModelError for none, or more
+    than DATA_LIMIT bytes of them."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.npz"))
+    if not files:
+        raise ModelError(f"{path}: a folder without .npz files")
+    if (size := sum(file.stat().st_size for file in files)) > DATA_LIMIT:
+        raise ModelError(f"{path}: its .npz files hold {size} bytes; allowed: up to {DATA_LIMIT}")
+    return files
+
+
+def feeds_sha256(path: Path) -> str:
+    """Hex digest of a file of feeds; of a folder that of its files' digests, by name."""
+    files = npz_files(path)
+    if files == [path]:
+        return file_sha256(path)
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
+def _feeds_of(path: Path, proto: ModelProto) -> list[Feed]:
     arrays = _read_npz(path)
     inputs = signature(proto)
     for wanted in inputs:

@@ -241,6 +241,7 @@ def _run_facts(report: Report) -> tuple[tuple[str, str], ...]:
         ("scheme", f"{report.scheme}, {form}"),
         ("policy", report.policy + settings[report.policy]),
         ("error feedback", report.preserve + note),
+        *((("integers", report.integers.setting),) if report.integers else ()),
         *((("seed", str(report.seed)),) if report.seed is not None else ()),
         *((f"written, {megabytes(size)}", path) for path, size in report.outputs.items()),
     ]

@@ -1,7 +1,6 @@
-"""guard(), inspect() and verify(): the stages of a run, one after the other."""
+"""guard() and inspect(): the stages of a run, one after the other."""
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from typing import Any
 import numpy.typing as npt
 import onnx
 
-from . import __version__
+from . import __version__, static
 from .activations import record
 from .alignment import budget
 from .detection import Progress, scan_weights
@@ -29,6 +28,7 @@ from .emit import (
 )
 from .errors import DriftError, ModelError, SchemeError, UnsupportedModelError
 from .feedback import Inputs
+from .feeds import feeds_sha256
 from .findings import Budget
 from .flip import Flips, Policy, tensor_key
 from .kernels import compiling, get_backend, what_cuda_lacks
@@ -36,9 +36,10 @@ from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model
 from .options import EMITS, Format, draw_seeds, one_of, output_paths, preserve_mode
 from .parts import flip_weight
 from .publish import check_target, publish, workspace
-from .report import Inspection, Report, Tensor, Verification
+from .report import Inspection, Report, Tensor
 from .runtime import require_openable
 from .schemes import SCHEMES
+from .static import Calibration
 from .trial import Trial
 from .validate import MAX_DRIFT
 from .weights import Skipped, Weight, find_weights
@@ -67,6 +68,9 @@ def guard(
     force: bool = False,
     validate: bool = True,
     standard_ops: bool = False,
+    activations: str | None = None,
+    calibration: str = "minmax",
+    symmetric: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Guard a model against quantization-conditioned backdoors and write it quantized.
@@ -88,7 +92,8 @@ def guard(
     preserve : feed rounding errors forward, so that layers' outputs change less: "synthetic" (on
         made-up inputs), "data" (on those of `data`), "off", or "auto": "data" where there is any,
         else "synthetic", unless it would take longer than a minute
-    data : .npz file with inputs for `preserve` and for the validation; by default they are made up
+    data : .npz file, or folder of such files, with inputs for `preserve`, for the calibration of
+        `activations` and for the validation; by default they are made up
     max_memory : MiB for the statistics of `preserve`; a larger model is not run whole: then sampled
         layers are validated, and "auto" feeds no errors forward
     max_drift : allowed drift from the original, as a multiple of plain quantization's
@@ -96,6 +101,10 @@ def guard(
     force : overwrite an existing output
     validate : try the result with onnxruntime before it appears at `output`
     standard_ops : only operators of the ONNX standard, none of com.microsoft
+    activations : "int8", "uint8" or "int16": quantize activations, too, by onnxruntime's static
+        quantizer; only with scheme "int8"
+    calibration : "minmax", "entropy" or "percentile": how it finds their ranges
+    symmetric : activations with their zero point in the middle
     progress : called with (stage, done, in all): bytes of weights while guarding, else steps
 
     Returns
@@ -113,6 +122,7 @@ def guard(
     rule = Policy(policy, tau, ratio)
     mode = preserve_mode(preserve, policy, data)
     one_of("emit", emit, EMITS)
+    integers = static.asked_for(activations, symmetric, calibration, scheme, emit)
     most = max_memory << 20
     feeds = Path(data) if data else None
     backend = get_backend(device)
@@ -124,24 +134,30 @@ def guard(
         read = [source.path, *(source.path.parent / name for name in source.data_sha256)]
         for target in targets.values():
             check_target(target, [*read, *filter(None, [feeds])], force)
-        if validate or mode != "off":
+        if validate or integers or mode != "off":
             require_openable(source.path, *targets.values())
-        weights, skipped = _find(source, include, exclude)
+        folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
+        if integers:
+            say("preparing for integer activations", 0, 1)
+            source = static.preprocessed(source, integers, most, folder)
+        weights, skipped = find_or_refuse(source, include, exclude)
+        calibrated = None
+        if integers:
+            calibrated = Calibration.of(integers, granularity, source, weights, feeds)
         opset = needed_opset(weights, [kind for kind, _ in form.plans(weights)], standard_ops)
         if (flat := inlined(source, opset)) is not source:
             source = flat
-            weights, skipped = _find(source, include, exclude)
+            weights, skipped = find_or_refuse(source, include, exclude)
         plan = form.plans(weights)
         prepared = converted(source, opset, weights)
-        folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
-        activations, note = None, None
+        recorded, note = None, None
         if mode != "off":
             say("running the float model", 0, 1)
-            activations, note = record(
+            recorded, note = record(
                 source, weights, folder / "probe", most, feeds, preserve == "auto"
             )
-            if activations:
-                say(f"error feedback, about {activations.seconds:.0f} s", 0, 1)
+            if recorded:
+                say(f"error feedback, about {recorded.seconds:.0f} s", 0, 1)
         trial = None
         if validate:
             kinds = [kind for kind, _ in plan]
@@ -152,17 +168,18 @@ def guard(
         seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             drawn = folder / str(draw)
-            sinks = _sinks(source, prepared, targets, drawn, trial, standard_ops)
+            sinks = _sinks(source, prepared, targets, drawn, trial, standard_ops, calibrated)
             tensors: list[Tensor] = []
+            place = bool(integers) or "float" in sinks
             tick = _meter(say, "guarding", sum(weight.nbytes for weight in weights))
             for weight, (kind, blocks) in zip(weights, plan, strict=True):
                 key = tensor_key(drawn_seed, weight.name)
-                inputs = activations.of(weight) if activations else None
+                inputs = recorded.of(weight) if recorded else None
                 unfed = inputs if isinstance(inputs, str) else None
                 fed = inputs if isinstance(inputs, Inputs) else None
                 budgets, done = _accountant(rule, tick)
                 flips = flip_weight(
-                    source, weight, kind, blocks, rule, key, backend, fed, "float" in sinks, done
+                    source, weight, kind, blocks, rule, key, backend, fed, place, done
                 )
                 for sink in sinks.values():
                     sink.put(weight.name, kind, flips)
@@ -181,9 +198,9 @@ def guard(
                 tau=tau if policy == "unbiased" else None,
                 ratio=ratio if policy == "topk" else None,
                 int8=int8,
-                preserve=mode if activations else "off",
+                preserve=mode if recorded else "off",
                 preserve_note=note,
-                data_sha256=file_sha256(feeds) if feeds else None,
+                data_sha256=feeds_sha256(feeds) if feeds else None,
                 seed=drawn_seed if policy == "unbiased" else None,
                 draws=draw,
                 device=backend.__name__.rpartition(".")[2],
@@ -191,15 +208,21 @@ def guard(
                 tensors=tuple(tensors),
                 skipped=tuple(skipped),
                 scan=found,
+                integers=calibrated.integers if calibrated else None,
             )
+            say("writing", 0, 1)
             for sink in sinks.values():
                 sink.save(report.metadata())
+            if isinstance(whole := sinks.get("qdq"), static.Static):
+                report = replace(report, integers=whole.integers)
             if not trial:
                 break
             say("validating", 0, 1)
             try:
                 files = {kind: sink.output.path for kind, sink in sinks.items()}
                 tried = trial.run(source, files, feeds, max_drift, drawn)
+                if integers:
+                    static.require_useful(tried, integers)
             except DriftError:
                 if draw == len(seeds):
                     raise
@@ -239,7 +262,7 @@ def inspect(
     """
     form = Format(scheme, granularity, block_size, int8)
     source = open_model(model)
-    weights, skipped = _find(source, include, exclude)
+    weights, skipped = find_or_refuse(source, include, exclude)
     tensors, saved = [], 0
     for weight, (kind, blocks) in zip(weights, form.plans(weights), strict=True):
         width = weight.nbytes // weight.size
@@ -253,60 +276,6 @@ def inspect(
         scheme,
         tuple(tensors),
         tuple(skipped),
-    )
-
-
-def verify(
-    original: str | os.PathLike[str],
-    guarded: str | os.PathLike[str],
-    scheme: str | None = None,
-    *,
-    data: str | os.PathLike[str] | None = None,
-    max_memory: int = 1024,
-    max_drift: float = MAX_DRIFT,
-) -> Verification:
-    """Validate any model against the one that it was made from.
-
-    The measure is plain quantization of `original`, to `scheme` or, by default, to the one that
-    guard() recorded in `guarded` (int8 when there is no record).
-
-    Raises ValidationError when `guarded` does not load or run, or drifts further than allowed;
-    other errors as in guard().
-    """
-    source, candidate = open_model(original), open_model(guarded)
-    record = {entry.key: entry.value for entry in candidate.proto.metadata_props}
-    made_from = record.get("flipguard.input_sha256")
-    granularity, block_size = "channel", None
-    if scheme is None:
-        scheme = record.get("flipguard.scheme", "int8")
-        granularity = record.get("flipguard.granularity", granularity)
-        recorded = record.get("flipguard.block_size", "")
-        block_size = int(recorded) if recorded.isdecimal() else None
-    form = Format(scheme, granularity, block_size)
-    with workspace(Path(tempfile.gettempdir())) as folder:
-        weights, _ = _find(source, (), ())
-        kinds = [kind for kind, _ in form.plans(weights)]
-        trial = Trial.of(
-            source, source.proto, weights, kinds, False, max_memory << 20, folder / "layers"
-        )
-        plain = folder / "plain.onnx"
-        guard(
-            trial.source.path,
-            scheme,
-            granularity=granularity,
-            block_size=block_size,
-            policy="none",
-            output=plain,
-            validate=False,
-        )
-        files = {"plain": plain, "qdq": candidate.path}
-        result = trial.run(source, files, Path(data) if data else None, max_drift, folder)
-    return Verification(
-        str(source.path),
-        str(candidate.path),
-        scheme,
-        None if made_from is None else made_from == source.sha256,
-        result,
     )
 
 
@@ -328,9 +297,10 @@ def _open(
     return open_model(path)
 
 
-def _find(
-    source: Model, include: tuple[str, ...], exclude: tuple[str, ...]
+def find_or_refuse(
+    source: Model, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
 ) -> tuple[list[Weight], list[Skipped]]:
+    """As find_weights(). Raises UnsupportedModelError for a model without weights, too."""
     try:
         weights, skipped = find_weights(source.proto, include, exclude)
     except UnsupportedModelError as error:
@@ -348,6 +318,7 @@ def _sinks(
     folder: Path,
     trial: Trial | None,
     standard_ops: bool,
+    calibrated: Calibration | None,
 ) -> dict[str, Sink]:
     """Everything that this run writes: what was asked for, and what the validation compares."""
     external = source.size > INLINE_LIMIT or bool(source.data_sha256)
@@ -356,11 +327,15 @@ def _sinks(
         return Output(folder / kind, targets.get(kind), external)
 
     sinks: dict[str, Sink] = {}
-    if trial or "qdq" in targets:
+    if calibrated:
+        measured = trial is not None
+        sinks |= static.sinks(source, prepared, output, calibrated, standard_ops, measured)
+    elif trial or "qdq" in targets:
         sinks["qdq"] = Quantized(source, prepared, output("qdq"), standard_ops)
     if "float" in targets:
         sinks["float"] = Rewritten(source, output("float"), guarded_values)
-    return sinks | (trial.sinks(folder, standard_ops) if trial else {})
+    own = trial.sinks(folder, standard_ops) if trial and not calibrated else {}
+    return sinks | own
 
 
 def _accountant(

@@ -1,11 +1,13 @@
 """Codes into the graph: each reader of a weight gets them in the form that onnxruntime runs best.
 
-dequantize  DequantizeLinear -> MatMul or Gemm, which onnxruntime fuses into one kernel
-bnb4        MatMulBnb4 for nf4 and fp4
+dequantize  int4: DequantizeLinear -> MatMul or Gemm, which onnxruntime fuses into one kernel
+bnb4        nf4, fp4: MatMulBnb4 in the place of MatMul
 gather      an embedding: the codes of the wanted rows are gathered, then dequantized
 folded      Cast and Mul by the scale (4 bits: after a codebook look-up and a Reshape): ordinary
             nodes over constants, which onnxruntime folds when it loads the file. Float speed and
-            float memory, small file; DequantizeLinear here would run again at every inference.
+            float memory, small file; DequantizeLinear here would run again at every inference,
+            and the kernel that it fuses into at 8 bits takes up to 1.7 times as long as float32
+            where many rows are multiplied at once (tools/latency.py)
 """
 
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from .model import Output, contiguous
 from .rewrite import CONTRIB, Rewriter, remove_named
 from .schemes import SCHEMES, Codebook, Grid, Scheme
-from .scopes import Use, attribute
+from .scopes import Use
 from .weights import Weight
 
 FOUR_BIT_OPS = ("MatMul", "Gemm")
@@ -40,12 +42,11 @@ def form_of(use: Use, weight: Weight, scheme: Scheme, standard_ops: bool) -> str
     rank = len(weight.shape)
     if not use.direct or use.output_axes() != weight.rows:
         return "folded"
-    if rank == 2 and use.index == 1 and use.op in ("MatMul", "Gemm"):
+    if rank == 2 and use.index == 1 and use.op in FOUR_BIT_OPS and scheme.bits == 4:
         if not isinstance(scheme, Codebook):
-            return "folded" if use.elem_type == TensorProto.BFLOAT16 else "dequantize"
-        defaults = (("alpha", 1.0), ("beta", 1.0), ("transA", 0))
-        plain = all(attribute(use.node, name, value) == value for name, value in defaults)
-        if plain and use.elem_type == TensorProto.FLOAT and not standard_ops:
+            fuses = use.elem_type != TensorProto.BFLOAT16 and use.scope is weight.scope
+            return "dequantize" if fuses else "folded"
+        if use.op == "MatMul" and use.elem_type == TensorProto.FLOAT and not standard_ops:
             return "bnb4"
     if use.op == "Gather" and weight.rows == (0,) and use.perm == tuple(range(rank)):
         if scheme.bits == 8:
@@ -55,12 +56,10 @@ def form_of(use: Use, weight: Weight, scheme: Scheme, standard_ops: bool) -> str
     return "folded"
 
 
-def opset_for(form: str, scheme: Scheme, elem_type: int) -> int:
+def opset_for(form: str, scheme: Scheme) -> int:
     """The lowest version of the standard operators that has this form."""
     if scheme.bits == 4 and form in ("dequantize", "folded"):
         return 21  # blocks, and 4-bit integers as tensors
-    if form == "dequantize":
-        return 13 if elem_type == TensorProto.FLOAT else 19
     return 7
 
 
@@ -98,28 +97,20 @@ class _Forms:
     def dequantize(self, use: Use) -> None:
         """DequantizeLinear, one per reader; a transposed Gemm operand is turned round."""
         inputs = self._once(("dequantize", use.elem_type), lambda: self._dequantized(use))
-        options: dict[str, int] = {}
-        if self._scheme.bits == 4:
-            options = {"axis": 0, "block_size": self._blocks.size}
-        elif self._blocks.rows > 1:
-            options = {"axis": 1}
-        use.node.input[use.index] = self._node("DequantizeLinear", inputs, **options)
+        use.node.input[use.index] = self._node(
+            "DequantizeLinear", inputs, axis=0, block_size=self._blocks.size
+        )
         if use.op == "Gemm":
             remove_named(use.node.attribute, "transB")
 
     def _dequantized(self, use: Use) -> list[str]:
         matrix = self._values.reshape([self._weight.shape[a] for a in self._weight.perm]).T
         scale: Array = self._grid.scale.reshape(self._blocks.rows, self._blocks.per_row).T
-        if self._scheme.bits == 8:
-            scale = scale.reshape(-1) if self._blocks.rows > 1 else scale.reshape(())
         scale = scale.astype(helper.tensor_dtype_to_np_dtype(use.elem_type))
-        inputs = [self._codes(matrix), self._constant("scale", scale)]
-        if self._scheme.bits == 8:
-            inputs.append(self._constant("zero_point", np.zeros(scale.shape, np.int8)))
-        return inputs
+        return [self._codes(matrix), self._constant("scale", scale)]
 
     def bnb4(self, use: Use) -> None:
-        """MatMulBnb4, and an Add for the bias of a Gemm."""
+        """MatMulBnb4."""
         scheme, node = self._scheme, use.node
         assert isinstance(scheme, Codebook)
 
@@ -128,27 +119,20 @@ class _Forms:
             codes = self._constant("quantized", np.frombuffer(packed, np.uint8))
             return [codes, self._constant("scale", self._grid.scale)]
 
-        inputs = [node.input[0], *self._once(("bnb4",), stored)]
         outputs, contracted = (self._weight.shape[axis] for axis in self._weight.perm)
-        bias = node.input[2] if use.op == "Gemm" and len(node.input) > 2 else ""
-        product = self._rewriter.fresh(f"{node.output[0]}_product") if bias else node.output[0]
-        nodes = [
-            helper.make_node(
-                "MatMulBnb4",
-                inputs,
-                [product],
-                name=node.name,
-                domain=CONTRIB,
-                K=contracted,
-                N=outputs,
-                block_size=self._blocks.size,
-                quant_type=scheme.bnb4_type,
-                training_mode=0,
-            )
-        ]
-        if bias:
-            nodes.append(helper.make_node("Add", [product, bias], [node.output[0]]))
-        self._rewriter.replace(use.scope, node, nodes)
+        product = helper.make_node(
+            "MatMulBnb4",
+            [node.input[0], *self._once(("bnb4",), stored)],
+            [node.output[0]],
+            name=node.name,
+            domain=CONTRIB,
+            K=contracted,
+            N=outputs,
+            block_size=self._blocks.size,
+            quant_type=scheme.bnb4_type,
+            training_mode=0,
+        )
+        self._rewriter.replace(use.scope, node, [product])
 
     def gather(self, use: Use) -> None:
         """Gather rows of codes and of scales, then dequantize only those."""

@@ -9,11 +9,17 @@ from typing import Any, Literal
 
 from .findings import Budget, Scan, verdict_lines
 from .flip import Flips
+from .integers import Integers
 from .jsonable import FORMAT, jsonable
-from .schemes import Scheme
+from .schemes import SCHEMES, Scheme
 from .tables import config_line, megabytes, skipped_lines, table, text
 from .validate import Drift, Validation, pooled
 from .weights import Skipped, Weight
+
+SLOW_4_BIT = (
+    "4-bit kernels save memory; where many rows are multiplied at once they take longer than "
+    "float32 (up to 1.4 times on real models)"
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ class Report:
     too. preserve: the inputs on which errors were fed forward, "off" if they
     were not; preserve_note: why. data_sha256: of the inputs that were given. seed: None where the
     policy draws nothing. draws: how many it took until one passed. device_note: why "auto" did not
-    take a GPU. scan: of the input. seconds: wall time. config: as in a Scan.
+    take a GPU. scan: of the input. integers: how activations were quantized, if they were.
+    seconds: wall time. config: as in a Scan.
     """
 
     kind: Literal["guard"] = field(default="guard", init=False)
@@ -131,6 +138,7 @@ class Report:
     tensors: tuple[Tensor, ...]
     skipped: tuple[Skipped, ...]
     scan: Scan | None = None
+    integers: Integers | None = None
     validation: Validation | None = None
     outputs: dict[str, int] = field(default_factory=dict)
     outputs_sha256: dict[str, str] = field(default_factory=dict)
@@ -154,6 +162,8 @@ class Report:
 
     def metadata(self) -> dict[str, str]:
         """What goes into the model's metadata_props: all that is needed to repeat the run."""
+        integers = self.integers
+        on_data = "data" in (self.preserve, integers and integers.inputs)
         entries = {
             "version": self.version,
             "scheme": self.scheme,
@@ -163,7 +173,10 @@ class Report:
             "tau": self.tau,
             "ratio": self.ratio,
             "preserve": self.preserve if self.policy == "unbiased" else None,
-            "data_sha256": self.data_sha256 if self.preserve == "data" else None,
+            "data_sha256": self.data_sha256 if on_data else None,
+            "activations": integers and integers.activations,
+            "symmetric": integers and integers.symmetric,
+            "calibration": integers and integers.calibration,
             "int8": " ".join(self.int8) or None,
             "seed": self.seed,
             "input_sha256": self.input_sha256,
@@ -201,6 +214,8 @@ class Report:
             + ("" if self.seed is None else f", seed {self.seed}"),
             *([f"device    {self.device}: {self.device_note}"] if self.device_note else []),
             *self._preserve_lines(),
+            *self._integer_lines(),
+            *self._speed_lines(),
             "",
             *table(
                 ("operator", "scheme", "tensors", "weights", "flipped"), _by_operator(self.tensors)
@@ -234,6 +249,15 @@ class Report:
             f"budget    of alignment: {left.nearest:.4g} when rounded to nearest; guarded, "
             f"{left.chosen:.4g} left to choose and {left.random:.4g} at random",
         ]
+
+    def _speed_lines(self) -> list[str]:
+        if all(SCHEMES[tensor.scheme].bits == 8 for tensor in self.tensors):
+            return []
+        return [f"speed     {SLOW_4_BIT}"]
+
+    def _integer_lines(self) -> list[str]:
+        sizes = {tensor.name: tensor.weights for tensor in self.tensors}
+        return self.integers.lines(sizes) if self.integers else []
 
     def _preserve_lines(self) -> list[str]:
         if self.preserve == "off":

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
@@ -185,6 +186,35 @@ def converted(proto: ModelProto, opset: int) -> ModelProto:
 def inlined(proto: ModelProto) -> ModelProto:
     """A model with its local functions expanded. Raises RemoteError."""
     return _edited("inline", proto)
+
+
+def preprocess(path: Path, result: Path, size: int) -> None:
+    """Write what onnxruntime's pre-processing makes of a model. Raises RemoteError."""
+    _CHILD.ask("preprocess", str(path.absolute()), str(result.absolute()), size=size)
+
+
+def quantize_static(
+    path: Path,
+    result: Path,
+    operators: Sequence[str],
+    activations: str,
+    symmetric: bool,
+    method: str,
+    per_channel: bool,
+    feeds: Sequence[dict[str, Array]],
+) -> None:
+    """Write what onnxruntime's static quantizer makes of a model.
+
+    operators: the kinds to quantize. activations: their type; symmetric: with zero point in the
+    middle. per_channel: scales of the weights. method: of calibration on `feeds`.
+    Raises ValidationError where it refuses.
+    """
+    given = list(operators), activations, symmetric, method, per_channel, list(feeds)
+    size = path.stat().st_size * (1 + len(feeds))  # it runs the model on each
+    try:
+        _CHILD.ask("quantize", str(path.absolute()), str(result.absolute()), *given, size=size)
+    except (RemoteError, ValidationError) as error:
+        raise ValidationError(f"onnxruntime's static quantizer: {error}") from None
 
 
 def _edited(request: str, proto: ModelProto, *arguments: Any) -> ModelProto:

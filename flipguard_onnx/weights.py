@@ -93,12 +93,16 @@ class Skipped:
 
 
 def find_weights(
-    proto: ModelProto, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
+    proto: ModelProto,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+    partly: bool = False,
 ) -> tuple[list[Weight], list[Skipped]]:
     """All weights of the model and all float tensors that are left alone.
 
     include, exclude: shell patterns over tensor names; what fails them is skipped.
-    Raises UnsupportedModelError when most of the model's weights are quantized already.
+    Raises UnsupportedModelError when most of the model's weights are quantized already, unless it
+    is `partly` quantized on purpose.
     """
     reader = Readers(proto)
     weights: list[Weight] = []
@@ -133,7 +137,7 @@ def find_weights(
                 weights.append(Weight(name, scope, tensor, node, op, rows, uses))
     for name, op in reader.computed():
         skipped.append(Skipped(name, (), f"not constant (weight of {op})"))
-    if sum(quantized.values()) > sum(weight.size for weight in weights):
+    if not partly and sum(quantized.values()) > sum(weight.size for weight in weights):
         readers = ", ".join(sorted(quantized))
         raise UnsupportedModelError(
             f"already quantized: {sum(quantized.values()):,} weights are integers (read by "

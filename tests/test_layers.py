@@ -17,7 +17,15 @@ ROOMS = {  # library -> modules that may import it
     "numba": {"kernels/__init__.py", "kernels/cpu.py", "kernels/cuda.py", "kernels/survey.py"},
 }
 LAYERS = [  # a module imports only from layers below its own
-    {"arguments.py", "errors.py", "interrupt.py", "jsonable.py", "kernels/scalar.py", "wire.py"},
+    {
+        "arguments.py",
+        "errors.py",
+        "integers.py",
+        "interrupt.py",
+        "jsonable.py",
+        "kernels/scalar.py",
+        "wire.py",
+    },
     {"child.py", "config.py", "disk.py"},
     {"intake.py"},
     {"runtime.py", "publish.py", "workers.py"},
@@ -37,9 +45,9 @@ LAYERS = [  # a module imports only from layers below its own
     {"qdq.py"},
     {"emit.py", "validate.py", "options.py", "sampled.py", "page.py"},
     {"report.py", "alignment.py", "sarif.py", "trial.py"},
-    {"detection.py", "html.py", "sbom.py"},
+    {"detection.py", "html.py", "sbom.py", "static.py"},
     {"pipeline.py"},
-    {"fleet.py"},
+    {"fleet.py", "verification.py"},
     {"__init__.py"},
     {"cli.py"},
     {"__main__.py"},

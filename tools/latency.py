@@ -1,0 +1,263 @@
+"""How fast what we write runs in onnxruntime, beside float32 and onnxruntime's own quantizers.
+
+    python tools/fetch_models.py
+    python -m tools.latency [--models NAME...] [--files NAME...] [--rounds 60] [--json FILE]
+    python -m tools.latency --load FILE...
+
+Every file runs in a process of its own that has nothing but onnxruntime and numpy, with default
+session options. The processes take turns, a run each, so that what disturbs one disturbs all;
+a ratio is the median of the ratios to float32's run of the same round. Memory: the peak of the
+process, loading included, without what it needs for no model at all.
+
+dynamic: quantize_dynamic, weights per channel. static: quantize_static with its pre-processing,
+weights per channel, activations uint8. ours full: --activations uint8. ours: weights only. int4,
+nf4, fp4: onnxruntime's quantizers of the same format, and ours. -: quantizes nothing, or fails.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import version_converter
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantType,
+    quant_pre_process,
+    quantize_static,
+)
+
+import flipguard_onnx
+from flipguard_onnx.feeds import signature
+from flipguard_onnx.model import open_model
+from flipguard_onnx.validate import Runner
+from tools.fetch_models import path_of, select
+from tools.real_models import environment, heading, markdown, quantize, quantized_weights, silence
+
+FLOAT = "float32"
+OPSET = 21  # of the 4-bit QDQ forms
+# what is open in a model's signature, where the tool's own guess is smaller than real inputs
+SHAPES = {
+    "minilm": (1, 128),
+    "ppocr_det": (1, 3, 320, 320),
+    "ppocr_rec": (1, 3, 48, 320),
+    "ddddocr": (1, 1, 64, 160),
+}
+PAUSE = 0.005  # seconds in which the threads of the process before come to rest
+SERVER = """
+import sys, time
+import numpy as np, onnxruntime
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(s.split()[1]) for s in status if s.startswith("VmHWM"))
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 4
+before = peak()
+feed = dict(np.load(sys.argv[2]))
+session = onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
+session.run(None, feed)
+print(flush=True)
+for line in sys.stdin:
+    started = time.perf_counter()
+    session.run(None, feed)
+    print(time.perf_counter() - started, peak() - before, flush=True)
+"""
+
+Feed = dict[str, np.ndarray]
+Maker = Callable[[Path, Path, list[Feed]], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One file. ratio: to float32's time; mebibytes: peak."""
+
+    model: str
+    inputs: str
+    file: str
+    milliseconds: float
+    ratio: float
+    mebibytes: float
+
+
+class Reader(CalibrationDataReader):
+    def __init__(self, feeds: list[Feed]) -> None:
+        self._feeds = iter(feeds)
+
+    def get_next(self) -> Feed | None:
+        return next(self._feeds, None)
+
+
+def static(source: Path, output: Path, feeds: list[Feed]) -> None:
+    quant_pre_process(source, output, skip_symbolic_shape=True)
+    quantize_static(output, output, Reader(feeds), per_channel=True,
+                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)  # fmt: skip
+
+
+def theirs(scheme: str) -> Maker:
+    def make(source: Path, output: Path, feeds: list[Feed]) -> None:
+        quantize(source, scheme, output)
+
+    return make
+
+
+def ours(scheme: str, **options: str) -> Maker:
+    def make(source: Path, output: Path, feeds: list[Feed]) -> None:
+        flipguard_onnx.guard(
+            source, scheme, seed=1, preserve="off", validate=False, output=output, **options
+        )
+
+    return make
+
+
+FILES: dict[str, Maker] = {
+    "dynamic": theirs("int8"),
+    "static": static,
+    "ours full": ours("int8", activations="uint8"),
+    "ours": ours("int8"),
+    "their int4": theirs("int4"),
+    "our int4": ours("int4"),
+    "their nf4": theirs("nf4"),
+    "our nf4": ours("nf4"),
+    "their fp4": theirs("fp4"),
+    "our fp4": ours("fp4"),
+}
+
+
+def prepared(name: str, folder: Path) -> tuple[Path, list[Feed]]:
+    """A copy at an opset that all quantizers take, and inputs."""
+    source = open_model(path_of(name))
+    feeds = Runner(source, None).feeds
+    if shape := SHAPES.get(name):
+        rng = np.random.default_rng(0)
+        feeds = [
+            {i.name: _filled(feed[i.name], shape, rng) for i in signature(source.proto)}
+            for feed in feeds
+        ]
+    path = folder / "float32.onnx"
+    proto = onnx.load(source.path)
+    if max(entry.version for entry in proto.opset_import if entry.domain == "") < OPSET:
+        proto = version_converter.convert_version(proto, OPSET)
+    onnx.save(proto, path)
+    return path, feeds
+
+
+def _filled(like: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    if np.issubdtype(like.dtype, np.floating):
+        return rng.standard_normal(shape).astype(like.dtype)
+    return np.resize(like, shape)
+
+
+@contextmanager
+def served(path: Path, feed: Path) -> Iterator[Callable[[], tuple[float, float]]]:
+    """A process with the model loaded; a call runs it once: seconds, and MiB at the peak."""
+    command = [sys.executable, "-c", SERVER, str(path), str(feed)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as own:
+        assert own.stdin
+        assert own.stdout
+        if not own.stdout.readline():
+            raise RuntimeError("does not load or run")
+
+        def run() -> tuple[float, float]:
+            print(file=own.stdin, flush=True)
+            seconds, kibibytes = own.stdout.readline().split()
+            return float(seconds), int(kibibytes) / 1024
+
+        yield run
+        own.stdin.close()
+
+
+def measured(name: str, wanted: Sequence[str], rounds: int, folder: Path) -> list[Timing]:
+    source, feeds = prepared(name, folder)
+    np.savez(folder / "feed.npz", **feeds[0])
+    inputs = ", ".join("x".join(map(str, value.shape)) or "1" for value in feeds[0].values())
+    paths = {FLOAT: source}
+    for file in wanted:
+        path = folder / f"{file}.onnx"
+        try:
+            if not path.exists():
+                with silence():
+                    FILES[file](source, path, feeds)
+        except Exception as error:
+            print(f"  {file}: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
+            path.unlink(missing_ok=True)
+            continue
+        if file.startswith("our") or quantized_weights(onnx.load(path).graph):
+            paths[file] = path
+    if not rounds:
+        return []
+    with ExitStack() as stack:
+        runs = {}
+        for file, path in paths.items():
+            try:
+                runs[file] = stack.enter_context(served(path, folder / "feed.npz"))
+            except RuntimeError as error:
+                print(f"  {file}: {error}", file=sys.stderr)
+        seconds = np.empty((rounds, len(runs)))
+        peaks = {}
+        for turn in seconds:
+            for index, (file, run) in enumerate(runs.items()):
+                time.sleep(PAUSE)
+                turn[index], peaks[file] = run()
+    ratios = np.median(seconds / seconds[:, :1], axis=0)
+    times = np.median(seconds, axis=0) * 1e3
+    return [
+        Timing(name, inputs, file, float(ms), float(ratio), peaks[file])
+        for file, ms, ratio in zip(runs, times, ratios, strict=True)
+    ]
+
+
+def table(timings: Sequence[Timing], show: Callable[[Timing], str]) -> str:
+    files = [file for file in FILES if any(t.file == file for t in timings)]
+    rows = []
+    for model in dict.fromkeys(t.model for t in timings):
+        own = {t.file: t for t in timings if t.model == model}
+        base = own[FLOAT]
+        cells = [show(own[file]) if file in own else "–" for file in files]
+        rows.append(
+            [model, base.inputs, f"{base.milliseconds:.2f} ms, {base.mebibytes:.0f} MiB", *cells]
+        )
+    return markdown(("model", "inputs", FLOAT, *files), rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--files", nargs="+", default=list(FILES), choices=FILES)
+    parser.add_argument("--rounds", type=int, default=60, help="0: only make the files")
+    parser.add_argument("--folder", type=Path, help="keep files there, and use those that are")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--load", nargs="+", type=Path, metavar="FILE", help="of earlier runs")
+    options = parser.parse_args()
+    timings = []
+    if options.load:
+        for file in options.load:
+            timings += [Timing(**row) for row in json.loads(file.read_text())["timings"]]
+    else:
+        for model in select(options.models):
+            if not model.prequantized:
+                print(model.name, file=sys.stderr)
+                with tempfile.TemporaryDirectory() as temporary:
+                    folder = (options.folder or Path(temporary)) / model.name
+                    folder.mkdir(parents=True, exist_ok=True)
+                    timings += measured(model.name, options.files, options.rounds, folder)
+        facts = environment("tools.latency")
+        print(heading(facts) + "\n")
+        if options.json:
+            rows = [asdict(timing) for timing in timings]
+            options.json.write_text(json.dumps(facts | {"timings": rows}, indent=1) + "\n")
+    print(table(timings, lambda timing: f"{timing.ratio:.2f}"))
+    print()
+    print(table(timings, lambda timing: f"{timing.mebibytes:.0f}"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
