@@ -236,8 +236,9 @@ def test_inputs_of_other_kinds(tmp_path):
     path = written(matmul(MATRIX), tmp_path)
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    for name in ("folder", "pipe", "missing"):
+    for name in ("pipe", "missing"):
         assert "not a regular file, or not there" in refused(path, "--data", tmp_path / name)
+    assert "a folder without .npz files" in refused(path, "--data", tmp_path / "folder")
     assert "no array for input 'x'; found ['y']" in refused(
         path, "--data", npz(tmp_path, y=np.ones(3))
     )

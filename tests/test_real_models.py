@@ -46,7 +46,8 @@ def test_guarded_in_every_scheme(tmp_path, name, scheme):
     source = downloaded(name)
     before = file_sha256(source)
     output = tmp_path / "out.onnx"
-    report = flipguard_onnx.guard(source, scheme, output=output)
+    preserve = "auto" if scheme == "int4" else "off"  # one scheme is enough for the statistics
+    report = flipguard_onnx.guard(source, scheme, preserve=preserve, output=output)
     assert report.validation is not None
     assert report.coverage > 0.98
     assert 0.1 < report.flips / report.weights < 0.4

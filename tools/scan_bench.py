@@ -31,7 +31,7 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 PARTS = ("attacks", "clean", "planted", "training")
 NAMES = {"int8": "int8 channel", "int8_tensor": "int8 tensor"}  # those of the manifest
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05)
-SIZES = (20_000, 100_000, 500_000)
+SIZES = (100_000, 500_000, 2_000_000)
 STEPS = 400  # of quantization-aware training
 
 Values = np.ndarray[Any, Any]
