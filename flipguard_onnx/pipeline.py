@@ -8,13 +8,14 @@ from dataclasses import replace
 from functools import reduce
 from operator import add
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy.typing as npt
 import onnx
 
 from . import __version__, static
-from .activations import record
+from .activations import Activations, record
 from .alignment import budget
 from .detection import Progress, scan_weights
 from .emit import (
@@ -38,7 +39,7 @@ from .parts import flip_weight
 from .publish import check_target, publish, workspace
 from .report import Inspection, Report, Tensor
 from .runtime import require_openable
-from .schemes import SCHEMES
+from .schemes import SCHEMES, Blocks, Scheme
 from .static import Calibration
 from .trial import Trial
 from .validate import MAX_DRIFT
@@ -169,22 +170,14 @@ def guard(
         for draw, drawn_seed in enumerate(seeds, 1):
             drawn = folder / str(draw)
             sinks = _sinks(source, prepared, targets, drawn, trial, standard_ops, calibrated)
-            tensors: list[Tensor] = []
             place = bool(integers) or "float" in sinks
             tick = _meter(say, "guarding", sum(weight.nbytes for weight in weights))
-            for weight, (kind, blocks) in zip(weights, plan, strict=True):
-                key = tensor_key(drawn_seed, weight.name)
-                inputs = recorded.of(weight) if recorded else None
-                unfed = inputs if isinstance(inputs, str) else None
-                fed = inputs if isinstance(inputs, Inputs) else None
-                budgets, done = _accountant(rule, tick)
-                flips = flip_weight(
-                    source, weight, kind, blocks, rule, key, backend, fed, place, done
+            tensors = tuple(
+                _guarded(
+                    source, weight, planned, rule, drawn_seed, backend, recorded, place, sinks, tick
                 )
-                for sink in sinks.values():
-                    sink.put(weight.name, kind, flips)
-                tensors.append(Tensor.of(weight, kind, flips, unfed, reduce(add, budgets)))
-                del flips  # what comes next needs the memory
+                for weight, planned in zip(weights, plan, strict=True)
+            )
             report = Report(
                 version=__version__,
                 input=str(source.path),
@@ -205,7 +198,7 @@ def guard(
                 draws=draw,
                 device=backend.__name__.rpartition(".")[2],
                 device_note=what_cuda_lacks() if device == "auto" else None,
-                tensors=tuple(tensors),
+                tensors=tensors,
                 skipped=tuple(skipped),
                 scan=found,
                 integers=calibrated.integers if calibrated else None,
@@ -338,17 +331,34 @@ def _sinks(
     return sinks | own
 
 
-def _accountant(
-    rule: Policy, tick: Callable[[int], None]
-) -> tuple[list[Budget], Callable[[npt.NDArray[Any], Flips], None]]:
-    """Alignment budgets of a tensor's parts, and what enters them as the parts are done."""
+def _guarded(
+    source: Model,
+    weight: Weight,
+    form: tuple[Scheme, Blocks],
+    rule: Policy,
+    seed: int,
+    backend: ModuleType,
+    recorded: Activations | None,
+    place: bool,
+    sinks: dict[str, Sink],
+    tick: Callable[[int], None],
+) -> Tensor:
+    """Guard one weight and put it into everything that is written; `place`: moved floats, too."""
+    kind, blocks = form
+    key = tensor_key(seed, weight.name)
+    inputs = recorded.of(weight) if recorded else None
+    unfed = inputs if isinstance(inputs, str) else None
+    fed = inputs if isinstance(inputs, Inputs) else None
     budgets: list[Budget] = []
 
     def done(values: npt.NDArray[Any], flips: Flips) -> None:
         budgets.append(budget(values, flips, rule))
         tick(values.nbytes)
 
-    return budgets, done
+    flips = flip_weight(source, weight, kind, blocks, rule, key, backend, fed, place, done)
+    for sink in sinks.values():
+        sink.put(weight.name, kind, flips)
+    return Tensor.of(weight, kind, flips, unfed, reduce(add, budgets))
 
 
 def _meter(say: Progress, stage: str, total: int) -> Callable[[int], None]:
