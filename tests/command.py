@@ -1,6 +1,8 @@
 """Calling the command line, and what is in a folder while it works and afterwards."""
 
 import fcntl
+import os
+from pathlib import Path
 
 from click.testing import CliRunner
 
@@ -26,8 +28,13 @@ def names(folder):
 
 
 def workspaces(folder):
-    """Those of runs at work, in the folder and below."""
-    return [path for path in folder.rglob(".*") if WORKSPACE.fullmatch(path.name)]
+    """Those of runs at work, in the folder and below; they may go while this looks."""
+    return [
+        Path(place) / name
+        for place, folders, _ in os.walk(folder)
+        for name in folders
+        if WORKSPACE.fullmatch(name)
+    ]
 
 
 def held(folder):
