@@ -110,6 +110,12 @@ class Tally:
             self.spread + other.spread,
         )
 
+    @property
+    def shares(self) -> Shares:
+        """Of the weights counted on each grid, [grids, bins]."""
+        shares: Shares = self.counts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
+        return shares
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -133,9 +139,9 @@ class Sample:
         chosen = sorted(rng.choice(len(found), min(kept, len(found)), replace=False))
         picked = np.concatenate([contiguous(stored[found[i].index]).reshape(-1) for i in chosen])
         pieces = [picked] if len(chosen) == len(found) else [stored[p.index] for p in found]
-        floats = [piece.astype(np.float32, copy=False) for piece in pieces]
-        low, high = np.min([f.min() for f in floats]), np.max([f.max() for f in floats])
-        return cls(picked, low, high)
+        floats = (piece.astype(np.float32, copy=False) for piece in pieces)  # one at a time
+        lows, highs = zip(*((piece.min(), piece.max()) for piece in floats), strict=True)
+        return cls(picked, np.min(lows), np.max(highs))
 
     def grid(self, weight: Weight, scheme: Scheme, flat: bool) -> Grid:
         """The grid that the scheme lays over these weights."""
@@ -201,7 +207,7 @@ def judgeable(values: npt.NDArray[Any]) -> Floats:
 def alignment(name: str, tally: Tally) -> Alignment:
     """What a tally says of the grid called `name`."""
     counted = int(tally.counts[0].sum())
-    shares = tally.counts / np.maximum(tally.counts.sum(axis=1, keepdims=True), 1)
+    shares = tally.shares
     expected = shares[DRAWN].mean(axis=0)
     peak, at = _excess(shares[0], shares[FIXED], LEVEL)
     edge, _ = _excess(shares[0], shares[DRAWN], BINS // 10, 2)
@@ -239,11 +245,8 @@ def budget(values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
 
 def on_levels(counted: Iterable[Tally]) -> bool:
     """Whether most weights are levels of one of the grids, which chance makes of a few."""
-    for tally in counted:
-        shares = tally.counts / np.maximum(tally.counts.sum(axis=1, keepdims=True), 1)
-        if shares[0, ON_LEVEL].sum() > 0.5 and shares[DRAWN, ON_LEVEL].sum(axis=1).mean() < 0.25:
-            return True
-    return False
+    on_level = [tally.shares[:, ON_LEVEL].sum(axis=1) for tally in counted]
+    return any(shares[0] > 0.5 and shares[DRAWN].mean() < 0.25 for shares in on_level)
 
 
 def on_a_grid(weights: Floats, cols: int) -> bool:

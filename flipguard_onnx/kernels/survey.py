@@ -3,6 +3,8 @@
 Arguments as in `cpu`, but that weights are float32. Sums do not depend on the number of threads.
 """
 
+from functools import cache
+
 import numba
 import numpy as np
 
@@ -16,14 +18,20 @@ _position = _inline(scalar.position)
 _error = _inline(scalar.error)
 
 
-def _segments(levels):
+@cache
+def _segments(values, pivots):
     """The distance to the boundary as a function of the position, which is linear in segments.
+
+    values, pivots: the bytes of a codebook's; none for integers, which need no segments.
 
     Their ends (levels and pivots, ascending), intercepts and slopes, and for each of CELLS equal
     cells of [-1, 1] the segment in which it begins. No cell has more than one end inside: the
     closest two, 0 and fp4's first pivot, are 0.0026 apart.
     """
-    ends = np.sort(np.concatenate([levels.pivots, levels.values]))
+    values, pivots = (np.frombuffer(table, np.float32) for table in (values, pivots))
+    lowest, highest = np.float32(-1), np.float32(1)
+    levels = scalar.Levels(scalar.COUNT_PIVOTS, lowest, highest, values, pivots, np.diff(values))
+    ends = np.sort(np.concatenate([pivots, values]))
     intercepts, slopes = np.zeros((2, ends.size + 1), np.float32)
     for segment in range(1, ends.size):
         low, high = ends[segment - 1 : segment + 1].astype(np.float64)
@@ -66,7 +74,7 @@ def survey(judged, cut, operands, absmax, levels, limit, factors, counts):
     multiplied by number b of these, round and round: 1 in the grid itself, others in its placebos.
     counts: int32 [runs, grids, bins], one run after the other for every thread.
     """
-    segments = _segments(levels)
+    segments = _segments(levels.values.tobytes(), levels.pivots.tobytes())
     _survey(judged, cut, operands, absmax, levels, limit, factors, segments, counts)
 
 
