@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import version_converter
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantType,
@@ -40,7 +39,15 @@ from flipguard_onnx.feeds import signature
 from flipguard_onnx.model import open_model
 from flipguard_onnx.validate import Runner
 from tools.fetch_models import path_of, select
-from tools.real_models import environment, heading, markdown, quantize, quantized_weights, silence
+from tools.real_models import (
+    environment,
+    heading,
+    markdown,
+    of_opset,
+    quantize,
+    quantized_weights,
+    silence,
+)
 
 FLOAT = "float32"
 OPSET = 21  # of the 4-bit QDQ forms
@@ -142,10 +149,7 @@ def prepared(name: str, folder: Path) -> tuple[Path, list[Feed]]:
             for feed in feeds
         ]
     path = folder / "float32.onnx"
-    proto = onnx.load(source.path)
-    if max(entry.version for entry in proto.opset_import if entry.domain == "") < OPSET:
-        proto = version_converter.convert_version(proto, OPSET)
-    onnx.save(proto, path)
+    onnx.save(of_opset(source.path, OPSET), path)
     return path, feeds
 
 

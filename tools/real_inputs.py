@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import version_converter
 
 import flipguard_onnx
 from flipguard_onnx import UnsupportedModelError
@@ -37,6 +36,7 @@ from tools.real_models import (
     environment,
     heading,
     markdown,
+    of_opset,
     quantize,
     quantized_weights,
     silence,
@@ -110,12 +110,8 @@ class Bench:
 
     def theirs(self, scheme: str, weights: str) -> Row:
         """onnxruntime's own quantizer; models too old for its int4 form are converted first."""
-        model = onnx.load(self.source)
-        opset = max(entry.version for entry in model.opset_import if not entry.domain)
-        if scheme == "int4" and opset < OPSET:
-            model = version_converter.convert_version(model, OPSET)
         copy = self.folder / "float.onnx"  # quantize_dynamic writes beside its input
-        onnx.save(model, copy)
+        onnx.save(of_opset(self.source, OPSET if scheme == "int4" else 0), copy)
         started = time.process_time()
         with silence():
             quantize(copy, scheme, self.target)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
+from onnx import version_converter
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -152,6 +153,14 @@ def theirs(source: Path, scheme: str, runner: Runner, total: int, folder: Path) 
 def problem(error: Exception) -> str:
     """A few words for a result that onnxruntime itself does not accept."""
     return "output " + next((words for words in PROBLEMS if words in str(error)), "is no match")
+
+
+def of_opset(path: Path, least: int) -> onnx.ModelProto:
+    """A model, converted where its opset is older than `least`, which a quantizer may need."""
+    model = onnx.load(path)
+    if max(entry.version for entry in model.opset_import if not entry.domain) < least:
+        model = version_converter.convert_version(model, least)
+    return model
 
 
 def quantize(source: Path, scheme: str, output: Path) -> None:
