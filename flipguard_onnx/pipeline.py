@@ -137,10 +137,11 @@ def guard(
             check_target(target, [*read, *filter(None, [feeds])], force)
         if validate or integers or mode != "off":
             require_openable(source.path, *targets.values())
-        folder = stack.enter_context(workspace(next(iter(targets.values())).parent))
+        beside = next(iter(targets.values())).parent
         if integers:
             say("preparing for integer activations", 0, 1)
-            source = static.preprocessed(source, integers, most, folder)
+            own = stack.enter_context(workspace(beside))
+            source = static.preprocessed(source, integers, most, own)
         weights, skipped = find_or_refuse(source, include, exclude)
         calibrated = None
         if integers:
@@ -151,6 +152,7 @@ def guard(
             weights, skipped = find_or_refuse(source, include, exclude)
         plan = form.plans(weights)
         prepared = converted(source, opset, weights)
+        folder = stack.enter_context(workspace(beside))
         recorded, note = None, None
         if mode != "off":
             say("running the float model", 0, 1)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -146,6 +147,7 @@ def _inherited(cores: set[int]) -> Iterator[None]:
 
     On fewer cores every library starts fewer threads, without a word from us.
     """
+    resource_tracker.ensure_running()  # it unblocks SIGINT as it starts
     before = os.sched_getaffinity(0)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     os.sched_setaffinity(0, cores)

@@ -93,6 +93,26 @@ def test_signals_end_the_command_in_one_line(tmp_path):
         assert names(folder) == [LOCK, "model.onnx"]
 
 
+def test_a_signal_in_a_finalizer_ends_the_run_too():
+    """Python swallows what is raised there. In a process of its own: pytest has an alarm, too."""
+    code = """
+import signal, time
+from flipguard_onnx.interrupt import Interrupted, interruptible
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+try:
+    with interruptible():
+        Finalized()
+        time.sleep(60)
+except Interrupted as error:
+    print(error, signal.getsignal(signal.SIGALRM).name, signal.getitimer(signal.ITIMER_REAL))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "interrupted by SIGTERM SIG_DFL (0.0, 0.0)\n"
+    assert done.stderr == ""
+
+
 def test_without_force_the_first_of_two_runs_wins(tmp_path):
     """The other one finds out only when it is done; of its two outputs neither appears."""
     source = save(matmul(), tmp_path)
