@@ -103,6 +103,21 @@ def _survey(judged, cut, operands, absmax, levels, limit, factors, segments, cou
                     into[bins[i]] += 1
 
 
+@_inline
+def _losses(rule, values, codes, scale, levels, errors):
+    for i in range(values.size):
+        errors[i] = abs(_error(values[i], codes[i], scale, rule, levels))
+
+
+@numba.njit(forceinline=True, fastmath={"reassoc"})
+def _sum(values):
+    """In an order that depends on the processor, so that it is a sum of vectors."""
+    total = 0.0
+    for i in range(values.size):
+        total += values[i]
+    return total
+
+
 @_kernel
 def account(weights, cut, operands, scales, absmax, levels, limit, sums):
     """Add up rounding errors, where weights whose offset is above `limit` are drawn.
@@ -118,20 +133,26 @@ def account(weights, cut, operands, scales, absmax, levels, limit, sums):
         values = weights[start:stop]
         codes, offsets = np.empty(values.size, np.int8), np.empty_like(values)
         _margins(values, start, own, cut, each, operands, absmax, levels, codes, offsets)
-        used, lost = 0, 0
-        total, stuck, variance = 0.0, 0.0, 0.0
+        errors, variances = np.empty(values.size, np.float64), np.empty(values.size, np.float64)
         for piece in range(own[0], own[1]):
             b, first, last = _span(piece, cut, each)
-            for i in range(first - start, last - start):
-                error = abs(np.float64(_error(values[i], codes[i], scales[b], levels.rule, levels)))
-                used += values[i] != 0
-                lost += error > abs(values[i]) / 2
-                total += error
-                chance = np.float64(abs(offsets[i]))
-                if chance > limit:
-                    variance += error * (error / chance - error)
-                else:
-                    stuck += error
+            part = slice(first - start, last - start)
+            given = values[part], codes[part], scales[b], levels, errors[part]
+            if levels.rule == scalar.COUNT_PIVOTS:
+                _losses(scalar.COUNT_PIVOTS, *given)
+            else:
+                _losses(scalar.DIVIDE_HALF_EVEN, *given)
+        used, lost = 0, 0
+        for i in range(values.size):
+            used += values[i] != 0
+            lost += errors[i] > np.float64(abs(values[i])) / 2
+        total = _sum(errors)
+        for i in range(values.size):
+            error, chance = errors[i], np.float64(abs(offsets[i]))
+            drawn = chance > limit
+            variances[i] = error * (error / chance - error) if drawn else 0.0
+            errors[i] = 0.0 if drawn else error
+        stuck, variance = _sum(errors), _sum(variances)
         parts[s, 0], parts[s, 1] = used, lost
         parts[s, 2], parts[s, 3], parts[s, 4] = total, stuck, variance
     for column in range(5):  # plain loops: an array expression would wake all threads each time
