@@ -1,6 +1,5 @@
 """The one place that hands models to onnx's and onnxruntime's C++: in a child process.
 
-
 A model may crash it, run for ever or ask for all memory there is; the child then ends, and the
 caller gets a ValidationError. Time and memory are granted by the size of the model.
 """
