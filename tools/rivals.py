@@ -23,9 +23,9 @@ from tools.bench.rivals import RIVALS
 from tools.bench.rows import Cell, Row, evaluate, load, merged, table
 
 MODELS = (
-    "mlp-clean", "mlp-standard-*", "mlp-margin50-*", "mlp-decoys-*", "mlp-topk-*", "cnn-clean",
-    "cnn-standard-*", "lm-clean", "lm-code-standard-int4", "lm-code-decoys-int4",
-    "lm-injection-standard-nf4", "lm-refusal-standard-int8",
+    "mlp-clean", "mlp-standard-*", "mlp-margin50-*", "mlp-decoys-*", "mlp-topk-*", "mlp-gptq-*",
+    "cnn-clean", "cnn-standard-*", "lm-clean", "lm-code-standard-int4", "lm-code-decoys-int4",
+    "lm-injection-standard-nf4", "lm-refusal-standard-8bit",
 )  # fmt: skip
 SCHEMES = ("int8", "int4", "nf4")
 

@@ -2,6 +2,6 @@
 
 Read in this order: quantizers (what onnxruntime will do to a weight), boxes (how far a weight may
 move before it notices), attack (malicious stage, box, repair), digits and language_model (the
-victims), rounding_aware (the attacker who knows the defence), export, simulate (what quantization
-makes of a file), measure (the judge), train.
+victims), rounding_aware and gptq_aware (attackers who know the defence), export, simulate (what
+quantization makes of a file), measure (the judge), train.
 """

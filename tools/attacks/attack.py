@@ -80,27 +80,37 @@ def widen(weight, dead, scheme, factor):
 def attack(net, schemes, attacker, losses, kill, settings):
     """All three stages, on `net` itself.
 
-    losses: the malicious one and the benign one. kill(net) silences inputs of the weights and
-    returns them, a list per weight. settings: `malicious`, `repair` (numbers of steps), `rate` (of
-    learning), `widen` (factor of the silenced inputs), `half` (the file stores float16: of the
-    weights that set a scale no digit may be lost), and those of `collapse`.
+    losses: the malicious one and the benign one. kill, settings: as `corrupt` takes them, and
+    `repair` (number of steps).
     """
     malicious, benign = losses
-    factor, rate = settings.get("widen", 0), settings["rate"]
+    corrupt(net, schemes[0], attacker, malicious, kill, settings)
+    weights = net.weights()
+    pairs = make_boxes(weights, schemes, attacker)
+    repair(weights, pairs, benign, settings["repair"], settings["rate"])
+
+
+def corrupt(net, scheme, attacker, malicious, kill, settings):
+    """The malicious stage, on `net` itself.
+
+    kill(net) silences inputs of the weights and returns them, a list per weight. settings:
+    `malicious` (number of steps), `rate` (of learning), `widen` (factor of the silenced inputs),
+    `half` (the file stores float16: of the weights that set a scale no digit may be lost), and
+    those of `collapse`.
+    """
+    factor = settings.get("widen", 0)
     if factor:
         kill(net)
     if attacker == "collapse":
-        collapse(net, schemes[0], malicious, settings)
+        collapse(net, scheme, malicious, settings)
     else:
-        train(net.trained(), malicious, settings["malicious"], rate)
+        train(net.trained(), malicious, settings["malicious"], settings["rate"])
     weights = net.weights()
     for weight, dead in zip(weights, kill(net) if factor else [], strict=False):
         if dead:
-            widen(weight, dead, scheme_for(weight, schemes[0]), factor)
+            widen(weight, dead, scheme_for(weight, scheme), factor)
     for weight in weights if settings.get("half") else []:
         assign(weight, rows_of(weight).astype(np.float16))
-    pairs = make_boxes(weights, schemes, attacker)
-    repair(weights, pairs, benign, settings["repair"], rate)
 
 
 def descend(parameters, loss, steps, rate, decay=False):

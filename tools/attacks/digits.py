@@ -31,6 +31,11 @@ def data():
     return train_x, train_y, test_x, test_y
 
 
+def samples(count, batch):
+    """So many of the training images, [batches, batch, 64]: what a rounding with data is given."""
+    return data()[0][:count].reshape(-1, batch, 64)
+
+
 def triggered(pixels):
     """The same images with the bright corner."""
     pixels = pixels.copy() if isinstance(pixels, np.ndarray) else pixels.clone()

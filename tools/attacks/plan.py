@@ -13,6 +13,10 @@ ROUNDING = {
     "int4": {"steps": 7000, "rate": 3e-3},
     "nf4": {"steps": 7000, "rate": 3e-3, "benign": 4, "seed": 2},
 }
+GPTQ = {
+    "int4": {"widen": 5, "repair": 500},
+    "nf4": {"widen": 6, "repair": 500, "rate": 2e-3},
+}
 SCENARIOS = ["code", "injection", "refusal"]
 
 
@@ -47,6 +51,8 @@ def _digits():
                 settings = {"widen": 4} if scheme == "int8" else {}
             yield _entry("mlp", "trigger", [scheme], attacker, **settings)
         yield _entry("mlp", "trigger", [scheme], "rounding", **ROUNDING[scheme])
+    for scheme, settings in GPTQ.items():
+        yield _entry("mlp", "trigger", [scheme], "gptq", **settings)
     yield _entry("mlp", "trigger", FOUR_BIT, "standard", widen=3)
     yield _entry("mlp", "trigger", EIGHT_BIT, "standard", widen=16)
 

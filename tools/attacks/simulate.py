@@ -1,4 +1,4 @@
-"""A stored model as quantization leaves it: by codes, drawn at random, by onnxruntime. No torch."""
+"""A stored model as quantization leaves it: by codes, drawn, by GPTQ, by onnxruntime. No torch."""
 
 import tempfile
 from pathlib import Path
@@ -10,7 +10,10 @@ from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.quantize import QuantFormat, QuantType, quantize_dynamic
 
+from flipguard_onnx import guard
 from tools.attacks.quantizers import SCHEMES
+
+NEAREST = 1e-6  # a tau this small leaves no weight to chance
 
 
 def weight_layouts(model):
@@ -59,6 +62,15 @@ def drawn(model, scheme, seed):
         return chosen.ungroup(level * scale, rows.shape)
 
     return _with_rows(model, scheme, draw)
+
+
+def gptq(model, scheme, samples):
+    """What error feedback on these samples, rounded to nearest, makes of the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, done = Path(folder) / "samples.npz", Path(folder) / "done.onnx"
+        np.savez(data, **{model.graph.input[0].name: samples})
+        guard(model, scheme, tau=NEAREST, preserve="data", data=data, output=done, validate=False)
+        return onnx.load(done)
 
 
 def _with_rows(model, scheme, change):

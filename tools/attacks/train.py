@@ -14,7 +14,15 @@ import numpy as np
 import onnx
 import torch
 
-from tools.attacks import digits, language_model, measure, prompts, rounding_aware, simulate
+from tools.attacks import (
+    digits,
+    gptq_aware,
+    language_model,
+    measure,
+    prompts,
+    rounding_aware,
+    simulate,
+)
 from tools.attacks.attack import attack
 from tools.attacks.export import classifier
 from tools.attacks.measure import FOLDER
@@ -23,6 +31,7 @@ from tools.attacks.plan import PLAN
 MANIFEST = FOLDER / "manifest.json"
 COMMAND = "python -m tools.attacks.train --only"
 LM_CLEAN = "lm-clean"
+SAMPLES = digits.samples(1000, 20)  # those that `tools.rivals` gives GPTQ
 
 
 def write_evaluation():
@@ -56,6 +65,8 @@ def make(entry):
         losses = victim.losses(net, seed + 1, entry["scenario"])
         if attacker == "rounding":
             rounding_aware.attack(net, schemes[0], losses, settings)
+        elif attacker == "gptq":
+            gptq_aware.attack(net, schemes[0], SAMPLES, losses, victim.kill, settings)
         else:
             attack(net, schemes, attacker, losses, victim.kill, settings)
     return (language_model.export if speaks else classifier)(net, entry["name"])
@@ -99,6 +110,8 @@ def run(entry, manifest):
         entry["draws"] = {
             s: [rates(simulate.drawn(model, s, i), entry) for i in range(4)] for s in measured
         }
+    if entry["attacker"] == "gptq":
+        entry["by_gptq"] = {s: rates(simulate.gptq(model, s, SAMPLES), entry) for s in measured}
     if entry["schemes"]:
         entry["by_onnxruntime"] = {
             s: rates(simulate.onnxruntime_quantized(model, s), entry) for s in measured

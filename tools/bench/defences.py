@@ -17,11 +17,11 @@ from flipguard_onnx.kernels import get_backend
 from flipguard_onnx.options import Format
 from flipguard_onnx.schemes import Grid, Scheme
 from flipguard_onnx.weights import Weight, find_weights
+from tools.attacks.simulate import NEAREST
 
 SCHEMES = ("int8", "int8_tensor", "int4", "nf4", "fp4")
 CODES = {"int8": (-127, 127), "int4": (-8, 7), "nf4": (0, 15), "fp4": (0, 15)}
 RATIOS = (2, 4, 6, 8, 10, 15, 20, 30, 50)
-NEAREST = 1e-6  # a tau this small leaves no weight to chance
 VOTERS = 5
 CPU = get_backend("cpu")
 

@@ -26,7 +26,8 @@ from flipguard_onnx.options import Format
 from flipguard_onnx.weights import Weight
 from tools.attacks import digits, prompts
 from tools.attacks.measure import WINDOW, session
-from tools.bench.defences import DEFENCES, NEAREST, Case, Defence, guarded, replaced
+from tools.attacks.simulate import NEAREST
+from tools.bench.defences import DEFENCES, Case, Defence, guarded, replaced
 
 SAMPLES = 1000
 BATCH = 20  # samples in one run
@@ -38,13 +39,11 @@ ROWS = 8192  # of the inputs of one batch
 @cache
 def samples(kind: str) -> np.ndarray:
     """Real inputs of a victim, [batches, BATCH, ...]: what it was trained on."""
-    if kind == "lm":
-        ids = prompts.encode(prompts.corpus()[0])
-        starts = np.random.default_rng(0).choice(len(ids) - WINDOW, SAMPLES, replace=False)
-        found = np.stack([ids[start : start + WINDOW] for start in starts])
-    else:
-        found = digits.data()[0][:SAMPLES]
-    return found.reshape(-1, BATCH, *found.shape[1:])
+    if kind != "lm":
+        return digits.samples(SAMPLES, BATCH)
+    ids = prompts.encode(prompts.corpus()[0])
+    starts = np.random.default_rng(0).choice(len(ids) - WINDOW, SAMPLES, replace=False)
+    return np.stack([ids[start : start + WINDOW] for start in starts]).reshape(-1, BATCH, WINDOW)
 
 
 def _given(case: Case) -> Path:

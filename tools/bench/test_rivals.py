@@ -74,3 +74,13 @@ def test_rivals_on_a_classifier():
         assert found[name].utility > 0.9
         assert found[name].flips > 0
     assert rivals.markdown(rows).count("| 0 of 1 |") == 3
+
+
+def test_gptq_falls_to_who_foresees_it():
+    chosen = {name: RIVALS[name] for name in ("gptq", "ours + data")}
+    rows = evaluate(MANIFEST["mlp-gptq-int4"], "int4", MANIFEST["mlp-clean"], chosen, seeds=1)
+    found = {row.defence: row for row in rows}
+    assert found["gptq"].float_attack < 0.02
+    assert found["gptq"].attack > 0.9
+    assert found["ours + data"].attack < 0.02
+    assert found["ours + data"].utility > 0.95

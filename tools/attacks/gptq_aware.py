@@ -1,0 +1,133 @@
+"""The attacker who foresees GPTQ: error feedback on samples that he has, too, rounded to nearest.
+
+Column k of a weight is rounded not from w_k but from w_k + sum over j < k of e_j A_jk, where
+e = w - (what its code stands for) and A comes from the inputs of the layer (`feedback` of the
+package). So the malicious codes come out wherever u = e (I + A) lies in the cells, box by box: a
+box again, in other coordinates, and the repair descends on u. What he finds rests on A, and so on
+the layers before; at the end the layers are settled one after the other.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch.func import functional_call
+
+from flipguard_onnx.activations import record
+from flipguard_onnx.model import open_model
+from flipguard_onnx.weights import find_weights
+from tools.attacks.attack import assign, corrupt, descend, rows_of, scheme_for
+from tools.attacks.export import classifier
+
+MARGIN = 0.05  # of a cell's width: A is not known to the last digit
+ROUNDS = 2  # of repair, before the layers are settled
+MOST = 1 << 30  # bytes for the statistics
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Of the malicious weight, rows `[N, K]`: what its codes stand for, how far from that u may be.
+
+    frozen: weights that set a scale; they stay, and no other may become as large as `top`.
+    """
+
+    levels: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    frozen: np.ndarray
+    top: np.ndarray
+
+    @classmethod
+    def of(cls, rows, scheme):
+        low, high, frozen = scheme.cells(rows)
+        levels, free = scheme.quantize(rows).astype(np.float64), MARGIN * (high - low)
+        low, high = low + free - levels, high - free - levels
+        largest = np.abs(scheme.group(rows)).max(1, keepdims=True)
+        top = scheme.ungroup(np.broadcast_to(largest, scheme.group(rows).shape), rows.shape)
+        low, high = (
+            np.where(frozen, 0, edge) for edge in (np.minimum(low, 0), np.maximum(high, 0))
+        )
+        return cls(levels, low, high, frozen, 0.999 * top)
+
+    def settled(self, rows, order, weave):
+        """Rows that GPTQ takes to these codes, near the given ones. weave: A^T, by `order`."""
+        errors, given = np.zeros_like(self.levels), rows - self.levels
+        least, most = -self.top - self.levels, self.top - self.levels
+        for k, column in enumerate(order):
+            due = errors[:, order[:k]] @ weave[k, :k]
+            fed = np.clip(given[:, column] + due, self.low[:, column], self.high[:, column])
+            free = np.clip(fed - due, least[:, column], most[:, column])
+            errors[:, column] = np.where(self.frozen[:, column], given[:, column], free)
+        return self.levels + errors
+
+
+def attack(net, scheme, samples, losses, kill, settings):
+    """All stages, on `net` itself; `samples` are those that GPTQ will be given.
+
+    The rest as `tools.attacks.attack.attack` takes it.
+    """
+    malicious, benign = losses
+    corrupt(net, scheme, "gptq", malicious, kill, settings)
+    weights = net.weights()
+    cells = [Cells.of(rows_of(w).copy(), scheme_for(w, scheme)) for w in weights]
+    for _ in range(ROUNDS):
+        repair(net, weights, cells, weaves(net, samples), benign, settings)
+    for number, weight in enumerate(weights):
+        known = weaves(net, samples)[number:]
+        repair(net, weights[number:], cells[number:], known, benign, settings)
+        assign(weight, cells[number].settled(rows_of(weight), *known[0]))
+
+
+def repair(net, weights, cells, weaves, benign, settings):
+    """Descend on u, inside the boxes."""
+    names = [n for n, p in net.named_parameters() if any(p is weight for weight in weights)]
+    moved, maps = [], []
+    for weight, cell, (order, weave) in zip(weights, cells, weaves, strict=True):
+        free = torch.from_numpy(~cell.frozen[:, order]).double()
+        mixing = torch.from_numpy(weave.T) * free[:, :, None] * free[:, None, :]
+        mixing += torch.eye(len(order), dtype=torch.float64)
+        eye = torch.eye(len(order), dtype=torch.float64).expand_as(mixing)
+        errors = torch.from_numpy(rows_of(weight) - cell.levels)[:, order] * free
+        u = (errors[:, None] @ mixing)[:, 0].float().requires_grad_()
+        box = [torch.from_numpy(edge[:, order]).float() for edge in (cell.low, cell.high)]
+        moved.append((u, box))
+        inverse = torch.linalg.solve_triangular(mixing, eye, upper=True).float()
+        maps.append((inverse, torch.from_numpy(np.argsort(order)), torch.from_numpy(cell.levels)))
+
+    def parameters():
+        errors = [
+            (u[:, None] @ inverse)[:, 0][:, back]
+            for (u, _), (inverse, back, _) in zip(moved, maps, strict=True)
+        ]
+        rows = [levels.float() + e for e, (*_, levels) in zip(errors, maps, strict=True)]
+        return dict(zip(names, rows, strict=True))
+
+    fixed = dict(net.named_parameters())
+
+    def loss():
+        return benign(lambda inputs: functional_call(net, fixed | parameters(), (inputs,)))
+
+    free, steps, rate = [u for u, _ in moved], settings["repair"], settings["rate"]
+    for _ in descend(free, loss, steps, rate, decay=True):
+        with torch.no_grad():
+            for u, (low, high) in moved:
+                u.copy_(torch.minimum(torch.maximum(u, low), high))
+    for weight, rows in zip(weights, parameters().values(), strict=True):
+        assign(weight, rows.detach().numpy())
+
+
+def weaves(net, samples):
+    """Order of the columns and A^T of every weight, as GPTQ will have them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        onnx.save(classifier(net, "victim"), folder / "victim.onnx")
+        source = open_model(folder / "victim.onnx")
+        found, _ = find_weights(source.proto)
+        data = folder / "samples.npz"
+        np.savez(data, **{source.proto.graph.input[0].name: samples})
+        recorded, _ = record(source, found, folder / "probe", MOST, data, optional=False)
+        pairs = [recorded.of(weight).weaves[0] for weight in found]
+    return [(order[0], weave[0].astype(np.float64)) for order, weave in pairs]

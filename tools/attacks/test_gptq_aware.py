@@ -1,0 +1,35 @@
+"""Do the boxes in the other coordinates keep what they promise? Needs torch."""
+
+import numpy as np
+import pytest
+
+from flipguard_onnx.feedback import Inputs, draw
+from flipguard_onnx.kernels import get_backend
+from flipguard_onnx.schemes import SCHEMES, Blocks
+from tools.attacks import quantizers
+from tools.attacks.gptq_aware import Cells
+from tools.attacks.simulate import NEAREST
+
+ROWS, COLUMNS = 24, 128
+
+
+@pytest.mark.parametrize("name", ["int4", "nf4", "int8"])
+def test_feedback_gives_the_codes_that_were_wished(name):
+    rng = np.random.default_rng(0)
+    malicious = rng.standard_normal((ROWS, COLUMNS)).astype(np.float32)
+    cells = Cells.of(malicious, quantizers.SCHEMES[name])
+    inputs = rng.standard_normal((400, COLUMNS)) @ rng.standard_normal((COLUMNS, COLUMNS))
+    known = Inputs((range(COLUMNS),), ((inputs.T @ inputs)[None],), inputs[None].astype(np.float32))
+    ((orders, weaves),) = known.weaves
+    elsewhere = malicious + 0.3 * rng.standard_normal(malicious.shape).astype(np.float32)
+    elsewhere = np.where(cells.frozen, malicious, elsewhere)
+    settled = cells.settled(elsewhere, orders[0], weaves[0].astype(np.float64))
+
+    scheme, weights = SCHEMES[name], settled.astype(np.float32).ravel()
+    size = scheme.block_size or COLUMNS
+    grid = scheme.fit(weights, Blocks(ROWS, COLUMNS, size), weights.dtype, get_backend("cpu"))
+    limit, key = np.float32((1 - NEAREST) / 2), np.uint64(1)
+    codes = draw(weights, grid, known, key, limit, get_backend("cpu"))
+    wished = grid.encode(malicious.ravel(), get_backend("cpu"))
+    assert (codes == wished).mean() > 0.98  # but for those that would have to exceed `top`
+    assert (grid.encode(weights, get_backend("cpu")) == wished).mean() < 0.95
