@@ -1,7 +1,7 @@
 """How fast what we write runs in onnxruntime, beside float32 and onnxruntime's own quantizers.
 
     python tools/fetch_models.py
-    python -m tools.latency [--models NAME...] [--files NAME...] [--rounds 60] [--json FILE]
+    python -m tools.latency [--models NAME...] [--files NAME...] [--rounds 20] [--json FILE]
     python -m tools.latency --load FILE...
 
 Every file runs in a process of its own that has nothing but onnxruntime and numpy, with default
@@ -240,7 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--files", nargs="+", default=list(FILES), choices=FILES)
-    parser.add_argument("--rounds", type=int, default=60, help="0: only make the files")
+    parser.add_argument("--rounds", type=int, default=20, help="0: only make the files")
     parser.add_argument("--folder", type=Path, help="keep files there, and use those that are")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument("--load", nargs="+", type=Path, metavar="FILE", help="of earlier runs")
