@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 
 from .errors import ValidationError
-from .model import Model, Output, output_names, raw_bytes
+from .model import Model, Output, bodies, output_names, raw_bytes
 from .rewrite import Rewriter
 from .schemes import Codes, Grid
 from .scopes import Scope, attribute
@@ -71,7 +71,9 @@ class Settled:
                 self._bias(name, decoder, readers[decoder.output[0]])
             elif np.prod(original.dims) > 1:
                 self._back_to_float(name, decoder)
+        _drop_unread_initializers(self._made.proto)
         self._hold_floats()
+        _drop_unread_initializers(self._made.proto)
 
     def _bias(self, name: str, decoder: NodeProto, reader: NodeProto) -> None:
         """Keep a bias that is held to half a step of the products, or to a small part of that of
@@ -170,3 +172,11 @@ def _outputs(node: NodeProto, weight: TensorProto) -> int:
         return weight.dims[1] * int(attribute(node, "group", 1))
     by_row = node.op_type == "Conv" or attribute(node, "transB", 0)
     return weight.dims[0 if by_row else 1]
+
+
+def _drop_unread_initializers(proto: ModelProto) -> None:
+    read = {name for body in bodies(proto) for node in body.node for name in node.input}
+    read.update(output_names(proto.graph))
+    for index in reversed(range(len(proto.graph.initializer))):
+        if proto.graph.initializer[index].name not in read:
+            del proto.graph.initializer[index]

@@ -20,7 +20,7 @@ from .errors import DriftError, SchemeError, UnsupportedModelError, ValidationEr
 from .feeds import Feed, load_feeds
 from .flip import Flips
 from .integers import Integers
-from .model import INLINE_LIMIT, Model, Output, bodies, open_model, output_names
+from .model import INLINE_LIMIT, Model, Output, bodies, open_model
 from .options import one_of
 from .qdq import Emitter
 from .rewrite import remove_named
@@ -240,7 +240,6 @@ class Static:
         self.integers = replace(
             self.integers, weight_only=settled.weight_only, floats=tuple(settled.floats)
         )
-        _drop_unread_initializers(made.proto)
         self._emit_the_rest(made.proto)
         _keep_metadata(made.proto, floats.proto)
         save(made.proto, self.output, made, metadata)
@@ -269,14 +268,6 @@ def sinks(
         kind: Static(source, prepared, output(kind), calibration, standard_ops, kind == "plain")
         for kind in (("qdq", "plain") if measured else ("qdq",))
     }
-
-
-def _drop_unread_initializers(proto: ModelProto) -> None:
-    read = {name for body in bodies(proto) for node in body.node for name in node.input}
-    read.update(output_names(proto.graph))
-    for index in reversed(range(len(proto.graph.initializer))):
-        if proto.graph.initializer[index].name not in read:
-            del proto.graph.initializer[index]
 
 
 def _keep_metadata(proto: ModelProto, source: ModelProto) -> None:
