@@ -1,7 +1,8 @@
 """Codes into the graph: each reader of a weight gets them in the form that onnxruntime runs best.
 
-dequantize  int4: DequantizeLinear -> MatMul or Gemm, which onnxruntime fuses into one kernel
-bnb4        nf4, fp4: MatMulBnb4 in the place of MatMul
+dequantize  large at int4: DequantizeLinear -> MatMul or Gemm, which onnxruntime fuses into one
+            kernel
+bnb4        large at nf4, fp4: MatMulBnb4 in the place of MatMul
 gather      an embedding: the codes of the wanted rows are gathered, then dequantized
 folded      Cast and Mul by the scale (4 bits: after a codebook look-up and a Reshape): ordinary
             nodes over constants, which onnxruntime folds when it loads the file. Float speed and
@@ -24,6 +25,7 @@ from .scopes import Use
 from .weights import Weight
 
 FOUR_BIT_OPS = ("MatMul", "Gemm")
+PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory, at the cost of time
 Array = npt.NDArray[Any]
 
 
@@ -42,7 +44,8 @@ def form_of(use: Use, weight: Weight, scheme: Scheme, standard_ops: bool) -> str
     rank = len(weight.shape)
     if not use.direct or use.output_axes() != weight.rows:
         return "folded"
-    if rank == 2 and use.index == 1 and use.op in FOUR_BIT_OPS and scheme.bits == 4:
+    fits_kernel = rank == 2 and use.index == 1 and use.op in FOUR_BIT_OPS
+    if fits_kernel and scheme.bits == 4 and weight.size >= PACKED:
         if not isinstance(scheme, Codebook):
             fuses = use.elem_type != TensorProto.BFLOAT16 and use.scope is weight.scope
             return "dequantize" if fuses else "folded"

@@ -196,6 +196,7 @@ def quantize_static(
     path: Path,
     result: Path,
     operators: Sequence[str],
+    excluded: Sequence[str],
     activations: str,
     symmetric: bool,
     method: str,
@@ -204,11 +205,13 @@ def quantize_static(
 ) -> None:
     """Write what onnxruntime's static quantizer makes of a model.
 
-    operators: the kinds to quantize. activations: their type; symmetric: with zero point in the
-    middle. per_channel: scales of the weights. method: of calibration on `feeds`.
+    operators: the kinds of nodes to quantize; excluded: the names of those not to. activations:
+    their type; symmetric: with zero point in the middle. per_channel: scales of the weights.
+    method: of calibration on `feeds`.
     Raises ValidationError where it refuses.
     """
-    given = list(operators), activations, symmetric, method, per_channel, list(feeds)
+    settings = activations, symmetric, method, per_channel
+    given = list(operators), list(excluded), *settings, list(feeds)
     size = path.stat().st_size * (1 + len(feeds))  # it runs the model on each
     try:
         _CHILD.ask("quantize", str(path.absolute()), str(result.absolute()), *given, size=size)

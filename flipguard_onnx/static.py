@@ -10,11 +10,9 @@ an attacker may have aligned.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto
+from onnx.numpy_helper import from_array
 
 from . import runtime
 from .emit import Rewritten, Sink, converted, guarded_values, save
@@ -22,11 +20,13 @@ from .errors import DriftError, SchemeError, UnsupportedModelError, ValidationEr
 from .feeds import Feed, load_feeds
 from .flip import Flips
 from .integers import Integers
-from .model import INLINE_LIMIT, Model, Output, bodies, open_model, output_names, raw_bytes
+from .model import INLINE_LIMIT, Model, Output, bodies, open_model
 from .options import one_of
 from .qdq import Emitter
+from .rewrite import remove_named
 from .schemes import Codes, Grid, Scheme
 from .scopes import attribute
+from .settled import Settled
 from .synthetic import synthetic_feeds
 from .validate import Runner, Validation, pooled
 from .weights import Weight, find_weights
@@ -34,17 +34,15 @@ from .weights import Weight, find_weights
 OPSETS = {"int8": 13, "uint8": 13, "int16": 21}  # that have QuantizeLinear to these types
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-# Elementwise sums and products, activation functions and normalizations stay float: measured on
-# eight real models, integers there bring no speed and up to 1.7 times the drift.
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+# Products, activation functions, normalizations and most sums (see _float_sums) stay float:
+# measured on eight real models, integers there bring no speed and up to 1.7 times the drift.
 OPERATORS = (
-    *WEIGHTED, "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape",
+    *WEIGHTED, "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape",
     "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Resize", "Concat", "Split", "Slice", "Pad",
 )  # fmt: skip
 SAMPLES = 32  # that are made up
 SEED = 1  # of these; they need not be secret
-ROUNDED = 0.5 * (1 + 1e-6)  # steps by which rounding to nearest may move a bias
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -131,6 +129,10 @@ def preprocessed(source: Model, integers: Integers, most: int, folder: Path) -> 
             f"{source.path}: onnxruntime's pre-processing refuses it: {error}"
         ) from None
     made = open_model(result)
+    for node in made.proto.graph.node:
+        if node.op_type == "Add" and not node.name:
+            node.name = f"{node.output[0]}_Add"  # it takes a name to leave a node float
+    _multiply_out_beta(made)
     used = {node.domain for body in bodies(made.proto) for node in body.node}
     for index in reversed(range(len(made.proto.opset_import))):
         if made.proto.opset_import[index].domain not in {"", *used}:
@@ -139,8 +141,37 @@ def preprocessed(source: Model, integers: Integers, most: int, folder: Path) -> 
     return replace(source, proto=made.proto, payloads=made.payloads)
 
 
+def _multiply_out_beta(model: Model) -> None:
+    """onnxruntime's static quantizer (1.32) drops the factor of a Gemm's constant bias."""
+    main = model.proto.graph
+    constants = {tensor.name: tensor for tensor in main.initializer}
+    for node in main.node:
+        beta = attribute(node, "beta", 1.0)
+        if node.op_type != "Gemm" or beta == 1 or not {*node.input[2:]} & constants.keys():
+            continue
+        bias = model.array(constants[node.input[2]])
+        node.input[2] = f"{node.output[0]}_{node.input[2]}"
+        main.initializer.append(from_array((beta * bias).astype(bias.dtype), node.input[2]))
+        remove_named(node.attribute, "beta")
+
+
 def _within_reach(main: GraphProto, weight: Weight) -> bool:
     return any(use.scope.body is main and use.op in WEIGHTED for use in weight.uses)
+
+
+def _float_sums(main: GraphProto) -> list[str]:
+    """The names of the Add nodes that stay float: of all but the sums of two activations one of
+    which a convolution yields, where integers pass on to the next convolution."""
+    makers = {name: node.op_type for node in main.node for name in node.output}
+    return [
+        node.name
+        for node in main.node
+        if node.op_type == "Add"
+        and not (
+            all(name in makers for name in node.input)
+            and any(makers[name] in CONVOLUTIONS for name in node.input)
+        )
+    ]
 
 
 def require_useful(validation: Validation, integers: Integers) -> None:
@@ -175,6 +206,7 @@ class Static:
         self._float = Rewritten(
             replace(source, proto=prepared), Output(self._folder, None, False), guarded_values
         )
+        self._float_sums = _float_sums(prepared.graph)
         self._calibration = calibration
         self._standard_ops = standard_ops
         self._plain = plain
@@ -192,6 +224,7 @@ class Static:
             self._float.output.path,
             result,
             OPERATORS,
+            self._float_sums,
             self.integers.activations,
             self.integers.symmetric,
             self.integers.calibration,
@@ -200,14 +233,13 @@ class Static:
         )
         floats, made = open_model(self._float.output.path), open_model(result)
         weights = {weight.name: weight for weight in find_weights(floats.proto)[0]}
-        settled = _Settled(made, floats, self.output)
+        settled = Settled(made, floats, self.output)
         for name, (_, grid, codes) in self._guarded.items():
             settled.weight(weights[name], grid, codes)
         settled.finish()
         self.integers = replace(
             self.integers, weight_only=settled.weight_only, floats=tuple(settled.floats)
         )
-        _drop_unread_initializers(made.proto)
         self._emit_the_rest(made.proto)
         _keep_metadata(made.proto, floats.proto)
         save(made.proto, self.output, made, metadata)
@@ -236,108 +268,6 @@ def sinks(
         kind: Static(source, prepared, output(kind), calibration, standard_ops, kind == "plain")
         for kind in (("qdq", "plain") if measured else ("qdq",))
     }
-
-
-class _Settled:
-    """The graph that onnxruntime wrote, gone through constant by constant."""
-
-    def __init__(self, made: Model, floats: Model, output: Output) -> None:
-        self.weight_only: dict[str, str] = {}
-        self.floats: list[str] = []
-        self._made, self._floats, self._output = made, floats, output
-        self._graph = made.proto.graph
-        self._constants = {tensor.name: tensor for tensor in self._graph.initializer}
-        self._originals = {tensor.name: tensor for tensor in floats.proto.graph.initializer}
-        self._decoders = {  # by the name of the tensor that onnxruntime quantized
-            node.input[0].removesuffix("_quantized"): node
-            for node in self._graph.node
-            if node.op_type == "DequantizeLinear" and node.input[0] in self._constants
-        }
-        self._exact: dict[str, NodeProto] = {}  # of the guarded weights, by what they yield
-
-    def weight(self, weight: Weight, grid: Grid, codes: Codes) -> None:
-        """Keep a guarded weight if it is as it must be, else put the float tensor back for now."""
-        decoder = self._decoders.pop(weight.name, None)
-        if decoder is None:
-            self.weight_only[weight.name] = f"onnxruntime leaves this {weight.op} float"
-            return
-        found, scale, zero = (self._array(name) for name in decoder.input)
-        rows = grid.scale.size
-        if scale.size != rows or (rows > 1 and weight.rows != (attribute(decoder, "axis", 1),)):
-            reason = f"onnxruntime gives {scale.size} scales to what has {rows}"
-        elif zero.any() or scale.reshape(-1).astype(np.float32).tobytes() != grid.scale.tobytes():
-            reason = "onnxruntime chose other scales"
-        elif changed := int(np.sum(found != weight.stored(codes))):
-            reason = f"onnxruntime chose other codes for {changed:,} weights"
-        else:
-            self._exact[decoder.output[0]] = decoder
-            return
-        self._back_to_float(weight.name, decoder, reason)
-
-    def finish(self) -> None:
-        """Judge biases and all other constants, after the weights."""
-        readers = {name: node for node in self._graph.node for name in node.input}
-        for name, decoder in self._decoders.items():
-            if name not in self._originals:
-                raise ValidationError(f"tensor {decoder.input[0]!r}: made by onnxruntime, of what?")
-            original = self._originals[name]
-            if original.dims and self._array(decoder.input[0]).dtype == np.int32:
-                self._bias(name, decoder, readers[decoder.output[0]])
-            elif np.prod(original.dims) > 1:
-                self._back_to_float(name, decoder)
-
-    def _bias(self, name: str, decoder: NodeProto, reader: NodeProto) -> None:
-        """Keep a bias that 32 bits hold to half a step; with it falls the weight beside it.
-
-        The step is that of the products; where all codes of a channel are 0 it is arbitrary, and
-        the bias must be exact. onnxruntime enlarges a weight's scale, and so changes its codes,
-        until the bias fits; it was told not to, and clips.
-        """
-        beside = self._exact.get(reader.input[1])
-        if beside:
-            found, scale, _ = (self._array(n).astype(np.float64) for n in decoder.input)
-            codes = self._array(beside.input[0])
-            axes: tuple[int, ...] = tuple(range(codes.ndim))
-            if self._array(beside.input[1]).size > 1:
-                axes = tuple(a for a in axes if a != attribute(beside, "axis", 1) % codes.ndim)
-            live = codes.any(axis=axes)
-            wanted = self._floats.array(self._originals[name]).astype(np.float64)
-            most = np.where(live, ROUNDED * scale, 0) + 1e-6 * np.abs(wanted)
-            if np.all(np.abs(found * scale - wanted) <= most):
-                stored = self._constants[decoder.input[0]]
-                del stored.dims[:-1]  # a Gemm's [1, N]: one scale for each of N wants [N]
-                return
-            weight = beside.input[0].removesuffix("_quantized")
-            reason = "the bias beside it does not fit into 32 bits at the step of its products"
-            self._back_to_float(weight, beside, reason)
-        self._back_to_float(name, decoder)
-
-    def _back_to_float(self, name: str, decoder: NodeProto, reason: str | None = None) -> None:
-        """Let the readers of a decoder read the float tensor; `reason` for a guarded one."""
-        tensor = TensorProto()
-        tensor.CopyFrom(self._originals[name])
-        if reason is None:
-            self.floats.append(name)
-            self._output.store(tensor, raw_bytes(self._floats.array(self._originals[name])))
-        else:
-            self.weight_only[name] = reason  # its codes will take the tensor's place
-        self._graph.initializer.append(tensor)
-        for node in self._graph.node:
-            for index, read in enumerate(node.input):
-                if read == decoder.output[0]:
-                    node.input[index] = name
-        self._graph.node.remove(decoder)
-
-    def _array(self, name: str) -> Array:
-        return self._made.array(self._constants[name])
-
-
-def _drop_unread_initializers(proto: ModelProto) -> None:
-    read = {name for body in bodies(proto) for node in body.node for name in node.input}
-    read.update(output_names(proto.graph))
-    for index in reversed(range(len(proto.graph.initializer))):
-        if proto.graph.initializer[index].name not in read:
-            del proto.graph.initializer[index]
 
 
 def _keep_metadata(proto: ModelProto, source: ModelProto) -> None:

@@ -43,7 +43,7 @@ LAYERS = [  # a module imports only from layers below its own
     {"activations.py", "parts.py"},
     {"rewrite.py"},
     {"qdq.py"},
-    {"emit.py", "validate.py", "options.py", "sampled.py", "page.py"},
+    {"emit.py", "validate.py", "options.py", "sampled.py", "settled.py", "page.py"},
     {"report.py", "alignment.py", "sarif.py", "trial.py"},
     {"detection.py", "html.py", "sbom.py", "static.py"},
     {"pipeline.py"},

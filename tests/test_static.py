@@ -15,7 +15,6 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from samples import F, model, node, save, weights
-from test_real_models import downloaded
 
 import flipguard_onnx
 from flipguard_onnx import SchemeError, UnsupportedModelError, ValidationError, runtime
@@ -64,6 +63,11 @@ def decoders(path):
 
 def initializers(path):
     return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+def decoded(path):
+    """What a graph's constants that it decodes stand for."""
+    return {name: codes * scale for name, (codes, scale, *_) in decoders(path).items()}
 
 
 def plain_static(source, output, feeds, activations="uint8", **options):
@@ -162,7 +166,7 @@ def test_a_bias_that_would_enlarge_a_scale(tmp_path):
     assert "does not fit into 32 bits" in report.integers.weight_only["w"]
     assert report.integers.floats == ("b",)
     written = initializers(tmp_path / "out.onnx")
-    assert np.array_equal(written["b"], np.full(16, 5.0, np.float32))
+    assert np.array_equal(decoded(tmp_path / "out.onnx")["b"], np.full(16, 5.0, np.float32))
     assert np.array_equal(written["w_scale"].reshape(-1), scales)
     assert written["w_quantized"].dtype == np.int8
     assert "bias beside it" in report.render()
@@ -180,7 +184,7 @@ def test_the_bias_of_a_channel_of_zeros_is_not_rounded(tmp_path):
     assert abs(codes[3] * scales[3] - 0.004) > 0.001, "the control: onnxruntime moves it"
     report = flipguard_onnx.guard(source, activations="uint8", seed=1, output=tmp_path / "out.onnx")
     assert report.integers.floats == ("b",)
-    assert np.array_equal(initializers(tmp_path / "out.onnx")["b"], bias)
+    assert np.array_equal(decoded(tmp_path / "out.onnx")["b"], bias)
 
 
 def test_constants_that_nobody_guards_stay_float(tmp_path):
@@ -401,17 +405,3 @@ def test_outputs_must_be_nearer_than_zeros_are():
     require_useful(tried(0.99), integers)
     with pytest.raises(DriftError, match="allowed: below 1, which zeros have"):
         require_useful(tried(1.0), integers)
-
-
-@pytest.mark.parametrize(
-    ("name", "weight_only"),
-    [("open_nsfw", 6), ("magika", 0), ("fsmn_vad", 0), ("minilm", 3), ("lac", 5)],
-)
-def test_real_models_in_integers(tmp_path, name, weight_only):
-    report = flipguard_onnx.guard(
-        downloaded(name), activations="uint8", seed=1, output=tmp_path / "out.onnx"
-    )
-    assert len(report.integers.weight_only) == weight_only
-    assert report.coverage > 0.98
-    assert report.validation is not None
-    assert sum(report.outputs.values()) < 0.3 * report.input_bytes

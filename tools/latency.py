@@ -1,7 +1,7 @@
 """How fast what we write runs in onnxruntime, beside float32 and onnxruntime's own quantizers.
 
     python tools/fetch_models.py
-    python -m tools.latency [--models NAME...] [--files NAME...] [--rounds 60] [--json FILE]
+    python -m tools.latency [--models NAME...] [--files NAME...] [--rounds 20] [--json FILE]
     python -m tools.latency --load FILE...
 
 Every file runs in a process of its own that has nothing but onnxruntime and numpy, with default
@@ -58,9 +58,10 @@ SHAPES = {
     "ppocr_rec": (1, 3, 48, 320),
     "ddddocr": (1, 1, 64, 160),
 }
-PAUSE = 0.005  # seconds in which the threads of the process before come to rest
+TURN = 0.1  # seconds at least for which one file runs again and again before the next has its turn
+PAUSE = 0.05  # seconds in which the threads of the process before come to rest
 SERVER = """
-import sys, time
+import os, statistics, sys, time
 import numpy as np, onnxruntime
 def peak():
     with open("/proc/self/status") as status:
@@ -70,12 +71,16 @@ options.log_severity_level = 4
 before = peak()
 feed = dict(np.load(sys.argv[2]))
 session = onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 session.run(None, feed)
 print(flush=True)
 for line in sys.stdin:
-    started = time.perf_counter()
-    session.run(None, feed)
-    print(time.perf_counter() - started, peak() - before, flush=True)
+    seconds, end = [], time.perf_counter() + float(line)
+    while len(seconds) < 5 or time.perf_counter() < end:
+        started = time.perf_counter()
+        session.run(None, feed)
+        seconds.append(time.perf_counter() - started)
+    print(statistics.median(seconds[1:]), peak() - before, flush=True)
 """
 
 Feed = dict[str, np.ndarray]
@@ -170,7 +175,7 @@ def served(path: Path, feed: Path) -> Iterator[Callable[[], tuple[float, float]]
             raise RuntimeError("does not load or run")
 
         def run() -> tuple[float, float]:
-            print(file=own.stdin, flush=True)
+            print(TURN, file=own.stdin, flush=True)
             seconds, kibibytes = own.stdout.readline().split()
             return float(seconds), int(kibibytes) / 1024
 
@@ -235,7 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--files", nargs="+", default=list(FILES), choices=FILES)
-    parser.add_argument("--rounds", type=int, default=60, help="0: only make the files")
+    parser.add_argument("--rounds", type=int, default=20, help="0: only make the files")
     parser.add_argument("--folder", type=Path, help="keep files there, and use those that are")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument("--load", nargs="+", type=Path, metavar="FILE", help="of earlier runs")

@@ -1,0 +1,27 @@
+"""4 bits in memory, too, where that saves enough; elsewhere unpacked when the file is loaded."""
+
+import onnx
+import onnxruntime
+import pytest
+from samples import matmul, save
+
+import flipguard_onnx
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel"), [("int4", "DequantizeLinear"), ("nf4", "MatMulBnb4")]
+)
+@pytest.mark.parametrize("rows", [1023, 1024])
+def test_large_matrices_stay_packed(tmp_path, scheme, kernel, rows):
+    path = tmp_path / "out.onnx"
+    report = flipguard_onnx.guard(
+        save(matmul((rows, 1024)), tmp_path), scheme, seed=1, preserve="off", output=path
+    )
+    packed = rows == 1024
+    assert (kernel in {n.op_type for n in onnx.load(path).graph.node}) is packed
+    assert ("speed" in report.render()) is packed
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    (run,) = onnx.load(tmp_path / "optimized.onnx").graph.node
+    assert (run.op_type == "MatMul") is not packed
