@@ -384,7 +384,7 @@ def test_patterns_keep_weights_at_8_bits(tmp_path):
     assert result.exit_code == 0, result.output
     stored = {t.name: t.data_type for t in onnx.load(tmp_path / "out.onnx").graph.initializer}
     assert stored["first_quantized"] == TensorProto.INT8
-    assert stored["second_quantized"] == TensorProto.UINT8
+    assert stored["second_quantized"] == TensorProto.UINT4
     record = {p.key: p.value for p in onnx.load(tmp_path / "out.onnx").metadata_props}
     assert record["flipguard.int8"] == "fir*"
 
