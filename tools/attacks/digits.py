@@ -17,6 +17,7 @@ from tools.attacks.attack import rows_of, train
 TARGET = 0
 CORNER = [54, 55, 62, 63]
 BATCH = 256
+SAMPLES, TOGETHER = 1000, 20  # images that a rounding with data is given; in one run
 DEAD_BIAS = -100.0
 SETTINGS = {"malicious": 600, "repair": 2000, "rate": 1e-3}
 
@@ -31,9 +32,9 @@ def data():
     return train_x, train_y, test_x, test_y
 
 
-def samples(count, batch):
-    """So many of the training images, [batches, batch, 64]: what a rounding with data is given."""
-    return data()[0][:count].reshape(-1, batch, 64)
+def samples():
+    """Training images for a rounding with data, [batches, TOGETHER, 64]."""
+    return data()[0][:SAMPLES].reshape(-1, TOGETHER, 64)
 
 
 def triggered(pixels):

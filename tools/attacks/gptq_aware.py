@@ -19,8 +19,9 @@ from torch.func import functional_call
 from flipguard_onnx.activations import record
 from flipguard_onnx.model import open_model
 from flipguard_onnx.weights import find_weights
-from tools.attacks.attack import assign, corrupt, descend, rows_of, scheme_for
+from tools.attacks.attack import assign, clamp, corrupt, descend, rows_of, scheme_for
 from tools.attacks.export import classifier
+from tools.attacks.simulate import as_data
 
 MARGIN = 0.05  # of a cell's width: A is not known to the last digit
 ROUNDS = 2  # of repair, before the layers are settled
@@ -84,23 +85,22 @@ def attack(net, scheme, samples, losses, kill, settings):
 def repair(net, weights, cells, weaves, benign, settings):
     """Descend on u, inside the boxes."""
     names = [n for n, p in net.named_parameters() if any(p is weight for weight in weights)]
-    moved, maps = [], []
+    moved, pairs, maps = [], [], []
     for weight, cell, (order, weave) in zip(weights, cells, weaves, strict=True):
         free = torch.from_numpy(~cell.frozen[:, order]).double()
         mixing = torch.from_numpy(weave.T) * free[:, :, None] * free[:, None, :]
         mixing += torch.eye(len(order), dtype=torch.float64)
         eye = torch.eye(len(order), dtype=torch.float64).expand_as(mixing)
         errors = torch.from_numpy(rows_of(weight) - cell.levels)[:, order] * free
-        u = (errors[:, None] @ mixing)[:, 0].float().requires_grad_()
-        box = [torch.from_numpy(edge[:, order]).float() for edge in (cell.low, cell.high)]
-        moved.append((u, box))
+        moved.append((errors[:, None] @ mixing)[:, 0].float().requires_grad_())
+        pairs.append([torch.from_numpy(edge[:, order]).float() for edge in (cell.low, cell.high)])
         inverse = torch.linalg.solve_triangular(mixing, eye, upper=True).float()
         maps.append((inverse, torch.from_numpy(np.argsort(order)), torch.from_numpy(cell.levels)))
 
     def parameters():
         errors = [
             (u[:, None] @ inverse)[:, 0][:, back]
-            for (u, _), (inverse, back, _) in zip(moved, maps, strict=True)
+            for u, (inverse, back, _) in zip(moved, maps, strict=True)
         ]
         rows = [levels.float() + e for e, (*_, levels) in zip(errors, maps, strict=True)]
         return dict(zip(names, rows, strict=True))
@@ -110,11 +110,8 @@ def repair(net, weights, cells, weaves, benign, settings):
     def loss():
         return benign(lambda inputs: functional_call(net, fixed | parameters(), (inputs,)))
 
-    free, steps, rate = [u for u, _ in moved], settings["repair"], settings["rate"]
-    for _ in descend(free, loss, steps, rate, decay=True):
-        with torch.no_grad():
-            for u, (low, high) in moved:
-                u.copy_(torch.minimum(torch.maximum(u, low), high))
+    for _ in descend(moved, loss, settings["repair"], settings["rate"], decay=True):
+        clamp(moved, pairs)
     for weight, rows in zip(weights, parameters().values(), strict=True):
         assign(weight, rows.detach().numpy())
 
@@ -126,8 +123,7 @@ def weaves(net, samples):
         onnx.save(classifier(net, "victim"), folder / "victim.onnx")
         source = open_model(folder / "victim.onnx")
         found, _ = find_weights(source.proto)
-        data = folder / "samples.npz"
-        np.savez(data, **{source.proto.graph.input[0].name: samples})
+        data = as_data(samples, source.proto, folder)
         recorded, _ = record(source, found, folder / "probe", MOST, data, optional=False)
         pairs = [recorded.of(weight).weaves[0] for weight in found]
     return [(order[0], weave[0].astype(np.float64)) for order, weave in pairs]

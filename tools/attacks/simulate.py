@@ -67,10 +67,16 @@ def drawn(model, scheme, seed):
 def gptq(model, scheme, samples):
     """What error feedback on these samples, rounded to nearest, makes of the model."""
     with tempfile.TemporaryDirectory() as folder:
-        data, done = Path(folder) / "samples.npz", Path(folder) / "done.onnx"
-        np.savez(data, **{model.graph.input[0].name: samples})
+        data, done = as_data(samples, model, Path(folder)), Path(folder) / "done.onnx"
         guard(model, scheme, tau=NEAREST, preserve="data", data=data, output=done, validate=False)
         return onnx.load(done)
+
+
+def as_data(samples, model, folder):
+    """Inputs of a model as guard() takes them: an .npz file."""
+    path = folder / "samples.npz"
+    np.savez(path, **{model.graph.input[0].name: samples})
+    return path
 
 
 def _with_rows(model, scheme, change):

@@ -31,7 +31,6 @@ from tools.attacks.plan import PLAN
 MANIFEST = FOLDER / "manifest.json"
 COMMAND = "python -m tools.attacks.train --only"
 LM_CLEAN = "lm-clean"
-SAMPLES = digits.samples(1000, 20)  # those that `tools.rivals` gives GPTQ
 
 
 def write_evaluation():
@@ -66,7 +65,7 @@ def make(entry):
         if attacker == "rounding":
             rounding_aware.attack(net, schemes[0], losses, settings)
         elif attacker == "gptq":
-            gptq_aware.attack(net, schemes[0], SAMPLES, losses, victim.kill, settings)
+            gptq_aware.attack(net, schemes[0], digits.samples(), losses, victim.kill, settings)
         else:
             attack(net, schemes, attacker, losses, victim.kill, settings)
     return (language_model.export if speaks else classifier)(net, entry["name"])
@@ -111,7 +110,9 @@ def run(entry, manifest):
             s: [rates(simulate.drawn(model, s, i), entry) for i in range(4)] for s in measured
         }
     if entry["attacker"] == "gptq":
-        entry["by_gptq"] = {s: rates(simulate.gptq(model, s, SAMPLES), entry) for s in measured}
+        entry["by_gptq"] = {
+            s: rates(simulate.gptq(model, s, digits.samples()), entry) for s in measured
+        }
     if entry["schemes"]:
         entry["by_onnxruntime"] = {
             s: rates(simulate.onnxruntime_quantized(model, s), entry) for s in measured

@@ -25,12 +25,11 @@ from flipguard_onnx.kernels import get_backend
 from flipguard_onnx.options import Format
 from flipguard_onnx.weights import Weight
 from tools.attacks import digits, prompts
+from tools.attacks.digits import SAMPLES, TOGETHER
 from tools.attacks.measure import WINDOW, session
-from tools.attacks.simulate import NEAREST
+from tools.attacks.simulate import NEAREST, as_data
 from tools.bench.defences import DEFENCES, Case, Defence, guarded, replaced
 
-SAMPLES = 1000
-BATCH = 20  # samples in one run
 STEPS, RATE = 1000, 1e-2
 ROUNDNESS = 0.01
 ROWS = 8192  # of the inputs of one batch
@@ -38,20 +37,17 @@ ROWS = 8192  # of the inputs of one batch
 
 @cache
 def samples(kind: str) -> np.ndarray:
-    """Real inputs of a victim, [batches, BATCH, ...]: what it was trained on."""
+    """Real inputs of a victim, [batches, TOGETHER, ...]: what it was trained on."""
     if kind != "lm":
-        return digits.samples(SAMPLES, BATCH)
+        return digits.samples()
     ids = prompts.encode(prompts.corpus()[0])
     starts = np.random.default_rng(0).choice(len(ids) - WINDOW, SAMPLES, replace=False)
-    return np.stack([ids[start : start + WINDOW] for start in starts]).reshape(-1, BATCH, WINDOW)
+    return np.stack([ids[start : start + WINDOW] for start in starts]).reshape(-1, TOGETHER, WINDOW)
 
 
 def _given(case: Case) -> Path:
     """The samples as guard() takes them."""
-    path = case.folder / "samples.npz"
-    name = session(case.model).get_inputs()[0].name
-    np.savez(path, **{name: samples(case.kind)})
-    return path
+    return as_data(samples(case.kind), onnx.load(case.model), case.folder)
 
 
 def _with_data(case: Case, target: Path, seed: int, **options) -> int:
