@@ -138,10 +138,9 @@ class Sample:
         kept = -(-len(found) * most // weight.size)
         chosen = sorted(rng.choice(len(found), min(kept, len(found)), replace=False))
         picked = np.concatenate([contiguous(stored[found[i].index]).reshape(-1) for i in chosen])
-        pieces = [picked] if len(chosen) == len(found) else [stored[p.index] for p in found]
-        floats = (piece.astype(np.float32, copy=False) for piece in pieces)  # one at a time
-        lows, highs = zip(*((piece.min(), piece.max()) for piece in floats), strict=True)
-        return cls(picked, np.min(lows), np.max(highs))
+        whole = Blocks(1, weight.size, weight.size)
+        low, high = whole.extremes(values.reshape(-1), get_backend("cpu"))
+        return cls(picked, low[0], high[0])
 
     def grid(self, weight: Weight, scheme: Scheme, flat: bool) -> Grid:
         """The grid that the scheme lays over these weights."""

@@ -6,20 +6,22 @@ but the chosen codes has changed.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from . import feedback
-from .errors import SchemeError, ValidationError
+from .errors import ModelError, SchemeError, ValidationError
 from .feedback import Inputs
 from .schemes import Blocks, Checked, Codes, Floats, Grid, Margins, Scheme
 
 POLICIES = ("unbiased", "topk", "none")
-COUNTED = 1 << 20  # codes at a time
+COUNTED = 1 << 18  # codes at a time
 TINY = float(np.finfo(np.float32).tiny)
 
 Mask = npt.NDArray[np.bool_]
@@ -69,17 +71,17 @@ class Flips:
     @property
     def furthest(self) -> int:
         """By how many levels a code differs from plain rounding's at most."""
-        most = 0
-        for start in range(0, self.codes.size, COUNTED):
-            some = slice(start, start + COUNTED)
-            steps = np.subtract(self.codes[some], self.plain[some], dtype=np.int16)
-            most = max(most, int(np.max(np.abs(steps))))
-        return most
+        return max(int(np.max(np.abs(steps))) for steps in self._steps())
 
     @property
     def count(self) -> int:
         """How many weights crossed."""
-        return int(np.count_nonzero(self.plain != self.codes))
+        return sum(int(np.count_nonzero(steps)) for steps in self._steps())
+
+    def _steps(self) -> Iterator[npt.NDArray[np.int16]]:
+        for start in range(0, self.codes.size, COUNTED):
+            some = slice(start, start + COUNTED)
+            yield np.subtract(self.codes[some], self.plain[some], dtype=np.int16)
 
 
 def tensor_key(seed: int, name: str) -> np.uint64:
@@ -108,10 +110,14 @@ def flip(
     A tensor may come in pieces, with the same result where there are no `inputs`: whole blocks, in
     any order, `first` being the number of a piece's first weight in the tensor. Where one block is
     cut into pieces, `extremes` are those of all of it (`Blocks.extremes` of the pieces, merged).
-    Raises ValidationError when an invariant of the guard does not hold for this tensor.
+    Raises ModelError for values that are not `sound`, and ValidationError when an invariant of the
+    guard does not hold for this tensor.
     """
     found = blocks.extremes(values, backend)
-    grid = scheme.grid(*(extremes or found), blocks, values.dtype)
+    whole = extremes or found
+    if not sound(np.concatenate([*found, *whole]), values.dtype).all():
+        raise ModelError(f"tensor {name!r} holds values that are NaN, infinite or too large")
+    grid = scheme.grid(*whole, blocks, values.dtype)
     if policy.name == "none":
         plain = grid.encode(values, backend)
         return Flips(grid, plain, plain, values)
@@ -129,8 +135,22 @@ def flip(
             wanted = fed if gain is not None and gain < 1 else wanted
     guarded, codes = grid.place(values, plain, wanted, backend)
     checked = grid.check(values, guarded, plain, codes, backend)
-    _require(name, checked, scheme, grid, values.dtype, found, extremes or found)
+    _require(name, checked, scheme, grid, values.dtype, found, whole)
     return Flips(grid, plain, codes, guarded, gain)
+
+
+def sound(values: npt.NDArray[Any], storage: np.dtype[Any]) -> Mask:
+    """Finite, and not so large that a level rounded up from the value would overflow that type."""
+    bound = largest_sound(storage)
+    with np.errstate(invalid="ignore"):  # bfloat16 complains of NaN
+        within: Mask = (values >= -bound) & (values <= bound)
+    return within
+
+
+def largest_sound(storage: np.dtype[Any]) -> Any:
+    """The bound of `sound`, a scalar of that type."""
+    kind = ml_dtypes.finfo(storage)  # type: ignore[no-untyped-call]
+    return storage.type(float(kind.max) * (1 - 2 * float(kind.eps)))
 
 
 def _gain(

@@ -11,18 +11,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from .errors import ModelError
 from .feedback import Inputs
-from .flip import Flips, Policy, flip
+from .flip import Flips, Policy, flip, largest_sound, sound
+from .kernels import side_by_side, threads
 from .model import Model, assign, contiguous
-from .schemes import Blocks, Scheme
+from .schemes import Blocks, Grid, Scheme
 from .weights import Weight
 
-PART = 1 << 21  # weights
+PART = 1 << 21  # weights, in the hands of all threads together
+MOST_THREADS = 8  # to which parts become smaller the more there are
 PER_BLOCK = ("scale", "operand", "absmax")  # the arrays of a Grid
 
 
@@ -52,17 +53,20 @@ class Part:
         )
 
 
-def parts(weight: Weight, blocks: Blocks, size: int = PART) -> Iterator[Part]:
-    """The weight in parts of about `size` weights, each of whole rows and whole blocks."""
+def parts(weight: Weight, blocks: Blocks, size: int) -> Iterator[Part]:
+    """The weight in parts of about `size` weights, each of whole rows and whole blocks.
+
+    A single block, one scale for the tensor, is cut as well.
+    """
     dims = [weight.shape[axis] for axis in weight.perm]
+    across = blocks.rows == 1 < blocks.count  # blocks run on from one position to the next
     axis = 0  # the one that is cut up; of those before it every position is taken in turn
     while axis + 1 < len(weight.rows) and (each := prod(dims[axis + 1 :])) > size:
-        if blocks.rows == 1 and each % blocks.size:
+        if across and each % blocks.size:
             break
         axis += 1
     each = prod(dims[axis + 1 :])
-    # the blocks of a single long row run on from one position to the next
-    unit = blocks.size // gcd(each, blocks.size) if blocks.rows == 1 else 1
+    unit = blocks.size // gcd(each, blocks.size) if across else 1
     step = max(size // each // unit, 1) * unit
     done, done_blocks = 0, 0
     for lead in np.ndindex(*dims[:axis]):
@@ -73,7 +77,9 @@ def parts(weight: Weight, blocks: Blocks, size: int = PART) -> Iterator[Part]:
             if blocks.rows > 1:
                 cut = Blocks(count // blocks.cols, blocks.cols, blocks.size)
             weights = slice(done, done := done + count)
-            numbers = slice(done_blocks, done_blocks := done_blocks + cut.count)
+            numbers = slice(done_blocks, done_blocks + cut.count)
+            if blocks.count > 1:
+                done_blocks = numbers.stop
             yield Part((*lead, index), weights, numbers, cut)
 
 
@@ -87,37 +93,52 @@ def flip_weight(
     backend: ModuleType,
     inputs: Inputs | None = None,
     moved: bool = True,
-    done: Callable[[npt.NDArray[Any], Flips], None] = lambda *_: None,
+    look: Callable[[npt.NDArray[Any], Flips], Any] = lambda *_: None,
+    done: Callable[[int, Any], None] = lambda *_: None,
 ) -> Flips:
-    """`flip` for a weight of the model, part by part; with error feedback as a whole.
+    """`flip` for a weight of the model, part by part; as a whole with error feedback, and where
+    weights of one block compete for it.
 
-    moved: whether the result is to have the moved weights. done: called after every part with its
-    weights and what became of them.
+    moved: whether the result is to have the moved weights. look: called for every part with its
+    weights and what became of them, for several at a time. done: called for every part in turn with
+    its bytes and what `look` returned.
 
     Raises ModelError when the tensor holds values that are not finite.
     """
-    values = source.array(weight.tensor).transpose(weight.perm)
+    array = source.array(weight.tensor)
+    values = array.transpose(weight.perm)
+    size = PART // min(threads(backend), MOST_THREADS)
+    if inputs or (policy.name == "topk" and blocks.count == 1):
+        size = weight.size
+    extremes = None
+    if blocks.count == 1 and size < weight.size:
+        extremes = Blocks(1, weight.size, weight.size).extremes(array.reshape(-1), backend)
     plain, codes = np.empty(weight.size, np.int8), np.empty(weight.size, np.int8)
     placed = np.empty(weight.size, values.dtype) if moved else None
-    grids, gain = [], None
-    for part in parts(weight, blocks, weight.size if inputs else PART):
+
+    def one(part: Part) -> tuple[Grid, float | None, Any]:
         found = contiguous(values[part.index]).reshape(-1)
-        if not _sound(found).all():
+        how = scheme, part.cut, policy, key, backend, inputs
+        try:
+            flips = flip(weight.name, found, *how, first=part.weights.start, extremes=extremes)
+        except ModelError:
             refuse(source.path, weight, blocks, values)
-        first = part.weights.start
-        flips = flip(
-            weight.name, found, scheme, part.cut, policy, key, backend, inputs, first=first
-        )
         plain[part.weights], codes[part.weights] = flips.plain, flips.codes
         if placed is not None:
             placed[part.weights] = flips.guarded
-        grids.append(flips.grid)
-        gain = flips.gain
-        done(found, flips)
+        return flips.grid, flips.gain, look(found, flips)
+
+    grids, gains = [], []
+    cut = list(parts(weight, blocks, size))
+    for part, (grid, gain, seen) in zip(cut, side_by_side(one, cut, backend), strict=True):
+        done(part.cut.rows * part.cut.cols * values.itemsize, seen)
+        grids.append(grid)
+        gains.append(gain)
+    grids = grids[: blocks.count]  # of parts of one block, all are the same
     per_block: dict[str, Any] = {
         name: np.concatenate([getattr(g, name) for g in grids]) for name in PER_BLOCK
     }
-    return Flips(replace(grids[0], blocks=blocks, **per_block), plain, codes, placed, gain)
+    return Flips(replace(grids[0], blocks=blocks, **per_block), plain, codes, placed, gains[-1])
 
 
 def stored(
@@ -126,29 +147,20 @@ def stored(
     """What `values` makes of every part, in the layout in which the tensor is stored."""
     result = np.empty(weight.shape, dtype)
     turned = result.transpose(weight.perm)
-    for part in parts(weight, flips.grid.blocks):
+    for part in parts(weight, flips.grid.blocks, PART):
         piece = turned[part.index]
         assign(piece, values(part.of(flips)).reshape(piece.shape))
     return result
 
 
-def _sound(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Finite, and not so large that a level rounded up from the value would overflow its type."""
-    bound = _bound(values.dtype)
-    with np.errstate(invalid="ignore"):  # bfloat16 complains of NaN
-        sound: npt.NDArray[np.bool_] = (values >= -bound) & (values <= bound)
-    return sound
-
-
-def _bound(dtype: np.dtype[Any]) -> Any:
-    kind = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
-    return dtype.type(float(kind.max) * (1 - 2 * float(kind.eps)))
-
-
 def refuse(path: Path, weight: Weight, blocks: Blocks, values: npt.NDArray[np.generic]) -> NoReturn:
     """Raise ModelError for a tensor, its axes in canonical order, that holds what no grid fits."""
-    bad = sum(int(np.count_nonzero(~_sound(values[part.index]))) for part in parts(weight, blocks))
+    bad = sum(
+        int(np.count_nonzero(~sound(values[part.index], values.dtype)))
+        for part in parts(weight, blocks, PART)
+    )
     raise ModelError(
         f"{path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite, or "
-        f"beyond {_bound(values.dtype):.4g}; allowed: others (--exclude leaves a tensor as it is)"
+        f"beyond {largest_sound(values.dtype):.4g}; allowed: others (--exclude leaves a tensor as "
+        "it is)"
     )

@@ -353,11 +353,14 @@ def _guarded(
     fed = inputs if isinstance(inputs, Inputs) else None
     budgets: list[Budget] = []
 
-    def done(values: npt.NDArray[Any], flips: Flips) -> None:
-        budgets.append(budget(values, flips, rule))
-        tick(values.nbytes)
+    def look(values: npt.NDArray[Any], flips: Flips) -> Budget:
+        return budget(values, flips, rule)
 
-    flips = flip_weight(source, weight, kind, blocks, rule, key, backend, fed, place, done)
+    def done(count: int, seen: Budget) -> None:
+        budgets.append(seen)
+        tick(count)
+
+    flips = flip_weight(source, weight, kind, blocks, rule, key, backend, fed, place, look, done)
     for sink in sinks.values():
         sink.put(weight.name, kind, flips)
     return Tensor.of(weight, kind, flips, unfed, reduce(add, budgets))

@@ -26,6 +26,8 @@ from .weights import Weight
 
 FOUR_BIT_OPS = ("MatMul", "Gemm")
 PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory, at the cost of time
+PAIRS = 1 << 18  # of codes that are packed at a time, so that they stay in the cache
+STRIP = 64  # rows, and their multiples: what a cache line holds of a turned matrix
 Array = npt.NDArray[Any]
 
 
@@ -118,8 +120,7 @@ class _Forms:
         assert isinstance(scheme, Codebook)
 
         def stored() -> list[str]:
-            packed = pack(scheme.stored[self._values], high_first=True)
-            codes = self._constant("quantized", np.frombuffer(packed, np.uint8))
+            codes = self._constant("quantized", pack(self._values, True, scheme.stored))
             return [codes, self._constant("scale", self._grid.scale)]
 
         outputs, contracted = (self._weight.shape[axis] for axis in self._weight.perm)
@@ -236,15 +237,14 @@ class _Forms:
 
     def _codes(self, codes: Array) -> str:
         """Integer codes: a byte each at 8 bits, two to a byte at 4."""
-        codes = contiguous(codes)
         if self._scheme.bits == 8:
             return self._constant("quantized", codes)
-        data_type = TensorProto.INT4
+        data_type, names = TensorProto.INT4, None
         if isinstance(self._scheme, Codebook):
-            codes, data_type = self._scheme.stored[codes], TensorProto.UINT4
-        packed = pack(codes.reshape(-1).view(np.uint8), high_first=False)
+            data_type, names = TensorProto.UINT4, self._scheme.stored
+        packed = pack(codes, False, names)
         name = f"{self._weight.tensor_name}_quantized"
-        return self._rewriter.tensor(self._weight.scope, name, data_type, codes.shape, packed)
+        return self._rewriter.tensor(self._weight.scope, name, data_type, codes.shape, packed.data)
 
     def _constant(self, suffix: str, values: Array) -> str:
         name = f"{self._weight.tensor_name}_{suffix}"
@@ -263,10 +263,23 @@ class _Forms:
         return self._shared[key]
 
 
-def pack(codes: npt.NDArray[np.uint8], high_first: bool) -> bytes:
-    """Two 4-bit codes to a byte; MatMulBnb4 wants the first in the high nibble, ONNX in the low."""
-    if codes.size % 2:
-        codes = np.append(codes, np.uint8(0))
-    even, odd = codes[0::2] & 15, codes[1::2] & 15
-    packed = (even << 4) | odd if high_first else even | (odd << 4)
-    return packed.astype(np.uint8).tobytes()
+def pack(codes: Array, high_first: bool, names: Array | None = None) -> Array:
+    """4-bit codes (int8, of any layout), two to a byte, in C order; uint8, flat.
+
+    MatMulBnb4 wants the first in the high nibble, ONNX in the low. names: what to write for codes
+    0 to 15; without it, a code is written as its low four bits.
+    """
+    nibbles = np.arange(256) & 15 if names is None else names[np.arange(256) & 15].astype(int)
+    first, second = nibbles[None, :], nibbles[:, None]  # of a pair, whose second byte is the high
+    bytes_of = ((first << 4 | second) if high_first else (first | second << 4)).astype(np.uint8)
+    packed = np.empty(-(-codes.size // 2), np.uint8)
+    each = codes.size // len(codes)
+    step = max(PAIRS // each // STRIP, 1) * STRIP
+    for start in range(0, len(codes), step):
+        some = contiguous(codes[start : start + step]).reshape(-1)
+        if some.size % 2:
+            some = np.append(some, np.int8(0))
+        begin = start * each // 2
+        into = packed[begin : begin + some.size // 2]
+        bytes_of.take(some.view("<u2"), out=into, mode="clip")  # the default copies
+    return packed

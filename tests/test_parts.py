@@ -51,10 +51,12 @@ def test_topk_in_parts(tmp_path, monkeypatch):
     assert_same(whole, joined)
 
 
-def test_one_scale_for_the_tensor_is_one_part(tmp_path, monkeypatch):
-    form = Format("int8", granularity="tensor")
-    whole, joined, count = whole_and_in_parts(tmp_path, matmul(), form, 500, monkeypatch)
-    assert count == 1
+@pytest.mark.parametrize("sample", ["matmul", "matmul_batched", "conv"])
+@pytest.mark.parametrize("policy", [Policy(), Policy("topk", ratio=0.3), Policy("none")])
+def test_one_scale_for_the_tensor_in_parts(tmp_path, monkeypatch, sample, policy):
+    form, proto = Format("int8", granularity="tensor"), SAMPLES[sample]()
+    whole, joined, count = whole_and_in_parts(tmp_path, proto, form, 500, monkeypatch, policy)
+    assert count > 1
     assert_same(whole, joined)
 
 

@@ -5,17 +5,21 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import DeviceError
 
 DEVICES = ("auto", "cpu", "cuda")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def get_backend(device: str = "auto") -> ModuleType:
@@ -28,14 +32,48 @@ def get_backend(device: str = "auto") -> ModuleType:
     missing = None if device == "cpu" else what_cuda_lacks()
     if device == "cuda" and missing:
         raise DeviceError(f"device 'cuda' is not usable: {missing}")
-    with _cache_directory():
-        return import_module(".cpu" if device == "cpu" or missing else ".cuda", __name__)
+    return _kernels("cpu" if device == "cpu" or missing else "cuda")
 
 
 def get_survey() -> ModuleType:
     """Return the kernels of a scan; they run on the CPU only."""
+    return _kernels("survey")
+
+
+@cache
+def _kernels(name: str) -> ModuleType:
     with _cache_directory():
-        return import_module(".survey", __name__)
+        return import_module(f".{name}", __name__)
+
+
+def threads(backend: ModuleType) -> int:
+    """How many threads may call the kernels at the same time."""
+    import numba
+
+    if backend is not get_backend("cpu"):
+        return 1
+    try:
+        layer = numba.threading_layer()  # type: ignore[attr-defined]
+    except ValueError:  # no kernel has run yet
+        return 1
+    return 1 if layer == "workqueue" else numba.get_num_threads()  # that one is not made for it
+
+
+def side_by_side(
+    work: Callable[[Item], Result], items: Sequence[Item], backend: ModuleType
+) -> Iterator[Result]:
+    """work(item) for every item, in their order; several at a time where the kernels allow it.
+
+    Each then runs its kernels in one thread: what lies between them is shared out as well.
+    """
+    import numba
+
+    most = min(threads(backend), len(items))
+    if most < 2:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(most, initializer=numba.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(work, items)
 
 
 @cache

@@ -18,7 +18,7 @@ MAX_STEPS = 8  # values of the storage type that a flipped weight may be moved o
 
 # Python's error model would test every divisor for 0; inlined, a rule is a constant of the loop
 _inline = numba.njit(error_model="numpy", forceinline=True)
-_kernel = numba.njit(parallel=True, cache=True, error_model="numpy")
+_kernel = numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 
 _value = _inline(scalar.value)
 _pattern = _inline(scalar.pattern)
