@@ -45,11 +45,12 @@ class Quantized:
         self._proto = _copy(prepared)
         self._weights = _by_name(self._proto)
         self._emitter = Emitter(self._proto, output, standard_ops)
+        self.forms: dict[str, tuple[str, ...]] = {}  # by weight: what `qdq.form_of` chose
 
     def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
         if weight := self._weights.get(name):
             codes = flips.plain if self._plain else flips.codes
-            self._emitter.emit(weight, scheme, flips.grid, codes)
+            self.forms[name] = self._emitter.emit(weight, scheme, flips.grid, codes)
 
     def save(self, metadata: dict[str, str]) -> None:
         self._emitter.finish()

@@ -180,6 +180,8 @@ def guard(
                 )
                 for weight, planned in zip(weights, plan, strict=True)
             )
+            if "qdq" in targets and isinstance(whole := sinks["qdq"], Quantized):
+                tensors = tuple(replace(each, forms=whole.forms[each.name]) for each in tensors)
             report = Report(
                 version=__version__,
                 input=str(source.path),
@@ -208,8 +210,8 @@ def guard(
             say("writing", 0, 1)
             for sink in sinks.values():
                 sink.save(report.metadata())
-            if isinstance(whole := sinks.get("qdq"), static.Static):
-                report = replace(report, integers=whole.integers)
+            if isinstance(integral := sinks.get("qdq"), static.Static):
+                report = replace(report, integers=integral.integers)
             if not trial:
                 break
             say("validating", 0, 1)

@@ -25,6 +25,7 @@ from .scopes import Use
 from .weights import Weight
 
 FOUR_BIT_OPS = ("MatMul", "Gemm")
+PACKED_FORMS = {"dequantize", "bnb4"}
 PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory, at the cost of time
 PAIRS = 1 << 18  # of codes that are packed at a time, so that they stay in the cache
 STRIP = 64  # rows, and their multiples: what a cache line holds of a turned matrix
@@ -76,13 +77,20 @@ class Emitter:
         self._rewriter = Rewriter(proto, output)
         self.finish = self._rewriter.finish
 
-    def emit(self, weight: Weight, scheme: Scheme, grid: Grid, codes: npt.NDArray[np.int8]) -> None:
-        """Replace the weight at every reader. `codes`: flat, in canonical order."""
+    def emit(
+        self, weight: Weight, scheme: Scheme, grid: Grid, codes: npt.NDArray[np.int8]
+    ) -> tuple[str, ...]:
+        """Replace the weight at every reader; returns the forms that they got.
+
+        codes: flat, in canonical order.
+        """
         forms = _Forms(self._rewriter, weight, scheme, grid, codes)
-        for use in weight.uses:
-            getattr(forms, form_of(use, weight, scheme, self._standard_ops))(use)
+        names = [form_of(use, weight, scheme, self._standard_ops) for use in weight.uses]
+        for name, use in zip(names, weight.uses, strict=True):
+            getattr(forms, name)(use)
         if weight.node is None:
             self._rewriter.remove_initializer(weight.scope, weight.tensor.name)
+        return tuple(sorted(set(names)))
 
 
 class _Forms:

@@ -11,8 +11,8 @@ from .findings import Budget, Scan, verdict_lines
 from .flip import Flips
 from .integers import Integers
 from .jsonable import FORMAT, jsonable
-from .qdq import PACKED
-from .schemes import SCHEMES, Scheme
+from .qdq import PACKED, PACKED_FORMS
+from .schemes import Scheme
 from .tables import config_line, megabytes, skipped_lines, table, text
 from .validate import Drift, Validation, pooled
 from .weights import Skipped, Weight
@@ -30,7 +30,9 @@ class Tensor:
     flips: weights that crossed a boundary. furthest: by how many levels at most. gain: squared
     error of the layer's products with error feedback / without it, on made-up or given inputs;
     feedback was used where that is below 1. unfed: why it was not tried. budget: what an attacker
-    could choose before, and what is left of it, with independent draws.
+    could choose before, and what is left of it, with independent draws. forms: how its readers get
+    it from a quantized graph with float activations: "folded" to floats when the file is loaded,
+    "gather", rows of codes, or packed, "dequantize" and "bnb4".
     """
 
     name: str
@@ -43,6 +45,7 @@ class Tensor:
     gain: float | None = None
     unfed: str | None = None
     budget: Budget | None = None
+    forms: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -252,8 +255,8 @@ class Report:
         ]
 
     def _speed_lines(self) -> list[str]:
-        packed = (t for t in self.tensors if SCHEMES[t.scheme].bits == 4 and t.weights >= PACKED)
-        return [f"speed     {SLOW_4_BIT}"] if any(packed) else []
+        packed = any(PACKED_FORMS & set(tensor.forms) for tensor in self.tensors)
+        return [f"speed     {SLOW_4_BIT}"] if packed else []
 
     def _integer_lines(self) -> list[str]:
         sizes = {tensor.name: tensor.weights for tensor in self.tensors}
