@@ -82,9 +82,10 @@ class Model:
                 raise ModelError(f"{file}: changed while it was being guarded; nothing was written")
 
 
-def open_model(path: str | os.PathLike[str]) -> Model:
+def open_model(path: str | os.PathLike[str], ours: bool = False) -> Model:
     """Read an ONNX file; external data is mapped when it is asked for.
 
+    ours: written by this run, so that nobody needs its digests, which are left empty.
     Raises ModelError when the file is missing, is not an ONNX model or lacks its data, and
     UnsupportedModelError for sparse initializers.
     """
@@ -98,8 +99,9 @@ def open_model(path: str | os.PathLike[str]) -> Model:
         payloads, files = _detach(path, proto, itself)
         stamps |= {file: _stamp(file) for file in files.values()}
         size = sum(file.stat().st_size for file in stamps)
-        digest = file_sha256(path)
-        digests = {location: file_sha256(file) for location, file in sorted(files.items())}
+        digest = "" if ours else file_sha256(path)
+        named = {} if ours else files
+        digests = {location: file_sha256(file) for location, file in sorted(named.items())}
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     except DecodeError:
@@ -184,6 +186,7 @@ class Output:
         self._data_path = self.path.with_name(f"{name}.data")
         folder.mkdir(parents=True)
         self._data = self._data_path.open("wb")
+        self._data_sha256 = ""
 
     def store(self, tensor: TensorProto, raw: bytes | memoryview, inline: bool = False) -> None:
         """Give the tensor its data: on to the data file, or into the protobuf where it is short.
@@ -233,6 +236,10 @@ class Output:
         """Bytes written."""
         return sum(file.stat().st_size for file in self._folder.iterdir())
 
+    def sha256(self, file: Path) -> str:
+        """Hex digest of one of the files written."""
+        return (file == self._data_path and self._data_sha256) or file_sha256(file)
+
     def finished(self, target: Path) -> Finished:
         """The files, ready to be published."""
         return Finished(self.path, self._data_path if self._external else None, target)
@@ -240,7 +247,8 @@ class Output:
     def _name_data(self, proto: ModelProto) -> None:
         """Give the data file the name that `publish` demands, and refer to it by that."""
         old = self._data_path
-        self._data_path = old.with_name(f"{self.path.name}.{file_sha256(old)[:16]}.data")
+        self._data_sha256 = file_sha256(old)
+        self._data_path = old.with_name(f"{self.path.name}.{self._data_sha256[:16]}.data")
         old.rename(self._data_path)
         for graph in graphs(proto):
             for tensor in graph.initializer:

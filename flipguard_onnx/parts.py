@@ -17,13 +17,12 @@ import numpy.typing as npt
 from .errors import ModelError
 from .feedback import Inputs
 from .flip import Flips, Policy, flip, largest_sound, sound
-from .kernels import side_by_side, threads
+from .kernels import get_backend, side_by_side, threads
 from .model import Model, assign, contiguous
 from .schemes import Blocks, Grid, Scheme
 from .weights import Weight
 
 PART = 1 << 21  # weights, in the hands of all threads together
-MOST_THREADS = 8  # to which parts become smaller the more there are
 PER_BLOCK = ("scale", "operand", "absmax")  # the arrays of a Grid
 
 
@@ -107,7 +106,7 @@ def flip_weight(
     """
     array = source.array(weight.tensor)
     values = array.transpose(weight.perm)
-    size = PART // min(threads(backend), MOST_THREADS)
+    size = PART // threads(backend)
     if inputs or (policy.name == "topk" and blocks.count == 1):
         size = weight.size
     extremes = None
@@ -147,9 +146,14 @@ def stored(
     """What `values` makes of every part, in the layout in which the tensor is stored."""
     result = np.empty(weight.shape, dtype)
     turned = result.transpose(weight.perm)
-    for part in parts(weight, flips.grid.blocks, PART):
+    backend = get_backend("cpu")
+
+    def one(part: Part) -> None:
         piece = turned[part.index]
         assign(piece, values(part.of(flips)).reshape(piece.shape))
+
+    cut = list(parts(weight, flips.grid.blocks, PART // threads(backend)))
+    list(side_by_side(one, cut, backend))
     return result
 
 

@@ -33,7 +33,7 @@ from .feeds import feeds_sha256
 from .findings import Budget
 from .flip import Flips, Policy, tensor_key
 from .kernels import compiling, get_backend, what_cuda_lacks
-from .model import INLINE_LIMIT, Model, Output, file_sha256, open_model
+from .model import INLINE_LIMIT, Model, Output, open_model
 from .options import EMITS, Format, draw_seeds, one_of, output_paths, preserve_mode
 from .parts import flip_weight
 from .publish import check_target, publish, workspace
@@ -229,17 +229,17 @@ def guard(
             break
         source.require_unchanged()
         outputs = {target: sinks[wanted].output for wanted, target in targets.items()}
-        finished = [output.finished(target) for target, output in outputs.items()]
+        finished = {output: output.finished(target) for target, output in outputs.items()}
         report = replace(
             report,
             outputs={str(target): output.size for target, output in outputs.items()},
             outputs_sha256={
-                str(place): file_sha256(file)
-                for each in finished
+                str(place): output.sha256(file)
+                for output, each in finished.items()
                 for place, file in each.places.items()
             },
         )
-        publish(finished, force)
+        publish(list(finished.values()), force)
     return replace(report, seconds=time.perf_counter() - started)
 
 

@@ -231,7 +231,7 @@ class Static:
             self._calibration.per_channel,
             self._calibration.feeds,
         )
-        floats, made = open_model(self._float.output.path), open_model(result)
+        floats, made = (open_model(p, ours=True) for p in (self._float.output.path, result))
         weights = {weight.name: weight for weight in find_weights(floats.proto)[0]}
         settled = Settled(made, floats, self.output)
         for name, (_, grid, codes) in self._guarded.items():

@@ -72,10 +72,9 @@ class Trial:
         if self.layers:
             for path in written.values():
                 check_model(path, original)
-            written = {
-                kind: cut_out(open_model(path), self.layers, folder / f"{kind}-layers").path
-                for kind, path in written.items()
-            }
+            for kind, path in written.items():
+                whole = open_model(path, ours=True)
+                written[kind] = cut_out(whole, self.layers, folder / f"{kind}-layers").path
         candidates = Candidates(
             self.source.path,
             files["plain"],

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ..errors import DeviceError
 
 DEVICES = ("auto", "cpu", "cuda")
+MOST_THREADS = 8  # that call kernels at a time: each has a part of a tensor in memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,7 +57,9 @@ def threads(backend: ModuleType) -> int:
         layer = numba.threading_layer()  # type: ignore[attr-defined]
     except ValueError:  # no kernel has run yet
         return 1
-    return 1 if layer == "workqueue" else numba.get_num_threads()  # that one is not made for it
+    if layer == "workqueue":  # not made for it
+        return 1
+    return min(numba.get_num_threads(), MOST_THREADS)
 
 
 def side_by_side(
