@@ -58,6 +58,13 @@ format_options = together(
 
 draw_options = together(
     click.option(
+        "--int8-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="Keep the most sensitive tensors at 8 bits, up to this share of the weights (0.25).",
+    ),
+    click.option(
         "--policy",
         type=click.Choice(("unbiased", "topk", "none")),
         default="unbiased",

@@ -40,6 +40,7 @@ from .publish import check_target, publish, workspace
 from .report import Inspection, Report, Tensor
 from .runtime import require_openable
 from .schemes import SCHEMES, Blocks, Scheme
+from .sensitivity import Switched, measured, most_sensitive, share_of
 from .static import Calibration
 from .trial import Trial
 from .validate import MAX_DRIFT
@@ -60,6 +61,7 @@ def guard(
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     int8: tuple[str, ...] = (),
+    int8_share: float = 0.0,
     device: str = "auto",
     preserve: str = "auto",
     data: str | os.PathLike[str] | None = None,
@@ -89,6 +91,9 @@ def guard(
     emit : "qdq" (quantized graph), "float" (the same graph with moved weights) or "both"
     include, exclude : shell patterns over tensor names
     int8 : shell patterns over the names of weights that stay at 8 bits under a 4-bit scheme
+    int8_share : ... and besides the most sensitive ones, up to this share of the weights at 4 bits,
+        0 <= int8_share < 1: those that move the model's outputs the most for their size, each drawn
+        alone
     device : "auto", "cpu" or "cuda"
     preserve : feed rounding errors forward, so that layers' outputs change less: "synthetic" (on
         made-up inputs), "data" (on those of `data`), "off", or "auto": "data" where there is any,
@@ -120,6 +125,7 @@ def guard(
     """
     started = time.perf_counter()
     form = Format(scheme, granularity, block_size, int8)
+    share = share_of(int8_share, scheme)
     rule = Policy(policy, tau, ratio)
     mode = preserve_mode(preserve, policy, data)
     one_of("emit", emit, EMITS)
@@ -135,7 +141,7 @@ def guard(
         read = [source.path, *(source.path.parent / name for name in source.data_sha256)]
         for target in targets.values():
             check_target(target, [*read, *filter(None, [feeds])], force)
-        if validate or integers or mode != "off":
+        if validate or integers or share or mode != "off":
             require_openable(source.path, *targets.values())
         beside = next(iter(targets.values())).parent
         if integers:
@@ -150,7 +156,6 @@ def guard(
         if (flat := inlined(source, opset)) is not source:
             source = flat
             weights, skipped = find_or_refuse(source, include, exclude)
-        plan = form.plans(weights)
         prepared = converted(source, opset, weights)
         folder = stack.enter_context(workspace(beside))
         recorded, note = None, None
@@ -161,6 +166,18 @@ def guard(
             )
             if recorded:
                 say(f"error feedback, about {recorded.seconds:.0f} s", 0, 1)
+        seeds = draw_seeds(seed, policy)
+        if share:
+            tick = _meter(say, "measuring 4 bits", sum(weight.nbytes for weight in weights))
+            switched = Switched(source, prepared, folder / "switched", most)
+            for weight, planned in zip(weights, form.plans(weights), strict=True):
+                if planned[0].bits == 4:
+                    how = planned, rule, seeds[0], backend, recorded, False
+                    _guarded(source, weight, *how, {"switched": switched}, tick)
+            switched.save({})
+            costs = measured(source, switched, feeds)
+            form = replace(form, int8=int8 + most_sensitive(costs, weights, share))
+        plan = form.plans(weights)
         trial = None
         if validate:
             kinds = [kind for kind, _ in plan]
@@ -168,7 +185,6 @@ def guard(
                 source, prepared, weights, kinds, standard_ops, most, folder / "layers"
             )
         found = scan_weights(source, weights, skipped, say) if policy != "none" else None
-        seeds = draw_seeds(seed, policy)
         for draw, drawn_seed in enumerate(seeds, 1):
             drawn = folder / str(draw)
             sinks = _sinks(source, prepared, targets, drawn, trial, standard_ops, calibrated)
@@ -194,7 +210,8 @@ def guard(
                 policy=policy,
                 tau=tau if policy == "unbiased" else None,
                 ratio=ratio if policy == "topk" else None,
-                int8=int8,
+                int8=form.int8,
+                int8_share=share,
                 preserve=mode if recorded else "off",
                 preserve_note=note,
                 data_sha256=feeds_sha256(feeds) if feeds else None,

@@ -132,6 +132,7 @@ class Report:
     tau: float | None
     ratio: float | None
     int8: tuple[str, ...]
+    int8_share: float
     preserve: str
     preserve_note: str | None
     data_sha256: str | None
@@ -182,6 +183,7 @@ class Report:
             "symmetric": integers and integers.symmetric,
             "calibration": integers and integers.calibration,
             "int8": " ".join(self.int8) or None,
+            "int8_share": self.int8_share or None,
             "seed": self.seed,
             "input_sha256": self.input_sha256,
             "input_data_sha256": " ".join(self.input_data_sha256.values()) or None,
@@ -217,6 +219,7 @@ class Report:
             f"policy    {settings[self.policy]}"
             + ("" if self.seed is None else f", seed {self.seed}"),
             *([f"device    {self.device}: {self.device_note}"] if self.device_note else []),
+            *self._int8_lines(),
             *self._preserve_lines(),
             *self._integer_lines(),
             *self._speed_lines(),
@@ -253,6 +256,12 @@ class Report:
             f"budget    of alignment: {left.nearest:.4g} when rounded to nearest; guarded, "
             f"{left.chosen:.4g} left to choose and {left.random:.4g} at random",
         ]
+
+    def _int8_lines(self) -> list[str]:
+        if not self.int8 and not self.int8_share:
+            return []
+        most = f", the most sensitive up to {self.int8_share:.0%} of the weights"
+        return [f"int8      {' '.join(self.int8) or 'none'}{most if self.int8_share else ''}"]
 
     def _speed_lines(self) -> list[str]:
         packed = any(PACKED_FORMS & set(tensor.forms) for tensor in self.tensors)

@@ -121,13 +121,13 @@ class Runner:
         names, outputs = self._run(path, exact)
         if names != self.names:
             raise ValidationError(f"{path.name}: outputs are {names}; allowed: {self.names}")
-        return _drifts(names, self.expected, outputs)
+        return drifts(names, self.expected, outputs)
 
     def require_equal(self, decoded: Path, path: Path) -> None:
         """Require that `path` computes what the model with the decoded weights does."""
         names, wanted = self._run(decoded, exact=True)
         _, outputs = self._run(path, exact=True)
-        for index, drift in enumerate(_drifts(names, wanted, outputs)):
+        for index, drift in enumerate(drifts(names, wanted, outputs)):
             is_float = np.issubdtype(wanted[0][index].dtype, np.floating)
             if is_float and drift.relative_l2 > self.infidelity:
                 raise ValidationError(
@@ -190,10 +190,10 @@ def check_model(path: Path, source: Model) -> None:
         raise ValidationError(f"{path.name}: onnx.checker: {problem}")
 
 
-def pooled(drifts: Sequence[Drift]) -> float:
+def pooled(outputs: Sequence[Drift]) -> float:
     """Root mean square of the outputs' relative L2, weighted by their numbers of values."""
-    values = sum(drift.values for drift in drifts)
-    return math.sqrt(sum(d.values * d.relative_l2**2 for d in drifts) / max(values, 1))
+    values = sum(drift.values for drift in outputs)
+    return math.sqrt(sum(d.values * d.relative_l2**2 for d in outputs) / max(values, 1))
 
 
 def judge(plain: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) -> None:
@@ -211,10 +211,11 @@ def judge(plain: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) ->
         )
 
 
-def _drifts(
+def drifts(
     names: list[str], expected: list[list[Array]], outputs: list[list[Array]]
 ) -> tuple[Drift, ...]:
-    drifts = []
+    """One Drift per output; expected and outputs: of every feed, in the order of the names."""
+    results = []
     for index, name in enumerate(names):
         pairs = [(e[index], o[index]) for e, o in zip(expected, outputs, strict=True)]
         for wanted, found in pairs:
@@ -222,8 +223,8 @@ def _drifts(
                 raise ValidationError(
                     f"output {name!r} has shape {np.shape(found)}; allowed: {np.shape(wanted)}"
                 )
-        drifts.append(_drift(name, pairs))
-    return tuple(drifts)
+        results.append(_drift(name, pairs))
+    return tuple(results)
 
 
 def _drift(name: str, pairs: list[tuple[Array, Array]]) -> Drift:

@@ -44,7 +44,7 @@ LAYERS = [  # a module imports only from layers below its own
     {"rewrite.py"},
     {"qdq.py"},
     {"emit.py", "validate.py", "options.py", "sampled.py", "settled.py", "page.py"},
-    {"report.py", "alignment.py", "sarif.py", "trial.py"},
+    {"report.py", "alignment.py", "sarif.py", "sensitivity.py", "trial.py"},
     {"detection.py", "html.py", "sbom.py", "static.py"},
     {"pipeline.py"},
     {"fleet.py", "verification.py"},

@@ -13,7 +13,8 @@ Defences: none (round to nearest); topk-K (the paper's, K per cent); noise-S (Ga
 deviation S on every weight that is quantized, then round to nearest; noise-box: S = the median
 half-width of the boxes); random-flips (as many as `unbiased` makes with the same seed, per tensor,
 chosen uniformly); unbiased-T (tau T) and unbiased (tau 1), both without error feedback;
-feedback-nearest (error feedback, every code the nearest); ours: guard() with its defaults.
+feedback-nearest (error feedback, every code the nearest); ours: guard() with its defaults;
+ours-share: with --int8-share 0.25 at 4 bits.
 
 Attack rate and utility (accuracy, or the perplexity of a language model per character): see
 models/attacks/README.md.

@@ -185,6 +185,11 @@ def _layers_at_8_bits(case: Case, target: Path, seed: int, which: slice) -> int:
     return guarded(case, target, seed, int8=tuple(matrices[which]))
 
 
+def _sensitive_at_8_bits(case: Case, target: Path, seed: int) -> int:
+    """guard() with the most sensitive quarter of the weights at int8, under a 4-bit scheme."""
+    return guarded(case, target, seed, int8_share=0.0 if "int8" in case.scheme else 0.25)
+
+
 def _twice(case: Case, target: Path, seed: int) -> int:
     """Guard what guard() moved."""
     first = case.folder / "first.onnx"
@@ -243,6 +248,7 @@ DEFENCES = {
     "unbiased-0.5": Defence(partial(guarded, tau=0.5, preserve="off")),
     "unbiased": Defence(partial(guarded, preserve="off")),
     "feedback-nearest": Defence(partial(guarded, tau=NEAREST, preserve="synthetic"), draws=False),
+    "ours-share": Defence(_sensitive_at_8_bits),
     OURS: Defence(guarded),
 }
 REMEDIES = {
