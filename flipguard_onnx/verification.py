@@ -1,5 +1,6 @@
 """verify(): the validation alone, on any two models."""
 
+import fnmatch
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from .publish import workspace
 from .report import Verification
 from .trial import Trial
 from .validate import MAX_DRIFT
+from .weights import find_weights
 
 
 def verify(
@@ -25,7 +27,8 @@ def verify(
     """Validate any model against the one that it was made from.
 
     The measure is plain quantization of `original`, to `scheme` or, by default, to the one that
-    guard() recorded in `guarded` (int8 when there is no record), with activations if that has them.
+    guard() recorded in `guarded` (int8 when there is no record), with the same tensors at 8 bits
+    and with activations if that has them.
 
     Raises ValidationError when `guarded` does not load or run, or drifts further than allowed;
     other errors as in guard().
@@ -34,6 +37,7 @@ def verify(
     record = {entry.key: entry.value for entry in candidate.proto.metadata_props}
     made_from = record.get("flipguard.input_sha256")
     granularity, block_size = "channel", None
+    int8: tuple[str, ...] = ()
     activations, calibration, symmetric = None, "minmax", False
     if scheme is None:
         scheme = record.get("flipguard.scheme", "int8")
@@ -43,19 +47,22 @@ def verify(
         granularity = record.get("flipguard.granularity", granularity)
         recorded = record.get("flipguard.block_size", "")
         block_size = int(recorded) if recorded.isdecimal() else None
-    form = Format(scheme, granularity, block_size)
+        int8 = tuple(record.get("flipguard.int8", "").split())
+    form = Format(scheme, granularity, block_size, int8)
     with workspace(Path(tempfile.gettempdir())) as folder:
         weights, _ = find_or_refuse(source)
-        kinds = [kind for kind, _ in form.plans(weights)]
+        kinds = [form.plan(weight)[0] for weight in weights]
         trial = Trial.of(
             source, source.proto, weights, kinds, False, max_memory << 20, folder / "layers"
         )
         plain = folder / "plain.onnx"
+        there = [weight.name for weight in find_weights(trial.source.proto)[0]]
         guard(
             trial.source.path,
             scheme,
             granularity=granularity,
             block_size=block_size,
+            int8=tuple(pattern for pattern in int8 if fnmatch.filter(there, pattern)),
             policy="none",
             data=data,
             max_memory=max_memory,

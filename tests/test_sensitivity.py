@@ -112,6 +112,10 @@ def test_the_most_sensitive_stays_at_8_bits(tmp_path, scheme):
     assert entries["flipguard.int8_share"] == "0.4"
     whole = flipguard_onnx.guard(source, scheme, seed=1, output=tmp_path / "whole.onnx")
     assert drift(report) < drift(whole) / 2
+    again = flipguard_onnx.verify(source, output)  # beside plain rounding of the same kind
+    assert again.validation.plain_exact == report.validation.plain_exact
+    other = flipguard_onnx.verify(source, output, scheme)
+    assert other.validation.plain_exact == whole.validation.plain_exact
 
 
 def drift(report):

@@ -8,9 +8,9 @@ Needs scikit-learn, matplotlib, blingfire, kaldi-native-fbank, and espeak-ng for
 
 Ways: plain (rounded to nearest), unbiased (draws without feedback), ours (feedback on made-up
 inputs), the same with the most sensitive quarter of the 4-bit weights at int8, ours + data
-(feedback on real inputs, none of those that are judged on), onnxruntime (its own quantizer of the same
-format). onnxruntime's 4-bit quantizers take the weights of MatMul alone; so all are measured on
-these weights alone, too ("MatMul"). Drift: relative L2 from the float model.
+(feedback on real inputs, none of those that are judged on), onnxruntime (its own quantizer of the
+same format). onnxruntime's 4-bit quantizers take the weights of MatMul alone; so all are measured
+on these weights alone, too ("MatMul"). Drift: relative L2 from the float model.
 """
 
 import argparse
