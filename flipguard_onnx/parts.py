@@ -5,6 +5,7 @@ weight: the parts together are what the whole would be.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from math import gcd, prod
 from pathlib import Path
@@ -129,10 +130,11 @@ def flip_weight(
 
     grids, gains = [], []
     cut = list(parts(weight, blocks, size))
-    for part, (grid, gain, seen) in zip(cut, side_by_side(one, cut, backend), strict=True):
-        done(part.cut.rows * part.cut.cols * values.itemsize, seen)
-        grids.append(grid)
-        gains.append(gain)
+    with closing(side_by_side(one, cut, backend)) as results:
+        for part, (grid, gain, seen) in zip(cut, results, strict=True):
+            done(part.cut.rows * part.cut.cols * values.itemsize, seen)
+            grids.append(grid)
+            gains.append(gain)
     grids = grids[: blocks.count]  # of parts of one block, all are the same
     per_block: dict[str, Any] = {
         name: np.concatenate([getattr(g, name) for g in grids]) for name in PER_BLOCK

@@ -1,5 +1,8 @@
 """A tensor in parts is what it is as a whole."""
 
+import time
+
+import numba
 import numpy as np
 import onnx
 import pytest
@@ -7,7 +10,7 @@ from samples import SAMPLES, matmul, save, weights
 
 from flipguard_onnx import parts
 from flipguard_onnx.flip import Policy, flip, tensor_key
-from flipguard_onnx.kernels import get_backend
+from flipguard_onnx.kernels import get_backend, threads
 from flipguard_onnx.model import open_model
 from flipguard_onnx.options import Format
 from flipguard_onnx.weights import find_weights
@@ -99,3 +102,33 @@ def test_all_values_that_are_not_finite_are_counted(tmp_path, monkeypatch):
         parts.flip_weight(
             source, weight, *Format().plan(weight), Policy(), np.uint64(1), get_backend("cpu")
         )
+
+
+def test_an_error_on_the_way_ends_all_parts(tmp_path, monkeypatch):
+    source = open_model(save(matmul((64, 2000)), tmp_path))
+    weight = find_weights(source.proto)[0][0]
+    scheme, blocks = Format("int4").plan(weight)
+    arguments = scheme, blocks, Policy(), tensor_key(1, "w"), get_backend("cpu")
+    parts.flip_weight(source, weight, *arguments)  # from here on kernels may run side by side
+    monkeypatch.setattr(parts, "PART", 64)
+    assert len(list(parts.parts(weight, blocks, 64))) == 2000
+    seen = []
+
+    def done(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        parts.flip_weight(source, weight, *arguments, look=lambda *_: seen.append(1), done=done)
+    count = len(seen)
+    assert 0 < count < 2000
+    time.sleep(0.2)
+    assert len(seen) == count
+
+
+def test_kernels_run_side_by_side_only_where_threads_may(monkeypatch):
+    backend = get_backend("cpu")
+    monkeypatch.setattr(numba, "get_num_threads", lambda: 64)
+    for layer, most in (("omp", 8), ("tbb", 8), ("workqueue", 1)):
+        monkeypatch.setattr(numba, "threading_layer", lambda layer=layer: layer)
+        assert threads(backend) == most
+    assert threads(parts) == 1  # any other backend

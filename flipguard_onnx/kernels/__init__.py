@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -64,7 +64,7 @@ def threads(backend: ModuleType) -> int:
 
 def side_by_side(
     work: Callable[[Item], Result], items: Sequence[Item], backend: ModuleType
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """work(item) for every item, in their order; several at a time where the kernels allow it.
 
     Each then runs its kernels in one thread: what lies between them is shared out as well.
