@@ -239,6 +239,7 @@ def _run_facts(report: Report) -> tuple[tuple[str, str], ...]:
     note = f" ({report.preserve_note})" if report.preserve_note else ""
     facts = [
         ("scheme", f"{report.scheme}, {form}"),
+        *((("at 8 bits", report.at_8_bits),) if report.at_8_bits else ()),
         ("policy", report.policy + settings[report.policy]),
         ("error feedback", report.preserve + note),
         *((("integers", report.integers.setting),) if report.integers else ()),

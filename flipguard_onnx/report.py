@@ -165,6 +165,14 @@ class Report:
         """Guarded weights / all float weights of the model."""
         return coverage(self.tensors, self.skipped)
 
+    @property
+    def at_8_bits(self) -> str:
+        """What was asked for, or chosen, to stay at 8 bits under a 4-bit scheme."""
+        if not self.int8_share:
+            return " ".join(self.int8)
+        names = " ".join(self.int8) or "none"
+        return f"{names}, the most sensitive up to {self.int8_share:.0%} of the weights"
+
     def metadata(self) -> dict[str, str]:
         """What goes into the model's metadata_props: all that is needed to repeat the run."""
         integers = self.integers
@@ -219,7 +227,7 @@ class Report:
             f"policy    {settings[self.policy]}"
             + ("" if self.seed is None else f", seed {self.seed}"),
             *([f"device    {self.device}: {self.device_note}"] if self.device_note else []),
-            *self._int8_lines(),
+            *([f"int8      {self.at_8_bits}"] if self.at_8_bits else []),
             *self._preserve_lines(),
             *self._integer_lines(),
             *self._speed_lines(),
@@ -256,12 +264,6 @@ class Report:
             f"budget    of alignment: {left.nearest:.4g} when rounded to nearest; guarded, "
             f"{left.chosen:.4g} left to choose and {left.random:.4g} at random",
         ]
-
-    def _int8_lines(self) -> list[str]:
-        if not self.int8 and not self.int8_share:
-            return []
-        most = f", the most sensitive up to {self.int8_share:.0%} of the weights"
-        return [f"int8      {' '.join(self.int8) or 'none'}{most if self.int8_share else ''}"]
 
     def _speed_lines(self) -> list[str]:
         packed = any(PACKED_FORMS & set(tensor.forms) for tensor in self.tensors)

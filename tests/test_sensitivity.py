@@ -11,6 +11,7 @@ from samples import SAMPLES, initializer_as_input, matmul, model, node, save, we
 import flipguard_onnx
 from flipguard_onnx.emit import decoded_values
 from flipguard_onnx.flip import Policy, flip, tensor_key
+from flipguard_onnx.html import guard_html
 from flipguard_onnx.kernels import get_backend
 from flipguard_onnx.model import open_model
 from flipguard_onnx.options import Format
@@ -108,6 +109,7 @@ def test_the_most_sensitive_stays_at_8_bits(tmp_path, scheme):
     assert kinds == {FIRST: "int8", SECOND: scheme, THIRD: scheme}
     assert written[0] == written[1]
     assert "int8      first?[[]0], the most sensitive up to 40% of the weights" in report.render()
+    assert "<dd>first?[[]0], the most sensitive" in guard_html(report)
     entries = {p.key: p.value for p in onnx.load(output).metadata_props}
     assert entries["flipguard.int8_share"] == "0.4"
     whole = flipguard_onnx.guard(source, scheme, seed=1, output=tmp_path / "whole.onnx")
