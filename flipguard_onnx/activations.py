@@ -62,7 +62,7 @@ class Tap:
         """Up to `most` inputs, chosen at random, float32 [groups, inputs, columns]."""
         if self.kind == "patches":
             return self._patches(x, most, rng)
-        if self.kind == "columns":
+        if self.kind == "columns" and x.ndim > 1:  # a vector is a single column
             x = np.moveaxis(x, -2, -1)
         x = x.reshape(-1, x.shape[-1])
         if len(x) > most:

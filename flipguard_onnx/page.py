@@ -6,10 +6,12 @@ The template escapes whatever comes from the model; pictures are SVG made of num
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from .errors import printable
 from .weights import Skipped
 
 SHADES = (0.5, 0.8, 1.1, 1.5, 2.0, 3.0, 5.0)  # share / even share, where the next shade begins
@@ -63,13 +65,21 @@ class Page:
     def render(self) -> str:
         """The page as HTML."""
         loader = jinja2.PackageLoader("flipguard_onnx")
-        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+        environment = jinja2.Environment(
+            loader=loader, autoescape=True, trim_blocks=True, finalize=_visible
+        )
         histograms = [
             [[title, [round(10_000 * share) for share in shares]] for title, shares in h.histograms]
             for h in self.layers
         ]
         template = environment.get_template("report.html.j2")
         return template.render(page=self, histograms=histograms).strip()
+
+
+def _visible(value: Any) -> Any:
+    """Text from a model, in which a mark could turn the direction of writing; ours stays."""
+    own = isinstance(value, Markup) or not isinstance(value, str)
+    return value if own else printable(value, len(value))
 
 
 def heat_section(where: str, rows: Sequence[tuple[str, Sequence[float]]]) -> Section:
@@ -182,4 +192,5 @@ def count(value: int) -> Cell:
 
 
 def _short(name: str) -> str:
+    name = printable(name, len(name))
     return name if len(name) <= LABELLED else f"…{name[-LABELLED + 1 :]}"

@@ -48,6 +48,18 @@ def test_second_moments_of_the_given_inputs(tmp_path):
     np.testing.assert_array_equal(inputs.fresh[0], x[9])
 
 
+def test_a_weight_on_the_left_of_a_vector(tmp_path):
+    proto = model(
+        [node("MatMul", "w x", "y")], {"x": (F, [70])}, {"y": (F, [33])}, {"w": weights((33, 70))}
+    )
+    x = np.random.default_rng(0).standard_normal((10, 70)).astype(np.float32)
+    recorded, (weight,) = activations(tmp_path, proto, given(tmp_path, x=x))
+    inputs = recorded.of(weight)
+    rows = x[:9].astype(np.float64)
+    np.testing.assert_allclose(inputs.hessians[0][0], rows.T @ rows, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(inputs.fresh[0], x[9:])
+
+
 CONVOLUTIONS = {
     "plain": ((8, 6, 3, 3), {}),
     "strides and pads": ((8, 6, 3, 5), {"strides": [2, 1], "pads": [1, 0, 2, 3]}),

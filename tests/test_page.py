@@ -5,12 +5,15 @@ import re
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
+from samples import matmul, save, weights
 
+from flipguard_onnx import guard, scan
 from flipguard_onnx.cli import main
 from flipguard_onnx.findings import Alignment, Budget, Scan, ScannedTensor, Verdict
-from flipguard_onnx.html import scan_html
+from flipguard_onnx.html import guard_html, scan_html
 from flipguard_onnx.page import SHADES, heat_map
 from flipguard_onnx.weights import Skipped
 from tools.attacks.measure import FOLDER
@@ -63,6 +66,19 @@ def test_names_are_data():
     html = scan_html(a_scan(3))
     assert "<img" not in html
     assert html.count("&lt;/script&gt;&lt;img src=x") >= 5  # heading, three layers, a skipped one
+
+
+def test_names_are_shown_in_the_order_in_which_they_are_written(tmp_path):
+    turned = "w\u202ecba\x1b[1m"
+    proto = matmul((64, 64))
+    proto.graph.initializer[0].name = proto.graph.node[0].input[1] = turned
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weights((2, 2, 2)), turned + "2"))
+    proto.graph.node.append(onnx.helper.make_node("Add\u202e", ["y", turned + "2"], ["z"]))
+    source = save(proto, tmp_path)
+    options = {"output": tmp_path / "out.onnx", "validate": False, "preserve": "off"}
+    for html in (scan_html(scan(source)), guard_html(guard(source, **options))):
+        assert all(line.isprintable() for line in html.split("\n"))
+        assert "w\\u202ecba\\x1b[1m" in html
 
 
 def test_300_tensors_stay_below_500_kb():
