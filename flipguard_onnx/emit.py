@@ -42,8 +42,8 @@ class Quantized:
         self.output = output
         self._source = source
         self._plain = plain
-        self._proto = _copy(prepared)
-        self._weights = _by_name(self._proto)
+        self._proto = copied(prepared)
+        self._weights = by_name(self._proto)
         self._emitter = Emitter(self._proto, output, standard_ops)
         self.forms: dict[str, tuple[str, ...]] = {}  # by weight: what `qdq.form_of` chose
 
@@ -66,8 +66,8 @@ class Rewritten:
         self.output = output
         self._source = source
         self._values = values
-        self._proto = _copy(source.proto)
-        self._weights = _by_name(self._proto)
+        self._proto = copied(source.proto)
+        self._weights = by_name(self._proto)
 
     def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
         weight = self._weights.get(name)
@@ -126,7 +126,7 @@ def converted(source: Model, opset: int, weights: list[Weight]) -> ModelProto:
         return source.proto
     try:
         result = runtime.converted(source.proto, opset)
-        if lost := {weight.name for weight in weights} - set(_by_name(result)):
+        if lost := {weight.name for weight in weights} - set(by_name(result)):
             raise ValidationError(f"tensor {min(lost)!r} would no longer be a weight")
         return result
     except (runtime.RemoteError, ValidationError) as error:
@@ -141,13 +141,15 @@ def _opset(entity: Any) -> int:
     return max(versions, default=1 << 31)  # a function without standard operators has no say
 
 
-def _copy(proto: ModelProto) -> ModelProto:
+def copied(proto: ModelProto) -> ModelProto:
+    """A graph to edit; no weights are moved, as they stand in it as references."""
     copy = ModelProto()
     copy.CopyFrom(proto)
     return copy
 
 
-def _by_name(proto: ModelProto) -> dict[str, Weight]:
+def by_name(proto: ModelProto) -> dict[str, Weight]:
+    """The weights of a graph."""
     return {weight.name: weight for weight in find_weights(proto)[0]}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
-from .emit import decoded_values, save
+from .emit import by_name, copied, decoded_values, save
 from .errors import SchemeError, UnsupportedModelError
 from .feeds import Feed
 from .flip import Flips
@@ -22,7 +22,7 @@ from .rewrite import IR_VERSION, remove_named
 from .runtime import open_session
 from .schemes import Scheme, get_scheme
 from .validate import Runner, drifts, pooled
-from .weights import Weight, find_weights
+from .weights import Weight
 
 FEEDS = 16  # at the most
 FED = (TensorProto.FLOAT, TensorProto.FLOAT16)  # what onnxruntime takes from numpy
@@ -52,9 +52,8 @@ class Switched:
             )
         self.output = Output(folder, None, external=True)
         self._source = source
-        self._proto = ModelProto()
-        self._proto.CopyFrom(prepared)
-        self._weights = {weight.name: weight for weight in find_weights(self._proto)[0]}
+        self._proto = copied(prepared)
+        self._weights = by_name(self._proto)
         self.switches: dict[str, str] = {}  # by weight
         self.off: Feed = {}  # every switch at 0
 
