@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .detection import scan
+    from .detection.scan import scan
     from .errors import (
         DeviceError,
         FlipguardError,
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         ValidationError,
     )
-    from .fleet import guard_many
     from .metrics import der
-    from .pipeline import guard, inspect
-    from .verification import verify
+    from .pipeline.batch import guard_many
+    from .pipeline.guard import guard, inspect
+    from .pipeline.verify import verify
 
 _HOME = {
-    "guard": ".pipeline",
-    "guard_many": ".fleet",
-    "inspect": ".pipeline",
-    "verify": ".verification",
-    "scan": ".detection",
+    "guard": ".pipeline.guard",
+    "guard_many": ".pipeline.batch",
+    "inspect": ".pipeline.guard",
+    "verify": ".pipeline.verify",
+    "scan": ".detection.scan",
     "der": ".metrics",
     "FlipguardError": ".errors",
     "ModelError": ".errors",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from flipguard_onnx.cli import main
-from flipguard_onnx.publish import LOCK, WORKSPACE
+from flipguard_onnx.cli.commands import main
+from flipguard_onnx.io.publish import LOCK, WORKSPACE
 
 
 def call(*arguments):

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `tools` is no installed package
 
-from flipguard_onnx import cli
+from flipguard_onnx.cli import commands as cli
 
 SCHEMA = json.loads((files("flipguard_onnx") / "report.schema.json").read_text())
 

@@ -23,7 +23,7 @@ os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"}  
 os.environ |= {"OPENBLAS_NUM_THREADS": "1"}
 
 import flipguard_onnx
-from flipguard_onnx.interrupt import Interrupted, interruptible
+from flipguard_onnx.interrupts import Interrupted, interruptible
 
 SEEDS = (1, 2)
 EVENTS = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir")

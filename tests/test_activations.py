@@ -15,12 +15,12 @@ from samples import SAMPLES, matmul, model, node, save, weights
 
 import flipguard_onnx
 from flipguard_onnx import SchemeError, UnsupportedModelError
-from flipguard_onnx.activations import Activations
-from flipguard_onnx.cli import main
-from flipguard_onnx.feedback import Inputs
-from flipguard_onnx.model import open_model
-from flipguard_onnx.synthetic import input_range, synthetic_feeds
-from flipguard_onnx.weights import find_weights
+from flipguard_onnx.calibration.moments import Activations
+from flipguard_onnx.calibration.synthetic import input_range, synthetic_feeds
+from flipguard_onnx.cli.commands import main
+from flipguard_onnx.graph.weights import find_weights
+from flipguard_onnx.io.model import open_model
+from flipguard_onnx.quantization.error_feedback import Inputs
 
 F = TensorProto.FLOAT
 PLENTY = 1 << 30

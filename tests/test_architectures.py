@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 import flipguard_onnx
-from flipguard_onnx.weights import find_weights
+from flipguard_onnx.graph.weights import find_weights
 
 FOLDER = Path(__file__).parents[1] / "models" / "architectures"
 FILES = sorted(path.name for path in FOLDER.glob("*.onnx"))

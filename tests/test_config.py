@@ -7,8 +7,8 @@ import pytest
 from command import call, names, one_line
 from samples import matmul, save
 
-from flipguard_onnx.cli import main
-from flipguard_onnx.config import configured
+from flipguard_onnx.cli.commands import main
+from flipguard_onnx.cli.config_file import configured
 
 FAST = ("--no-validate", "--preserve", "off")
 

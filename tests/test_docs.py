@@ -11,8 +11,8 @@ from pathlib import Path
 from command import call, one_line
 from samples import matmul, save
 
-from flipguard_onnx.cli import main
-from flipguard_onnx.config import configured
+from flipguard_onnx.cli.commands import main
+from flipguard_onnx.cli.config_file import configured
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

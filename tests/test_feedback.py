@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from oracles import CUTS
 
-from flipguard_onnx import feedback
-from flipguard_onnx.feedback import Inputs
-from flipguard_onnx.flip import Policy, flip, tensor_key
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.schemes import SCHEMES, Blocks
+from flipguard_onnx.quantization import error_feedback as feedback
+from flipguard_onnx.quantization.error_feedback import Inputs
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 
 CPU = get_backend("cpu")
 RANGES = {"int8": range(-127, 128), "int4": range(-8, 8), "nf4": range(16), "fp4": range(16)}

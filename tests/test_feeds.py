@@ -6,10 +6,12 @@ import pytest
 from onnx import TensorProto
 from samples import F, model, node, save, weights
 
+from flipguard_onnx.calibration.inputs import FEEDS, LARGE, made_up_feeds
 from flipguard_onnx.errors import DriftError, ValidationError
-from flipguard_onnx.feeds import FEEDS, LARGE, made_up_feeds
-from flipguard_onnx.model import open_model
-from flipguard_onnx.validate import Drift, Runner, _drift, judge, pooled
+from flipguard_onnx.io.model import open_model
+from flipguard_onnx.reports.validation import Drift, pooled
+from flipguard_onnx.validation.drift import _drift, judge
+from flipguard_onnx.validation.validator import Runner
 
 
 def signature(**inputs):

@@ -18,10 +18,12 @@ from command import call, held, names, one_line, workspaces
 from onnx import numpy_helper
 from samples import SAMPLES, matmul, model, node, save, weights
 
-from flipguard_onnx import DeviceError, ModelError, fleet, guard, guard_many, workers
-from flipguard_onnx.fleet import find_models, model_seed
-from flipguard_onnx.publish import LOCK
-from flipguard_onnx.workers import Lost, core_shares, on_dask
+from flipguard_onnx import DeviceError, ModelError, guard, guard_many
+from flipguard_onnx.io.publish import LOCK
+from flipguard_onnx.pipeline import batch as fleet
+from flipguard_onnx.pipeline.batch import find_models, model_seed
+from flipguard_onnx.runtime import pool as workers
+from flipguard_onnx.runtime.pool import Lost, core_shares, on_dask
 
 FAST = {"validate": False, "preserve": "off"}
 PLAIN = ("--no-validate", "--preserve", "off")
@@ -240,7 +242,7 @@ def test_onnxruntime_keeps_to_the_cores_it_may_use(models):
 import os
 core = min(os.sched_getaffinity(0))
 os.sched_setaffinity(0, [core])
-from flipguard_onnx.child import load
+from flipguard_onnx.runtime.worker import load
 load({str(models / "good.onnx")!r}, exact=True)
 print({{frozenset(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task")}})
 assert all(os.sched_getaffinity(int(task)) == {{core}} for task in os.listdir("/proc/self/task"))

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from oracles import CUTS, ORACLES
 from test_schemes import tensors
 
-from flipguard_onnx import flip as flip_module
 from flipguard_onnx.errors import SchemeError, ValidationError
-from flipguard_onnx.flip import Policy, flip, tensor_key
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.schemes import SCHEMES, Blocks, Codebook
+from flipguard_onnx.quantization import rounding as flip_module
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks, Codebook
 
 CPU = get_backend("cpu")
 FLOATS = [np.float32, np.float16, ml_dtypes.bfloat16]

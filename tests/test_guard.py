@@ -13,8 +13,8 @@ from samples import SAMPLES, matmul, model, node, save, weights
 
 import flipguard_onnx
 from flipguard_onnx import ModelError, SchemeError, UnsupportedModelError, ValidationError
-from flipguard_onnx.emit import Quantized
-from flipguard_onnx.validate import pooled
+from flipguard_onnx.emit.writers import Quantized
+from flipguard_onnx.reports.validation import pooled
 
 SCHEMES = ("int8", "int4", "nf4", "fp4")
 

@@ -16,8 +16,9 @@ import pytest
 from command import call, held, names, one_line, workspaces
 from samples import SAMPLES, matmul, save
 
-from flipguard_onnx import ModelError, guard, publish
-from flipguard_onnx.publish import LOCK, sweep, workspace, write_report
+from flipguard_onnx import ModelError, guard
+from flipguard_onnx.io import publish
+from flipguard_onnx.io.publish import LOCK, sweep, workspace, write_report
 
 KILLED = Path(__file__).with_name("killed.py")
 MLP = Path(__file__).parents[1] / "models" / "attacks" / "mlp-clean.onnx"
@@ -97,7 +98,7 @@ def test_a_signal_in_a_finalizer_ends_the_run_too():
     """Python swallows what is raised there. In a process of its own: pytest has an alarm, too."""
     code = """
 import signal, time
-from flipguard_onnx.interrupt import Interrupted, interruptible
+from flipguard_onnx.interrupts import Interrupted, interruptible
 class Finalized:
     def __del__(self):
         signal.raise_signal(signal.SIGTERM)

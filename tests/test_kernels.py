@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from oracles import CUTS
 
-from flipguard_onnx import feedback
 from flipguard_onnx.errors import DeviceError
-from flipguard_onnx.flip import Policy, flip, tensor_key
-from flipguard_onnx.kernels import cuda, get_backend, scalar, what_cuda_lacks
-from flipguard_onnx.schemes import SCHEMES, Blocks
-from flipguard_onnx.schemes.blocks import FORMS
+from flipguard_onnx.quantization import error_feedback as feedback
+from flipguard_onnx.quantization.kernels import cuda, get_backend, scalar, what_cuda_lacks
+from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
+from flipguard_onnx.quantization.schemes.blocks import FORMS
 
 CPU = get_backend("cpu")
 KEY = np.uint64(2**64 - 5)
@@ -176,8 +176,8 @@ def test_auto_without_a_gpu_is_the_cpu_and_the_reason_is_known():
 def test_compiling_is_announced_once_and_only_where_the_cache_lacks_a_kernel(tmp_path):
     program = """
 import numpy as np
-from flipguard_onnx.kernels import compiling, get_backend
-from flipguard_onnx.schemes import Blocks
+from flipguard_onnx.quantization.kernels import compiling, get_backend
+from flipguard_onnx.quantization.schemes import Blocks
 with compiling(lambda: print("compiling")):
     for dtype in np.float32, np.float16:
         Blocks(1, 8, 8).extremes(np.zeros(8, dtype), get_backend("cpu"))

@@ -8,8 +8,12 @@ import pytest
 from samples import SAMPLES, matmul, save, weights
 
 import flipguard_onnx
-from flipguard_onnx import ModelError, wire
-from flipguard_onnx.model import DETACH_BYTES, Output, contiguous, open_model, tensors
+from flipguard_onnx import ModelError
+from flipguard_onnx.graph.traversal import tensors
+from flipguard_onnx.io import wire
+from flipguard_onnx.io.model import DETACH_BYTES, open_model
+from flipguard_onnx.io.writer import Output
+from flipguard_onnx.quantization.arrays import contiguous
 
 
 @pytest.mark.parametrize("external", [False, True])

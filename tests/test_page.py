@@ -11,11 +11,10 @@ from click.testing import CliRunner
 from samples import matmul, save, weights
 
 from flipguard_onnx import guard, scan
-from flipguard_onnx.cli import main
-from flipguard_onnx.findings import Alignment, Budget, Scan, ScannedTensor, Verdict
-from flipguard_onnx.html import guard_html, scan_html
-from flipguard_onnx.page import SHADES, heat_map
-from flipguard_onnx.weights import Skipped
+from flipguard_onnx.cli.commands import main
+from flipguard_onnx.reports.html import guard_html, scan_html
+from flipguard_onnx.reports.scan import Alignment, Budget, Scan, ScannedTensor, Skipped, Verdict
+from flipguard_onnx.reports.svg import SHADES, heat_map
 from tools.attacks.measure import FOLDER
 
 GRIDS = ("int8 channel", "int8 tensor", "int4", "nf4", "fp4")

@@ -8,12 +8,12 @@ import onnx
 import pytest
 from samples import SAMPLES, matmul, save, weights
 
-from flipguard_onnx import parts
-from flipguard_onnx.flip import Policy, flip, tensor_key
-from flipguard_onnx.kernels import get_backend, threads
-from flipguard_onnx.model import open_model
-from flipguard_onnx.options import Format
-from flipguard_onnx.weights import find_weights
+from flipguard_onnx.graph.weights import find_weights
+from flipguard_onnx.io.model import open_model
+from flipguard_onnx.pipeline.plan import Format
+from flipguard_onnx.quantization import chunks as parts
+from flipguard_onnx.quantization.kernels import get_backend, threads
+from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
 
 
 def whole_and_in_parts(tmp_path, proto, form, size, monkeypatch, policy=None):

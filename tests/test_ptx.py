@@ -57,8 +57,8 @@ def print_ptx(capability):
     import numpy as np
     from numba import cuda, types
 
-    from flipguard_onnx.kernels import cuda as kernels
-    from flipguard_onnx.schemes import SCHEMES, Blocks
+    from flipguard_onnx.quantization.kernels import cuda as kernels
+    from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 
     device = SimpleNamespace(compute_capability=capability)
     numba.cuda.dispatcher.get_current_device = lambda: device  # device functions ask for one

@@ -19,14 +19,14 @@ from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import flipguard_onnx
-from flipguard_onnx import qdq
-from flipguard_onnx.cli import main
-from flipguard_onnx.feeds import made_up_feeds
-from flipguard_onnx.flip import Policy, flip
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.model import file_sha256, open_model
-from flipguard_onnx.schemes import SCHEMES
-from flipguard_onnx.weights import find_weights
+from flipguard_onnx.calibration.inputs import made_up_feeds
+from flipguard_onnx.cli.commands import main
+from flipguard_onnx.emit import weight_forms as qdq
+from flipguard_onnx.graph.weights import find_weights
+from flipguard_onnx.io.model import file_sha256, open_model
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.rounding import Policy, flip
+from flipguard_onnx.quantization.schemes import SCHEMES
 from tools.fetch_models import MODELS, path_of
 
 

@@ -9,12 +9,13 @@ from onnx import TensorProto, helper
 from samples import SAMPLES, gather, model, node, save, weights
 
 import flipguard_onnx
-from flipguard_onnx import ValidationError, sampled
-from flipguard_onnx.emit import Quantized
-from flipguard_onnx.model import open_model
-from flipguard_onnx.options import Format
-from flipguard_onnx.trial import Trial
-from flipguard_onnx.weights import find_weights
+from flipguard_onnx import ValidationError
+from flipguard_onnx.emit.writers import Quantized
+from flipguard_onnx.graph.weights import find_weights
+from flipguard_onnx.io.model import open_model
+from flipguard_onnx.pipeline.plan import Format
+from flipguard_onnx.validation import layers as sampled
+from flipguard_onnx.validation.validator import Trial
 
 SCHEMES = ("int8", "int4", "nf4", "fp4")
 

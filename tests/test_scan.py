@@ -12,7 +12,8 @@ from onnx import helper
 from samples import model, save
 
 import flipguard_onnx
-from flipguard_onnx.alignment import (
+from flipguard_onnx.cli.commands import main
+from flipguard_onnx.detection.alignment import (
     FACTORS,
     FIXED,
     GRIDS,
@@ -22,11 +23,10 @@ from flipguard_onnx.alignment import (
     budget,
     tally,
 )
-from flipguard_onnx.cli import main
-from flipguard_onnx.flip import Policy, flip
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.sarif import sarif
-from flipguard_onnx.schemes import SCHEMES, Blocks
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.rounding import Policy, flip
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
+from flipguard_onnx.reports.sarif import sarif
 from tools.attacks.measure import FOLDER
 from tools.scan_bench import MODELS, NAMES
 

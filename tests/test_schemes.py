@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from oracles import CUTS, ORACLES, PUBLIC
 
 from flipguard_onnx.errors import SchemeError
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.schemes import SCHEMES, Blocks, Codebook, get_scheme
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks, Codebook, get_scheme
 
 CPU = get_backend("cpu")
 FLOATS = [np.float32, np.float16]

@@ -9,14 +9,14 @@ from onnx import TensorProto
 from samples import SAMPLES, initializer_as_input, matmul, model, node, save, weights
 
 import flipguard_onnx
-from flipguard_onnx.emit import decoded_values
-from flipguard_onnx.flip import Policy, flip, tensor_key
-from flipguard_onnx.html import guard_html
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.model import open_model
-from flipguard_onnx.options import Format
-from flipguard_onnx.sensitivity import Switched, measured, most_sensitive
-from flipguard_onnx.weights import find_weights
+from flipguard_onnx.emit.writers import decoded_values
+from flipguard_onnx.graph.weights import find_weights
+from flipguard_onnx.io.model import open_model
+from flipguard_onnx.pipeline.mixed_precision import Switched, measured, most_sensitive
+from flipguard_onnx.pipeline.plan import Format
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
+from flipguard_onnx.reports.html import guard_html
 
 F = TensorProto.FLOAT
 FIRST, SECOND, THIRD = "first [0]", "second", "third"

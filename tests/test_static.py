@@ -19,9 +19,9 @@ from samples import F, model, node, save, weights
 import flipguard_onnx
 from flipguard_onnx import SchemeError, UnsupportedModelError, ValidationError, runtime
 from flipguard_onnx.errors import DriftError
-from flipguard_onnx.integers import Integers
-from flipguard_onnx.static import require_useful
-from flipguard_onnx.validate import Drift, Validation
+from flipguard_onnx.reports.guard import Integers
+from flipguard_onnx.reports.validation import Drift, Validation
+from flipguard_onnx.validation.drift import require_useful
 from tools.attacks.measure import FOLDER, rates
 
 MANIFEST = {entry["name"]: entry for entry in json.loads((FOLDER / "manifest.json").read_text())}

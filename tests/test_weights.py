@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 from samples import SAMPLES, F, model, node, weights
 
 from flipguard_onnx import UnsupportedModelError
-from flipguard_onnx.weights import find_weights
+from flipguard_onnx.graph.weights import find_weights
 
 
 def found(proto):

@@ -27,9 +27,9 @@ import onnx
 from onnxruntime.capi import _pybind_state as native
 from onnxruntime.quantization.quant_utils import quantize_data
 
-from flipguard_onnx.flip import Policy, flip
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.schemes import SCHEMES, Blocks, Codebook
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.rounding import Policy, flip
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks, Codebook
 
 FORMS = ("int8", "int8-tensor", "int4", "nf4", "fp4")
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

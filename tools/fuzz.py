@@ -279,8 +279,9 @@ def serve():
     sys.path.insert(0, str(ROOT))
     from click.testing import CliRunner
 
-    from flipguard_onnx import feeds, runtime
-    from flipguard_onnx.cli import main
+    from flipguard_onnx import runtime
+    from flipguard_onnx.calibration import inputs as feeds
+    from flipguard_onnx.cli.commands import main
 
     runtime.SECONDS = feeds.SECONDS = RUN_SECONDS
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))

@@ -35,9 +35,9 @@ from onnxruntime.quantization import (
 )
 
 import flipguard_onnx
-from flipguard_onnx.feeds import signature
-from flipguard_onnx.model import open_model
-from flipguard_onnx.validate import Runner
+from flipguard_onnx.calibration.inputs import signature
+from flipguard_onnx.io.model import open_model
+from flipguard_onnx.validation.validator import Runner
 from tools.fetch_models import path_of, select
 from tools.real_models import (
     environment,

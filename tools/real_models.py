@@ -31,9 +31,10 @@ from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import flipguard_onnx
-from flipguard_onnx.model import open_model, subgraphs
-from flipguard_onnx.report import Inspection, Report
-from flipguard_onnx.validate import Runner, pooled
+from flipguard_onnx.io.model import open_model, subgraphs
+from flipguard_onnx.reports.guard import Inspection, Report
+from flipguard_onnx.reports.validation import pooled
+from flipguard_onnx.validation.validator import Runner
 from tools.fetch_models import RealModel, path_of, select
 
 SCHEMES = ("int8", "int4", "nf4", "fp4")

@@ -18,14 +18,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flipguard_onnx.alignment import GRIDS, sample_size
-from flipguard_onnx.detection import conclude, examine
+from flipguard_onnx.detection.alignment import GRIDS, sample_size
+from flipguard_onnx.detection.scan import conclude, examine
 from flipguard_onnx.errors import UnsupportedModelError
-from flipguard_onnx.findings import Verdict
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.model import Model, open_model
-from flipguard_onnx.schemes import SCHEMES
-from flipguard_onnx.weights import Weight, find_weights
+from flipguard_onnx.graph.weights import Weight, find_weights
+from flipguard_onnx.io.model import Model, open_model
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.schemes import SCHEMES
+from flipguard_onnx.reports.scan import Verdict
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 PARTS = ("attacks", "clean", "planted", "training")

@@ -9,10 +9,11 @@ import types
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from flipguard_onnx.findings import Scan
-from flipguard_onnx.fleet import Fleet
-from flipguard_onnx.jsonable import FORMAT
-from flipguard_onnx.report import Inspection, Report, Verification
+from flipguard_onnx.reports.batch import Fleet
+from flipguard_onnx.reports.guard import Inspection, Report
+from flipguard_onnx.reports.scan import Scan
+from flipguard_onnx.reports.serialize import FORMAT
+from flipguard_onnx.reports.validation import Verification
 
 REPORTS = (Report, Fleet, Inspection, Verification, Scan)
 PLAIN = {str: "string", int: "integer", bool: "boolean", type(None): "null"}

@@ -16,9 +16,9 @@ import onnx
 import torch
 from torch.func import functional_call
 
-from flipguard_onnx.activations import record
-from flipguard_onnx.model import open_model
-from flipguard_onnx.weights import find_weights
+from flipguard_onnx.calibration.moments import record
+from flipguard_onnx.graph.weights import find_weights
+from flipguard_onnx.io.model import open_model
 from tools.attacks.attack import assign, clamp, corrupt, descend, rows_of, scheme_for
 from tools.attacks.export import classifier
 from tools.attacks.simulate import as_data

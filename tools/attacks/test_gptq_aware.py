@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from flipguard_onnx.feedback import Inputs, draw
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.schemes import SCHEMES, Blocks
+from flipguard_onnx.quantization.error_feedback import Inputs, draw
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from tools.attacks import quantizers
 from tools.attacks.gptq_aware import Cells
 from tools.attacks.simulate import NEAREST

@@ -13,10 +13,10 @@ import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from flipguard_onnx import guard
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.options import Format
-from flipguard_onnx.schemes import Grid, Scheme
-from flipguard_onnx.weights import Weight, find_weights
+from flipguard_onnx.graph.weights import Weight, find_weights
+from flipguard_onnx.pipeline.plan import Format
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.schemes import Grid, Scheme
 from tools.attacks.simulate import NEAREST
 
 SCHEMES = ("int8", "int8_tensor", "int4", "nf4", "fp4")

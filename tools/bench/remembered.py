@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from flipguard_onnx import activations, pipeline
+from flipguard_onnx.calibration import moments as activations
+from flipguard_onnx.pipeline import guard as pipeline
 
 
 @contextmanager

@@ -20,10 +20,10 @@ import onnx
 import torch
 from onnx import helper
 
-from flipguard_onnx.activations import Tap, tap_of
-from flipguard_onnx.kernels import get_backend
-from flipguard_onnx.options import Format
-from flipguard_onnx.weights import Weight
+from flipguard_onnx.calibration.weight_inputs import Tap, tap_of
+from flipguard_onnx.graph.weights import Weight
+from flipguard_onnx.pipeline.plan import Format
+from flipguard_onnx.quantization.kernels import get_backend
 from tools.attacks import digits, prompts
 from tools.attacks.digits import SAMPLES, TOGETHER
 from tools.attacks.measure import WINDOW, session

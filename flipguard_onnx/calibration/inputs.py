@@ -1,0 +1,272 @@
+"""Inputs to try a model on: from a file, or made up from the graph's signature.
+
+What is made up: a batch of one; masks of ones; token ids below the size of the table that they
+index; lengths, sampling rates and positions by their names; noise for everything else. Dimensions
+left open are tried at several sizes until the model runs.
+"""
+
+import hashlib
+import math
+import time
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from ..errors import ModelError, first_line
+from ..io.model import file_sha256
+
+Feed = dict[str, npt.NDArray[Any]]
+
+FEEDS, FEWER_FEEDS = 8, 4  # how many are made up, for small models and for large ones
+
+LARGE = 32_000_000  # bytes
+
+SIZES = (64, 32, 16, 512, 576, 256, 224, 128, 8, 400, 1)  # for open dimensions, in this order
+
+UNKNOWN_INTEGERS = 100  # integers that index no table are drawn below this
+
+SAMPLING_RATE = 16000
+
+SECONDS = 60.0  # after which no more are tried
+
+MADE_UP_LIMIT = 1 << 30  # bytes of one candidate
+
+NONE_FIT = f"none takes less than {MADE_UP_LIMIT >> 20} MiB"  # when nothing could be tried
+
+DATA_LIMIT = 4 << 30  # bytes of an .npz file, unpacked
+
+BATCH = "batch"  # stands for a dimension that is open and counts samples
+
+_PASSED_ON = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One graph input: type, dimensions (names where open), rows of the table that it indexes."""
+
+    name: str
+    dtype: np.dtype[Any]
+    dims: tuple[int | str, ...]
+    table: int | None
+
+
+def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
+    """Feeds from an .npz file with one array per graph input, or from a folder of such files.
+
+    Arrays are named as the inputs. One with one axis more than its input holds several feeds along
+    its first axis. Raises ModelError when an input is missing or does not fit.
+    """
+    return [feed for file in npz_files(path) for feed in _feeds_of(file, proto)]
+
+
+def npz_files(path: Path) -> list[Path]:
+    """The file itself, or the .npz files of a folder by name. Raises ModelError for none, or more
+    than DATA_LIMIT bytes of them."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.npz"))
+    if not files:
+        raise ModelError(f"{path}: a folder without .npz files")
+    if (size := sum(file.stat().st_size for file in files)) > DATA_LIMIT:
+        raise ModelError(f"{path}: its .npz files hold {size} bytes; allowed: up to {DATA_LIMIT}")
+    return files
+
+
+def feeds_sha256(path: Path) -> str:
+    """Hex digest of a file of feeds; of a folder that of its files' digests, by name."""
+    files = npz_files(path)
+    if files == [path]:
+        return file_sha256(path)
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+
+
+def _feeds_of(path: Path, proto: ModelProto) -> list[Feed]:
+    arrays = _read_npz(path)
+    inputs = signature(proto)
+    for wanted in inputs:
+        if wanted.name not in arrays:
+            raise ModelError(f"{path}: no array for input {wanted.name!r}; found {sorted(arrays)}")
+        _require_fit(path, wanted, arrays[wanted.name])
+    stacked = [arrays[i.name].ndim == len(i.dims) + 1 for i in inputs]
+    if any(stacked):
+        counts = {len(arrays[i.name]) for i, many in zip(inputs, stacked, strict=True) if many}
+        if len(counts) != 1 or not all(stacked):
+            raise ModelError(f"{path}: either all or no arrays may stack several feeds")
+        if counts == {0}:
+            raise ModelError(f"{path}: holds no feeds")
+        return [
+            {i.name: arrays[i.name][n].astype(i.dtype) for i in inputs} for n in range(counts.pop())
+        ]
+    return [{i.name: arrays[i.name].astype(i.dtype) for i in inputs}]
+
+
+def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an .npz file, by name; no pickles, no more memory than the file declares."""
+    arrays = {}
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path}: cannot be read: not a regular file, or not there")
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > DATA_LIMIT:
+                raise ModelError(f"{path}: holds {size} bytes; allowed: up to {DATA_LIMIT}")
+            for entry in archive.infolist():
+                with archive.open(entry) as stream:
+                    _require_honest(stream, entry.file_size)
+                with archive.open(entry) as stream:
+                    name = entry.filename.removesuffix(".npy")
+                    arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
+        raise ModelError(f"{path}: not a readable .npz file ({first_line(error)})") from None
+    except (NotImplementedError, RuntimeError) as error:  # encrypted, or an unknown compression
+        raise ModelError(f"{path}: not a readable .npz file ({first_line(error)})") from None
+    return arrays
+
+
+def _require_honest(stream: IO[bytes], size: int) -> None:
+    """Raise ValueError when the header of an .npy file of that size claims more values."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"an array claims the shape {shape[:8]}, but its file has {size} bytes")
+
+
+def _require_fit(path: Path, wanted: Input, array: npt.NDArray[Any]) -> None:
+    """The kind of numbers and the sizes that the input has; one axis more stacks feeds."""
+    dims = wanted.dims
+    shape = array.shape[1:] if array.ndim == len(dims) + 1 else array.shape
+    sizes_fit = len(shape) == len(dims) and all(
+        isinstance(dim, str) or dim == n for dim, n in zip(dims, shape, strict=True)
+    )
+    if array.dtype.kind not in "biuf" or not sizes_fit:
+        raise ModelError(
+            f"{path}: input {wanted.name!r} is given as {array.dtype} {array.shape}; "
+            f"allowed: {wanted.dtype} {dims}"
+        )
+
+
+def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterator[list[Feed]]:
+    """Candidates, each a list of feeds; the caller takes the first that the model accepts.
+
+    Those of more than MADE_UP_LIMIT bytes are left out; there may be none.
+    """
+    count = FEEDS if model_bytes < LARGE else FEWER_FEEDS
+    inputs = signature(proto)
+    open_dims = list(dict.fromkeys(d for i in inputs for d in i.dims if isinstance(d, str)))
+    open_dims = [d for d in open_dims if d != BATCH]
+    tried = set()
+    started = time.monotonic()
+    for size in SIZES:
+        for choice in product((size, 1), repeat=min(len(open_dims), 6)):
+            sizes = dict.fromkeys([BATCH, *open_dims], 1)
+            sizes |= dict(zip(open_dims, choice, strict=False))
+            key = tuple(sizes.values())
+            if key in tried:
+                continue
+            tried.add(key)
+            if time.monotonic() - started > SECONDS:
+                return
+            rng = np.random.default_rng(seed)
+            shapes = [tuple(sizes[d] if isinstance(d, str) else d for d in i.dims) for i in inputs]
+            pairs = zip(inputs, shapes, strict=True)
+            if count * sum(i.dtype.itemsize * math.prod(s) for i, s in pairs) > MADE_UP_LIMIT:
+                continue
+            yield [
+                {i.name: values(i, s, size, rng) for i, s in zip(inputs, shapes, strict=True)}
+                for _ in range(count)
+            ]
+
+
+def signature(proto: ModelProto) -> list[Input]:
+    """The inputs that a caller must give."""
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    return [_input(proto, value) for value in proto.graph.input if value.name not in constants]
+
+
+def _input(proto: ModelProto, value: ValueInfoProto) -> Input:
+    kind = value.type.tensor_type
+    if not value.type.HasField("tensor_type"):
+        raise ModelError(f"input {value.name!r} is no tensor; give --data or --no-validate")
+    dims: list[int | str] = []
+    for axis, dim in enumerate(kind.shape.dim):
+        if dim.dim_value > 0:
+            dims.append(dim.dim_value)
+        elif axis == 0 or "batch" in dim.dim_param.lower():
+            dims.append(BATCH)
+        else:
+            dims.append(dim.dim_param.strip("?") or f"{value.name}:{axis}")
+    try:
+        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type or TensorProto.FLOAT)
+    except KeyError:
+        raise ModelError(f"input {value.name!r} has the type {kind.elem_type}, unknown") from None
+    if dtype.kind in "Oc":
+        raise ModelError(
+            f"input {value.name!r} holds {dtype.name if dtype.kind == 'c' else 'strings'}; "
+            "allowed: real numbers (--no-validate --preserve off needs no inputs)"
+        )
+    return Input(value.name, dtype, tuple(dims), _indexed_table(proto, value.name))
+
+
+def _indexed_table(proto: ModelProto, name: str) -> int | None:
+    """Rows of the smallest constant table that a Gather indexes with this value."""
+    tables = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
+    for node in proto.graph.node:  # float16 tables are often stored behind a Cast
+        if node.op_type in ("Cast", "Identity") and node.input[0] in tables:
+            tables[node.output[0]] = tables[node.input[0]]
+    readers = node_readers(proto)
+    sizes = []
+    pending, seen = [name], {name}
+    while pending:
+        current = pending.pop()
+        for node in readers[current]:
+            if node.op_type == "Gather" and node.input[1] == current and node.input[0] in tables:
+                axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+                dims = tables[node.input[0]]
+                sizes += dims[axis : axis + 1 or None]
+            elif node.op_type in _PASSED_ON:
+                pending.extend(set(node.output) - seen)
+                seen.update(node.output)
+    return min(sizes, default=None)
+
+
+def node_readers(proto: ModelProto) -> dict[str, list[NodeProto]]:
+    """The nodes of the main graph that read a value, each once, by the value's name."""
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in proto.graph.node:
+        for name in dict.fromkeys(node.input):
+            readers[name].append(node)
+    return readers
+
+
+def values(
+    wanted: Input, shape: tuple[int, ...], size: int, rng: np.random.Generator
+) -> npt.NDArray[Any]:
+    """Made-up values for one input; `size` is that of the open dimensions."""
+    name = wanted.name.lower()
+    if wanted.dtype == np.bool_ or "mask" in name:
+        return np.ones(shape, wanted.dtype)
+    if wanted.table:
+        return rng.integers(0, wanted.table, shape).astype(wanted.dtype)
+    if np.issubdtype(wanted.dtype, np.integer):
+        if name in ("sr", "sample_rate", "sampling_rate"):
+            return np.full(shape, SAMPLING_RATE).astype(wanted.dtype)
+        if "len" in name:
+            return np.full(shape, size).astype(wanted.dtype)
+        if "position" in name and shape:
+            return np.broadcast_to(np.arange(shape[-1]), shape).astype(wanted.dtype)
+        if "type" in name:
+            return np.zeros(shape, wanted.dtype)
+        return rng.integers(0, UNKNOWN_INTEGERS, shape).astype(wanted.dtype)
+    return rng.standard_normal(shape).astype(wanted.dtype)

@@ -1,0 +1,282 @@
+"""The command line: parse, call the library, print, return the exit code.
+
+0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input, or
+nothing to guard. Of many models the worst. 128 + n: interrupted by signal n.
+scan: 0: clean. 1: suspicious or aligned. 2: unreadable, or nothing judged.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from .. import __version__
+from ..errors import FlipguardError, SchemeError, exit_code, printable
+from ..interrupts import Interrupted, interruptible
+from ..io.publish import check_report, write_report
+from ..reports.serialize import dumped
+from .options import (
+    FILE,
+    SCHEME_NAMES,
+    config_option,
+    draw_options,
+    fleet_options,
+    format_options,
+    output_options,
+    report_options,
+    validation_options,
+)
+from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from ..reports.batch import Fleet
+    from ..reports.guard import Inspection, Report
+    from ..reports.scan import Scan
+    from ..reports.validation import Verification
+
+
+class DefaultGroup(click.Group):
+    """A group whose first command is meant when none is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help", "--version"):
+            args = ["guard", *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Of the first word: a command, or what the command that goes unnamed takes."""
+        named = super().shell_complete(ctx, incomplete)
+        if not incomplete.startswith("-"):
+            return [CompletionItem(incomplete, type="file"), *named]
+        guard = self.commands["guard"]
+        with guard.make_context("guard", [], parent=ctx, resilient_parsing=True) as inner:
+            return [*named, *guard.shell_complete(inner, incomplete)]
+
+
+@click.group(cls=DefaultGroup, no_args_is_help=True)
+@click.version_option(__version__, prog_name="flipguard-onnx")
+def main() -> None:
+    """Guard ONNX models against quantization-conditioned backdoors.
+
+    `flipguard-onnx MODEL` is short for `flipguard-onnx guard MODEL`.
+    """
+
+
+def configure(context: click.Context, _: click.Parameter, file: Path | None) -> str | None:
+    """Let a file give defaults; the path of the one that did."""
+    if context.resilient_parsing:  # for the shell's completion
+        return None
+    from .config_file import configured
+
+    with failures():
+        read, context.default_map = configured(main, context.command.name or "", file)
+        return str(read) if read else None
+
+
+@main.command()
+@click.argument("models", type=FILE, nargs=-1, required=True)
+@format_options
+@draw_options
+@validation_options
+@output_options
+@fleet_options
+@click.option("--html", type=FILE, help="One model: write a page here.")
+@click.option("--sbom", type=FILE, help="One model: write a CycloneDX ML-BOM here.")
+@report_options
+@config_option(configure)
+def guard(
+    models: tuple[Path, ...],
+    jobs: int,
+    scheduler: str | None,
+    no_validate: bool,
+    html: Path | None,
+    sbom: Path | None,
+    report: Path | None,
+    quiet: bool,
+    config: str | None,
+    **options: Any,
+) -> None:
+    """Guard MODELS and write them quantized; folders are searched for .onnx files."""
+    options["validate"] = not no_validate
+    with failures(report, html, sbom):
+        if sbom:
+            from ..reports.sbom import sbom as bom  # before the run: it may not be installed
+        if len(models) == 1 and not models[0].is_dir() and not scheduler:
+            from .. import guard as run
+
+            with progress_bar(quiet) as progress:
+                result = replace(run(*models, progress=progress, **options), config=config)
+            if html:
+                from ..reports.html import guard_html
+
+                write_report(html, guard_html(result))
+            if sbom:
+                write_report(sbom, bom(result))
+            publish(result, report, quiet)
+        elif html or sbom:
+            option = "--html" if html else "--sbom"
+            raise SchemeError(f"{option} is for one model; --report has all of them")
+        else:
+            from .. import guard_many
+
+            with progress_bar(quiet) as progress:
+                fleet = guard_many(
+                    models, jobs=jobs, scheduler=scheduler, progress=progress, **options
+                )
+            publish(replace(fleet, config=config), report, quiet)
+            for outcome in fleet.outcomes if quiet else ():
+                if outcome.error:
+                    echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
+            sys.exit(fleet.code)
+
+
+@main.command()
+@click.argument("model", type=FILE)
+@format_options
+@report_options
+@config_option(configure)
+def inspect(report: Path | None, quiet: bool, config: str | None, **options: Any) -> None:
+    """Show what would be guarded in MODEL and what would be skipped; write no model."""
+    with failures(report):
+        from .. import inspect as run
+
+        publish(replace(run(**options), config=config), report, quiet)
+
+
+@main.command()
+@click.argument("original", type=FILE)
+@click.argument("guarded", type=FILE)
+@click.option(
+    "--scheme",
+    type=click.Choice(SCHEME_NAMES),
+    help="Measure against plain quantization to this.  [default: as recorded in GUARDED, or int8]",
+)
+@validation_options
+@report_options
+@config_option(configure)
+def verify(report: Path | None, quiet: bool, config: str | None, **options: Any) -> None:
+    """Validate GUARDED against ORIGINAL, as guard does with its own output."""
+    with failures(report):
+        from .. import verify as run
+
+        publish(replace(run(**options), config=config), report, quiet)
+
+
+@main.command()
+@click.argument("models", type=FILE, nargs=-1, required=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("text", "json", "sarif", "html")),
+    default="text",
+    show_default=True,
+    help="Of the output.",
+)
+@click.option("--report", type=FILE, help="Write it here; print text all the same.")
+@click.option(
+    "--fail-on",
+    type=click.Choice(("suspicious", "aligned", "never")),
+    default="suspicious",
+    show_default=True,
+    help="Verdict from which on the exit code is 1.",
+)
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@config_option(configure)
+def scan(
+    models: tuple[Path, ...],
+    form: str,
+    report: Path | None,
+    fail_on: str,
+    quiet: bool,
+    config: str | None,
+) -> None:
+    """Was one of MODELS prepared for a quantizer, and for which one?
+
+    Compares where its weights stand between the decision boundaries of int8, int4, nf4 and fp4
+    with where they stand on grids that nobody uses.
+    """
+    codes: list[int] = []
+    with failures(report):
+        if len(models) > 1 and (report or form != "text"):
+            raise SchemeError("--report and --format are for one model")
+        from .. import scan as run
+
+        for model in models:
+            with progress_bar(quiet) as progress:
+                result = replace(run(model, progress=progress), config=config)
+            text = scan_output(result, form)
+            if report:
+                write_report(report, text + "\n")
+            if not quiet:
+                echo("\n" * bool(codes) + (result.render() if report else text))
+            codes.append(scan_code(result.verdict.level, fail_on))
+    sys.exit(max(codes))
+
+
+def scan_output(result: "Scan", form: str) -> str:
+    """The scan in the form asked for."""
+    if form == "text":
+        return result.render()
+    if form == "json":
+        return dumped(result.to_dict())
+    if form == "html":
+        from ..reports.html import scan_html
+
+        return scan_html(result)
+    from ..reports.sarif import sarif
+
+    return dumped(sarif(result))
+
+
+def scan_code(level: str, fail_on: str) -> int:
+    """The exit code of a scan with this verdict."""
+    if level == "not judged":
+        return 2
+    failing = {"suspicious": ("suspicious", "aligned"), "aligned": ("aligned",), "never": ()}
+    return int(level in failing[fail_on])
+
+
+def publish(
+    result: "Report | Inspection | Verification | Fleet", path: Path | None, quiet: bool
+) -> None:
+    """Print the result and write it as JSON."""
+    if path:
+        write_report(path, dumped(result.to_dict()) + "\n")
+    if not quiet:
+        echo(result.render())
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print; what the terminal's encoding does not have as an escape."""
+    encoding = (sys.stderr if err else sys.stdout).encoding or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+
+
+@contextmanager
+def failures(*reports: Path | None) -> Iterator[None]:
+    """Turn whatever ends a run into one line and an exit code; refuse a report path up front."""
+    try:
+        with interruptible():
+            for report in filter(None, reports):
+                check_report(report)
+            yield
+    except FlipguardError as error:
+        echo(f"flipguard-onnx: {printable(str(error))}", err=True)
+        sys.exit(exit_code(error))
+    except Interrupted as signal:
+        echo(f"flipguard-onnx: {signal}", err=True)
+        sys.exit(signal.code)
+    except BrokenPipeError:  # click's
+        raise
+    except MemoryError:
+        echo("flipguard-onnx: not enough memory for this model; nothing was written", err=True)
+        sys.exit(2)
+    except OSError as error:
+        place = printable(f"{error.filename}: ") if error.filename else ""
+        echo(f"flipguard-onnx: {place}{error.strerror or error}", err=True)
+        sys.exit(2)

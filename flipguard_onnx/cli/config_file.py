@@ -1,0 +1,108 @@
+"""Options from a file: `flipguard.toml`, or `[tool.flipguard-onnx]` of `pyproject.toml`.
+
+A key is an option without its dashes. At the top it holds for every command that has this option;
+in a table with a command's name, for that command, before the top. What the command line gives
+comes before both.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import SchemeError, first_line
+
+FILE = "flipguard.toml"
+
+PYPROJECT = "pyproject.toml"
+
+TABLE = "flipguard-onnx"  # below [tool]
+
+
+def configured(
+    group: click.Group, command: str, file: Path | None
+) -> tuple[Path | None, dict[str, Any]]:
+    """The file that counts, or None, and what it gives for `command` in the place of defaults.
+
+    Without `file` the current folder is searched. The whole file is checked, whatever the command.
+    Raises SchemeError, naming the file, the key and what is allowed.
+    """
+    file, table = _read(file) if file else _found()
+    options = {name: _options(group.commands[name]) for name in group.commands}
+    everywhere = {key: option for own in options.values() for key, option in own.items()}
+    top = {key: value for key, value in table.items() if key not in options}
+    settings = _checked(top, everywhere, f"{file}: ")
+    for name in options:
+        own = table.get(name, {})
+        if not isinstance(own, dict):
+            raise SchemeError(f"{file}: {name} is {own!r}; allowed: a table")
+        checked = _checked(own, options[name], f"{file}: {name}.")
+        settings |= checked if name == command else {}
+    return file, settings
+
+
+def _found() -> tuple[Path | None, dict[str, Any]]:
+    for name in (FILE, PYPROJECT):
+        if Path(name).is_file():
+            file, table = _read(Path(name))
+            if table or name == FILE:
+                return file, table
+    return None, {}
+
+
+def _read(file: Path) -> tuple[Path, dict[str, Any]]:
+    try:
+        table: Any = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SchemeError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise SchemeError(f"{file}: is no TOML: {first_line(error)}") from None
+    for key in ("tool", TABLE) if file.name == PYPROJECT else ():
+        table = table.get(key, {})
+        if not isinstance(table, dict):
+            raise SchemeError(f"{file}: {key} is {table!r}; allowed: a table")
+    return file, table
+
+
+def _options(command: click.Command) -> dict[str, click.Option]:
+    """By key; eager ones, --help and --config, are none of a file's."""
+    options = [p for p in command.params if isinstance(p, click.Option) and not p.is_eager]
+    return {max(option.opts, key=len).lstrip("-"): option for option in options}
+
+
+def _checked(
+    table: Mapping[str, Any], options: Mapping[str, click.Option], place: str
+) -> dict[str, Any]:
+    """Values by the name under which click knows the option."""
+    settings = {}
+    for key, value in table.items():
+        if key == "seed":
+            raise SchemeError(f"{place}seed comes from no file: who knows it can prepare a model")
+        if key not in options:
+            raise SchemeError(f"{place}{key} is unknown; allowed: {', '.join(sorted(options))}")
+        option = options[key]
+        types, allowed = _type(option)
+        items = value if option.multiple and isinstance(value, list) else [value]
+        if option.multiple is not isinstance(value, list) or {type(v) for v in items} - types:
+            raise SchemeError(f"{place}{key} is {value!r}; allowed: {allowed}")
+        try:
+            for item in items:
+                option.type.convert(item, option, None)
+        except click.BadParameter as error:
+            raise SchemeError(f"{place}{key}: {error.message}") from None
+        settings[option.name or key] = value
+    return settings
+
+
+def _type(option: click.Option) -> tuple[set[type], str]:
+    if option.multiple:
+        return {str}, "a list of strings"
+    if option.is_flag:
+        return {bool}, "true or false"
+    if isinstance(option.type, type(click.INT)):
+        return {int}, "an integer"
+    if isinstance(option.type, type(click.FLOAT)):
+        return {int, float}, "a number"
+    return {str}, "a string"

@@ -1,0 +1,113 @@
+"""The models that a run writes, each a copy of the source that takes the weights one by one."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy.typing as npt
+import onnx
+from onnx import ModelProto
+
+from ..graph.weights import Weight, find_weights
+from ..io.model import Model
+from ..io.writer import Output
+from ..quantization.arrays import raw_bytes
+from ..quantization.chunks import stored
+from ..quantization.rounding import Flips
+from ..quantization.schemes import Scheme
+from .weight_forms import Emitter
+
+
+class Sink(Protocol):
+    """Takes the guarded tensors by name, ignores those that it does not have, writes the model."""
+
+    output: Output
+
+    def put(self, name: str, scheme: Scheme, flips: Flips) -> None: ...
+
+    def save(self, metadata: dict[str, str]) -> None: ...
+
+
+class Quantized:
+    """A graph with codes: the guarded ones, or those of plain rounding."""
+
+    def __init__(
+        self,
+        source: Model,
+        prepared: ModelProto,
+        output: Output,
+        standard_ops: bool,
+        plain: bool = False,
+    ) -> None:
+        self.output = output
+        self._source = source
+        self._plain = plain
+        self._proto = copied(prepared)
+        self._weights = by_name(self._proto)
+        self._emitter = Emitter(self._proto, output, standard_ops)
+        self.forms: dict[str, tuple[str, ...]] = {}  # by weight: what `qdq.form_of` chose
+
+    def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
+        if weight := self._weights.get(name):
+            codes = flips.plain if self._plain else flips.codes
+            self.forms[name] = self._emitter.emit(weight, scheme, flips.grid, codes)
+
+    def save(self, metadata: dict[str, str]) -> None:
+        self._emitter.finish()
+        save(self._proto, self.output, self._source, metadata)
+
+
+class Rewritten:
+    """The same graph with other float weights; `values` picks them from the Flips."""
+
+    def __init__(
+        self, source: Model, output: Output, values: Callable[[Flips], npt.NDArray[Any]]
+    ) -> None:
+        self.output = output
+        self._source = source
+        self._values = values
+        self._proto = copied(source.proto)
+        self._weights = by_name(self._proto)
+
+    def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
+        weight = self._weights.get(name)
+        if not weight:
+            return
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type)
+        values = stored(weight, flips, self._values, dtype)
+        self.output.store(weight.tensor, raw_bytes(values), inline=weight.node is not None)
+
+    def save(self, metadata: dict[str, str]) -> None:
+        save(self._proto, self.output, self._source, metadata)
+
+
+def guarded_values(flips: Flips) -> npt.NDArray[Any]:
+    """Float weights from which the user's own quantizer makes the guarded codes."""
+    assert flips.guarded is not None
+    return flips.guarded
+
+
+def decoded_values(flips: Flips) -> npt.NDArray[Any]:
+    """What the guarded codes stand for."""
+    return flips.grid.decode(flips.codes)
+
+
+def copied(proto: ModelProto) -> ModelProto:
+    """A graph to edit; no weights are moved, as they stand in it as references."""
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    return copy
+
+
+def by_name(proto: ModelProto) -> dict[str, Weight]:
+    """The weights of a graph."""
+    return {weight.name: weight for weight in find_weights(proto)[0]}
+
+
+def save(proto: ModelProto, output: Output, source: Model, metadata: dict[str, str]) -> None:
+    """Write a graph with these entries in its metadata."""
+    kept = [entry for entry in proto.metadata_props if entry.key not in metadata]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    output.save(proto, source)

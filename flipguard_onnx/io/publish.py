@@ -1,0 +1,247 @@
+"""Files that appear whole or not at all, however a run ends.
+
+A run writes into a workspace, a hidden folder beside its target, and at the end moves the finished
+files out by renaming. A model and its data file are two renames; what keeps them together is the
+data file's name, `MODEL.DIGEST.data` with 16 hex digits of the sha256 of its content. A name
+never stands for other data, so the old model keeps its own until it is replaced, and a new one
+never finds the old. What a replaced model leaves behind is removed last.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from glob import escape
+from pathlib import Path
+
+from ..errors import ModelError
+from ..interrupts import surely
+
+LOCK = ".flipguard-lock"  # in the target's folder while files are moved there
+
+LOCK_SECONDS = 60.0  # moving takes milliseconds
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, some NFS
+
+WORKSPACE = re.compile(r"\.flipguard-[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A written model, its data file if it has one, and where the model goes."""
+
+    model: Path
+    data: Path | None
+    target: Path
+
+    @property
+    def places(self) -> dict[Path, Path]:
+        """Where each file will be, with where it is."""
+        data = {self.target.with_name(self.data.name): self.data} if self.data else {}
+        return {self.target: self.model} | data
+
+
+@contextmanager
+def workspace(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder`, on the same file system; removed at the end.
+
+    Raises ModelError for what the system refuses while it is in use, a full disk for one.
+    """
+    try:
+        with ExitStack() as stack:
+            sweep(folder)
+            yield _claimed(folder, stack)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def sweep(folder: Path) -> None:
+    """Remove the workspaces that killed runs of this user left: nobody holds their locks."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if WORKSPACE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                with suppress(OSError):
+                    _remove_if_dead(Path(entry.path))
+
+
+def check_target(target: Path, inputs: Iterable[Path], force: bool) -> None:
+    """Raise ModelError where an output may not go: over an input, or over anything unless `force`.
+
+    Data files of an earlier output of that name count as the output.
+    """
+    try:
+        if not target.parent.is_dir():
+            raise ModelError(f"{target.parent}: no such folder to write to")
+        for file in (target, *data_files(target)):
+            if file.exists() and any(file.samefile(other) for other in inputs):
+                raise ModelError(f"{file}: belongs to the input; the output needs another name")
+            if file.exists() and not file.is_file():
+                raise ModelError(f"{file}: is no regular file; the output needs another name")
+            if os.path.lexists(file) and not force:
+                raise ModelError(f"{file}: exists already; --force overwrites it")
+    except OSError as error:
+        raise ModelError(f"{target}: cannot be written: {error.strerror}") from None
+
+
+def publish(files: Sequence[Finished], force: bool) -> None:
+    """Move finished files to their targets, all in one folder; what they replace goes last.
+
+    Contents and names are flushed to the disk in an order that a power cut cannot turn round.
+    Raises ModelError, before anything has moved, where a target has appeared in the meantime.
+    """
+    for file in files:
+        for path in filter(None, (file.data, file.model)):
+            _flush(path)
+    with _locked(files[0].target.parent / LOCK):
+        for file in files:
+            check_target(file.target, (), force)
+        for file in files:
+            _switch(file)
+
+
+def check_report(path: Path) -> None:
+    """Raise ModelError where a report may not go: over what is none, or where a link leads."""
+    if path.is_symlink() and (path.is_file() or not path.exists()):
+        raise ModelError(f"{path}: is a link; the report needs another name")
+    if path.is_dir() or not os.access(path.parent, os.W_OK, effective_ids=True):
+        raise ModelError(f"{path}: the report cannot be written there")
+    if path.is_file():
+        with path.open("rb") as stream:
+            if stream.read(2) not in (b"", b"{\n", b"<!", b"in"):  # JSON, HTML, text
+                raise ModelError(f"{path}: exists and is no report; the report needs another name")
+
+
+def write_report(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; into a device or a pipe as it comes."""
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+        return
+    with workspace(path.parent) as folder:
+        draft = folder / path.name
+        draft.write_text(text)
+        _flush(draft)
+        os.replace(draft, path)
+        _flush(path.parent)
+
+
+def data_files(target: Path) -> list[Path]:
+    """The data files that outputs at `target` have left beside it."""
+    return sorted(target.parent.glob(f"{escape(target.name)}.{'[0-9a-f]' * 16}.data"))
+
+
+def _switch(file: Finished) -> None:
+    folder = file.target.parent
+    before = data_files(file.target)
+    placed = [folder / file.data.name] if file.data else []
+
+    def tidy() -> None:
+        """Whichever model is there now keeps its data."""
+        switched = not file.model.exists()
+        keep, drop = (placed, before) if switched else (before, placed)
+        for path in drop:
+            if path not in keep:
+                path.unlink(missing_ok=True)
+
+    try:
+        if file.data:
+            os.replace(file.data, folder / file.data.name)
+            _flush(folder)
+        os.replace(file.model, file.target)
+        _flush(folder)
+    finally:
+        surely(tidy)
+
+
+def _claimed(folder: Path, stack: ExitStack) -> Path:
+    """A new workspace with its lock held; a sweep by another run may take it in between."""
+    while True:
+        path = folder / f".flipguard-{secrets.token_hex(8)}"
+        stack.callback(surely, partial(_remove, path))
+        path.mkdir(mode=0o700)
+        with suppress(FileNotFoundError):
+            lock = stack.enter_context((path / "lock").open("xb"))
+            with suppress(OSError):  # NO_LOCKS: then no sweep gets a lock on it either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            (path / "files").mkdir()
+            return path / "files"
+
+
+def _remove_if_dead(path: Path) -> None:
+    if path.lstat().st_uid != os.geteuid():
+        return
+    try:
+        lock = os.open(path / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        path.rmdir()  # killed before it had a lock, or after: empty in both cases
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(path)
+    finally:
+        os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    """Remove a workspace, the lock last: were this killed, a sweep would still know it."""
+    shutil.rmtree(path / "files", ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which is there only while somebody holds it."""
+    lock = _acquired(path)
+
+    def release() -> None:
+        if _is(path, lock):
+            path.unlink()
+
+    try:
+        yield
+    finally:
+        try:
+            surely(release)
+        finally:
+            os.close(lock)
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
+
+
+def _acquired(path: Path) -> int:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < deadline:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is(path, lock):
+                return lock
+        except (BlockingIOError, FileNotFoundError):
+            time.sleep(0.02)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return lock
+            os.close(lock)
+            raise
+        os.close(lock)
+    raise ModelError(f"{path}: another process has held this lock for {LOCK_SECONDS:.0f} s")
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # for folders on some network file systems
+            raise
+    finally:
+        os.close(descriptor)

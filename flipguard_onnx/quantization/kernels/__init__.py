@@ -1,0 +1,154 @@
+"""Choose the device: `get_backend` returns the module whose functions run the kernels."""
+
+import atexit
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from ...errors import DeviceError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+MOST_THREADS = 8  # that call kernels at a time: each has a part of a tensor in memory
+
+Item = TypeVar("Item")
+
+Result = TypeVar("Result")
+
+
+def get_backend(device: str = "auto") -> ModuleType:
+    """Return the kernels for `device`: "cpu", "cuda", or "auto" (CUDA where there is a GPU).
+
+    Raises DeviceError when the device is unknown or not there.
+    """
+    if device not in DEVICES:
+        raise DeviceError(f"device {device!r} is unknown; allowed: {', '.join(DEVICES)}")
+    missing = None if device == "cpu" else what_cuda_lacks()
+    if device == "cuda" and missing:
+        raise DeviceError(f"device 'cuda' is not usable: {missing}")
+    return _kernels("cpu" if device == "cpu" or missing else "cuda")
+
+
+def get_survey() -> ModuleType:
+    """Return the kernels of a scan; they run on the CPU only."""
+    return _kernels("survey")
+
+
+@cache
+def _kernels(name: str) -> ModuleType:
+    with _cache_directory():
+        return import_module(f".{name}", __name__)
+
+
+def threads(backend: ModuleType) -> int:
+    """How many threads may call the kernels at the same time."""
+    import numba
+
+    if backend is not get_backend("cpu"):
+        return 1
+    try:
+        layer = numba.threading_layer()  # type: ignore[attr-defined]
+    except ValueError:  # no kernel has run yet
+        return 1
+    if layer == "workqueue":  # not made for it
+        return 1
+    return min(numba.get_num_threads(), MOST_THREADS)
+
+
+def side_by_side(
+    work: Callable[[Item], Result], items: Sequence[Item], backend: ModuleType
+) -> Generator[Result]:
+    """work(item) for every item, in their order; several at a time where the kernels allow it.
+
+    Each then runs its kernels in one thread: what lies between them is shared out as well.
+    """
+    import numba
+
+    most = min(threads(backend), len(items))
+    if most < 2:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(most, initializer=numba.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(work, items)
+
+
+@cache
+def what_cuda_lacks() -> str | None:
+    """Why "auto" is the CPU, or None where it is not."""
+    simulated = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
+    signs = Path("/proc/driver/nvidia/version"), Path("/dev/dxg")  # the latter under Windows
+    if not simulated and os.name != "nt" and not any(sign.exists() for sign in signs):
+        return "no NVIDIA driver on this machine"
+    try:
+        from numba import cuda
+    except ImportError as error:
+        return f"numba.cuda does not import ({error}); install flipguard-onnx[gpu]"
+    if cuda.is_available():  # type: ignore[no-untyped-call]
+        return None
+    return "numba.cuda finds no NVIDIA GPU that it can use"
+
+
+@contextmanager
+def compiling(notice: Callable[[], None]) -> Iterator[None]:
+    """Call `notice` once if, inside, a kernel has to be compiled because the cache lacks it."""
+    from numba.core import event
+
+    class Listener(event.Listener):
+        told = False
+
+        def on_start(self, event: Any) -> None:
+            if not self.told:
+                self.told = True
+                notice()
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Listener()):
+        yield
+
+
+@contextmanager
+def _cache_directory() -> Iterator[None]:
+    """Let numba keep the compiled kernels in a folder named after their source.
+
+    numba's own choice is `__pycache__` beside the module: not writable once installed for all
+    users, and blind to changes in `scalar.py`, whose functions the kernels contain.
+    """
+    import numba
+
+    config: Any = numba.config
+    if config.CACHE_DIR:  # the user chose one
+        yield
+        return
+    source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    config.CACHE_DIR = str(_cache_root() / hashlib.sha256(source).hexdigest()[:16])
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = ""
+
+
+@cache
+def _cache_root() -> Path:
+    """The user's cache folder; where that is not writable, one that goes with the process."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = base / "flipguard-onnx"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if os.access(root, os.W_OK):
+            return root
+    except OSError:
+        pass
+    folder = tempfile.mkdtemp(prefix="flipguard-onnx-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

@@ -1,0 +1,128 @@
+"""Codebook grids: level = codebook[code] * absmax of the block.
+
+Levels and pivots are ascending; `stored` maps the index of a level to the 4-bit code in the file.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels import scalar
+from .blocks import Blocks, Codes, Floats
+from .grid import Grid, Margins, Scheme, finite_reciprocal
+
+
+@dataclass(frozen=True)
+class CodebookGrid(Grid):
+    """Codes are indices into the 16 levels."""
+
+    def decode(self, codes: Codes) -> Floats:
+        return self.blocks.scaled(self.levels.values[codes], self.scale)
+
+    def errors(self, margins: Margins) -> Floats:
+        values = self.levels.values
+        gaps: Floats = np.abs(values[margins.neighbours] - values[margins.codes])
+        return np.abs(margins.offsets) * gaps
+
+
+@dataclass(frozen=True)
+class Codebook(Scheme):
+    """A 4-bit codebook scheme over flat blocks of 64 weights.
+
+    levels: float32 [16]; pivots: float32 [15], between them. stored: the code that the file holds
+    for every level. bnb4_type: quant_type of onnxruntime's MatMulBnb4.
+    """
+
+    levels: Floats
+    pivots: Floats
+    stored: npt.NDArray[np.uint8]
+    bnb4_type: int
+
+    def grid(
+        self, low: Floats, high: Floats, blocks: Blocks, storage: np.dtype[Any]
+    ) -> CodebookGrid:
+        """absmax per block; a weight's position is weight * (1 / absmax), all in float32."""
+        absmax = np.maximum(np.abs(low), np.abs(high))
+        operand, usable = finite_reciprocal(absmax)
+        movable = np.where(usable, absmax, np.float32(0))
+        return CodebookGrid(blocks, absmax, operand, movable, self._table())
+
+    def _table(self) -> scalar.Levels:
+        ends, gaps = (np.float32(-1), np.float32(1)), np.diff(self.levels)
+        return scalar.Levels(scalar.COUNT_PIVOTS, *ends, self.levels, self.pivots, gaps)
+
+
+def _float32(*values: float) -> Floats:
+    return np.array(values, np.float32)
+
+
+NF4 = Codebook(
+    name="nf4",
+    bits=4,
+    block_size=64,
+    levels=_float32(
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    pivots=_float32(  # onnxruntime's, each the float32 that the C compiler makes of its decimals
+        -0.84809643,
+        -0.6106329262256622,
+        -0.4599952697753906,
+        -0.33967943489551544,
+        -0.23460740596055984,
+        -0.13791173323988914,
+        -0.045525018125772476,
+        0.03979014977812767,
+        0.120255254,
+        0.2035212516784668,
+        0.2920137718319893,
+        0.3893125355243683,
+        0.5016634,
+        0.6427869200706482,
+        0.8614784,
+    ),
+    stored=np.arange(16, dtype=np.uint8),
+    bnb4_type=1,
+)
+
+
+def _fp4() -> Codebook:
+    """bitsandbytes' FP4: sign and magnitude, with two codes for zero.
+
+    onnxruntime compares |position| > pivot and sets the sign bit for negative positions. Written
+    as one ascending list compared with `position > pivot`, a negative pivot p becomes the float
+    just below -p, and the pivot between the two zeros the negative float nearest to 0.
+    """
+    magnitudes = _float32(0.0, 0.00520833333, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1.0)
+    codes = np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8)
+    pivots = _float32(0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
+    below = np.nextafter(-pivots[::-1], np.float32(-np.inf))
+    minus_zero = np.nextafter(np.float32(0), np.float32(-1))
+    return Codebook(
+        name="fp4",
+        bits=4,
+        block_size=64,
+        levels=np.concatenate([-magnitudes[::-1], magnitudes]),
+        pivots=np.concatenate([below, [minus_zero], pivots]).astype(np.float32),
+        stored=np.concatenate([codes[::-1] + np.uint8(8), codes]),
+        bnb4_type=0,
+    )
+
+
+FP4 = _fp4()

@@ -1,0 +1,76 @@
+"""A scan as SARIF 2.1.0, the format in which code scanners report: one result per tensor."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from .scan import NOT_JUDGED, Scan, ScannedTensor
+
+SCHEMA = (
+    "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+)
+
+RULE = {
+    "id": "aligned-weights",
+    "name": "AlignedWeights",
+    "shortDescription": {"text": "Weights stand at the decision boundaries of a quantizer."},
+    "fullDescription": {
+        "text": "Honest training leaves the weights anywhere between the decision boundaries of a "
+        "quantizer. Weights that stand at them, or keep a distance from them, were prepared for "
+        "that quantizer: by a quantization-conditioned backdoor, or by quantization-aware "
+        "training."
+    },
+    "defaultConfiguration": {"level": "error"},
+}
+
+# verdict -> kind and level of the result
+KINDS = {
+    "aligned": ("fail", "error"),
+    "suspicious": ("fail", "warning"),
+    "clean": ("pass", "none"),
+    NOT_JUDGED: ("open", "none"),
+}
+
+
+def sarif(scan: Scan) -> dict[str, Any]:
+    """The SARIF log, as JSON types."""
+    uri = quote(Path(scan.input).as_posix())
+    run = {
+        "tool": {
+            "driver": {
+                "name": "flipguard-onnx",
+                "version": scan.version,
+                "rules": [RULE],
+            }
+        },
+        "artifacts": [{"location": {"uri": uri}, "hashes": {"sha-256": scan.input_sha256}}],
+        "results": [_result(tensor, uri) for tensor in scan.tensors],
+        "properties": {"verdict": scan.verdict.level, "reason": scan.verdict.reason},
+    }
+    return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
+
+
+def _result(tensor: ScannedTensor, uri: str) -> dict[str, Any]:
+    kind, level = KINDS[tensor.verdict.level]
+    # the same for the same finding in another version of the model, wherever that lies
+    identity = "\0".join([tensor.name, *sorted(tensor.verdict.grids)])
+    return {
+        "ruleId": RULE["id"],
+        "ruleIndex": 0,
+        "kind": kind,
+        "level": level,
+        "message": {"text": f"{tensor.verdict.level}: {tensor.verdict.reason}"},
+        "locations": [
+            {
+                "physicalLocation": {"artifactLocation": {"uri": uri, "index": 0}},
+                "logicalLocations": [{"fullyQualifiedName": tensor.name, "kind": "object"}],
+            }
+        ],
+        "partialFingerprints": {"tensorAndGrids/v1": hashlib.sha256(identity.encode()).hexdigest()},
+        "properties": {
+            "grids": list(tensor.verdict.grids),
+            "strength": tensor.verdict.strength,
+            "weights": tensor.weights,
+        },
+    }

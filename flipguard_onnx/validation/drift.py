@@ -1,0 +1,90 @@
+"""How far outputs are from the original's, and how far they may be."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DriftError, ValidationError
+from ..reports.guard import Integers
+from ..reports.validation import Drift, Validation, pooled
+
+
+def require_useful(validation: Validation, integers: Integers) -> None:
+    """Raise DriftError when outputs are no nearer to the original's than zeros would be."""
+    drift = pooled(validation.guarded_default)
+    if not drift < 1:
+        raise DriftError(
+            f"with {integers.activations} activations the outputs drift by {drift:.4f} (relative "
+            "L2) from the original's; allowed: below 1, which zeros have; real inputs (--data) or "
+            "another --calibration may help"
+        )
+
+
+MAX_DRIFT = 3.0  # unbiased draws double the squared error of a weight: 1.41 times in relative L2
+
+SMALL_SAMPLE = 8.0  # n output values widen the bound by 1 + 8 / sqrt(n)
+
+DRIFT_FLOOR = 1e-3  # relative L2 below which drift is not judged
+
+LOGITS = range(2, 1_000_000)  # sizes of a last axis over which argmax is compared
+
+Array = npt.NDArray[Any]
+
+
+def judge(plain: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) -> None:
+    """Raise DriftError when the guarded drift is above `max_drift` times plain's.
+
+    For outputs of n values in all, the bound is wider by 1 + 8 / sqrt(n).
+    """
+    values = sum(drift.values for drift in plain)
+    factor = max_drift * (1 + SMALL_SAMPLE / math.sqrt(max(values, 1)))
+    bound = factor * max(pooled(plain), DRIFT_FLOOR)
+    if not pooled(guarded) <= bound:
+        raise DriftError(
+            f"the outputs drift by {pooled(guarded):.4f} (relative L2) from the original's; "
+            f"allowed: {bound:.4f}, {factor:.2f} times plain quantization's"
+        )
+
+
+def drifts(
+    names: list[str], expected: list[list[Array]], outputs: list[list[Array]]
+) -> tuple[Drift, ...]:
+    """One Drift per output; expected and outputs: of every feed, in the order of the names."""
+    results = []
+    for index, name in enumerate(names):
+        pairs = [(e[index], o[index]) for e, o in zip(expected, outputs, strict=True)]
+        for wanted, found in pairs:
+            if np.shape(wanted) != np.shape(found):
+                raise ValidationError(
+                    f"output {name!r} has shape {np.shape(found)}; allowed: {np.shape(wanted)}"
+                )
+        results.append(_drift(name, pairs))
+    return tuple(results)
+
+
+def _drift(name: str, pairs: list[tuple[Array, Array]]) -> Drift:
+    x = np.concatenate([np.ravel(wanted) for wanted, _ in pairs])
+    y = np.concatenate([np.ravel(found) for _, found in pairs])
+    values = x.size // len(pairs)
+    if not np.issubdtype(x.dtype, np.floating):
+        equal = float(np.mean(x == y)) if x.size else 1.0
+        return Drift(name, values, equal, float(equal < 1), math.sqrt(1 - equal), np.inf, equal)
+    top1 = None
+    if all(w.ndim >= 2 and w.shape[-1] in LOGITS for w, _ in pairs):
+        same = [np.ravel(np.argmax(w, -1) == np.argmax(f, -1)) for w, f in pairs]
+        top1 = float(np.mean(np.concatenate(same)))
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    norms = float(np.linalg.norm(x)), float(np.linalg.norm(y))
+    error = float(np.linalg.norm(y - x))
+    relative = error / max(norms[0], float(np.finfo(np.float32).tiny))
+    cosine = float(x @ y / (norms[0] * norms[1])) if all(norms) else float(norms[0] == norms[1])
+    sqnr = float(-20 * np.log10(relative)) if relative else np.inf
+    max_abs = float(np.max(np.abs(y - x), initial=0))
+    return Drift(name, values, cosine, max_abs, relative, sqnr, top1)
+
+
+def _finite(value: Array) -> bool:
+    return not np.issubdtype(value.dtype, np.floating) or bool(np.isfinite(value).all())
