@@ -3,20 +3,72 @@
 FlipguardError
 ├── ModelError               the file cannot be read as a model, or is damaged
 ├── UnsupportedModelError    a readable model that the tool does not handle
-├── SchemeError              a scheme, policy or option value that does not exist or does not fit
+├── OptionError              an option or argument that does not exist or does not fit
+│   └── SchemeError          a scheme or policy that does not exist or does not fit
 ├── DeviceError              the requested device or scheduler is not there
 └── ValidationError          the output did not pass; nothing was written
     ├── RunError             onnxruntime does not accept the inputs
     └── DriftError           it runs, but drifts too far from the original
 
-Each message is one line that names the tensor or the file, the value found and what is allowed.
+An error carries its data (`path`, `tensor`, `found`, `allowed`), and its message is made from them:
+one line that names the tensor or the file, the value found and what is allowed.
 """
+
+import os
+from typing import Any, Self
 
 LONGEST = 1000  # characters of what a terminal is shown at a time
 
 
 class FlipguardError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Parameters
+    ----------
+    problem : what is wrong, as a format string: {tensor}, {tensor!r}, {found} stand for the data.
+        Without data it is taken as it is.
+    path : the file that it is about; the message begins with it
+    tensor : the name of the tensor that it is about
+    found : the value found
+    allowed : what would be right, in words; the message ends with it
+
+    Examples
+    --------
+    >>> error = ModelError("tensor {tensor!r} has {found} axes", tensor="w", found=40,
+    ...                    allowed="up to 32")
+    >>> print(error.at("m.onnx"))
+    m.onnx: tensor 'w' has 40 axes; allowed: up to 32
+    >>> error.tensor, error.found, error.allowed
+    ('w', 40, 'up to 32')
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        found: Any = None,
+        allowed: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.path = None if path is None else os.fspath(path)
+        self.tensor = tensor
+        self.found = found
+        self.allowed = allowed
+
+    def at(self, path: str | os.PathLike[str]) -> Self:
+        """The error itself, which now names the file, unless it did."""
+        if self.path is None:
+            self.path = os.fspath(path)
+        return self
+
+    def __str__(self) -> str:
+        problem = str(self.args[0])
+        if self.tensor is not None or self.found is not None:
+            problem = problem.format(tensor=self.tensor, found=self.found)
+        head = "" if self.path is None else f"{self.path}: "
+        return head + problem + (f"; allowed: {self.allowed}" if self.allowed else "")
 
 
 class ModelError(FlipguardError):
@@ -27,8 +79,12 @@ class UnsupportedModelError(FlipguardError):
     """The model is readable, but there is nothing here that can be guarded."""
 
 
-class SchemeError(FlipguardError):
-    """An option names a scheme, policy or value that is not allowed."""
+class OptionError(FlipguardError):
+    """An option or an argument has a value that is not allowed, or does not fit the others."""
+
+
+class SchemeError(OptionError):
+    """A scheme or a policy does not exist, or does not fit the other options."""
 
 
 class DeviceError(FlipguardError):
@@ -57,14 +113,15 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
-def printable(text: str, most: int = LONGEST) -> str:
+def printable(text: str, max_chars: int = LONGEST) -> str:
     """Text from a model or a file, made fit for a terminal: names are data.
 
-    Whatever is no visible character or space (control characters and so escape sequences, line
-    breaks, marks that turn the direction of writing) appears as its code; `most` characters remain.
+    Whatever is not a visible character or a space (control characters and with them escape
+    sequences, line breaks, marks that turn the direction of writing) is shown as its code; at most
+    `max_chars` characters remain.
     """
-    if len(text) > most:
-        text = f"{text[: most - 1]}…"
+    if len(text) > max_chars:
+        text = f"{text[: max_chars - 1]}…"
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,12 +1,8 @@
 import json
-import sys
 from importlib.resources import files
-from pathlib import Path
 
 import jsonschema
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `tools` is no installed package
 
 from flipguard_onnx.cli import commands as cli
 

@@ -8,11 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from command import call, one_line
-from samples import matmul, save
-
 from flipguard_onnx.cli.commands import main
 from flipguard_onnx.cli.config_file import configured
+from tests.helpers.command import call, one_line
+from tests.helpers.samples import matmul, save
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

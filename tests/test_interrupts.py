@@ -13,14 +13,14 @@ from pathlib import Path
 
 import onnx
 import pytest
-from command import call, held, names, one_line, workspaces
-from samples import SAMPLES, matmul, save
 
 from flipguard_onnx import ModelError, guard
 from flipguard_onnx.io import publish
 from flipguard_onnx.io.publish import LOCK, sweep, workspace, write_report
+from tests.helpers.command import call, held, names, one_line, workspaces
+from tests.helpers.samples import SAMPLES, matmul, save
 
-KILLED = Path(__file__).with_name("killed.py")
+KILLED = Path(__file__).parent / "helpers" / "killed.py"
 MLP = Path(__file__).parents[1] / "models" / "attacks" / "mlp-clean.onnx"
 WHOLE = {"absent, then absent", "absent, then 2", "1, then 1", "1, then 2"}
 NO_ROOT = "needs root, to mount a small or read-only file system"

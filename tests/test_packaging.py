@@ -10,7 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from samples import matmul, save
+
+from tests.helpers.samples import matmul, save
 
 ROOT = Path(__file__).parents[1]
 NAMESPACE = ("unshare", "--mount", "sh", "-ec")

@@ -5,7 +5,6 @@ They are downloaded by `python tools/fetch_models.py`; what is not there is skip
 
 import numpy as np
 import onnx
-import oracles
 import pytest
 from click.testing import CliRunner
 from onnxruntime.quantization import (
@@ -27,6 +26,7 @@ from flipguard_onnx.io.model import file_sha256, open_model
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.rounding import Policy, flip
 from flipguard_onnx.quantization.schemes import SCHEMES
+from tests.helpers import oracles
 from tools.fetch_models import MODELS, path_of
 
 

@@ -12,13 +12,13 @@ import jsonschema
 import onnx
 import pytest
 import yaml
-from command import names
-from conftest import SCHEMA
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
-from samples import matmul, save
 
 from flipguard_onnx import __version__, verify
+from tests.conftest import SCHEMA
+from tests.helpers.command import names
+from tests.helpers.samples import matmul, save
 from tools.attacks.measure import FOLDER as ATTACKED
 
 ROOT = Path(__file__).parents[1]

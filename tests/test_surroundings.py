@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import call, names, one_line
-from samples import matmul, save, weights
 
 from flipguard_onnx import guard, inspect
+from tests.helpers.command import call, names, one_line
+from tests.helpers.samples import matmul, save, weights
 
 PLAIN = ("--no-validate", "--preserve", "off", "--quiet")
 

@@ -32,9 +32,9 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import flipguard_onnx
 from flipguard_onnx.io.model import open_model, subgraphs
-from flipguard_onnx.reports.guard import Inspection, Report
+from flipguard_onnx.reports.guard import GuardReport, Inspection
 from flipguard_onnx.reports.validation import pooled
-from flipguard_onnx.validation.validator import Runner
+from flipguard_onnx.validation.validator import ModelRunner
 from tools.fetch_models import RealModel, path_of, select
 
 SCHEMES = ("int8", "int4", "nf4", "fp4")
@@ -103,7 +103,7 @@ class Refusal:
     message: str
 
 
-def guarded(source: Path, scheme: str, seed: int, folder: Path) -> tuple[Report | None, str]:
+def guarded(source: Path, scheme: str, seed: int, folder: Path) -> tuple[GuardReport | None, str]:
     """The report of guard(), or the error."""
     output = folder / f"guarded-{scheme}.onnx"
     try:
@@ -112,7 +112,7 @@ def guarded(source: Path, scheme: str, seed: int, folder: Path) -> tuple[Report 
         return None, f"{type(error).__name__}: {error}"
 
 
-def ours(report: Report, scheme: str) -> Ours:
+def ours(report: GuardReport, scheme: str) -> Ours:
     tried = report.validation
     assert tried is not None
     total = all_weights(report)
@@ -127,12 +127,12 @@ def ours(report: Report, scheme: str) -> Ours:
     )
 
 
-def all_weights(found: Report | Inspection) -> int:
+def all_weights(found: GuardReport | Inspection) -> int:
     """How many constant float values the model has."""
     return sum(t.weights for t in found.tensors) + sum(t.size for t in found.skipped)
 
 
-def theirs(source: Path, scheme: str, runner: Runner, total: int, folder: Path) -> Theirs:
+def theirs(source: Path, scheme: str, runner: ModelRunner, total: int, folder: Path) -> Theirs:
     """onnxruntime's quantizer on the same file; whatever it raises is the result."""
     output = folder / f"onnxruntime-{scheme}.onnx"
     try:
@@ -234,7 +234,7 @@ def _unpacked(node: onnx.NodeProto) -> int:
 def measure(model: RealModel, schemes: Sequence[str], seed: int) -> Iterator[Cell]:
     """All schemes on one model; nothing is written beside it."""
     source = open_model(path_of(model.name))
-    runner = Runner(source, None)
+    runner = ModelRunner(source, None)
     for scheme in schemes:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)

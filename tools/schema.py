@@ -9,13 +9,13 @@ import types
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from flipguard_onnx.reports.batch import Fleet
-from flipguard_onnx.reports.guard import Inspection, Report
+from flipguard_onnx.reports.batch import BatchReport
+from flipguard_onnx.reports.guard import GuardReport, Inspection
 from flipguard_onnx.reports.scan import Scan
 from flipguard_onnx.reports.serialize import FORMAT
 from flipguard_onnx.reports.validation import Verification
 
-REPORTS = (Report, Fleet, Inspection, Verification, Scan)
+REPORTS = (GuardReport, BatchReport, Inspection, Verification, Scan)
 PLAIN = {str: "string", int: "integer", bool: "boolean", type(None): "null"}
 
 
@@ -47,7 +47,7 @@ def _as_written(found: dict[str, Any]) -> None:
         "coverage": {"type": "number"},
     }
     report["required"] += ["weights", "flips", "coverage"]
-    fleet = found["Fleet"]
+    fleet = found["BatchReport"]
     fleet["properties"] |= {
         "code": {"type": "integer"},
         "models": fleet["properties"].pop("outcomes"),

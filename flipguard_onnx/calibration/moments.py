@@ -18,11 +18,11 @@ from ..errors import RunError, UnsupportedModelError, ValidationError
 from ..graph.weights import Weight
 from ..io.model import Model
 from ..io.writer import Output
-from ..quantization.error_feedback import PANEL, Floats, Inputs
+from ..quantization.error_feedback import PANEL, Floats, InputMoments
 from ..runtime.session import Session, open_session
 from .inputs import NONE_FIT, Feed, load_feeds, made_up_feeds, signature
 from .synthetic import synthetic_feeds
-from .weight_inputs import Tap, tap_of
+from .weight_inputs import WeightInput, weight_input
 
 ROWS = 4096  # of inputs that a weight should see at least
 
@@ -51,8 +51,8 @@ SEED = 0  # of the made-up inputs; they need not be secret
 BYTES_PER_ENTRY = 32  # of a matrix H, with its damped copy, factor and float32 form
 
 
-class Activations:
-    """Runs the float model and hands out the Inputs of each weight.
+class MomentRecorder:
+    """Runs the float model and hands out the InputMoments of each weight.
 
     Statistics are gathered for as many weights at a time as `max_bytes` allows, in their order.
     """
@@ -74,9 +74,12 @@ class Activations:
         self._source = source
         self._max_bytes = max_bytes
         self._cuts = {w.name: w.blocks(None, flat=False) for w in weights}
-        found = {w.name: dict.fromkeys(tap_of(use, w, main) for use in w.uses) for w in weights}
+        found = {
+            w.name: dict.fromkeys(weight_input(use, w, main) for use in w.uses) for w in weights
+        }
         self._taps = {
-            name: tuple(tap for tap in taps if isinstance(tap, Tap)) for name, taps in found.items()
+            name: tuple(tap for tap in taps if isinstance(tap, WeightInput))
+            for name, taps in found.items()
         }
         self._reasons = {
             name: next((tap for tap in taps if isinstance(tap, str)), "")
@@ -85,7 +88,7 @@ class Activations:
         self._all_taps = list(dict.fromkeys(tap for taps in self._taps.values() for tap in taps))
         if not self._all_taps:
             raise UnsupportedModelError("the inputs of no weight can be recorded")
-        self._gathered: dict[tuple[Tap, ...], Inputs] = {}
+        self._gathered: dict[tuple[WeightInput, ...], InputMoments] = {}
         self._session = self._open(Output(folder, folder / "probe.onnx", external=True))
         self._given = load_feeds(data, source.proto) if data else []
         self._template, self._counts = self._probe()
@@ -102,7 +105,7 @@ class Activations:
         output.save(proto, self._source)
         return open_session(output.path, exact=True, size=self._source.size)
 
-    def _probe(self) -> tuple[Feed, dict[Tap, int]]:
+    def _probe(self) -> tuple[Feed, dict[WeightInput, int]]:
         """A feed that the model accepts, and how many rows of inputs it gives each tap."""
         problem = NONE_FIT
         made_up = made_up_feeds(self._source.proto, self._source.size)
@@ -163,7 +166,7 @@ class Activations:
     def _synthetic(self, samples: int, batch: int) -> list[Feed]:
         return synthetic_feeds(self._source, self._session, self._template, samples, batch, SEED)
 
-    def of(self, weight: Weight) -> Inputs | str:
+    def of(self, weight: Weight) -> InputMoments | str:
         """The inputs of a weight, or the reason why there are none."""
         taps = self._taps[weight.name]
         if not taps:
@@ -174,7 +177,7 @@ class Activations:
         finite = all(np.isfinite(hessian).all() for hessian in inputs.hessians)
         return inputs if finite and np.isfinite(inputs.fresh).all() else "its inputs overflow"
 
-    def _spans(self, taps: tuple[Tap, ...], columns: int) -> tuple[range, ...]:
+    def _spans(self, taps: tuple[WeightInput, ...], columns: int) -> tuple[range, ...]:
         """The columns cut up so that their matrices fit into memory."""
         width = columns
         while taps[0].groups * columns * width * BYTES_PER_ENTRY > self._max_bytes:
@@ -183,10 +186,10 @@ class Activations:
                 break
         return tuple(range(a, min(a + width, columns)) for a in range(0, columns, max(width, 1)))
 
-    def _pass(self, first: Weight) -> Iterator[tuple[tuple[Tap, ...], tuple[range, ...]]]:
+    def _pass(self, first: Weight) -> Iterator[tuple[tuple[WeightInput, ...], tuple[range, ...]]]:
         """The taps from this weight on whose matrices fit into memory together."""
         used = 0
-        seen: set[tuple[Tap, ...]] = set()
+        seen: set[tuple[WeightInput, ...]] = set()
         names = list(self._taps)
         for name in names[names.index(first.name) :]:
             taps = self._taps[name]
@@ -199,7 +202,7 @@ class Activations:
             seen.add(taps)
             yield taps, spans
 
-    def _statistics(self, first: Weight) -> dict[tuple[Tap, ...], Inputs]:
+    def _statistics(self, first: Weight) -> dict[tuple[WeightInput, ...], InputMoments]:
         plan = dict(self._pass(first))
         sums = {
             taps: [np.zeros((taps[0].groups, len(s), len(s)), np.float64) for s in spans]
@@ -211,15 +214,18 @@ class Activations:
                 with np.errstate(over="ignore", invalid="ignore"):  # `of` finds it
                     total += part.transpose(0, 2, 1) @ part
         fresh = dict(self._rows_of(self._feeds[1], list(plan), FRESH_ROWS, 2 * FRESH_ROWS))
-        return {taps: Inputs(spans, tuple(sums[taps]), fresh[taps]) for taps, spans in plan.items()}
+        return {
+            taps: InputMoments(spans, tuple(sums[taps]), fresh[taps])
+            for taps, spans in plan.items()
+        }
 
     def _rows_of(
-        self, feeds: list[Feed], wanted: list[tuple[Tap, ...]], most: int, at_a_time: int
-    ) -> Iterator[tuple[tuple[Tap, ...], Floats]]:
+        self, feeds: list[Feed], wanted: list[tuple[WeightInput, ...]], most: int, at_a_time: int
+    ) -> Iterator[tuple[tuple[WeightInput, ...], Floats]]:
         """Rows of inputs for the taps of each weight, up to about `most`, some feeds together."""
         rng = np.random.default_rng(SEED)
         share = -(-most // len(feeds))
-        waiting: dict[tuple[Tap, ...], list[Floats]] = {taps: [] for taps in wanted}
+        waiting: dict[tuple[WeightInput, ...], list[Floats]] = {taps: [] for taps in wanted}
         flat = [tap for taps in wanted for tap in taps]
         for feed in feeds:
             values = self._run(feed, flat)
@@ -232,7 +238,7 @@ class Activations:
             if rows:
                 yield taps, np.concatenate(rows, axis=1)
 
-    def _run(self, feed: Feed, taps: Sequence[Tap]) -> dict[str, npt.NDArray[Any]]:
+    def _run(self, feed: Feed, taps: Sequence[WeightInput]) -> dict[str, npt.NDArray[Any]]:
         names = [n for n in dict.fromkeys(tap.value for tap in taps) if n not in feed]
         names = names or self._session.outputs[:1]
         return feed | dict(zip(names, self._session.run(names, feed), strict=True))
@@ -245,7 +251,7 @@ def record(
     most: int,
     data: Path | None,
     optional: bool,
-) -> tuple[Activations | None, str | None]:
+) -> tuple[MomentRecorder | None, str | None]:
     """What the weights are multiplied with, or None and the reason.
 
     most: bytes for the statistics. optional: go without where it cannot be had, where the model is
@@ -254,7 +260,7 @@ def record(
     if optional and source.size > most:
         return None, f"the model is larger than --max-memory ({most >> 20:,} MiB)"
     try:
-        activations = Activations(source, weights, folder, most, data)
+        activations = MomentRecorder(source, weights, folder, most, data)
     except (UnsupportedModelError, ValidationError) as error:
         if not optional:
             raise

@@ -15,7 +15,7 @@ from ..quantization.error_feedback import Floats
 
 
 @dataclass(frozen=True)
-class Tap:
+class WeightInput:
     """One reading of a weight: `value` is what it is multiplied with.
 
     kind: how the value becomes rows of inputs: "rows" (its last axis), "columns" (the last but
@@ -44,7 +44,7 @@ class Tap:
         return x.astype(np.float32)[None]
 
     def _patches(self, x: npt.NDArray[Any], most: int, rng: np.random.Generator) -> Floats:
-        """Inputs in the order of a convolution's weights: channel, then place in the kernel."""
+        """Rows in the order of a convolution's weights: channel, then place in the kernel."""
         rank = len(self.kernel)
         reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
         padded = np.pad(x, [(0, 0), (0, 0), *self._padding(x.shape[2:], reach)])
@@ -78,7 +78,7 @@ class Tap:
         return list(zip(self.pads[:half], self.pads[half:], strict=True))
 
 
-def tap_of(use: Use, weight: Weight, main: Any) -> Tap | str:
+def weight_input(use: Use, weight: Weight, main: Any) -> WeightInput | str:
     """The tap for one reader of a weight, or the reason why its inputs cannot be recorded."""
     if use.scope.body is not main:
         return "read in a subgraph or function"
@@ -86,16 +86,18 @@ def tap_of(use: Use, weight: Weight, main: Any) -> Tap | str:
         return "not read as it is stored"
     node = use.node
     if use.op == "MatMul" and len(weight.shape) == 2:
-        return Tap(node.input[1 - use.index], use.elem_type, "rows" if use.index else "columns")
+        return WeightInput(
+            node.input[1 - use.index], use.elem_type, "rows" if use.index else "columns"
+        )
     if use.op == "Gemm":
         kind = "columns" if attribute(node, "transA", 0) else "rows"
-        return Tap(node.input[0], use.elem_type, kind)
+        return WeightInput(node.input[0], use.elem_type, kind)
     if use.op in ("LSTM", "GRU", "RNN") and use.index == 1:
-        return Tap(node.input[0], use.elem_type, "rows")
+        return WeightInput(node.input[0], use.elem_type, "rows")
     if use.op == "Conv" and min(attribute(node, "pads", ()), default=0) >= 0:
         kernel = tuple(weight.shape[axis] for axis in use.perm[2:])
         ones = (1,) * len(kernel)
-        return Tap(
+        return WeightInput(
             node.input[0],
             use.elem_type,
             "patches",

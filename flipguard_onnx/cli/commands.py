@@ -34,8 +34,8 @@ from .options import (
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..reports.batch import Fleet
-    from ..reports.guard import Inspection, Report
+    from ..reports.batch import BatchReport
+    from ..reports.guard import GuardReport, Inspection
     from ..reports.scan import Scan
     from ..reports.validation import Verification
 
@@ -242,7 +242,7 @@ def scan_code(level: str, fail_on: str) -> int:
 
 
 def publish(
-    result: "Report | Inspection | Verification | Fleet", path: Path | None, quiet: bool
+    result: "GuardReport | Inspection | Verification | BatchReport", path: Path | None, quiet: bool
 ) -> None:
     """Print the result and write it as JSON."""
     if path:

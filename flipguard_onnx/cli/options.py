@@ -149,7 +149,7 @@ output_options = together(
         help="How the ranges of activations are found.",
     ),
     click.option(
-        "--symmetric", is_flag=True, help="Activations with their zero point in the middle."
+        "--symmetric", is_flag=True, help="MomentRecorder with their zero point in the middle."
     ),
     click.option("--standard-ops", is_flag=True, help="No operators of com.microsoft."),
     click.option(

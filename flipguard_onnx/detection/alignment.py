@@ -18,7 +18,7 @@ from ..graph.weights import Weight
 from ..quantization.arrays import contiguous
 from ..quantization.chunks import parts
 from ..quantization.kernels import get_backend, get_survey
-from ..quantization.rounding import Flips, Policy
+from ..quantization.rounding import Policy, QuantizedTensor
 from ..quantization.schemes import SCHEMES, Blocks, Grid, Scheme
 from ..reports.scan import Alignment, Budget
 
@@ -241,7 +241,7 @@ def alignment(name: str, tally: Tally) -> Alignment:
     )
 
 
-def budget(values: npt.NDArray[Any], flips: Flips, policy: Policy) -> Budget:
+def budget(values: npt.NDArray[Any], flips: QuantizedTensor, policy: Policy) -> Budget:
     """The alignment budget of weights, flat in canonical order, that are guarded like this."""
     weights = values.astype(np.float32, copy=False)
     if policy.name == "unbiased":

@@ -24,7 +24,7 @@ NEGLIGIBLE = 1 / 256  # of the step to which a result is rounded anyway
 Array = npt.NDArray[Any]
 
 
-class Settled:
+class StaticGraphChecker:
     """Takes the guarded weights one by one, then judges all other constants.
 
     weight_only: weights whose codes onnxruntime would change, and why. floats: other constants

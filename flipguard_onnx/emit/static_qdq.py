@@ -23,15 +23,15 @@ from ..graph.traversal import attribute, bodies
 from ..graph.weights import Weight, find_weights
 from ..io.model import INLINE_LIMIT, Model, open_model
 from ..io.writer import Output
-from ..quantization.rounding import Flips
+from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Codes, Grid, Scheme
-from ..reports.guard import Integers
-from ..validation.validator import Runner
+from ..reports.guard import ActivationQuantization
+from ..validation.validator import ModelRunner
 from .opset import converted
 from .rewriter import remove_named
-from .static_codes import Settled
+from .static_codes import StaticGraphChecker
 from .weight_forms import Emitter
-from .writers import Rewritten, Sink, guarded_values, save
+from .writers import FloatWriter, ModelWriter, guarded_values, save
 
 OPSETS = {"int8": 13, "uint8": 13, "int16": 21}  # that have QuantizeLinear to these types
 
@@ -54,14 +54,14 @@ class Calibration:
     """What the static quantizer is told: the options, the granularity of the weights' scales, and
     the inputs on which it finds the ranges of activations."""
 
-    integers: Integers
+    integers: ActivationQuantization
     per_channel: bool
     feeds: list[Feed]
 
     @classmethod
     def of(
         cls,
-        integers: Integers,
+        integers: ActivationQuantization,
         granularity: str,
         source: Model,
         weights: Sequence[Weight],
@@ -80,7 +80,7 @@ class Calibration:
         if data:
             feeds = load_feeds(data, source.proto)
         else:
-            noise = Runner(source, None).feeds
+            noise = ModelRunner(source, None).feeds
             session = runtime.open_session(source.path, exact=True, size=source.size)
             feeds = noise + synthetic_feeds(source, session, noise[0], SAMPLES, 1, SEED)
         inputs = "data" if data else "synthetic"
@@ -88,7 +88,7 @@ class Calibration:
         return cls(integers, granularity == "channel", feeds)
 
 
-def preprocessed(source: Model, integers: Integers, most: int, folder: Path) -> Model:
+def preprocessed(source: Model, integers: ActivationQuantization, most: int, folder: Path) -> Model:
     """The source as onnxruntime's pre-processing leaves it: constants folded, BatchNormalization
     merged into Conv, shapes inferred, at an opset that has the activations' type.
 
@@ -158,7 +158,7 @@ def _float_sums(main: GraphProto) -> list[str]:
     ]
 
 
-class Static:
+class StaticQdqWriter:
     """A sink: the float model with guarded (`plain`: with its own) weights, quantized whole.
 
     integers: what became of the tensors, after `save`.
@@ -176,7 +176,7 @@ class Static:
         self.output = output
         self.integers = calibration.integers
         self._folder = output.path.parent.with_name(f"{output.path.parent.name}-float")
-        self._float = Rewritten(
+        self._float = FloatWriter(
             replace(source, proto=prepared), Output(self._folder, None, False), guarded_values
         )
         self._float_sums = _float_sums(prepared.graph)
@@ -185,9 +185,9 @@ class Static:
         self._plain = plain
         self._guarded: dict[str, tuple[Scheme, Grid, Codes]] = {}
 
-    def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
+    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
         if not self._plain:
-            self._float.put(name, scheme, flips)
+            self._float.add_weight(name, scheme, flips)
         self._guarded[name] = scheme, flips.grid, flips.plain if self._plain else flips.codes
 
     def save(self, metadata: dict[str, str]) -> None:
@@ -206,7 +206,7 @@ class Static:
         )
         floats, made = (open_model(p, ours=True) for p in (self._float.output.path, result))
         weights = {weight.name: weight for weight in find_weights(floats.proto)[0]}
-        settled = Settled(made, floats, self.output)
+        settled = StaticGraphChecker(made, floats, self.output)
         for name, (_, grid, codes) in self._guarded.items():
             settled.weight(weights[name], grid, codes)
         settled.finish()
@@ -235,10 +235,12 @@ def sinks(
     calibration: Calibration,
     standard_ops: bool,
     measured: bool,
-) -> dict[str, Sink]:
+) -> dict[str, ModelWriter]:
     """The guarded model and, where it is `measured`, the plainly quantized one beside it."""
     return {
-        kind: Static(source, prepared, output(kind), calibration, standard_ops, kind == "plain")
+        kind: StaticQdqWriter(
+            source, prepared, output(kind), calibration, standard_ops, kind == "plain"
+        )
         for kind in (("qdq", "plain") if measured else ("qdq",))
     }
 

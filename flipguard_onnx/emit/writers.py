@@ -12,22 +12,22 @@ from ..io.model import Model
 from ..io.writer import Output
 from ..quantization.arrays import raw_bytes
 from ..quantization.chunks import stored
-from ..quantization.rounding import Flips
+from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Scheme
 from .weight_forms import Emitter
 
 
-class Sink(Protocol):
+class ModelWriter(Protocol):
     """Takes the guarded tensors by name, ignores those that it does not have, writes the model."""
 
     output: Output
 
-    def put(self, name: str, scheme: Scheme, flips: Flips) -> None: ...
+    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None: ...
 
     def save(self, metadata: dict[str, str]) -> None: ...
 
 
-class Quantized:
+class QdqWriter:
     """A graph with codes: the guarded ones, or those of plain rounding."""
 
     def __init__(
@@ -46,7 +46,7 @@ class Quantized:
         self._emitter = Emitter(self._proto, output, standard_ops)
         self.forms: dict[str, tuple[str, ...]] = {}  # by weight: what `qdq.form_of` chose
 
-    def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
+    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
         if weight := self._weights.get(name):
             codes = flips.plain if self._plain else flips.codes
             self.forms[name] = self._emitter.emit(weight, scheme, flips.grid, codes)
@@ -56,11 +56,11 @@ class Quantized:
         save(self._proto, self.output, self._source, metadata)
 
 
-class Rewritten:
-    """The same graph with other float weights; `values` picks them from the Flips."""
+class FloatWriter:
+    """The same graph with other float weights; `values` picks them from the QuantizedTensor."""
 
     def __init__(
-        self, source: Model, output: Output, values: Callable[[Flips], npt.NDArray[Any]]
+        self, source: Model, output: Output, values: Callable[[QuantizedTensor], npt.NDArray[Any]]
     ) -> None:
         self.output = output
         self._source = source
@@ -68,7 +68,7 @@ class Rewritten:
         self._proto = copied(source.proto)
         self._weights = by_name(self._proto)
 
-    def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
+    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
         weight = self._weights.get(name)
         if not weight:
             return
@@ -80,13 +80,13 @@ class Rewritten:
         save(self._proto, self.output, self._source, metadata)
 
 
-def guarded_values(flips: Flips) -> npt.NDArray[Any]:
+def guarded_values(flips: QuantizedTensor) -> npt.NDArray[Any]:
     """Float weights from which the user's own quantizer makes the guarded codes."""
     assert flips.guarded is not None
     return flips.guarded
 
 
-def decoded_values(flips: Flips) -> npt.NDArray[Any]:
+def decoded_values(flips: QuantizedTensor) -> npt.NDArray[Any]:
     """What the guarded codes stand for."""
     return flips.grid.decode(flips.codes)
 

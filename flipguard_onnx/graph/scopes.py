@@ -66,7 +66,7 @@ class Use:
         return tuple(self.perm[a] for a in axes)
 
 
-class Readers:
+class GraphIndex:
     """Who reads which value, across graphs, subgraphs and functions."""
 
     def __init__(self, proto: ModelProto) -> None:

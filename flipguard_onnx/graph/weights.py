@@ -20,7 +20,7 @@ from ..quantization.arrays import contiguous
 from ..quantization.schemes import Blocks
 from ..reports.scan import Skipped
 from .operators import FLOATS, ROLES
-from .scopes import Readers, Scope, Use
+from .scopes import GraphIndex, Scope, Use
 
 QUANTIZED = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
 
@@ -93,7 +93,7 @@ def find_weights(
     Raises UnsupportedModelError when most of the model's weights are quantized already, unless it
     is `partly` quantized on purpose.
     """
-    reader = Readers(proto)
+    reader = GraphIndex(proto)
     weights: list[Weight] = []
     skipped: list[Skipped] = []
     quantized: dict[str, int] = defaultdict(int)

@@ -15,7 +15,7 @@ from ..errors import FlipguardError, ModelError, exit_code
 from ..io.model import open_model
 from ..io.publish import WORKSPACE, check_target, sweep
 from ..progress import Progress
-from ..reports.batch import Fleet, Outcome
+from ..reports.batch import BatchReport, ModelOutcome
 from ..runtime.pool import Lost, described, in_processes, on_dask
 from .guard import guard
 from .options import EMITS, one_of, output_paths
@@ -48,7 +48,7 @@ def guard_many(
     force: bool = False,
     progress: Progress | None = None,
     **options: Any,
-) -> Fleet:
+) -> BatchReport:
     """Guard many models; one that fails, or kills its process, does not stop the others.
 
     Parameters
@@ -95,12 +95,12 @@ def guard_many(
         for place, result in work:
             model = str(planned[left[place]].model)
             if isinstance(result, Lost):
-                result = Outcome(model, 2, error=f"{model}: {result.reason}")
+                result = ModelOutcome(model, 2, error=f"{model}: {result.reason}")
             outcomes[left[place]] = replace(result, model=model)
             say("guarding models", len(outcomes), len(planned))
     for folder in folders:
         sweep(folder)
-    return Fleet(tuple(outcomes[index] for index in range(len(planned))))
+    return BatchReport(tuple(outcomes[index] for index in range(len(planned))))
 
 
 def find_models(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
@@ -124,7 +124,7 @@ def model_seed(seed: int, model: Path) -> int:
     return int.from_bytes(hashlib.sha256(" ".join(parts).encode()).digest()[:16], "big")
 
 
-def run(job: Job) -> Outcome:
+def run(job: Job) -> ModelOutcome:
     """guard() as data, whatever happens."""
     started = time.perf_counter()
     report, error, code = None, None, 0
@@ -138,7 +138,7 @@ def run(job: Job) -> Outcome:
         error, code = str(problem), exit_code(problem)
     except Exception as problem:  # a defect of ours, or no memory: the others go on
         error, code = described(problem), 2
-    return Outcome(str(job.model), code, time.perf_counter() - started, report, error)
+    return ModelOutcome(str(job.model), code, time.perf_counter() - started, report, error)
 
 
 def _models_in(folder: Path) -> Iterator[Path]:
@@ -174,7 +174,7 @@ def _make(folders: Iterable[Path]) -> None:
             raise ModelError(f"{folder}: cannot be made: {error.strerror}") from None
 
 
-def _refused(jobs: Sequence[Job]) -> dict[int, Outcome]:
+def _refused(jobs: Sequence[Job]) -> dict[int, ModelOutcome]:
     """Outcomes, by place in the list, of those whose outputs may not go where they would."""
     outcomes = {}
     inputs = [job.model for job in jobs if job.model.exists()]
@@ -183,7 +183,7 @@ def _refused(jobs: Sequence[Job]) -> dict[int, Outcome]:
             for output in job.outputs:
                 check_target(output, inputs, job.force)
         except ModelError as error:
-            outcomes[index] = Outcome(str(job.model), exit_code(error), error=str(error))
+            outcomes[index] = ModelOutcome(str(job.model), exit_code(error), error=str(error))
     return outcomes
 
 

@@ -16,13 +16,13 @@ import onnx
 
 from .. import __version__
 from ..calibration.inputs import feeds_sha256
-from ..calibration.moments import Activations, record
+from ..calibration.moments import MomentRecorder, record
 from ..detection.alignment import budget
 from ..detection.scan import scan_weights
 from ..emit import static_qdq
 from ..emit.opset import converted, inlined, needed_opset
 from ..emit.static_qdq import Calibration
-from ..emit.writers import Quantized, Rewritten, Sink, guarded_values
+from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, guarded_values
 from ..errors import DriftError, ModelError, SchemeError
 from ..graph.weights import Weight
 from ..io.model import INLINE_LIMIT, Model, open_model
@@ -30,20 +30,20 @@ from ..io.publish import check_target, publish, workspace
 from ..io.writer import Output
 from ..progress import Progress, meter
 from ..quantization.chunks import flip_weight
-from ..quantization.error_feedback import Inputs
+from ..quantization.error_feedback import InputMoments
 from ..quantization.kernels import compiling, get_backend, what_cuda_lacks
-from ..quantization.rounding import Flips, Policy, tensor_key
+from ..quantization.rounding import Policy, QuantizedTensor, tensor_key
 from ..quantization.schemes import SCHEMES, Blocks, Scheme
-from ..reports.guard import Inspection, Report, Tensor
+from ..reports.guard import GuardReport, Inspection, Tensor
 from ..reports.scan import Budget
 from ..runtime.session import require_openable
 from ..validation import drift
 from ..validation.drift import MAX_DRIFT
-from ..validation.validator import Trial
+from ..validation.validator import Validator
 from . import options
-from .mixed_precision import Switched, measured, most_sensitive, share_of
+from .mixed_precision import SensitivityProbe, measured, most_sensitive, share_of
 from .options import EMITS, draw_seeds, one_of, output_paths, preserve_mode
-from .plan import Format, find_or_refuse, guarded_tensor
+from .plan import Format, guarded_tensor, require_weights
 
 
 def guard(
@@ -74,7 +74,7 @@ def guard(
     calibration: str = "minmax",
     symmetric: bool = False,
     progress: Progress | None = None,
-) -> Report:
+) -> GuardReport:
     """Guard a model against quantization-conditioned backdoors and write it quantized.
 
     Parameters
@@ -114,7 +114,7 @@ def guard(
 
     Returns
     -------
-    Report : the paths written, counts, skipped tensors and the validation
+    GuardReport : the paths written, counts, skipped tensors and the validation
 
     Raises
     ------
@@ -147,14 +147,14 @@ def guard(
             say("preparing for integer activations", 0, 1)
             own = stack.enter_context(workspace(beside))
             source = static_qdq.preprocessed(source, integers, most, own)
-        weights, skipped = find_or_refuse(source, include, exclude)
+        weights, skipped = require_weights(source, include, exclude)
         calibrated = None
         if integers:
             calibrated = Calibration.of(integers, granularity, source, weights, feeds)
         opset = needed_opset(weights, [kind for kind, _ in form.plans(weights)], standard_ops)
         if (flat := inlined(source, opset)) is not source:
             source = flat
-            weights, skipped = find_or_refuse(source, include, exclude)
+            weights, skipped = require_weights(source, include, exclude)
         prepared = converted(source, opset, weights)
         folder = stack.enter_context(workspace(beside))
         recorded, note = None, None
@@ -168,7 +168,7 @@ def guard(
         seeds = draw_seeds(seed, policy)
         if share:
             tick = meter(say, "measuring 4 bits", sum(weight.nbytes for weight in weights))
-            switched = Switched(source, prepared, folder / "switched", most)
+            switched = SensitivityProbe(source, prepared, folder / "switched", most)
             for weight, planned in zip(weights, form.plans(weights), strict=True):
                 if planned[0].bits == 4:
                     how = planned, rule, seeds[0], backend, recorded, False
@@ -180,7 +180,7 @@ def guard(
         trial = None
         if validate:
             kinds = [kind for kind, _ in plan]
-            trial = Trial.of(
+            trial = Validator.of(
                 source, prepared, weights, kinds, standard_ops, most, folder / "layers"
             )
         found = scan_weights(source, weights, skipped, say) if policy != "none" else None
@@ -195,9 +195,9 @@ def guard(
                 )
                 for weight, planned in zip(weights, plan, strict=True)
             )
-            if "qdq" in targets and isinstance(whole := sinks["qdq"], Quantized):
+            if "qdq" in targets and isinstance(whole := sinks["qdq"], QdqWriter):
                 tensors = tuple(replace(each, forms=whole.forms[each.name]) for each in tensors)
-            report = Report(
+            report = GuardReport(
                 version=__version__,
                 input=str(source.path),
                 input_sha256=source.sha256,
@@ -226,7 +226,7 @@ def guard(
             say("writing", 0, 1)
             for sink in sinks.values():
                 sink.save(report.metadata())
-            if isinstance(integral := sinks.get("qdq"), static_qdq.Static):
+            if isinstance(integral := sinks.get("qdq"), static_qdq.StaticQdqWriter):
                 report = replace(report, integers=integral.integers)
             if not trial:
                 break
@@ -275,7 +275,7 @@ def inspect(
     """
     form = Format(scheme, granularity, block_size, int8)
     source = open_model(model)
-    weights, skipped = find_or_refuse(source, include, exclude)
+    weights, skipped = require_weights(source, include, exclude)
     tensors, saved = [], 0
     for weight, (kind, blocks) in zip(weights, form.plans(weights), strict=True):
         width = weight.nbytes // weight.size
@@ -315,24 +315,24 @@ def _sinks(
     prepared: onnx.ModelProto,
     targets: dict[str, Path],
     folder: Path,
-    trial: Trial | None,
+    trial: Validator | None,
     standard_ops: bool,
     calibrated: Calibration | None,
-) -> dict[str, Sink]:
+) -> dict[str, ModelWriter]:
     """Everything that this run writes: what was asked for, and what the validation compares."""
     external = source.size > INLINE_LIMIT or bool(source.data_sha256)
 
     def output(kind: str) -> Output:
         return Output(folder / kind, targets.get(kind), external)
 
-    sinks: dict[str, Sink] = {}
+    sinks: dict[str, ModelWriter] = {}
     if calibrated:
         measured = trial is not None
         sinks |= static_qdq.sinks(source, prepared, output, calibrated, standard_ops, measured)
     elif trial or "qdq" in targets:
-        sinks["qdq"] = Quantized(source, prepared, output("qdq"), standard_ops)
+        sinks["qdq"] = QdqWriter(source, prepared, output("qdq"), standard_ops)
     if "float" in targets:
-        sinks["float"] = Rewritten(source, output("float"), guarded_values)
+        sinks["float"] = FloatWriter(source, output("float"), guarded_values)
     own = trial.sinks(folder, standard_ops) if trial and not calibrated else {}
     return sinks | own
 
@@ -344,9 +344,9 @@ def _guarded(
     rule: Policy,
     seed: int,
     backend: ModuleType,
-    recorded: Activations | None,
+    recorded: MomentRecorder | None,
     place: bool,
-    sinks: dict[str, Sink],
+    sinks: dict[str, ModelWriter],
     tick: Callable[[int], None],
 ) -> Tensor:
     """Guard one weight and put it into everything that is written; `place`: moved floats, too."""
@@ -354,10 +354,10 @@ def _guarded(
     key = tensor_key(seed, weight.name)
     inputs = recorded.of(weight) if recorded else None
     unfed = inputs if isinstance(inputs, str) else None
-    fed = inputs if isinstance(inputs, Inputs) else None
+    fed = inputs if isinstance(inputs, InputMoments) else None
     budgets: list[Budget] = []
 
-    def look(values: npt.NDArray[Any], flips: Flips) -> Budget:
+    def look(values: npt.NDArray[Any], flips: QuantizedTensor) -> Budget:
         return budget(values, flips, rule)
 
     def done(count: int, seen: Budget) -> None:
@@ -366,5 +366,5 @@ def _guarded(
 
     flips = flip_weight(source, weight, kind, blocks, rule, key, backend, fed, place, look, done)
     for sink in sinks.values():
-        sink.put(weight.name, kind, flips)
+        sink.add_weight(weight.name, kind, flips)
     return guarded_tensor(weight, kind, flips, unfed, reduce(add, budgets))

@@ -21,12 +21,12 @@ from ..io.model import Model
 from ..io.writer import Output
 from ..quantization.arrays import raw_bytes
 from ..quantization.chunks import stored
-from ..quantization.rounding import Flips
+from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Scheme, get_scheme
 from ..reports.validation import pooled
 from ..runtime.session import open_session
 from ..validation.drift import drifts
-from ..validation.validator import Runner
+from ..validation.validator import ModelRunner
 
 FEEDS = 16  # at the most
 
@@ -42,7 +42,7 @@ def share_of(share: float, scheme: str) -> float:
     return share
 
 
-class Switched:
+class SensitivityProbe:
     """A sink: the float model with a switch, a scalar input, for every weight put into it.
 
     prepared: the source's graph at an opset in which scalars multiply. most: bytes of a model that
@@ -62,7 +62,7 @@ class Switched:
         self.switches: dict[str, str] = {}  # by weight
         self.off: Feed = {}  # every switch at 0
 
-    def put(self, name: str, scheme: Scheme, flips: Flips) -> None:
+    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
         """Weights at 4 bits alone, and of those the main graph's initializers."""
         weight, graph = self._weights[name], self._proto.graph
         tensor = weight.tensor
@@ -93,12 +93,12 @@ class Switched:
         save(self._proto, self.output, self._source, metadata)
 
 
-def measured(source: Model, switched: Switched, data: Path | None) -> dict[str, float]:
+def measured(source: Model, switched: SensitivityProbe, data: Path | None) -> dict[str, float]:
     """Squared drift of the model's outputs for every weight that has a switch.
 
     Raises ValidationError where it does not run.
     """
-    runner = Runner(source, data)
+    runner = ModelRunner(source, data)
     feeds, expected = runner.feeds[:FEEDS], runner.expected[:FEEDS]
     session = open_session(switched.output.path, exact=True, size=2 * source.size)
     found = {}

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from ..emit.static_qdq import CALIBRATIONS, OPSETS
 from ..errors import SchemeError
-from ..reports.guard import Integers
+from ..reports.guard import ActivationQuantization
 
 
 def asked_for(
     activations: str | None, symmetric: bool, calibration: str, scheme: str, emit: str
-) -> Integers | None:
+) -> ActivationQuantization | None:
     """The options together, None without activations.
 
     Raises SchemeError for what is unknown or does not fit the other options.
@@ -26,7 +26,7 @@ def asked_for(
         raise SchemeError(f"activations go with scheme int8, not {scheme!r}")
     if emit == "float":
         raise SchemeError("activations go with emit 'qdq' or 'both', not 'float'")
-    return Integers(activations, symmetric, calibration)
+    return ActivationQuantization(activations, symmetric, calibration)
 
 
 EMITS = ("qdq", "float", "both")

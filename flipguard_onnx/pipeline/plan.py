@@ -7,7 +7,7 @@ from ..errors import SchemeError, UnsupportedModelError
 from ..graph.operators import FOUR_BIT_OPS
 from ..graph.weights import Weight, find_weights
 from ..io.model import Model
-from ..quantization.rounding import Flips
+from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import SCHEMES, Blocks, Codebook, Scheme, get_scheme
 from ..reports.guard import Tensor
 from ..reports.scan import Budget, Skipped
@@ -24,7 +24,7 @@ def scheme_for(weight: Weight, scheme: Scheme) -> Scheme:
     return scheme if weight.op in FOUR_BIT_OPS else SCHEMES["int8"]
 
 
-def find_or_refuse(
+def require_weights(
     source: Model, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
 ) -> tuple[list[Weight], list[Skipped]]:
     """As find_weights(). Raises UnsupportedModelError for a model without weights, too."""
@@ -82,7 +82,7 @@ class Format:
 def guarded_tensor(
     weight: Weight,
     scheme: Scheme,
-    flips: Flips | None = None,
+    flips: QuantizedTensor | None = None,
     unfed: str | None = None,
     budget: Budget | None = None,
 ) -> Tensor:

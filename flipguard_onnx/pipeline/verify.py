@@ -10,9 +10,9 @@ from ..io.model import open_model
 from ..io.publish import workspace
 from ..reports.validation import Verification
 from ..validation.drift import MAX_DRIFT
-from ..validation.validator import Trial
+from ..validation.validator import Validator
 from .guard import guard
-from .plan import Format, find_or_refuse
+from .plan import Format, require_weights
 
 
 def verify(
@@ -50,9 +50,9 @@ def verify(
         int8 = tuple(record.get("flipguard.int8", "").split())
     form = Format(scheme, granularity, block_size, int8)
     with workspace(Path(tempfile.gettempdir())) as folder:
-        weights, _ = find_or_refuse(source)
+        weights, _ = require_weights(source)
         kinds = [form.plan(weight)[0] for weight in weights]
-        trial = Trial.of(
+        trial = Validator.of(
             source, source.proto, weights, kinds, False, max_memory << 20, folder / "layers"
         )
         plain = folder / "plain.onnx"

@@ -19,9 +19,9 @@ from ..errors import ModelError
 from ..graph.weights import Weight
 from ..io.model import Model
 from .arrays import assign, contiguous
-from .error_feedback import Inputs
+from .error_feedback import InputMoments
 from .kernels import get_backend, side_by_side, threads
-from .rounding import Flips, Policy, flip, largest_sound, sound
+from .rounding import Policy, QuantizedTensor, flip, largest_sound, sound
 from .schemes import Blocks, Grid, Scheme
 
 PART = 1 << 21  # weights, in the hands of all threads together
@@ -42,12 +42,12 @@ class Part:
     blocks: slice
     cut: Blocks
 
-    def of(self, flips: Flips) -> Flips:
+    def of(self, flips: QuantizedTensor) -> QuantizedTensor:
         """What was found for this part; the arrays are views."""
         per_block: dict[str, Any] = {
             name: getattr(flips.grid, name)[self.blocks] for name in PER_BLOCK
         }
-        return Flips(
+        return QuantizedTensor(
             replace(flips.grid, blocks=self.cut, **per_block),
             flips.plain[self.weights],
             flips.codes[self.weights],
@@ -93,11 +93,11 @@ def flip_weight(
     policy: Policy,
     key: np.uint64,
     backend: ModuleType,
-    inputs: Inputs | None = None,
+    inputs: InputMoments | None = None,
     moved: bool = True,
-    look: Callable[[npt.NDArray[Any], Flips], Any] = lambda *_: None,
+    look: Callable[[npt.NDArray[Any], QuantizedTensor], Any] = lambda *_: None,
     done: Callable[[int, Any], None] = lambda *_: None,
-) -> Flips:
+) -> QuantizedTensor:
     """`flip` for a weight of the model, part by part; as a whole with error feedback, and where
     weights of one block compete for it.
 
@@ -141,11 +141,16 @@ def flip_weight(
     per_block: dict[str, Any] = {
         name: np.concatenate([getattr(g, name) for g in grids]) for name in PER_BLOCK
     }
-    return Flips(replace(grids[0], blocks=blocks, **per_block), plain, codes, placed, gains[-1])
+    return QuantizedTensor(
+        replace(grids[0], blocks=blocks, **per_block), plain, codes, placed, gains[-1]
+    )
 
 
 def stored(
-    weight: Weight, flips: Flips, values: Callable[[Flips], npt.NDArray[Any]], dtype: np.dtype[Any]
+    weight: Weight,
+    flips: QuantizedTensor,
+    values: Callable[[QuantizedTensor], npt.NDArray[Any]],
+    dtype: np.dtype[Any],
 ) -> npt.NDArray[Any]:
     """What `values` makes of every part, in the layout in which the tensor is stored."""
     result = np.empty(weight.shape, dtype)

@@ -30,7 +30,7 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputMoments:
     """What one weight, as rows of canonical order, is multiplied with.
 
     Rows come in `groups` of equal size (groups of a convolution; 1 otherwise), each with inputs of
@@ -62,7 +62,7 @@ class Inputs:
 def draw(
     weights: npt.NDArray[Any],
     grid: Grid,
-    inputs: Inputs,
+    inputs: InputMoments,
     key: np.uint64,
     limit: np.float32,
     backend: ModuleType,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..errors import ModelError, SchemeError, ValidationError
 from . import error_feedback
-from .error_feedback import Inputs
+from .error_feedback import InputMoments
 from .schemes import Blocks, Checked, Codes, Floats, Grid, Margins, Scheme
 
 POLICIES = ("unbiased", "topk", "none")
@@ -56,7 +56,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Flips:
+class QuantizedTensor:
     """One tensor, guarded. Arrays are flat, rows of output channels one after the other.
 
     plain: the codes of rounding to the nearest level; codes: the guarded ones.
@@ -101,11 +101,11 @@ def flip(
     policy: Policy,
     key: np.uint64,
     backend: ModuleType,
-    inputs: Inputs | None = None,
+    inputs: InputMoments | None = None,
     *,
     first: int = 0,
     extremes: Extremes | None = None,
-) -> Flips:
+) -> QuantizedTensor:
     """Guard one tensor: `values` flat in its storage type, [blocks.rows * blocks.cols].
 
     inputs: what the tensor is multiplied with; the unbiased policy then feeds its errors forward,
@@ -123,7 +123,7 @@ def flip(
     grid = scheme.grid(*whole, blocks, values.dtype)
     if policy.name == "none":
         plain = grid.encode(values, backend)
-        return Flips(grid, plain, plain, values)
+        return QuantizedTensor(grid, plain, plain, values)
     gain = None
     if policy.name == "topk":
         margins = grid.analyze(values, backend)
@@ -139,7 +139,7 @@ def flip(
     guarded, codes = grid.place(values, plain, wanted, backend)
     checked = grid.check(values, guarded, plain, codes, backend)
     _require(name, checked, scheme, grid, values.dtype, found, whole)
-    return Flips(grid, plain, codes, guarded, gain)
+    return QuantizedTensor(grid, plain, codes, guarded, gain)
 
 
 def sound(values: npt.NDArray[Any], storage: np.dtype[Any]) -> Mask:
@@ -157,7 +157,7 @@ def largest_sound(storage: np.dtype[Any]) -> Any:
 
 
 def _gain(
-    values: npt.NDArray[Any], grid: Grid, inputs: Inputs, fed: Codes, drawn: Codes
+    values: npt.NDArray[Any], grid: Grid, inputs: InputMoments, fed: Codes, drawn: Codes
 ) -> float | None:
     """Squared error of the products with error feedback / without; None where they overflow."""
     with_feedback, without = (

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .guard import Report
+from .guard import GuardReport
 from .serialize import FORMAT, jsonable
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ModelOutcome:
     """What became of one model: a report, or one line that says why not.
 
     code: the exit code that the command line has for it alone. seconds: wall time, where it ran.
@@ -17,12 +17,12 @@ class Outcome:
     model: str
     code: int
     seconds: float | None = None
-    report: Report | None = None
+    report: GuardReport | None = None
     error: str | None = None
 
 
 @dataclass(frozen=True)
-class Fleet:
+class BatchReport:
     """The result of guard_many(): one outcome per model, in the order of the models.
 
     config: the file that gave options of the command line.
@@ -30,7 +30,7 @@ class Fleet:
 
     kind: Literal["guard_many"] = field(default="guard_many", init=False)
     format_version: int = field(default=FORMAT, init=False)
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[ModelOutcome, ...]
     config: str | None = None
 
     @property
@@ -49,6 +49,6 @@ class Fleet:
 
     def render(self) -> str:
         """The result as text for a terminal."""
-        from .text import render_fleet
+        from .text import render_batch
 
-        return render_fleet(self)
+        return render_batch(self)

@@ -17,7 +17,7 @@ INPUTS = {
 
 
 @dataclass(frozen=True)
-class Integers:
+class ActivationQuantization:
     """What onnxruntime's static quantizer was told, and what became of it.
 
     activations: their type; symmetric: with the zero point in the middle. calibration: how their
@@ -102,7 +102,7 @@ class Inspection:
 
 
 @dataclass(frozen=True)
-class Report:
+class GuardReport:
     """The result of guard().
 
     outputs: bytes by path, data files counted in. outputs_sha256: of every file written, data files
@@ -138,7 +138,7 @@ class Report:
     tensors: tuple[Tensor, ...]
     skipped: tuple[Skipped, ...]
     scan: Scan | None = None
-    integers: Integers | None = None
+    integers: ActivationQuantization | None = None
     validation: Validation | None = None
     outputs: dict[str, int] = field(default_factory=dict)
     outputs_sha256: dict[str, str] = field(default_factory=dict)
@@ -208,9 +208,9 @@ class Report:
 
     def render(self) -> str:
         """The result as text for a terminal."""
-        from .text import render_report
+        from .text import render_guard
 
-        return render_report(self)
+        return render_guard(self)
 
     @property
     def budget(self) -> Budget | None:

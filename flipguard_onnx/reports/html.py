@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from .guard import Report, Tensor
+from .guard import GuardReport, Tensor
 from .scan import Alignment, Scan, ScannedTensor, Verdict
 from .svg import (
     Cell,
@@ -82,7 +82,7 @@ def scan_html(scan: Scan) -> str:
     return page.render()
 
 
-def guard_html(report: Report) -> str:
+def guard_html(report: GuardReport) -> str:
     """The page of a guard."""
     scanned = {tensor.name: tensor for tensor in report.scan.tensors} if report.scan else {}
     pairs = [(tensor, scanned.get(tensor.name)) for tensor in report.tensors]
@@ -221,7 +221,7 @@ def _budget_section(rows: Sequence[tuple[str, float, float, float]]) -> Section:
     )
 
 
-def _outcome(report: Report) -> tuple[str, str, str]:
+def _outcome(report: GuardReport) -> tuple[str, str, str]:
     sentence = (
         f"{report.weights:,} weights in {len(report.tensors)} tensors at {report.scheme}, "
         f"{percent(report.coverage)} of all; {percent(report.flips / max(report.weights, 1))} of "
@@ -237,7 +237,7 @@ def _outcome(report: Report) -> tuple[str, str, str]:
     return "good", "guarded", f"{sentence}. Drift{sampled} {guarded:.4f}, plain {plain:.4f}"
 
 
-def _run_facts(report: Report) -> tuple[tuple[str, str], ...]:
+def _run_facts(report: GuardReport) -> tuple[tuple[str, str], ...]:
     form = report.granularity if report.block_size is None else f"blocks of {report.block_size}"
     settings = {"unbiased": f", tau {report.tau}", "topk": f", ratio {report.ratio}", "none": ""}
     note = f" ({report.preserve_note})" if report.preserve_note else ""
@@ -261,7 +261,7 @@ def _strongest(alignments: Sequence[Alignment]) -> Alignment:
     return max(alignments, key=lambda alignment: alignment.strength)
 
 
-def _footer(result: Scan | Report) -> str:
+def _footer(result: Scan | GuardReport) -> str:
     config = f", options from {result.config}" if result.config else ""
     return f"flipguard-onnx {result.version}, {result.seconds:.1f} s{config}"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
 from ..errors import SchemeError
-from .guard import Report
+from .guard import GuardReport
 from .validation import pooled
 
 try:
@@ -25,7 +25,7 @@ except ImportError:
     ) from None
 
 
-def sbom(report: Report) -> str:
+def sbom(report: GuardReport) -> str:
     """The BOM as JSON; its subject is the first model written."""
     tool = Component(
         name="flipguard-onnx",
@@ -77,7 +77,7 @@ def _hash(sha256: str) -> HashType:
     return HashType(alg=HashAlgorithm.SHA_256, content=sha256)
 
 
-def _properties(report: Report) -> Iterator[tuple[str, str]]:
+def _properties(report: GuardReport) -> Iterator[tuple[str, str]]:
     for name, value in report.metadata().items():
         yield name.replace(".", ":"), value
     if report.scan:

@@ -4,13 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import printable
-from .batch import Fleet, Outcome
-from .guard import Inspection, Integers, Report, Tensor, coverage
+from .batch import BatchReport, ModelOutcome
+from .guard import ActivationQuantization, GuardReport, Inspection, Tensor, coverage
 from .scan import NOT_JUDGED, Alignment, Scan, ScannedTensor, Skipped, Verdict
 from .validation import Drift, Validation, Verification, pooled
 
 
-def _row(outcome: Outcome) -> tuple[str, ...]:
+def _row(outcome: ModelOutcome) -> tuple[str, ...]:
     """Cells of the summary; the last one has the outputs, or the error."""
     coverage, flipped, guarded, plain = "", "", "", ""
     last = (outcome.error or "").removeprefix(f"{outcome.model}: ")
@@ -167,7 +167,7 @@ def skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
     return lines
 
 
-def _activation_lines(integers: Integers, weights: Mapping[str, int]) -> list[str]:
+def _activation_lines(integers: ActivationQuantization, weights: Mapping[str, int]) -> list[str]:
     """For a text report; weights: how many each guarded tensor has."""
     inside = [name for name in weights if name not in integers.weight_only]
     share = sum(weights[name] for name in inside) / max(sum(weights.values()), 1)
@@ -190,7 +190,8 @@ def _activation_lines(integers: Integers, weights: Mapping[str, int]) -> list[st
 def render_inspection(inspection: Inspection) -> str:
     lines = [
         *config_line(inspection.config),
-        f"{inspection.input}  {megabytes(inspection.input_bytes)}, sha256 {inspection.input_sha256[:16]}",
+        f"{inspection.input}  {megabytes(inspection.input_bytes)}, "
+        f"sha256 {inspection.input_sha256[:16]}",
         f"scheme    {inspection.scheme}: about {megabytes(inspection.output_bytes)} when written",
         "",
         *table(
@@ -207,7 +208,7 @@ def render_inspection(inspection: Inspection) -> str:
     return text(lines)
 
 
-def render_report(report: Report) -> str:
+def render_guard(report: GuardReport) -> str:
     settings = {
         "unbiased": f"unbiased, tau {report.tau}",
         "topk": f"topk, ratio {report.ratio}",
@@ -245,7 +246,7 @@ def render_report(report: Report) -> str:
     return text(lines)
 
 
-def _scan_lines(report: Report) -> list[str]:
+def _scan_lines(report: GuardReport) -> list[str]:
     if not report.scan or not report.budget:
         return []
     left = report.budget
@@ -257,17 +258,17 @@ def _scan_lines(report: Report) -> list[str]:
     ]
 
 
-def _speed_lines(report: Report) -> list[str]:
+def _speed_lines(report: GuardReport) -> list[str]:
     packed = any(tensor.packed for tensor in report.tensors)
     return [f"speed     {SLOW_4_BIT}"] if packed else []
 
 
-def _integer_lines(report: Report) -> list[str]:
+def _integer_lines(report: GuardReport) -> list[str]:
     sizes = {tensor.name: tensor.weights for tensor in report.tensors}
     return _activation_lines(report.integers, sizes) if report.integers else []
 
 
-def _preserve_lines(report: Report) -> list[str]:
+def _preserve_lines(report: GuardReport) -> list[str]:
     if report.preserve == "off":
         return [f"preserve  off: {report.preserve_note}"] if report.preserve_note else []
     kept = [tensor for tensor in report.tensors if tensor.preserved]
@@ -333,7 +334,7 @@ def render_verification(verification: Verification) -> str:
     return text(lines)
 
 
-def render_fleet(fleet: Fleet) -> str:
+def render_batch(fleet: BatchReport) -> str:
     head = ("model", "exit", "coverage", "flipped", "drift", "plain", "seconds", "output")
     rows = [head, *map(_row, fleet.outcomes)]
     width = max(len(row[0]) for row in rows)

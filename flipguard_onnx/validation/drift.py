@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DriftError, ValidationError
-from ..reports.guard import Integers
+from ..reports.guard import ActivationQuantization
 from ..reports.validation import Drift, Validation, pooled
 
 
-def require_useful(validation: Validation, integers: Integers) -> None:
+def require_useful(validation: Validation, integers: ActivationQuantization) -> None:
     """Raise DriftError when outputs are no nearer to the original's than zeros would be."""
     drift = pooled(validation.guarded_default)
     if not drift < 1:

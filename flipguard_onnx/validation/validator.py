@@ -18,7 +18,7 @@ from onnx import ModelProto
 from .. import runtime
 from ..calibration.inputs import NONE_FIT, load_feeds, made_up_feeds
 from ..emit.opset import converted
-from ..emit.writers import Quantized, Rewritten, Sink, decoded_values
+from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, decoded_values
 from ..errors import RunError, ValidationError
 from ..graph.traversal import tensors
 from ..graph.weights import Weight, find_weights
@@ -49,7 +49,7 @@ class Candidates:
     moved: Path | None = None
 
 
-class Runner:
+class ModelRunner:
     """Runs models on one set of feeds; the feeds are those that the original accepts."""
 
     def __init__(self, source: Model, data: Path | None) -> None:
@@ -125,7 +125,7 @@ def compare(
 
     Raises ValidationError, naming the output, the value and the bound.
     """
-    runner = Runner(source, data)
+    runner = ModelRunner(source, data)
     for path in filter(None, (files.guarded, files.moved)):
         check_model(path, source)
     if files.decoded:
@@ -155,7 +155,7 @@ def check_model(path: Path, source: Model) -> None:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Validator:
     """What stands for the original.
 
     source: the original, or its layers; prepared: its graph at the opset that will be written;
@@ -176,7 +176,7 @@ class Trial:
         standard_ops: bool,
         most: int,
         folder: Path,
-    ) -> "Trial":
+    ) -> "Validator":
         """The model whole if it has no more than `most` bytes, else layers of it."""
         if source.size <= most:
             return cls(source, prepared)
@@ -185,15 +185,15 @@ class Trial:
         opset = max(entry.version for entry in prepared.opset_import if entry.domain == "")
         return cls(small, converted(small, opset, find_weights(small.proto)[0]), tuple(layers))
 
-    def sinks(self, folder: Path, standard_ops: bool) -> dict[str, Sink]:
+    def sinks(self, folder: Path, standard_ops: bool) -> dict[str, ModelWriter]:
         """The models to compare with: plainly quantized, and what the codes must compute."""
         plain, decoded = (
             Output(folder / kind, folder / f"{kind}.onnx", external=True)
             for kind in ("plain", "decoded")
         )
         return {
-            "plain": Quantized(self.source, self.prepared, plain, standard_ops, plain=True),
-            "decoded": Rewritten(self.source, decoded, decoded_values),
+            "plain": QdqWriter(self.source, self.prepared, plain, standard_ops, plain=True),
+            "decoded": FloatWriter(self.source, decoded, decoded_values),
         }
 
     def run(

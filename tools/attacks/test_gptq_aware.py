@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flipguard_onnx.quantization.error_feedback import Inputs, draw
+from flipguard_onnx.quantization.error_feedback import InputMoments, draw
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from tools.attacks import quantizers
@@ -19,7 +19,9 @@ def test_feedback_gives_the_codes_that_were_wished(name):
     malicious = rng.standard_normal((ROWS, COLUMNS)).astype(np.float32)
     cells = Cells.of(malicious, quantizers.SCHEMES[name])
     inputs = rng.standard_normal((400, COLUMNS)) @ rng.standard_normal((COLUMNS, COLUMNS))
-    known = Inputs((range(COLUMNS),), ((inputs.T @ inputs)[None],), inputs[None].astype(np.float32))
+    known = InputMoments(
+        (range(COLUMNS),), ((inputs.T @ inputs)[None],), inputs[None].astype(np.float32)
+    )
     ((orders, weaves),) = known.weaves
     elsewhere = malicious + 0.3 * rng.standard_normal(malicious.shape).astype(np.float32)
     elsewhere = np.where(cells.frozen, malicious, elsewhere)

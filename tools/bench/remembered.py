@@ -14,8 +14,8 @@ def remembered() -> Iterator[None]:
 
     They depend on neither scheme nor seed, and take most of the time.
     """
-    made: dict[str, activations.Activations] = {}
-    original = activations.Activations
+    made: dict[str, activations.MomentRecorder] = {}
+    original = activations.MomentRecorder
 
     def make(source, weights, folder, max_bytes, data):
         key = f"{source.sha256} {[w.name for w in weights]} {data}"
@@ -33,7 +33,7 @@ def remembered() -> Iterator[None]:
         return scans[key]
 
     with (
-        patch.object(activations, "Activations", make),
+        patch.object(activations, "MomentRecorder", make),
         patch.object(pipeline, "scan_weights", scan_once),
     ):
         yield

@@ -20,7 +20,7 @@ import onnx
 import torch
 from onnx import helper
 
-from flipguard_onnx.calibration.weight_inputs import Tap, tap_of
+from flipguard_onnx.calibration.weight_inputs import WeightInput, weight_input
 from flipguard_onnx.graph.weights import Weight
 from flipguard_onnx.pipeline.plan import Format
 from flipguard_onnx.quantization.kernels import get_backend
@@ -78,8 +78,8 @@ def _levels(case: Case, weight: Weight) -> tuple[np.ndarray, np.ndarray]:
 def _moments(case: Case) -> Iterator[tuple[Weight, np.ndarray]]:
     """Weights that have inputs, with the mean of x x^T over these, [columns, columns]."""
     model = onnx.load(case.model)
-    taps = {w.name: tap_of(w.uses[0], w, w.scope.body) for w in case.found}
-    read = [weight for weight in case.found if isinstance(taps[weight.name], Tap)]
+    taps = {w.name: weight_input(w.uses[0], w, w.scope.body) for w in case.found}
+    read = [weight for weight in case.found if isinstance(taps[weight.name], WeightInput)]
     names = list(dict.fromkeys(taps[weight.name].value for weight in read))
     known = {value.name for value in model.graph.input}
     for name in names:

@@ -40,7 +40,7 @@ def get_backend(device: str = "auto") -> ModuleType:
 
 def get_survey() -> ModuleType:
     """Return the kernels of a scan; they run on the CPU only."""
-    return _kernels("survey")
+    return _kernels("scan")
 
 
 @cache

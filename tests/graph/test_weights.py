@@ -1,0 +1,170 @@
+"""find_weights: what is found, in which layout, and the reason for everything left alone."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from flipguard_onnx import UnsupportedModelError
+from flipguard_onnx.graph.weights import find_weights
+from tests.helpers.samples import SAMPLES, F, model, node, weights
+
+
+def found(proto):
+    return {w.name: w for w in find_weights(proto)[0]}
+
+
+def reasons(proto):
+    return {s.name: s.reason for s in find_weights(proto)[1]}
+
+
+@pytest.mark.parametrize(
+    ("sample", "op", "rows"),
+    [
+        ("matmul", "MatMul", (1,)),
+        ("matmul_left", "MatMul", (0,)),
+        ("matmul_batched", "MatMul", (0, 2)),
+        ("gemm", "Gemm", (1,)),
+        ("gemm_transposed", "Gemm", (0,)),
+        ("conv", "Conv", (0,)),
+        ("conv_transpose", "ConvTranspose", (1,)),
+        ("gather", "Gather", (0,)),
+        ("lstm", "LSTM", (0, 1)),
+        ("gru", "GRU", (0, 1)),
+        ("rnn", "RNN", (0, 1)),
+        ("constant_through_chain", "MatMul", (0,)),
+        ("tied_embedding", "MatMul", (0,)),
+        ("view", "Conv", (0,)),
+        ("loop", "MatMul", (1,)),
+        ("function", "MatMul", (0,)),
+    ],
+)
+def test_operator_and_output_axes(sample, op, rows):
+    weight = found(SAMPLES[sample]())["w"]
+    assert (weight.op, weight.rows) == (op, rows)
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_canonical_and_stored_are_inverse(sample):
+    for weight in found(SAMPLES[sample]()).values():
+        values = np.arange(weight.size).reshape(weight.shape)
+        flat = weight.canonical(values)
+        assert np.array_equal(weight.stored(flat), values)
+        rows = flat.reshape(
+            -1, np.prod([weight.shape[a] for a in weight.perm if a not in weight.rows], dtype=int)
+        )
+        index = tuple(0 if a in weight.rows else slice(None) for a in range(values.ndim))
+        assert np.array_equal(rows[0], values[index].reshape(-1))
+
+
+def test_every_reader_is_listed():
+    uses = found(SAMPLES["shared"]())["w"].uses
+    assert sorted((use.op, use.node.op_type) for use in uses) == [
+        ("", "ReduceMean"),
+        ("MatMul", "MatMul"),
+        ("MatMul", "MatMul"),
+    ]
+    assert {use.node.op_type for use in found(SAMPLES["nested"]())["outer"].uses} == {"MatMul"}
+
+
+def test_names_repeated_in_subgraphs_stay_apart():
+    proto = SAMPLES["nested"]()
+    for attribute in proto.graph.node[0].attribute:
+        for name in ("a", "b"):
+            text = attribute.g.SerializeToString()
+            if attribute.g.name == name:
+                attribute.g.ParseFromString(text)
+                attribute.g.initializer[0].name = "same"
+                attribute.g.node[0].input[1] = "same"
+    assert set(found(proto)) == {"outer", "same", "same#2"}
+
+
+def test_reasons():
+    proto = model(
+        [
+            node("MatMul", "x w", "h"),
+            node("Add", "h bias", "h2"),
+            node("Mul", "h2 factor", "h3"),
+            node("Add", "h3 grid", "h4"),
+            node("MatMul", "h4 tiny", "h5"),
+            node("Cast", "h5", "h6", to=TensorProto.DOUBLE),
+            node("MatMul", "h6 wide", "h7"),
+            node("Identity", "out", "y2"),
+            node("Cast", "h7", "y", to=F),
+        ],
+        {"x": (F, [8, 8])},
+        {"y": (F, [8, 8]), "y2": (F, [8, 8])},
+        {
+            "w": weights((8, 8)),
+            "bias": weights((8,)),
+            "factor": np.float32(2),
+            "grid": weights((8, 8)),
+            "tiny": weights((8, 7)),
+            "wide": weights((7, 16)).astype(np.float64),
+            "out": weights((8, 8)),
+            "unread": weights((8, 8)),
+        },
+    )
+    proto.graph.node.append(node("MatMul", "x out", "h9"))
+    assert set(found(proto)) == {"w"}
+    assert reasons(proto) == {
+        "bias": "1-D",
+        "factor": "scalar",
+        "grid": "feeds Add, no weighted operator",
+        "tiny": "too small (fewer than 64 weights)",
+        "wide": "unsupported type DOUBLE",
+        "out": "is a graph output",
+        "unread": "feeds nothing, no weighted operator",
+    }
+
+
+def test_computed_weights_are_listed():
+    proto = model(
+        [node("Relu", "w", "v"), node("Conv", "x v", "y")],
+        {"x": (F, [1, 8, 5])},
+        {"y": (F, [1, 16, 5])},
+        {"w": weights((16, 8, 1))},
+    )
+    assert reasons(proto) == {
+        "w": "feeds Relu, no weighted operator",
+        "v": "not constant (weight of Conv)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs"),
+    [("MatMulInteger", "q w zq"), ("DequantizeLinear", "w s"), ("Cast", "w")],
+)
+def test_quantized_models_are_recognised(op, inputs):
+    attributes = {"to": F} if op == "Cast" else {}
+    proto = model(
+        [node(op, inputs, "y", **attributes)],
+        {"q": (TensorProto.UINT8, [2, 64])},
+        {"y": (TensorProto.INT32, None)},
+        {
+            "w": np.ones((64, 32), np.int8),
+            "s": np.float32(0.1),
+            "zq": np.uint8(0),
+        },
+    )
+    with pytest.raises(UnsupportedModelError, match=f"already quantized: 2,048 .*{op}"):
+        find_weights(proto)
+
+
+def test_a_few_quantized_weights_among_floats_are_only_listed():
+    proto = SAMPLES["matmul"]()
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones((8, 8), np.int8), "q"))
+    proto.graph.node.append(node("DequantizeLinear", "q s", "f"))
+    assert set(found(proto)) == {"w"}
+    assert reasons(proto) == {"q": "already quantized (INT8, feeds DequantizeLinear)"}
+
+
+def test_tensor_of_an_unknown_operator_is_left_alone():
+    proto = model(
+        [helper.make_node("Attention", ["x", "w"], ["y"], domain="com.microsoft")],
+        {"x": (F, [8, 64])},
+        {"y": (F, [8, 64])},
+        {"w": weights((64, 64))},
+    )
+    assert reasons(proto) == {"w": "feeds Attention, no weighted operator"}
+    assert isinstance(proto, onnx.ModelProto)

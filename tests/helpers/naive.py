@@ -1,0 +1,198 @@
+"""A slow oracle: quantizers, margins and flips, one weight at a time, in plain Python.
+
+Written from the description of the formats; shares no code with the package, on purpose.
+All arithmetic is on np.float32 scalars, which round as the quantizers' C code does.
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+F = np.float32
+
+
+def c_float(decimals):
+    """The float32 nearest to a decimal literal, as C reads it; Python goes through float64."""
+    near = F(decimals)
+    around = [np.nextafter(near, F(-9)), near, np.nextafter(near, F(9))]
+    return min(around, key=lambda x: abs(Fraction(float(x)) - Fraction(decimals)))
+
+
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
+NF4 += [-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0]
+NF4 += [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+NF4 += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+NF4_PIVOTS = [
+    "-0.8480964004993439",
+    "-0.6106329262256622",
+    "-0.4599952697753906",
+    "-0.33967943489551544",
+    "-0.23460740596055984",
+    "-0.13791173323988914",
+    "-0.045525018125772476",
+    "0.03979014977812767",
+    "0.1202552504837513",
+    "0.2035212516784668",
+    "0.2920137718319893",
+    "0.3893125355243683",
+    "0.5016634166240692",
+    "0.6427869200706482",
+    "0.8614784181118011",
+]
+NF4_PIVOTS = [c_float(decimals) for decimals in NF4_PIVOTS]
+FP4 = [0, 0.00520833333, 2 / 3, 1, 1 / 3, 0.5, 1 / 6, 0.25]  # the magnitude of codes 0 to 7
+FP4_PIVOTS = [
+    "0.00260417",
+    "0.0859375",
+    "0.20833333",
+    "0.29166667",
+    "0.4166667",
+    "0.583333",
+    "0.8333333",
+]
+FP4_PIVOTS = [c_float(decimals) for decimals in FP4_PIVOTS]
+FP4_ORDER = [0, 1, 6, 7, 4, 5, 2, 3]  # codes by magnitude
+
+
+@dataclass
+class Quantized:
+    """One block: the stored codes and scale, and where each weight stands.
+
+    positions: weights in grid units; levels: the level of each weight in the same units;
+    neighbours: the next level on the weight's own side, None where there is none.
+    """
+
+    scale: np.floating
+    codes: list
+    positions: list
+    levels: list
+    neighbours: list
+    decoded: list
+
+    def offset(self, i):
+        """Share of the gap to the neighbour that weight i has gone: float32, signed."""
+        if self.neighbours[i] is None:
+            return F(0)
+        return (self.positions[i] - self.levels[i]) / abs(self.neighbours[i] - self.levels[i])
+
+
+def blocks_of(weights, size):
+    """The rows of a 2-D array, each cut into blocks; the last may be short."""
+    return [row[k : k + size] for row in weights for k in range(0, len(row), size)]
+
+
+def quantize(scheme, weights, size):
+    """Quantized of every block of `weights`, 2-D, in its storage type."""
+    with np.errstate(all="ignore"):
+        return [BLOCK[scheme](block) for block in blocks_of(weights, size)]
+
+
+def _integers(scale, positions, rounded, low, high):
+    """A block on an integer grid; `rounded` are the positions as the quantizer rounds them."""
+    levels, neighbours = [], []
+    for x, r in zip(positions, rounded, strict=True):
+        level = low if math.isnan(r) else min(max(r, low), high)
+        side = 1 if x > level else -1
+        none = math.isnan(x) or x == level or not low <= level + side <= high
+        levels.append(F(level))
+        neighbours.append(None if none else F(level + side))
+    decoded = [level * F(scale) for level in levels]
+    return Quantized(scale, [int(v) for v in levels], positions, levels, neighbours, decoded)
+
+
+def int8_block(block):
+    """Symmetric: scale = 2 absmax / 254 in float64, stored in the weights' type; w / scale."""
+    absmax = max(abs(float(w)) for w in block)
+    exact = 2 * absmax / 254
+    scale = block.dtype.type(exact)
+    too_small = scale == 0 if block.dtype == np.float16 else exact < np.finfo(np.float32).tiny
+    if too_small:
+        scale = block.dtype.type(1)
+    positions = [F(w) / F(scale) for w in block]
+    # a coarse (float16 subnormal) scale may put the extremes past 127; onnxruntime clips at -128
+    low = -128 if np.rint(F(absmax) / F(scale)) > 127 and not too_small else -127
+    return _integers(scale, positions, [np.rint(x) for x in positions], low, 127)
+
+
+def int4_block(block):
+    """The weight of largest magnitude, sign and all, is -8 scales; w * (1 / stored scale)."""
+    extreme = F(0)
+    for w in block:
+        if abs(F(w)) > abs(extreme) or (abs(F(w)) == abs(extreme) and w < 0):
+            extreme = F(w)
+    scale = block.dtype.type(extreme / F(-8))
+    inverse = F(1) / F(scale) if scale != 0 else F(0)
+    positions = [F(w) * inverse for w in block]
+    rounded = []
+    for x in positions:  # C roundf: halves away from zero, exactly
+        whole = math.floor(Fraction(float(abs(x))) + Fraction(1, 2)) if np.isfinite(x) else abs(x)
+        rounded.append(whole if x > 0 else -whole)
+    return _integers(scale, positions, rounded, -8, 7)
+
+
+def nf4_block(block):
+    """Code = number of pivots strictly below w * (1 / absmax)."""
+    absmax, positions = _normalized(block)
+    codes = [sum(bool(x > p) for p in NF4_PIVOTS) for x in positions]
+    return _codebook(absmax, codes, positions, [F(NF4[c]) for c in codes], sorted(map(F, NF4)))
+
+
+def fp4_block(block):
+    """Sign bit 8 for negative positions; magnitude by the pivots strictly below |position|."""
+    absmax, positions = _normalized(block)
+    codes = []
+    for x in positions:
+        magnitude = FP4_ORDER[sum(bool(abs(x) > p) for p in FP4_PIVOTS)]
+        codes.append(magnitude + 8 if x < 0 else magnitude)
+    levels = [F(FP4[c % 8]) * (F(-1) if c > 7 else F(1)) for c in codes]
+    distinct = sorted({F(v) for v in FP4} | {-F(v) for v in FP4})
+    return _codebook(absmax, codes, positions, levels, distinct)
+
+
+BLOCK = {"int8": int8_block, "int4": int4_block, "nf4": nf4_block, "fp4": fp4_block}
+
+
+def _normalized(block):
+    absmax = max((abs(F(w)) for w in block), default=F(0))
+    inverse = F(1) / absmax if absmax != 0 else F(0)
+    return block.dtype.type(absmax), [F(w) * inverse for w in block]
+
+
+def _codebook(absmax, codes, positions, levels, distinct):
+    neighbours = []
+    for x, level in zip(positions, levels, strict=True):
+        beyond = [v for v in distinct if (v > level if x > level else v < level)]
+        none = math.isnan(x) or x == level or not beyond
+        neighbours.append(None if none else (min(beyond) if x > level else max(beyond)))
+    decoded = [level * F(absmax) for level in levels]
+    return Quantized(absmax, codes, positions, levels, neighbours, decoded)
+
+
+def topk(block, ratio):
+    """Algorithm 1 of the paper on one quantized block: (flipped indices, new positions).
+
+    The share `ratio` with the largest |position - level| goes just across the midpoint between its
+    level and the next level on its own side.
+    """
+    errors = [0.0 if n is None else abs(float(x) - float(v)) for x, v, n in _standing(block)]
+    ranked = sorted(range(len(errors)), key=lambda i: -errors[i])
+    flipped = [i for i in ranked[: int(ratio * len(errors) + 1e-9)] if errors[i] > 0]
+    moved = [float(x) for x in block.positions]
+    for i in flipped:
+        level, other = float(block.levels[i]), float(block.neighbours[i])
+        moved[i] = (level + other) / 2 + math.copysign(1e-5, other - level)
+    return sorted(flipped), moved
+
+
+def chances(block):
+    """Probability of each weight's neighbour that makes the expected level its position."""
+    return [
+        0.0 if n is None else (float(x) - float(v)) / (float(n) - float(v))
+        for x, v, n in _standing(block)
+    ]
+
+
+def _standing(block):
+    return zip(block.positions, block.levels, block.neighbours, strict=True)

@@ -1,0 +1,70 @@
+"""Models larger than the memory that there is: under a limit that loading them does not pass.
+
+The limit is on the memory that a process may write to (RLIMIT_DATA); pages of mapped files, which
+the system can drop, are not in it, virtual memory that nothing is in is not either.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.whole_runs import make_big
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 640 << 20  # bytes
+GUARD = """
+import flipguard_onnx
+report = flipguard_onnx.guard(path, {scheme!r}, seed=1, max_memory=256)
+assert report.validation.layers > 0, "sampled layers were validated"
+"""
+LOAD = "import onnx; onnx.load(path); print('loaded')"
+
+
+def under_the_limit(code, path, limit=LIMIT):
+    """Run code in a process that may have no more memory than that to write to (-1: no limit)."""
+    limited = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({limit}, {limit}))\n"
+        f"path = {str(path)!r}\n"
+    )
+    one_thread = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "NUMBA", "OPENBLAS")}
+    return subprocess.run(
+        [sys.executable, "-c", limited + code],
+        cwd=ROOT,
+        env=os.environ | one_thread,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("int8", 12, 3800), ("nf4", 110, 1250)],
+    ids=["few large", "many moderate"],
+)
+def larger_than_memory(request, tmp_path_factory):
+    """A scheme, and a model of so many square matrices."""
+    scheme, *size = request.param
+    path = tmp_path_factory.mktemp("big") / "big.onnx"
+    make_big(path, *size)
+    assert path.with_name("big.onnx.data").stat().st_size > LIMIT
+    yield scheme, path
+    path.with_name("big.onnx.data").unlink()
+
+
+def test_loading_it_fails(larger_than_memory):
+    """protobuf ends the process, or Python raises MemoryError."""
+    _, path = larger_than_memory
+    result = under_the_limit(LOAD, path)
+    assert result.returncode != 0
+    assert "loaded" not in result.stdout
+    assert "loaded" in under_the_limit(LOAD, path, limit=-1).stdout
+
+
+def test_it_is_guarded_and_validated(larger_than_memory):
+    scheme, path = larger_than_memory
+    result = under_the_limit(GUARD.format(scheme=scheme), path)
+    assert result.returncode == 0, result.stderr
+    assert list(path.parent.glob(f"big.flipguard-{scheme}.onnx*.data"))

@@ -1,0 +1,232 @@
+"""Error feedback: the rule against an oracle of another form, and its laws."""
+
+import numba
+import numpy as np
+import pytest
+
+from flipguard_onnx.quantization import error_feedback as feedback
+from flipguard_onnx.quantization.error_feedback import InputMoments
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
+from tests.helpers.oracles import CUTS
+
+CPU = get_backend("cpu")
+RANGES = {"int8": range(-127, 128), "int4": range(-8, 8), "nf4": range(16), "fp4": range(16)}
+KEY = tensor_key(1, "w")
+ALL = np.float32(0)  # the limit of tau 1: every weight is drawn
+NEAREST = np.float32(1)
+
+
+def weights_of(rows=6, columns=40, seed=0):
+    return (0.05 * np.random.default_rng(seed).standard_normal((rows, columns))).astype(np.float32)
+
+
+def inputs_of(columns, groups=1, spans=None, seed=0):
+    """Correlated inputs, some columns much larger than others."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.standard_normal((groups, 400, 8)) @ rng.standard_normal((groups, 8, columns))
+    x = mixed + 0.3 * rng.standard_normal((groups, 400, columns))
+    x *= np.exp(rng.standard_normal(columns))
+    spans = tuple(spans or [range(columns)])
+    parts = [x[:, 100:, span.start : span.stop] for span in spans]
+    hessians = tuple(p.transpose(0, 2, 1) @ p for p in parts)
+    return InputMoments(spans, hessians, x[:, :100].astype(np.float32))
+
+
+def grid_of(form, weights):
+    blocks = Blocks(*CUTS[form](*weights.shape))
+    return SCHEMES[form.split("-")[0]].fit(weights.reshape(-1), blocks, weights.dtype, CPU)
+
+
+def drawn(form, weights, inputs, key=KEY, limit=ALL):
+    return feedback.draw(weights.reshape(-1), grid_of(form, weights), inputs, key, limit, CPU)
+
+
+def uniform(key, index):
+    """SplitMix64 in Python's integers."""
+    mask = 2**64 - 1
+    z = (int(key) + (int(index) + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return ((z ^ (z >> 31)) >> 40) * 2.0**-24
+
+
+def oracle(form, weights, inputs):
+    """OBQ's form of the rule, one weight at a time: the weights not yet drawn are updated by the
+    upper Cholesky factor of the inverse of H."""
+    grid = grid_of(form, weights)
+    rows, columns = weights.shape
+    codes_of = RANGES[form.split("-")[0]]
+    levels = [grid.decode(np.full(weights.size, c, np.int8)) for c in codes_of]
+    levels = np.array(levels, np.float64).reshape(-1, rows, columns)
+    absmax = grid.blocks.spread(grid.absmax).reshape(rows, columns)
+    plain = grid.encode(weights.reshape(-1), CPU).reshape(rows, columns)
+    decoded = grid.decode(plain.reshape(-1)).reshape(rows, columns)
+    result = plain.copy()
+    for row in range(rows):
+        hessian = inputs.hessians[0][row // (rows // len(inputs.fresh))]
+        order = np.argsort(-np.diag(hessian), kind="stable")
+        damped = hessian + 0.05 * np.mean(np.diag(hessian)) * np.eye(columns)
+        factor = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
+        left = weights[row].astype(np.float64)
+        for place, column in enumerate(order):
+            if abs(weights[row, column]) >= absmax[row, column]:
+                value = decoded[row, column]
+            else:
+                value = left[column]
+                known = levels[:, row, column]
+                distance = np.abs(known - value)
+                nearest = int(np.argmin(distance))
+                beyond = [
+                    c
+                    for c in range(len(known))
+                    if (known[c] - value) * (known[nearest] - value) < 0
+                ]
+                other = min(beyond, key=lambda c: distance[c], default=nearest)
+                gap = abs(known[other] - known[nearest])
+                if gap and uniform(KEY, row * columns + column) < distance[nearest] / gap:
+                    nearest = other
+                result[row, column] = codes_of[nearest]
+                value = known[nearest]
+            error = (left[column] - value) / factor[place, place]
+            left[order] -= error * factor[place]
+    return result.reshape(-1)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("form", CUTS)
+def test_equals_the_update_rule_of_obq(form, groups, monkeypatch):
+    monkeypatch.setattr(feedback, "PANEL", 16)
+    weights, inputs = weights_of(), inputs_of(40, groups)
+    codes = drawn(form, weights, inputs)
+    expected = oracle(form, weights, inputs)
+    if form == "fp4":  # its two zeros are one level
+        codes, expected = (np.where(c == 7, 8, c) for c in (codes, expected))
+    np.testing.assert_array_equal(codes, expected)
+
+
+@pytest.mark.parametrize("form", CUTS)
+def test_without_correlation_it_is_the_plain_draw(form):
+    weights = weights_of(8, 200)
+    identity = InputMoments((range(200),), (np.eye(200)[None],), np.ones((1, 1, 200), np.float32))
+    _, plain = grid_of(form, weights).draw(weights.reshape(-1), KEY, ALL, CPU)
+    np.testing.assert_array_equal(drawn(form, weights, identity), plain)
+
+
+@pytest.mark.parametrize("form", CUTS)
+def test_products_change_less_than_with_the_plain_draw(form):
+    """About as little as the theory says for nearest rounding, whose errors are half as large."""
+    weights, inputs = weights_of(64, 200), inputs_of(200)
+    grid = grid_of(form, weights)
+    flat = weights.reshape(-1)
+
+    def error(codes):
+        return inputs.error(flat - grid.decode(codes))
+
+    nearest, codes = grid.draw(flat, KEY, ALL, CPU)
+    plain_draw = error(codes)
+    fed = error(drawn(form, weights, inputs))
+    assert fed < 0.3 * plain_draw
+    assert fed < error(nearest)
+    assert error(drawn(form, weights, inputs, limit=NEAREST)) < fed
+
+
+@pytest.mark.parametrize("form", CUTS)
+def test_draws_average_to_the_weights_whatever_the_inputs_are(form):
+    """Six standard errors over 600 draws; nearest rounding with feedback misses most of them."""
+    weights, inputs, draws = weights_of(4, 48), inputs_of(48), 600
+    grid = grid_of(form, weights)
+    flat = weights.reshape(-1)
+
+    def values(limit, key):
+        return grid.decode(drawn(form, weights, inputs, key, limit)).astype(np.float64)
+
+    sample = np.array([values(ALL, tensor_key(seed, "w")) for seed in range(draws)])
+    bound = 6 * sample.std(axis=0) / np.sqrt(draws) + 1e-7
+    # the extremes of a block keep their codes; what feedback pushes past the last level is cut off
+    low, high = (grid.decode(np.full(flat.size, c, np.int8)) for c in _ends(form))
+    reach = np.minimum(np.abs(flat - low), np.abs(flat - high))
+    inner = (np.abs(flat) < grid.blocks.spread(grid.absmax)) & (reach > 4 * sample.std(axis=0))
+    assert inner.mean() > 0.5
+    assert np.all(np.abs(sample.mean(axis=0) - flat)[inner] <= bound[inner])
+    misses = np.abs(values(NEAREST, KEY) - flat)[inner] > bound[inner]
+    assert misses.mean() > 0.3
+
+
+def _ends(form):
+    codes = RANGES[form.split("-")[0]]
+    return codes[0], codes[-1]
+
+
+@pytest.mark.parametrize("form", CUTS)
+def test_weights_that_set_a_scale_keep_their_codes(form):
+    weights = weights_of(8, 96)
+    grid = grid_of(form, weights)
+    extreme = np.abs(weights.reshape(-1)) >= grid.blocks.spread(grid.absmax)
+    assert extreme.any()
+    plain = grid.encode(weights.reshape(-1), CPU)
+    codes = drawn(form, weights, inputs_of(96))
+    np.testing.assert_array_equal(codes[extreme], plain[extreme])
+
+
+@pytest.mark.parametrize("form", CUTS)
+def test_spans_are_blocks_of_h_of_their_own(form):
+    weights, inputs = weights_of(), inputs_of(40, spans=[range(24), range(24, 40)])
+    whole = np.zeros((1, 40, 40))
+    for span, hessian in zip(inputs.spans, inputs.hessians, strict=True):
+        whole[:, span.start : span.stop, span.start : span.stop] = hessian
+    for part in inputs.hessians:  # the damping is relative to the mean of each: make these equal
+        scale = np.trace(whole[0]) / 40 / np.mean(np.diag(part[0]))
+        part *= scale
+    for span, hessian in zip(inputs.spans, inputs.hessians, strict=True):
+        whole[:, span.start : span.stop, span.start : span.stop] = hessian
+    joined = InputMoments((range(40),), (whole,), inputs.fresh)
+    np.testing.assert_array_equal(drawn(form, weights, inputs), drawn(form, weights, joined))
+
+
+@pytest.mark.parametrize("form", CUTS)
+def test_codes_do_not_depend_on_threads(form):
+    weights, inputs = weights_of(16, 300), inputs_of(300)
+    most = numba.config.NUMBA_NUM_THREADS
+    try:
+        numba.set_num_threads(1)
+        alone = drawn(form, weights, inputs)
+        numba.set_num_threads(min(2, most))
+        np.testing.assert_array_equal(drawn(form, weights, inputs), alone)
+    finally:
+        numba.set_num_threads(most)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("form", CUTS)
+def test_flip_keeps_its_invariants_and_reports_how_far_codes_moved(form, dtype):
+    weights = weights_of(32, 128).astype(dtype)
+    blocks = Blocks(*CUTS[form](*weights.shape))
+    scheme = SCHEMES[form.split("-")[0]]
+    given = ["w", weights.reshape(-1), scheme, blocks]
+    result = flip(*given, Policy(), KEY, CPU, inputs_of(128))
+    assert 0 < result.gain < 1
+    assert result.furthest > 1
+    again = flip("w", result.guarded, scheme, blocks, Policy("none"), KEY, CPU)
+    np.testing.assert_array_equal(again.codes, result.codes)
+    np.testing.assert_array_equal(again.grid.scale, result.grid.scale)
+
+
+def test_feedback_that_does_not_help_is_not_used():
+    """Inputs in H and fresh ones that have nothing in common."""
+    weights, inputs = weights_of(32, 128), inputs_of(128)
+    other = inputs_of(128, seed=9).fresh
+    blocks = Blocks(*CUTS["int4"](*weights.shape))
+    given = ["w", weights.reshape(-1), SCHEMES["int4"], blocks, Policy(), KEY, CPU]
+    misled = flip(*given, InputMoments(inputs.spans, inputs.hessians, other))
+    assert misled.gain > 1
+    np.testing.assert_array_equal(misled.codes, flip(*given).codes)
+
+
+def test_inputs_that_are_all_zero_change_nothing():
+    weights = weights_of()
+    dead = InputMoments((range(40),), (np.zeros((1, 40, 40)),), np.zeros((1, 5, 40), np.float32))
+    blocks = Blocks(*CUTS["int4"](*weights.shape))
+    given = ["w", weights.reshape(-1), SCHEMES["int4"], blocks, Policy(), KEY, CPU]
+    np.testing.assert_array_equal(flip(*given, dead).codes, flip(*given).codes)

@@ -1,0 +1,238 @@
+"""The kernels: CPU and CUDA twins, the random stream, the choice of device.
+
+Run as a script (`NUMBA_ENABLE_CUDASIM=1 python tests/test_kernels.py`) it compares the twins in
+numba's CUDA simulator, which has to be chosen before numba is imported.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numba
+import numba.cuda
+import numpy as np
+import pytest
+
+from flipguard_onnx.errors import DeviceError
+from flipguard_onnx.quantization import error_feedback as feedback
+from flipguard_onnx.quantization.kernels import cuda, get_backend, scalar, what_cuda_lacks
+from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
+from flipguard_onnx.quantization.schemes.blocks import FORMS
+from tests.helpers.oracles import CUTS
+
+CPU = get_backend("cpu")
+KEY = np.uint64(2**64 - 5)
+LIMIT = np.float32(0.1)
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def functions(module):
+    public = {n: f for n, f in vars(module).items() if callable(f) and not n.startswith("_")}
+    return {
+        name: list(inspect.signature(getattr(function, "py_func", function)).parameters)
+        for name, function in public.items()
+    }
+
+
+def test_twins_have_the_same_names_and_parameters():
+    assert functions(cuda) == functions(CPU)
+    assert sorted(functions(CPU)) == ["analyze", "check", "draw", "extremes", "feed", "place"]
+
+
+def test_twins_agree_in_the_simulator():
+    command = [sys.executable, "-W", "ignore", __file__]
+    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f"{form}:equal" for form in CUTS]
+
+
+def compare_twins():
+    gpu = get_backend("cuda")
+    assert gpu is cuda
+    feedback.PANEL = 32
+    cuda.THREADS = 32  # idle threads cost as much as busy ones here; and several blocks are run
+    cuda.TILE = 96  # two streams, and a last tile that is not full
+    for form in CUTS:
+        compare_kernels(form, edge_cases().astype(np.float32), gpu)
+        for dtype in (np.float16, ml_dtypes.bfloat16):
+            compare_flips(form, edge_cases().astype(dtype), gpu)
+        print(f"{form}:equal")
+
+
+def compare_kernels(form, weights, gpu):
+    scheme = SCHEMES[form.split("-")[0]]
+    blocks = Blocks(*CUTS[form](*weights.shape))
+    flat = weights.reshape(-1)
+
+    def steps(backend):
+        yield from blocks.extremes(flat, backend)
+        grid = scheme.fit(flat, blocks, flat.dtype, CPU)
+        margins = grid.analyze(flat, backend)
+        yield from (margins.codes, margins.offsets)
+        plain, drawn = grid.draw(flat, KEY, LIMIT, backend, first=2**40)
+        yield from (plain, drawn)
+        far = np.where(margins.offsets != 0, grid.encode(-flat, CPU), margins.codes)
+        for wanted in (margins.neighbours, far):
+            yield from grid.place(flat, margins.codes, wanted, backend)
+        moved, codes = grid.place(flat, plain, drawn, CPU)
+        for changed in (codes, plain):
+            checked = grid.check(flat, moved, plain, changed, backend)
+            yield from (checked.low, checked.high, np.array([checked.wrong, checked.moved]))
+        yield feedback.draw(flat, grid, inputs_of(weights), KEY, LIMIT, backend)
+
+    for step, (ours, theirs) in enumerate(zip(steps(CPU), steps(gpu), strict=True)):
+        assert ours.tobytes() == theirs.tobytes(), (form, step)
+
+
+def inputs_of(weights):
+    """Inputs with correlations, for a layer of two groups; several spans and panels."""
+    rows, columns = weights.shape
+    fresh = np.random.default_rng(1).standard_normal((rows, 40, columns)).astype(np.float32)
+    fresh += fresh[:, :, ::-1]
+    spans = range(50), range(50, columns)
+    parts = [fresh[:, :, span.start : span.stop].astype(np.float64) for span in spans]
+    return feedback.Inputs(spans, tuple(p.transpose(0, 2, 1) @ p for p in parts), fresh)
+
+
+def compare_flips(form, weights, gpu):
+    scheme = SCHEMES[form.split("-")[0]]
+    blocks = Blocks(*CUTS[form](*weights.shape))
+    given = ["w", weights.reshape(-1), scheme, blocks, Policy(), tensor_key(3, "w")]
+    ours, theirs = flip(*given, CPU), flip(*given, gpu)
+    assert ours.count > 0
+    assert ours.codes.tobytes() == theirs.codes.tobytes(), form
+    assert ours.guarded.tobytes() == theirs.guarded.tobytes(), form
+
+
+def edge_cases():
+    """Two rows of 70: random weights, half steps, both zeros, an all-zero block, a ragged one."""
+    weights = 0.05 * np.random.default_rng(0).standard_normal((2, 70))
+    weights[0, :8] = [127 / 512, 0.5 / 512, 1.5 / 512, -2.5 / 512, -0.0, 0.0, -1e-9, 1e-7]
+    weights[1, :32] = 0
+    return weights
+
+
+def test_extremes_of_ragged_blocks():
+    weights = np.array([3, 1, 2, -5, 7, 0, 0, -1, 8, -9], np.float32)
+    low, high = Blocks(2, 5, 2).extremes(weights, CPU)
+    np.testing.assert_array_equal(low, [1, -5, 7, 0, -1, -9])
+    np.testing.assert_array_equal(high, [3, 2, 7, 0, 8, -9])
+
+
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+
+def every(dtype):
+    """All 65,536 values of a 16-bit type, by bit pattern."""
+    return np.arange(2**16, dtype=np.uint16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_16_bit_value_is_read_exactly(dtype):
+    values = every(dtype)
+    for found in Blocks(1, values.size, 1).extremes(values, CPU):
+        expected = values.astype(np.float32)
+        numbers = ~np.isnan(expected)
+        assert numbers.sum() > 63_000
+        np.testing.assert_array_equal(np.isnan(found), ~numbers)
+        assert found[numbers].tobytes() == expected[numbers].tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*nextafter:RuntimeWarning")
+@pytest.mark.parametrize("end", [np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_every_16_bit_value_has_its_pattern_and_neighbours(dtype, end):
+    values, form = every(dtype), FORMS[dtype]
+    values = values[np.isfinite(values.astype(np.float32))]
+    bits = values.view(np.uint16).astype(np.uint32)
+    following = np.nextafter(values, np.array(end, dtype))
+    found = numba.vectorize(scalar.next_pattern)(bits, end > 0, form)
+    np.testing.assert_array_equal(found, following.view(np.uint16))
+    pattern = numba.vectorize(scalar.pattern)
+    numbers = values.astype(np.float32)
+    np.testing.assert_array_equal(pattern(numbers, form), bits)
+    between = np.nextafter(numbers, np.float32(end))
+    found = pattern(between, form).astype(np.uint16).view(dtype)
+    assert np.all((found == values) | (found == following))
+
+
+@pytest.mark.parametrize("upward", [True, False])
+def test_neighbours_of_float32_are_numpys(upward):
+    numbers = np.array([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.0, 3e38, 1.5e-38], np.float32)
+    expected = np.nextafter(numbers, np.float32(np.inf if upward else -np.inf))
+    words = [scalar.next_pattern(w, upward, scalar.FLOAT32) for w in numbers.view(np.uint32)]
+    np.testing.assert_array_equal(np.array(words, np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.skipif(numba.cuda.is_available(), reason="there is a GPU")
+def test_auto_without_a_gpu_is_the_cpu_and_the_reason_is_known():
+    assert get_backend("auto") is CPU
+    assert "NVIDIA" in what_cuda_lacks()
+
+
+def test_compiling_is_announced_once_and_only_where_the_cache_lacks_a_kernel(tmp_path):
+    program = """
+import numpy as np
+from flipguard_onnx.quantization.kernels import compiling, get_backend
+from flipguard_onnx.quantization.schemes import Blocks
+with compiling(lambda: print("compiling")):
+    for dtype in np.float32, np.float16:
+        Blocks(1, 8, 8).extremes(np.zeros(8, dtype), get_backend("cpu"))
+print("done")
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    for expected in (["compiling", "done"], ["done"]):
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == expected, done.stderr
+
+
+def drawn(offsets, key, limit):
+    """Which of these offsets cross: weights under an int8 scale of 1."""
+    weights = np.append(np.asarray(offsets, np.float32), np.float32(127))
+    blocks = Blocks(1, weights.size, weights.size)
+    grid = SCHEMES["int8"].fit(weights, blocks, weights.dtype, CPU)
+    plain, codes = grid.draw(weights, np.uint64(key), np.float32(limit), CPU)
+    return (plain != codes)[:-1]
+
+
+def test_stream_is_splitmix64():
+    """Published vectors of SplitMix64 seeded with 1234567; a draw uses the upper 24 bits."""
+    vectors = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    uniforms = np.array([v >> 40 for v in vectors], np.float32) * np.float32(2.0**-24)
+    np.testing.assert_array_equal(uniforms < 0.5, [True, True, False, True])
+    chances = np.minimum(uniforms, np.float32(0.5))  # no offset is larger
+    assert not drawn(chances, 1234567, 0).any()
+    above = np.nextafter(chances, np.float32(1))
+    np.testing.assert_array_equal(drawn(above, 1234567, 0), [True, True, False, True])
+
+
+@pytest.mark.parametrize("chance", [0.01, 0.25, -0.5])
+def test_draw_flips_with_the_given_probability(chance):
+    n = 200_000
+    flips = drawn(np.full(n, chance), 5, 0)
+    p = abs(chance)
+    assert abs(flips.mean() - p) < 6 * np.sqrt(p * (1 - p) / n)
+    assert not drawn(np.full(n, chance), 5, p).any()
+
+
+def test_unknown_device_is_named():
+    with pytest.raises(DeviceError, match=r"'tpu'.*auto, cpu, cuda"):
+        get_backend("tpu")
+
+
+@pytest.mark.skipif(numba.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(DeviceError, match=r"^device 'cuda' is not usable: .*NVIDIA.*$"):
+        get_backend("cuda")
+
+
+if __name__ == "__main__":
+    compare_twins()
