@@ -39,7 +39,7 @@ def schema() -> dict[str, Any]:
 
 def _as_written(found: dict[str, Any]) -> None:
     """Where to_dict() says more than the fields, or something else."""
-    report = found["Report"]
+    report = found["GuardReport"]
     report["properties"] |= {
         "seed": {"type": ["string", "null"], "pattern": "^[0-9]+$"},
         "weights": {"type": "integer"},

@@ -16,11 +16,11 @@ from onnx import ModelProto, helper
 
 from ..errors import RunError, UnsupportedModelError, ValidationError
 from ..graph.weights import Weight
-from ..io.model import Model
 from ..io.writer import Output
 from ..quantization.error_feedback import PANEL, Floats, InputMoments
 from ..runtime.session import Session, open_session
-from .inputs import NONE_FIT, Feed, load_feeds, made_up_feeds, signature
+from .inputs import Feed, signature
+from .samples import Samples
 from .synthetic import synthetic_feeds
 from .weight_inputs import WeightInput, weight_input
 
@@ -59,20 +59,21 @@ class MomentRecorder:
 
     def __init__(
         self,
-        source: Model,
+        samples: Samples,
         weights: Sequence[Weight],
         folder: Path,
         max_bytes: int,
-        data: Path | None,
     ) -> None:
-        """Find inputs that the model accepts: those of `data`, an .npz file, or made-up ones.
+        """Raises UnsupportedModelError when the model accepts no samples or no weight reads any,
+        ValidationError without onnxruntime.
 
-        Raises UnsupportedModelError when there are none or no weight reads any, ValidationError
-        without onnxruntime.
+        weights: those of the samples' source; folder: new, for a copy of the model; max_bytes: for
+        the statistics.
         """
-        main = source.proto.graph
-        self._source = source
+        self._samples = samples
+        self._source = source = samples.source
         self._max_bytes = max_bytes
+        main = source.proto.graph
         self._cuts = {w.name: w.blocks(None, flat=False) for w in weights}
         found = {
             w.name: dict.fromkeys(weight_input(use, w, main) for use in w.uses) for w in weights
@@ -90,7 +91,6 @@ class MomentRecorder:
             raise UnsupportedModelError("the inputs of no weight can be recorded")
         self._gathered: dict[tuple[WeightInput, ...], InputMoments] = {}
         self._session = self._open(Output(folder, folder / "probe.onnx", external=True))
-        self._given = load_feeds(data, source.proto) if data else []
         self._template, self._counts = self._probe()
 
     def _open(self, output: Output) -> Session:
@@ -107,23 +107,25 @@ class MomentRecorder:
 
     def _probe(self) -> tuple[Feed, dict[WeightInput, int]]:
         """A feed that the model accepts, and how many rows of inputs it gives each tap."""
-        problem = NONE_FIT
-        made_up = made_up_feeds(self._source.proto, self._source.size)
-        for feeds in [self._given] if self._given else made_up:
-            try:
-                values = self._run(feeds[0], self._all_taps)
-            except RunError as error:
-                problem = str(error)
-                continue
-            rng = np.random.default_rng(SEED)
-            rows = {tap: tap.rows(values[tap.value], MOST_ROWS, rng) for tap in self._all_taps}
-            return feeds[0], {tap: found.shape[1] for tap, found in rows.items()}
-        raise UnsupportedModelError(f"the model does not run on these inputs: {problem}")
+        if not self._samples.accepted:
+            raise UnsupportedModelError(
+                f"the model does not run on these inputs: {self._samples.found.problem}"
+            )
+        feed = self._samples.accepted[0]
+        try:
+            values = self._run(feed, self._all_taps)
+        except RunError as error:
+            raise UnsupportedModelError(
+                f"the model does not run on these inputs: {error}"
+            ) from None
+        rng = np.random.default_rng(SEED)
+        rows = {tap: tap.rows(values[tap.value], MOST_ROWS, rng) for tap in self._all_taps}
+        return feed, {tap: found.shape[1] for tap, found in rows.items()}
 
     @property
     def seconds(self) -> float:
         """About how long the statistics and the feedback will take on a machine with two cores."""
-        samples = len(self._given) or self._samples
+        samples = len(self._samples.given) or self._wanted
         work, size = 0.0, 0
         for name, taps in self._taps.items():
             cut = self._cuts[name]
@@ -137,7 +139,7 @@ class MomentRecorder:
         return work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
 
     @property
-    def _samples(self) -> int:
+    def _wanted(self) -> int:
         """How many samples to make up."""
         rows = float(np.median(list(self._counts.values())))
         return int(np.clip(-(-ROWS // max(rows, 1)), SAMPLES.start, SAMPLES.stop - 1))
@@ -145,12 +147,12 @@ class MomentRecorder:
     @cached_property
     def _feeds(self) -> tuple[list[Feed], list[Feed]]:
         """Feeds for the statistics, and others for the judgement (the same if there is one)."""
-        feeds = self._given or self._made_up()
+        feeds = self._samples.given or self._made_up()
         kept = max(1, len(feeds) // FRESH)
         return feeds[:-kept] or feeds, feeds[-kept:]
 
     def _made_up(self) -> list[Feed]:
-        samples = self._samples + max(1, self._samples // FRESH)
+        samples = self._wanted + max(1, self._wanted // FRESH)
         batch = BATCH
         for wanted in signature(self._source.proto):
             if wanted.table:
@@ -244,28 +246,56 @@ class MomentRecorder:
         return feed | dict(zip(names, self._session.run(names, feed), strict=True))
 
 
+class Moments:
+    """What a run knows of the inputs of its weights.
+
+    inputs: "synthetic" or "data" where errors are fed forward, else "off"; note: why they are not.
+    """
+
+    def __init__(
+        self, recorder: MomentRecorder | None, inputs: str = "off", note: str | None = None
+    ) -> None:
+        self._recorder = recorder
+        self.inputs = inputs if recorder else "off"
+        self.note = note
+        self.seconds = recorder.seconds if recorder else 0.0
+
+    def of(self, weight: Weight) -> InputMoments | str | None:
+        """The moments of a weight's inputs, or why there are none; None where feedback is off."""
+        return self._recorder.of(weight) if self._recorder else None
+
+
 def record(
-    source: Model,
+    samples: Samples,
     weights: Sequence[Weight],
     folder: Path,
-    most: int,
-    data: Path | None,
+    max_bytes: int,
+    inputs: str,
     optional: bool,
-) -> tuple[MomentRecorder | None, str | None]:
-    """What the weights are multiplied with, or None and the reason.
+    max_seconds: float = LONGEST,
+) -> Moments:
+    """The moments of what the weights are multiplied with.
 
-    most: bytes for the statistics. optional: go without where it cannot be had, where the model is
-    larger than that, or where it takes longer than LONGEST.
+    max_bytes: for the statistics. inputs: "synthetic" or "data"; "off" records nothing. optional:
+    go without, and say why, where they cannot be had, where the model is larger than `max_bytes`
+    or where they would take longer than `max_seconds`.
     """
-    if optional and source.size > most:
-        return None, f"the model is larger than --max-memory ({most >> 20:,} MiB)"
+    if inputs == "off":
+        return Moments(None)
+    if optional and samples.source.size > max_bytes:
+        return Moments(
+            None, note=f"the model is larger than --max-memory ({max_bytes >> 20:,} MiB)"
+        )
     try:
-        activations = MomentRecorder(source, weights, folder, most, data)
+        recorder = MomentRecorder(samples, weights, folder, max_bytes)
     except (UnsupportedModelError, ValidationError) as error:
         if not optional:
             raise
-        return None, str(error)
-    if optional and activations.seconds > LONGEST:
-        minutes = activations.seconds / 60
-        return None, f"it would take about {minutes:.0f} min; --preserve synthetic switches it on"
-    return activations, None
+        return Moments(None, note=str(error))
+    if optional and recorder.seconds > max_seconds:
+        minutes = recorder.seconds / 60
+        return Moments(
+            None,
+            note=f"it would take about {minutes:.0f} min; --preserve synthetic switches it on",
+        )
+    return Moments(recorder, inputs)

@@ -1,7 +1,7 @@
 """The command line: parse, call the library, print, return the exit code.
 
 0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input, or
-nothing to guard. Of many models the worst. 128 + n: interrupted by signal n.
+nothing to guard. For several models, the highest of their codes. 128 + n: interrupted by signal n.
 scan: 0: clean. 1: suspicious or aligned. 2: unreadable, or nothing judged.
 """
 
@@ -16,20 +16,20 @@ import click
 from click.shell_completion import CompletionItem
 
 from .. import __version__
-from ..errors import FlipguardError, SchemeError, exit_code, printable
+from ..errors import FlipguardError, OptionError, exit_code, printable
 from ..interrupts import Interrupted, interruptible
 from ..io.publish import check_report, write_report
 from ..reports.serialize import dumped
 from .options import (
     FILE,
-    SCHEME_NAMES,
+    FORMAT_OPTIONS,
+    GroupedCommand,
+    batch_options,
     config_option,
-    draw_options,
-    fleet_options,
-    format_options,
-    output_options,
+    guard_options,
+    output_option,
+    page_options,
     report_options,
-    validation_options,
 )
 from .progress import progress_bar
 
@@ -78,22 +78,26 @@ def configure(context: click.Context, _: click.Parameter, file: Path | None) -> 
         return str(read) if read else None
 
 
-@main.command()
+EXAMPLES = """\b
+Examples:
+  flipguard-onnx model.onnx
+  flipguard-onnx model.onnx --scheme int4 --data samples.npz --html report.html
+  flipguard-onnx guard vendor/ -o guarded/ --jobs 4 --report report.json
+"""
+
+
+@main.command(cls=GroupedCommand, epilog=EXAMPLES)
 @click.argument("models", type=FILE, nargs=-1, required=True)
-@format_options
-@draw_options
-@validation_options
-@output_options
-@fleet_options
-@click.option("--html", type=FILE, help="One model: write a page here.")
-@click.option("--sbom", type=FILE, help="One model: write a CycloneDX ML-BOM here.")
+@output_option
+@guard_options()
+@batch_options
+@page_options
 @report_options
 @config_option(configure)
 def guard(
     models: tuple[Path, ...],
     jobs: int,
     scheduler: str | None,
-    no_validate: bool,
     html: Path | None,
     sbom: Path | None,
     report: Path | None,
@@ -102,7 +106,6 @@ def guard(
     **options: Any,
 ) -> None:
     """Guard MODELS and write them quantized; folders are searched for .onnx files."""
-    options["validate"] = not no_validate
     with failures(report, html, sbom):
         if sbom:
             from ..reports.sbom import sbom as bom  # before the run: it may not be installed
@@ -120,24 +123,24 @@ def guard(
             publish(result, report, quiet)
         elif html or sbom:
             option = "--html" if html else "--sbom"
-            raise SchemeError(f"{option} is for one model; --report has all of them")
+            raise OptionError(f"{option} is for one model; --report has all of them")
         else:
             from .. import guard_many
 
             with progress_bar(quiet) as progress:
-                fleet = guard_many(
+                batch = guard_many(
                     models, jobs=jobs, scheduler=scheduler, progress=progress, **options
                 )
-            publish(replace(fleet, config=config), report, quiet)
-            for outcome in fleet.outcomes if quiet else ():
+            publish(replace(batch, config=config), report, quiet)
+            for outcome in batch.outcomes if quiet else ():
                 if outcome.error:
                     echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
-            sys.exit(fleet.code)
+            sys.exit(batch.code)
 
 
-@main.command()
+@main.command(cls=GroupedCommand)
 @click.argument("model", type=FILE)
-@format_options
+@guard_options(*FORMAT_OPTIONS)
 @report_options
 @config_option(configure)
 def inspect(report: Path | None, quiet: bool, config: str | None, **options: Any) -> None:
@@ -148,15 +151,21 @@ def inspect(report: Path | None, quiet: bool, config: str | None, **options: Any
         publish(replace(run(**options), config=config), report, quiet)
 
 
-@main.command()
+@main.command(cls=GroupedCommand)
 @click.argument("original", type=FILE)
 @click.argument("guarded", type=FILE)
-@click.option(
-    "--scheme",
-    type=click.Choice(SCHEME_NAMES),
-    help="Measure against plain quantization to this.  [default: as recorded in GUARDED, or int8]",
+@guard_options(
+    "scheme",
+    default=None,
+    help="Compare with rounding to this.  [default: as recorded in GUARDED, or int8]",
 )
-@validation_options
+@guard_options("data")
+@guard_options(
+    "max_memory",
+    default=None,
+    help="MiB; of a larger model only sampled layers are run.  [default: as recorded, or 1024]",
+)
+@guard_options("max_drift")
 @report_options
 @config_option(configure)
 def verify(report: Path | None, quiet: bool, config: str | None, **options: Any) -> None:
@@ -203,7 +212,7 @@ def scan(
     codes: list[int] = []
     with failures(report):
         if len(models) > 1 and (report or form != "text"):
-            raise SchemeError("--report and --format are for one model")
+            raise OptionError("--report and --format are for one model")
         from .. import scan as run
 
         for model in models:

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ..errors import SchemeError, first_line
+from ..errors import OptionError, first_line
 
 FILE = "flipguard.toml"
 
@@ -27,7 +27,7 @@ def configured(
     """The file that counts, or None, and what it gives for `command` in the place of defaults.
 
     Without `file` the current folder is searched. The whole file is checked, whatever the command.
-    Raises SchemeError, naming the file, the key and what is allowed.
+    Raises OptionError, naming the file, the key and what is allowed.
     """
     file, table = _read(file) if file else _found()
     options = {name: _options(group.commands[name]) for name in group.commands}
@@ -37,7 +37,7 @@ def configured(
     for name in options:
         own = table.get(name, {})
         if not isinstance(own, dict):
-            raise SchemeError(f"{file}: {name} is {own!r}; allowed: a table")
+            raise OptionError(f"{file}: {name} is {own!r}; allowed: a table")
         checked = _checked(own, options[name], f"{file}: {name}.")
         settings |= checked if name == command else {}
     return file, settings
@@ -56,13 +56,13 @@ def _read(file: Path) -> tuple[Path, dict[str, Any]]:
     try:
         table: Any = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SchemeError(f"{file}: cannot be read: {error.strerror}") from None
+        raise OptionError(f"{file}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise SchemeError(f"{file}: is no TOML: {first_line(error)}") from None
+        raise OptionError(f"{file}: is no TOML: {first_line(error)}") from None
     for key in ("tool", TABLE) if file.name == PYPROJECT else ():
         table = table.get(key, {})
         if not isinstance(table, dict):
-            raise SchemeError(f"{file}: {key} is {table!r}; allowed: a table")
+            raise OptionError(f"{file}: {key} is {table!r}; allowed: a table")
     return file, table
 
 
@@ -79,20 +79,21 @@ def _checked(
     settings = {}
     for key, value in table.items():
         if key == "seed":
-            raise SchemeError(f"{place}seed comes from no file: who knows it can prepare a model")
+            raise OptionError(f"{place}seed comes from no file: who knows it can prepare a model")
         if key not in options:
-            raise SchemeError(f"{place}{key} is unknown; allowed: {', '.join(sorted(options))}")
+            raise OptionError(f"{place}{key} is unknown; allowed: {', '.join(sorted(options))}")
         option = options[key]
         types, allowed = _type(option)
         items = value if option.multiple and isinstance(value, list) else [value]
         if option.multiple is not isinstance(value, list) or {type(v) for v in items} - types:
-            raise SchemeError(f"{place}{key} is {value!r}; allowed: {allowed}")
+            raise OptionError(f"{place}{key} is {value!r}; allowed: {allowed}")
         try:
             for item in items:
                 option.type.convert(item, option, None)
         except click.BadParameter as error:
-            raise SchemeError(f"{place}{key}: {error.message}") from None
-        settings[option.name or key] = value
+            raise OptionError(f"{place}{key}: {error.message}") from None
+        switches_off = option.is_flag and option.flag_value is False
+        settings[option.name or key] = not value if switches_off else value
     return settings
 
 

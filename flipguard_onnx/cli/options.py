@@ -1,195 +1,154 @@
-"""The options of the command line, in the groups in which commands take them."""
+"""The options of the command line, in the groups in which `--help` shows them.
 
-from collections.abc import Callable
+What guard() can be told comes from `GuardOptions`; here are the others.
+"""
+
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..pipeline.options import About, described
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-SCHEME_NAMES = ("int8", "int4", "nf4", "fp4")
-
 FILE = click.Path(path_type=Path)
+GROUPS = ("Model and output", "Format", "Protection", "Accuracy", "Running", "Reports")
+FORMAT_OPTIONS = ("scheme", "granularity", "block_size", "include", "exclude", "int8")
 
 
-def together(*options: Decorator) -> Decorator:
+class Option(click.Option):
+    """An option that belongs to a group."""
+
+    def __init__(self, *args: Any, group: str = "Other", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help shows its options group by group."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if isinstance(parameter, click.Argument):
+                continue
+            if record := parameter.get_help_record(ctx):
+                records.setdefault(getattr(parameter, "group", "Other"), []).append(record)
+        for group in (*GROUPS, "Other"):
+            if group in records:
+                with formatter.section(group):
+                    formatter.write_dl(records[group])
+
+
+def option(*names: str, group: str = "Other", **settings: Any) -> Decorator:
+    """click.option() in a group."""
+    return click.option(*names, cls=Option, group=group, **settings)
+
+
+def together(options: Iterable[Decorator]) -> Decorator:
     """One decorator for several options, which `--help` shows in this order."""
+    ordered = list(options)
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
+        for each in reversed(ordered):
+            command = each(command)
         return command
 
     return decorate
 
 
-format_options = together(
-    click.option(
-        "--scheme",
-        type=click.Choice(SCHEME_NAMES),
-        default="int8",
-        show_default=True,
-        help="Number format of the output.",
-    ),
-    click.option(
-        "--granularity",
-        type=click.Choice(("channel", "tensor")),
-        default="channel",
-        show_default=True,
-        help="int8: one scale per output channel or per tensor.",
-    ),
-    click.option(
-        "--block-size",
-        type=int,
-        help="4 bits: weights per scale: 16, 32, 64, 128 or 256.  [default: int4 32, nf4 and fp4 "
-        "64]",
-    ),
-    click.option(
-        "--include", multiple=True, metavar="PATTERN", help="Guard only tensors like this."
-    ),
-    click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave tensors like this."),
-    click.option(
-        "--int8",
-        multiple=True,
-        metavar="PATTERN",
-        help="Keep tensors like this at 8 bits under a 4-bit scheme.",
-    ),
+def guard_options(*names: str, **changed: Any) -> Decorator:
+    """The options of `GuardOptions` with these names, or all; settings of click that differ."""
+    return together(
+        _click_option(name, default, about, changed)
+        for name, default, about in described()
+        if not names or name in names
+    )
+
+
+def _click_option(name: str, default: Any, about: About, changed: dict[str, Any]) -> Decorator:
+    flag = f"--{name.replace('_', '-')}"
+    settings: dict[str, Any] = {"group": about.group, "help": about.help, "default": default}
+    settings["metavar"] = about.metavar
+    if default is True:  # the flag switches it off
+        settings |= {"is_flag": True, "flag_value": False}
+        return option(f"--no-{name.replace('_', '-')}", name, **settings)
+    if default is False:
+        settings["is_flag"] = True
+    elif isinstance(default, tuple):
+        settings["multiple"] = True
+    elif name == "data":
+        settings["type"] = FILE
+    else:
+        settings["type"] = _type(default, about)
+    settings |= changed
+    settings["show_default"] = bool(settings["default"]) and not settings.get("is_flag", False)
+    return option(flag, **settings)
+
+
+def _type(default: Any, about: About) -> Any:
+    """How click reads a value of the option."""
+    if about.range is None:
+        numbers = about.choices and isinstance(about.choices[0], int)
+        return int if numbers else click.Choice(about.choices)
+    limits = about.range
+    if isinstance(default, float):
+        return click.FloatRange(limits.low, limits.high, limits.low_open, limits.high_open)
+    return click.IntRange(int(limits.low))
+
+
+output_option = option(
+    "-o",
+    "--output",
+    group="Model and output",
+    type=FILE,
+    help="For several models: a folder.  [default: MODEL.flipguard-SCHEME.onnx beside the input]",
 )
 
-draw_options = together(
-    click.option(
-        "--int8-share",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="Keep the most sensitive tensors at 8 bits, up to this share of the weights (0.25).",
-    ),
-    click.option(
-        "--policy",
-        type=click.Choice(("unbiased", "topk", "none")),
-        default="unbiased",
-        show_default=True,
-        help="Which weights cross a boundary; none is plain rounding.",
-    ),
-    click.option(
-        "--tau",
-        type=float,
-        default=1.0,
-        show_default=True,
-        help="unbiased: draw only weights this near to a boundary, in half-gaps; 1 draws all.",
-    ),
-    click.option(
-        "--ratio", type=float, default=0.1, show_default=True, help="topk: share of each block."
-    ),
-    click.option(
-        "--seed",
-        type=click.IntRange(min=0),
-        help="Of the draws.  [default: fresh entropy, recorded]",
-    ),
-    click.option(
-        "--preserve",
-        type=click.Choice(("auto", "off", "synthetic", "data")),
-        default="auto",
-        show_default=True,
-        help="Feed rounding errors forward so that layers' outputs are preserved, on made-up "
-        "inputs or those of --data; auto: where it takes less than a minute.",
-    ),
-    click.option(
-        "--device",
-        type=click.Choice(("auto", "cpu", "cuda")),
-        default="auto",
-        show_default=True,
-        help="Where the kernels run.",
-    ),
+batch_options = together(
+    [
+        option(
+            "--jobs",
+            group="Running",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            help="Several models: how many at a time, each on its share of the cores.",
+        ),
+        option(
+            "--scheduler",
+            group="Running",
+            metavar="ADDRESS",
+            help="Several models: let the workers of this Dask cluster do it.",
+        ),
+    ]
 )
 
-validation_options = together(
-    click.option(
-        "--data",
-        type=FILE,
-        help=".npz, or folder of them, with inputs to run the model on.  [default: made up]",
-    ),
-    click.option(
-        "--max-memory",
-        type=click.IntRange(min=1),
-        default=1024,
-        show_default=True,
-        help="MiB for the statistics of --preserve; of a larger model only sampled layers are run.",
-    ),
-    click.option(
-        "--max-drift",
-        type=click.FloatRange(min=0, min_open=True),
-        default=3.0,
-        show_default=True,
-        help="Allowed drift, as a multiple of plain quantization's.",
-    ),
+page_options = together(
+    [
+        option("--html", group="Reports", type=FILE, help="One model: write an HTML page here."),
+        option("--sbom", group="Reports", type=FILE, help="One model: write a CycloneDX ML-BOM."),
+    ]
 )
 
-output_options = together(
-    click.option("--no-validate", is_flag=True, help="Write without running the result."),
-    click.option(
-        "--emit",
-        type=click.Choice(("qdq", "float", "both")),
-        default="qdq",
-        show_default=True,
-        help="A quantized graph, or the same graph with moved weights for your own quantizer.",
-    ),
-    click.option(
-        "--activations",
-        type=click.Choice(("int8", "uint8", "int16")),
-        help="int8: quantize activations to this, too, by onnxruntime's static quantizer on the "
-        "inputs of --data; on made-up ones it is weaker.",
-    ),
-    click.option(
-        "--calibration",
-        type=click.Choice(("minmax", "entropy", "percentile")),
-        default="minmax",
-        show_default=True,
-        help="How the ranges of activations are found.",
-    ),
-    click.option(
-        "--symmetric", is_flag=True, help="MomentRecorder with their zero point in the middle."
-    ),
-    click.option("--standard-ops", is_flag=True, help="No operators of com.microsoft."),
-    click.option(
-        "-o",
-        "--output",
-        type=FILE,
-        help="For many models: folder.  [default: MODEL.flipguard-SCHEME.onnx beside the input]",
-    ),
-    click.option("--force", is_flag=True, help="Overwrite the output."),
-)
-
-fleet_options = together(
-    click.option(
-        "--jobs",
-        type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="Many models: how many at a time, each on its share of the cores.",
-    ),
-    click.option(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="Many models: let the workers of this Dask cluster do it.",
-    ),
+report_options = together(
+    [
+        option("--report", group="Reports", type=FILE, help="Write JSON here."),
+        option("--quiet", group="Reports", is_flag=True, help="Print errors only."),
+    ]
 )
 
 
 def config_option(read: Callable[..., Any]) -> Decorator:
     """`read` is click's callback; it runs before defaults are looked up."""
-    return click.option(
+    return option(
         "--config",
+        group="Running",
         type=FILE,
         is_eager=True,
         callback=read,
         help="TOML file with options.  [default: flipguard.toml, else [tool.flipguard-onnx] of "
         "pyproject.toml, in the current folder]",
     )
-
-
-report_options = together(
-    click.option("--report", type=FILE, help="Write JSON here."),
-    click.option("--quiet", is_flag=True, help="Print errors only."),
-)

@@ -7,7 +7,7 @@ Other constants that onnxruntime would round are put back as they were: what nob
 an attacker may have aligned.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from onnx import GraphProto, ModelProto
 from onnx.numpy_helper import from_array
 
 from .. import runtime
-from ..calibration.inputs import Feed, load_feeds
+from ..calibration.inputs import Feed
+from ..calibration.samples import Samples
 from ..calibration.synthetic import synthetic_feeds
 from ..errors import UnsupportedModelError, ValidationError
 from ..graph.operators import CONVOLUTIONS, WEIGHTED
@@ -26,12 +27,11 @@ from ..io.writer import Output
 from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Codes, Grid, Scheme
 from ..reports.guard import ActivationQuantization
-from ..validation.validator import ModelRunner
 from .opset import converted
 from .rewriter import remove_named
 from .static_codes import StaticGraphChecker
 from .weight_forms import Emitter
-from .writers import FloatWriter, ModelWriter, guarded_values, save
+from .writers import FloatWriter, guarded_values, save
 
 OPSETS = {"int8": 13, "uint8": 13, "int16": 21}  # that have QuantizeLinear to these types
 
@@ -61,48 +61,47 @@ class Calibration:
     @classmethod
     def of(
         cls,
-        integers: ActivationQuantization,
-        granularity: str,
-        source: Model,
+        asked: ActivationQuantization,
+        per_channel: bool,
         weights: Sequence[Weight],
-        data: Path | None,
+        samples: Samples,
     ) -> "Calibration":
-        """On the inputs of `data`, else on made-up ones.
+        """On the samples that were given, else on those found and more that resemble real ones.
 
-        Raises UnsupportedModelError when the static quantizer would find none of the weights.
+        weights: those of the samples' source. Raises UnsupportedModelError when the static
+        quantizer would find none of them.
         """
+        source = samples.source
         if not any(_within_reach(source.proto.graph, weight) for weight in weights):
             raise UnsupportedModelError(
                 f"{source.path}: no weight feeds {', '.join(WEIGHTED)} in the main graph, and in "
                 "subgraphs onnxruntime's static quantizer does not reach any; allowed: to go "
                 "without --activations"
             )
-        if data:
-            feeds = load_feeds(data, source.proto)
-        else:
-            noise = ModelRunner(source, None).feeds
-            session = runtime.open_session(source.path, exact=True, size=source.size)
-            feeds = noise + synthetic_feeds(source, session, noise[0], SAMPLES, 1, SEED)
-        inputs = "data" if data else "synthetic"
-        integers = replace(integers, inputs=inputs, feeds=len(feeds))
-        return cls(integers, granularity == "channel", feeds)
+        feeds = samples.given
+        if not feeds:
+            noise = samples.require().feeds
+            made_up = synthetic_feeds(source, samples.session, noise[0], SAMPLES, 1, SEED)
+            feeds = noise + made_up
+        inputs = "data" if samples.given else "synthetic"
+        return cls(replace(asked, inputs=inputs, feeds=len(feeds)), per_channel, feeds)
 
 
-def preprocessed(source: Model, integers: ActivationQuantization, most: int, folder: Path) -> Model:
+def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) -> Model:
     """The source as onnxruntime's pre-processing leaves it: constants folded, BatchNormalization
     merged into Conv, shapes inferred, at an opset that has the activations' type.
 
-    Raises UnsupportedModelError when it is larger than `most` bytes or cannot be processed.
+    Raises UnsupportedModelError when it is larger than `max_bytes` or cannot be processed.
     """
-    most = min(most, INLINE_LIMIT)
-    if source.size > most:
+    max_bytes = min(max_bytes, INLINE_LIMIT)
+    if source.size > max_bytes:
         raise UnsupportedModelError(
-            f"{source.path}: has {source.size:,} bytes; allowed with --activations: {most:,} "
+            f"{source.path}: has {source.size:,} bytes; allowed with --activations: {max_bytes:,} "
             "(up to --max-memory and 1 GiB), since onnxruntime's quantizer loads it whole"
         )
     given = Output(folder / "given", None, external=False)
     proto = ModelProto()
-    opset = OPSETS[integers.activations]
+    opset = OPSETS[activations]
     proto.CopyFrom(converted(source, opset, find_weights(source.proto)[0]))
     given.save(proto, source)
     result = folder / "preprocessed.onnx"
@@ -226,23 +225,6 @@ class StaticQdqWriter:
         for name, weight in left.items():
             emitter.emit(weight, *self._guarded[name])
         emitter.finish()
-
-
-def sinks(
-    source: Model,
-    prepared: ModelProto,
-    output: Callable[[str], Output],
-    calibration: Calibration,
-    standard_ops: bool,
-    measured: bool,
-) -> dict[str, ModelWriter]:
-    """The guarded model and, where it is `measured`, the plainly quantized one beside it."""
-    return {
-        kind: StaticQdqWriter(
-            source, prepared, output(kind), calibration, standard_ops, kind == "plain"
-        )
-        for kind in (("qdq", "plain") if measured else ("qdq",))
-    }
 
 
 def _keep_metadata(proto: ModelProto, source: ModelProto) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from ..errors import FlipguardError, ModelError, exit_code
 from ..io.model import open_model
@@ -18,7 +18,7 @@ from ..progress import Progress
 from ..reports.batch import BatchReport, ModelOutcome
 from ..runtime.pool import Lost, described, in_processes, on_dask
 from .guard import guard
-from .options import EMITS, one_of, output_paths
+from .options import GuardKeywords, GuardOptions, StrPath, output_paths
 
 OURS = re.compile(r"\.flipguard-\w+(-float)?\.onnx$")  # outputs of earlier runs
 
@@ -31,23 +31,18 @@ class Job:
 
     model: Path
     outputs: tuple[Path, ...]
-    seed: int | None
-    force: bool
-    options: dict[str, Any]
+    options: GuardOptions
 
 
 def guard_many(
-    models: Sequence[str | os.PathLike[str]],
-    output: str | os.PathLike[str] | None = None,
+    models: Sequence[StrPath],
+    output: StrPath | None = None,
     scheme: str = "int8",
     *,
     jobs: int = 1,
     scheduler: str | None = None,
-    seed: int | None = None,
-    emit: str = "qdq",
-    force: bool = False,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[GuardKeywords],
 ) -> BatchReport:
     """Guard many models; one that fails, or kills its process, does not stop the others.
 
@@ -57,29 +52,44 @@ def guard_many(
         runs aside. Links to files are followed, links to folders are not.
     output : folder for the outputs, made where it is missing; what was found in a folder keeps
         its place below. By default every output goes beside its input.
+    scheme, **options : the fields of `GuardOptions`, the same for all models. Of `seed`, every
+        model gets one of its own, made from it and the model's content, since models of one
+        architecture have the same tensor names and would get the same draws. guard() repeats a
+        model with the seed that its report has.
     jobs : how many processes work at a time, each on its share of the cores
     scheduler : address of a Dask scheduler; its workers then do the work instead. They must have
         this package and see the same files under the same paths.
-    seed : every model gets one of its own, made from this and the model's content, for models of
-        one architecture have the same tensor names and would get the same draws. guard() repeats
-        a model with the seed that its report has.
     progress : called with ("guarding models", models done, models in all)
-    scheme, emit, force, **options : as in guard(), the same for all models
+
+    Returns
+    -------
+    BatchReport : one outcome per model, in the order of the models
 
     Raises
     ------
     ModelError : a folder without models, two models with the same output, an output folder that
         cannot be made; nothing is written
+    OptionError : an option is not usable; nothing is written
     DeviceError : the scheduler cannot be used
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from flipguard_onnx import guard_many
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     result = guard_many(["models/silero_vad.onnx"], output=folder, validate=False)
+    >>> result.code, len(result.outcomes)
+    (0, 1)
     """
-    say = progress or (lambda *_: None)
-    one_of("emit", emit, EMITS)
+    progress = progress or (lambda *_: None)
     folder = Path(output) if output else None
-    options |= {"scheme": scheme, "emit": emit}
+    opts = GuardOptions(scheme=scheme, **options)
     planned = [
-        Job(model, tuple(paths.values()), seed, force, options)
+        Job(model, tuple(paths.values()), opts)
         for model, place in find_models([Path(model) for model in models])
-        for paths in [output_paths(folder / place if folder else model, None, scheme, emit)]
+        for paths in [
+            output_paths(folder / place if folder else model, None, opts.scheme, opts.emit)
+        ]
     ]
     _require_distinct(planned)
     folders = {job.outputs[0].parent for job in planned}
@@ -90,14 +100,14 @@ def guard_many(
         work = on_dask(run, [_for_dask(planned[index]) for index in left], scheduler)
     else:
         work = in_processes(run, [planned[index] for index in left], jobs)
-    say("guarding models", len(outcomes), len(planned))
+    progress("guarding models", len(outcomes), len(planned))
     with closing(work):
         for place, result in work:
             model = str(planned[left[place]].model)
             if isinstance(result, Lost):
                 result = ModelOutcome(model, 2, error=f"{model}: {result.reason}")
             outcomes[left[place]] = replace(result, model=model)
-            say("guarding models", len(outcomes), len(planned))
+            progress("guarding models", len(outcomes), len(planned))
     for folder in folders:
         sweep(folder)
     return BatchReport(tuple(outcomes[index] for index in range(len(planned))))
@@ -130,10 +140,10 @@ def run(job: Job) -> ModelOutcome:
     report, error, code = None, None, 0
     try:
         with _ONE_AT_A_TIME:
-            seed = None if job.seed is None else model_seed(job.seed, job.model)
-            report = guard(
-                job.model, output=job.outputs[0], seed=seed, force=job.force, **job.options
-            )
+            seed = job.options.seed
+            seed = None if seed is None else model_seed(seed, job.model)
+            options = replace(job.options, seed=seed)
+            report = guard(job.model, output=job.outputs[0], **options.keywords())
     except FlipguardError as problem:
         error, code = str(problem), exit_code(problem)
     except Exception as problem:  # a defect of ours, or no memory: the others go on
@@ -181,7 +191,7 @@ def _refused(jobs: Sequence[Job]) -> dict[int, ModelOutcome]:
     for index, job in enumerate(jobs):
         try:
             for output in job.outputs:
-                check_target(output, inputs, job.force)
+                check_target(output, inputs, job.options.force)
         except ModelError as error:
             outcomes[index] = ModelOutcome(str(job.model), exit_code(error), error=str(error))
     return outcomes
@@ -192,11 +202,9 @@ def _for_dask(job: Job) -> Job:
 
     A worker can be lost when the output is there and the result not yet with the scheduler.
     """
-    data = job.options.get("data")
+    data = job.options.data_path
     return Job(
         job.model.absolute(),
         tuple(output.absolute() for output in job.outputs),
-        job.seed,
-        True,
-        job.options | {"data": data and Path(data).absolute()},
+        replace(job.options, force=True, data=data and data.absolute()),
     )

@@ -13,51 +13,70 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from ..calibration.inputs import Feed
+from ..calibration.moments import Moments
+from ..calibration.samples import Samples
 from ..emit.rewriter import IR_VERSION, remove_named
 from ..emit.writers import by_name, copied, decoded_values, save
-from ..errors import SchemeError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..graph.weights import Weight
 from ..io.model import Model
 from ..io.writer import Output
+from ..progress import meter
 from ..quantization.arrays import raw_bytes
 from ..quantization.chunks import stored
-from ..quantization.rounding import QuantizedTensor
-from ..quantization.schemes import Scheme, get_scheme
+from ..quantization.rounding import Policy, QuantizedTensor
+from ..quantization.schemes import Scheme
 from ..reports.validation import pooled
 from ..runtime.session import open_session
 from ..validation.drift import drifts
-from ..validation.validator import ModelRunner
+from .draw import WeightQuantizer
+from .plan import Prepared
+from .run import Run
 
 FEEDS = 16  # at the most
 
 FED = (TensorProto.FLOAT, TensorProto.FLOAT16)  # what onnxruntime takes from numpy
 
 
-def share_of(share: float, scheme: str) -> float:
-    """The share of weights that may stay at 8 bits, checked."""
-    if not 0 <= share < 1:
-        raise SchemeError(f"int8 share is {share}; allowed: 0 up to, not including, 1")
-    if share and get_scheme(scheme).bits == 8:
-        raise SchemeError("int8 share is for int4, nf4 and fp4: int8 has all weights at 8 bits")
-    return share
+def choose_precision(
+    run: Run, prepared: Prepared, samples: Samples, moments: Moments, seed: int
+) -> Prepared:
+    """The model with its most sensitive weights at 8 bits, if a share of them was asked for."""
+    options = run.options
+    if not options.int8_share:
+        return prepared
+    probe = SensitivityProbe(
+        prepared.model, prepared.graph, run.folder / "switched", options.max_bytes
+    )
+    policy = Policy(options.policy, options.tau, options.ratio)
+    quantizer = WeightQuantizer(prepared.model, policy, seed, run.kernels, moments, moved=False)
+    advance = meter(run.progress, "measuring 4 bits", prepared.nbytes)
+    for plan in prepared.weights:
+        if plan.scheme.bits == 4:
+            quantizer.quantize(plan, [probe], advance)
+    probe.save({})
+    costs = measure(samples, probe)
+    chosen = most_sensitive(costs, prepared.plain_weights, options.int8_share)
+    return prepared.with_int8(chosen, options)
 
 
 class SensitivityProbe:
-    """A sink: the float model with a switch, a scalar input, for every weight put into it.
+    """A ModelWriter of the float model with a switch, a scalar input, for every weight put into it.
 
-    prepared: the source's graph at an opset in which scalars multiply. most: bytes of a model that
-    may be run whole. Raises UnsupportedModelError for a larger one.
+    graph: the source's at an opset in which scalars multiply. max_bytes: how large a model may be
+    to be run whole. Raises UnsupportedModelError for a larger one.
     """
 
-    def __init__(self, source: Model, prepared: ModelProto, folder: Path, most: int) -> None:
-        if source.size > most:
+    def __init__(self, source: Model, graph: ModelProto, folder: Path, max_bytes: int) -> None:
+        if source.size > max_bytes:
             raise UnsupportedModelError(
                 f"{source.path}: int8 share takes runs of the whole model, which has "
-                f"{source.size / 2**20:,.1f} MiB; allowed: up to --max-memory, {most >> 20:,} MiB"
+                f"{source.size / 2**20:,.1f} MiB; allowed: up to --max-memory, "
+                f"{max_bytes >> 20:,} MiB"
             )
         self.output = Output(folder, None, external=True)
         self._source = source
-        self._proto = copied(prepared)
+        self._proto = copied(graph)
         self._weights = by_name(self._proto)
         self.switches: dict[str, str] = {}  # by weight
         self.off: Feed = {}  # every switch at 0
@@ -93,21 +112,22 @@ class SensitivityProbe:
         save(self._proto, self.output, self._source, metadata)
 
 
-def measured(source: Model, switched: SensitivityProbe, data: Path | None) -> dict[str, float]:
-    """Squared drift of the model's outputs for every weight that has a switch.
+def measure(samples: Samples, probe: SensitivityProbe) -> dict[str, float]:
+    """Squared drift of the model's outputs for every weight that has a switch, by its name.
 
-    Raises ValidationError where it does not run.
+    Raises ValidationError where the model does not run.
     """
-    runner = ModelRunner(source, data)
-    feeds, expected = runner.feeds[:FEEDS], runner.expected[:FEEDS]
-    session = open_session(switched.output.path, exact=True, size=2 * source.size)
-    found = {}
-    for name, switch in switched.switches.items():
-        on = switched.off | {switch: np.ones_like(switched.off[switch])}
-        outputs = [session.run(runner.names, feed | on) for feed in feeds]
-        drift = pooled(drifts(runner.names, expected, outputs))
-        found[name] = drift**2 if math.isfinite(drift) else math.inf
-    return found
+    found = samples.require()
+    feeds, expected = found.feeds[:FEEDS], found.outputs[:FEEDS]
+    names = samples.session.outputs
+    session = open_session(probe.output.path, exact=True, size=2 * samples.source.size)
+    costs = {}
+    for name, switch in probe.switches.items():
+        on = probe.off | {switch: np.ones_like(probe.off[switch])}
+        outputs = [session.run(names, feed | on) for feed in feeds]
+        drift = pooled(drifts(names, expected, outputs))
+        costs[name] = drift**2 if math.isfinite(drift) else math.inf
+    return costs
 
 
 def most_sensitive(

@@ -1,69 +1,361 @@
-"""The options of a run, checked when they are given."""
+"""`GuardOptions`: every option of a guard, named, typed, described and checked in one place.
+
+The command line, the configuration file, `guard_many`, `verify` and the report are made from it.
+It imports nothing heavy, so that `--help` answers at once.
+"""
 
 import os
 import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any, Literal, Self, TypedDict
 
-from ..emit.static_qdq import CALIBRATIONS, OPSETS
-from ..errors import SchemeError
-from ..reports.guard import ActivationQuantization
+from ..errors import DeviceError, FlipguardError, OptionError, SchemeError
 
-
-def asked_for(
-    activations: str | None, symmetric: bool, calibration: str, scheme: str, emit: str
-) -> ActivationQuantization | None:
-    """The options together, None without activations.
-
-    Raises SchemeError for what is unknown or does not fit the other options.
-    """
-    one_of("calibration", calibration, CALIBRATIONS)
-    if activations is None:
-        if symmetric:
-            raise SchemeError("symmetric goes with activations")
-        return None
-    one_of("activations", activations, tuple(OPSETS))
-    if scheme != "int8":
-        raise SchemeError(f"activations go with scheme int8, not {scheme!r}")
-    if emit == "float":
-        raise SchemeError("activations go with emit 'qdq' or 'both', not 'float'")
-    return ActivationQuantization(activations, symmetric, calibration)
-
-
-EMITS = ("qdq", "float", "both")
-
-GRANULARITIES = ("channel", "tensor")
-
+SCHEME_NAMES = ("int8", "int4", "nf4", "fp4")
+FOUR_BIT_BLOCKS = {"int4": 32, "nf4": 64, "fp4": 64}  # default block sizes
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
+POLICIES = ("unbiased", "topk", "none")
+DRAWS = 3  # at most: a draw that drifts too far is thrown away
+HERE_ONLY = ("data", "force", "seed")  # options that a record for another machine leaves out
 
-PRESERVES = ("auto", "off", "synthetic", "data")
+Group = Literal["Model and output", "Format", "Protection", "Accuracy", "Running"]
+StrPath = str | os.PathLike[str]
 
-DRAWS = 3  # at the most: a draw that drifts too far is thrown away
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be: from `low` to `high`, either end open where it says so."""
+
+    low: float
+    high: float | None = None
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        if self.high is None:
+            return above and value < float("inf")
+        return above and (value < self.high if self.high_open else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.low_open else f"{self.low:g} or more"
+        if self.high is None:
+            return low
+        return f"{low}, {'below' if self.high_open else 'up to'} {self.high:g}"
 
 
-def preserve_mode(preserve: str, policy: str, data: object) -> str:
-    """The kind of inputs that error feedback uses: "off", "synthetic" or "data".
+@dataclass(frozen=True)
+class About:
+    """What is known of an option besides its name, type and default."""
 
-    Raises SchemeError for what is asked for in vain.
+    group: Group
+    help: str
+    choices: tuple[Any, ...] = ()
+    range: Range | None = None
+    metavar: str | None = None
+    short: str | None = None
+
+
+def _option(default: Any, group: Group, help: str, **about: Any) -> Any:
+    return field(default=default, metadata={"about": About(group, help, **about)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardOptions:
+    """How a model is guarded; checked when it is made.
+
+    Parameters
+    ----------
+    scheme : "int8", "int4", "nf4" or "fp4": the number format of the weights
+    granularity : "channel" or "tensor": how many weights share an int8 scale
+    block_size : weights per scale at 4 bits: 16, 32, 64, 128 or 256; None is int4 32, others 64
+    include, exclude : shell patterns over tensor names; what fails them is left as it is
+    activations : "int8", "uint8" or "int16" quantizes activations as well, by onnxruntime's static
+        quantizer; only with scheme "int8"
+    calibration : "minmax", "entropy" or "percentile": how the ranges of activations are found
+    symmetric : activations with their zero point in the middle
+    emit : "qdq" (a quantized graph), "float" (the same graph with moved weights) or "both"
+    standard_ops : write operators of the ONNX standard only, none of com.microsoft
+    force : overwrite an existing output
+    policy : "unbiased", "topk" (the paper's Algorithm 1) or "none" (rounding to nearest)
+    tau : unbiased: draw only weights nearer than this to a boundary, in half-gaps; 0 < tau <= 1
+    ratio : topk: share of every block that crosses, the paper's k; 0 < ratio <= 1
+    seed : of the draws, 0 or more; None is fresh entropy from the operating system, and up to
+        three draws when one drifts too far
+    preserve : feed rounding errors forward so that layers compute what they did: "synthetic" (on
+        made-up inputs), "data" (on those of `data`), "off", or "auto": "data" where there is any,
+        else "synthetic", unless it would take longer than a minute
+    data : .npz file, or folder of such files, with inputs for `preserve`, for the calibration of
+        `activations` and for the validation; None makes inputs up
+    int8 : shell patterns over the names of weights that stay at 8 bits under a 4-bit scheme
+    int8_share : keep, besides, the most sensitive weights at 8 bits, up to this share of the
+        weights at 4 bits; 0 <= int8_share < 1
+    max_drift : allowed drift of the outputs from the original's, as a multiple of the drift that
+        rounding to nearest causes
+    validate : run the result with onnxruntime before it appears at the output
+    max_memory : MiB for the statistics of `preserve`; of a larger model only sampled layers are run
+    device : "auto", "cpu" or "cuda": where the kernels run
+
+    Raises
+    ------
+    SchemeError : a scheme or policy that does not exist, or does not fit another option
+    DeviceError : a device that does not exist
+    OptionError : any other option that has no allowed value, or does not fit another
+
+    Examples
+    --------
+    >>> GuardOptions(scheme="int4", tau=2.0)
+    Traceback (most recent call last):
+        ...
+    flipguard_onnx.errors.OptionError: tau is 2.0; allowed: above 0, up to 1
     """
-    one_of("preserve", preserve, PRESERVES)
-    if preserve == "auto":
-        return "off" if policy != "unbiased" else "data" if data else "synthetic"
-    if preserve != "off" and policy != "unbiased":
-        raise SchemeError(f"preserve {preserve!r} is for the unbiased policy, not {policy!r}")
-    if preserve == "data" and not data:
-        raise SchemeError("preserve 'data' needs inputs: give --data")
-    return preserve
+
+    scheme: str = _option("int8", "Format", "Number format of the weights.", choices=SCHEME_NAMES)
+    granularity: str = _option(
+        "channel",
+        "Format",
+        "int8: one scale per output channel, or one per tensor.",
+        choices=("channel", "tensor"),
+    )
+    block_size: int | None = _option(
+        None,
+        "Format",
+        "4 bits: weights per scale: 16, 32, 64, 128 or 256.  [default: int4 32, nf4 and fp4 64]",
+        choices=BLOCK_SIZES,
+    )
+    include: tuple[str, ...] = _option(
+        (), "Format", "Guard only tensors with such a name.", metavar="PATTERN"
+    )
+    exclude: tuple[str, ...] = _option(
+        (), "Format", "Leave tensors with such a name as they are.", metavar="PATTERN"
+    )
+    activations: str | None = _option(
+        None,
+        "Format",
+        "int8: quantize activations to this type as well, with onnxruntime's static quantizer on "
+        "the inputs of --data; made-up inputs give weaker results.",
+        choices=("int8", "uint8", "int16"),
+    )
+    calibration: str = _option(
+        "minmax",
+        "Format",
+        "How the ranges of activations are found.",
+        choices=("minmax", "entropy", "percentile"),
+    )
+    symmetric: bool = _option(False, "Format", "Activations with their zero point in the middle.")
+    emit: str = _option(
+        "qdq",
+        "Model and output",
+        "A quantized graph, or the same graph with moved weights for your own quantizer.",
+        choices=("qdq", "float", "both"),
+    )
+    standard_ops: bool = _option(False, "Model and output", "Write no operators of com.microsoft.")
+    force: bool = _option(False, "Model and output", "Overwrite the output.")
+    policy: str = _option(
+        "unbiased",
+        "Protection",
+        "Which weights cross a boundary; none is rounding to nearest.",
+        choices=POLICIES,
+    )
+    tau: float = _option(
+        1.0,
+        "Protection",
+        "unbiased: draw only weights this near to a boundary, in half-gaps; 1 draws all.",
+        range=Range(0, 1, low_open=True),
+    )
+    ratio: float = _option(
+        0.1,
+        "Protection",
+        "topk: share of each block that crosses.",
+        range=Range(0, 1, low_open=True),
+    )
+    seed: int | None = _option(
+        None, "Protection", "Of the draws.  [default: fresh entropy, recorded]", range=Range(0)
+    )
+    preserve: str = _option(
+        "auto",
+        "Accuracy",
+        "Feed rounding errors forward so that layers compute what they did, on made-up inputs or "
+        "those of --data; auto: where it takes less than a minute.",
+        choices=("auto", "off", "synthetic", "data"),
+    )
+    data: StrPath | None = _option(  # noqa: RUF009  # as above; the rule trips over os.PathLike
+        None,
+        "Accuracy",
+        ".npz file, or folder of them, with inputs to run the model on.  [default: made up]",
+    )
+    int8: tuple[str, ...] = _option(
+        (),
+        "Accuracy",
+        "Keep tensors with such a name at 8 bits under a 4-bit scheme.",
+        metavar="PATTERN",
+    )
+    int8_share: float = _option(
+        0.0,
+        "Accuracy",
+        "Keep the most sensitive tensors at 8 bits, up to this share of the weights (0.25).",
+        range=Range(0, 1, high_open=True),
+        metavar="SHARE",
+    )
+    max_drift: float = _option(
+        3.0,
+        "Accuracy",
+        "Allowed drift of the outputs, as a multiple of what rounding to nearest causes.",
+        range=Range(0, low_open=True),
+    )
+    validate: bool = _option(True, "Running", "Write without running the result.")
+    max_memory: int = _option(
+        1024,
+        "Running",
+        "MiB for the statistics of --preserve; of a larger model only sampled layers are run.",
+        range=Range(1),
+    )
+    device: str = _option(
+        "auto", "Running", "Where the kernels run.", choices=("auto", "cpu", "cuda")
+    )
+
+    def __post_init__(self) -> None:
+        for name, default, about in described():
+            object.__setattr__(self, name, checked(name, getattr(self, name), default, about))
+        four_bits = self.scheme in FOUR_BIT_BLOCKS
+        if self.block_size is not None and not four_bits:
+            raise SchemeError(
+                "block size is for int4, nf4 and fp4; int8 has a granularity", found=self.block_size
+            )
+        if self.int8_share and not four_bits:
+            raise SchemeError("int8 share is for int4, nf4 and fp4: int8 has all weights at 8 bits")
+        if self.preserve in ("synthetic", "data") and self.policy != "unbiased":
+            raise SchemeError(
+                f"preserve {self.preserve!r} is for the unbiased policy, not {self.policy!r}"
+            )
+        if self.preserve == "data" and not self.data:
+            raise OptionError("preserve 'data' needs inputs: give --data")
+        if self.symmetric and self.activations is None:
+            raise OptionError("symmetric goes with activations")
+        if self.activations is not None and self.scheme != "int8":
+            raise SchemeError(f"activations go with scheme int8, not {self.scheme!r}")
+        if self.activations is not None and self.emit == "float":
+            raise OptionError("activations go with emit 'qdq' or 'both', not 'float'")
+
+    @property
+    def data_path(self) -> Path | None:
+        """Where the inputs that were given lie."""
+        return Path(self.data) if self.data else None
+
+    @property
+    def max_bytes(self) -> int:
+        """`max_memory` in bytes."""
+        return self.max_memory << 20
+
+    @property
+    def feedback_inputs(self) -> str:
+        """The inputs on which errors are to be fed forward: "off", "synthetic" or "data"."""
+        if self.preserve != "auto":
+            return self.preserve
+        if self.policy != "unbiased":
+            return "off"
+        return "data" if self.data else "synthetic"
+
+    @property
+    def blocks(self) -> int | None:
+        """Weights per scale at 4 bits; None at int8, where the granularity says it."""
+        return self.block_size or FOUR_BIT_BLOCKS.get(self.scheme)
+
+    def seeds(self) -> list[int]:
+        """The seeds to try in turn: a given one alone, else fresh entropy for every draw."""
+        if self.seed is None and self.policy == "unbiased":
+            return [secrets.randbits(128) for _ in range(DRAWS)]
+        return [self.seed or 0]
+
+    def keywords(self) -> dict[str, Any]:
+        """Every option as a keyword argument of guard()."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def record(self) -> dict[str, Any]:
+        """What repeats the run elsewhere, beside the seed that was drawn and the inputs given."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in self.keywords().items()
+            if name not in HERE_ONLY
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """The options of a record, others at their defaults. Raises OptionError for what fits none.
+
+        A record comes from a file, and so from anybody: nothing in it is believed.
+        """
+        names = {name for name, _, _ in described()} - set(HERE_ONLY)
+        if unknown := sorted(map(str, record.keys() - names)):
+            raise OptionError("the record has the option {found!r}, unknown", found=unknown[0])
+        return cls(**record)
 
 
-def one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise SchemeError unless the value is one of those allowed."""
-    if value not in allowed:
-        raise SchemeError(f"{option} {value!r} is unknown; allowed: {', '.join(allowed)}")
+class GuardKeywords(TypedDict, total=False):
+    """The keyword arguments of guard() and guard_many(): the fields of GuardOptions but `scheme`,
+    for editors and type checkers."""
+
+    granularity: str
+    block_size: int | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    activations: str | None
+    calibration: str
+    symmetric: bool
+    emit: str
+    standard_ops: bool
+    force: bool
+    policy: str
+    tau: float
+    ratio: float
+    seed: int | None
+    preserve: str
+    data: StrPath | None
+    int8: tuple[str, ...]
+    int8_share: float
+    max_drift: float
+    validate: bool
+    max_memory: int
+    device: str
 
 
-def output_paths(
-    model: Path, output: str | os.PathLike[str] | None, scheme: str, emit: str
-) -> dict[str, Path]:
+def described() -> list[tuple[str, Any, About]]:
+    """Name, default and description of every option, in order."""
+    return [(item.name, item.default, item.metadata["about"]) for item in fields(GuardOptions)]
+
+
+ERRORS: dict[str, type[FlipguardError]] = {
+    "scheme": SchemeError,
+    "policy": SchemeError,
+    "device": DeviceError,
+}
+
+
+def checked(name: str, value: Any, default: Any, about: About) -> Any:
+    """The value, if the option may have it. Raises one of ERRORS, else OptionError."""
+    error, words = ERRORS.get(name, OptionError), name.replace("_", " ")
+    if value is None and default is None:
+        return None
+    if isinstance(default, tuple):
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise error(f"{words} is {{found!r}}", found=value, allowed="a sequence of patterns")
+        return tuple(value)
+    if about.choices and value not in about.choices:
+        problem = " {found!r} is unknown" if isinstance(value, str) else " is {found}"
+        raise error(words + problem, found=value, allowed=", ".join(map(str, about.choices)))
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise error(f"{words} is {{found!r}}", found=value, allowed="true or false")
+    if about.range:
+        kind = Real if isinstance(default, float) else Integral
+        if not (isinstance(value, kind) and float(value) in about.range):
+            raise error(f"{words} is {{found}}", found=value, allowed=str(about.range))
+    return value
+
+
+def output_paths(model: Path, output: StrPath | None, scheme: str, emit: str) -> dict[str, Path]:
     """Where each kind of output goes: to `output`, by default beside the model."""
     base = Path(output) if output else model.with_name(f"{model.stem}.flipguard-{scheme}.onnx")
     moved = base
@@ -71,12 +363,3 @@ def output_paths(
         moved = base.with_name(f"{base.stem}-float{base.suffix}")
     paths = {"qdq": base, "float": moved}
     return paths if emit == "both" else {emit: paths[emit]}
-
-
-def draw_seeds(seed: int | None, policy: str) -> list[int]:
-    """The seeds to try in turn: a given one alone, else fresh entropy for every draw."""
-    if seed is None and policy == "unbiased":
-        return [secrets.randbits(128) for _ in range(DRAWS)]
-    if seed is not None and seed < 0:
-        raise SchemeError(f"seed is {seed}; allowed: 0 and above")
-    return [seed or 0]

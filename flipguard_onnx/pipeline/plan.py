@@ -1,17 +1,104 @@
-"""Which weights are guarded, and in which scheme and blocks."""
+"""What a run is about to do: which weights are guarded, in which scheme and blocks."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from ..errors import SchemeError, UnsupportedModelError
+from onnx import ModelProto
+
+from ..emit.opset import converted, inlined, needed_opset
+from ..errors import OptionError, UnsupportedModelError
 from ..graph.operators import FOUR_BIT_OPS
 from ..graph.weights import Weight, find_weights
 from ..io.model import Model
-from ..quantization.rounding import QuantizedTensor
-from ..quantization.schemes import SCHEMES, Blocks, Codebook, Scheme, get_scheme
+from ..quantization.schemes import SCHEMES, Blocks, Codebook, Scheme
 from ..reports.guard import Tensor
-from ..reports.scan import Budget, Skipped
-from .options import BLOCK_SIZES, GRANULARITIES, one_of
+from ..reports.scan import Skipped
+from .options import GuardOptions
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """A weight, the scheme that it gets, and the blocks of weights that share a scale."""
+
+    weight: Weight
+    scheme: Scheme
+    blocks: Blocks
+
+    @classmethod
+    def of(cls, weight: Weight, options: GuardOptions) -> "WeightPlan":
+        """The plan for one weight under these options."""
+        scheme = scheme_for(weight, SCHEMES[options.scheme])
+        if any(fnmatchcase(weight.name, pattern) for pattern in options.int8):
+            scheme = SCHEMES["int8"]
+        if scheme.bits == 8:
+            flat = options.granularity == "tensor"
+            return cls(weight, scheme, weight.blocks(None, flat=flat))
+        size = options.block_size or scheme.block_size
+        return cls(weight, scheme, weight.blocks(size, flat=isinstance(scheme, Codebook)))
+
+    def described(self) -> Tensor:
+        """What a report says of the weight before anything is drawn."""
+        weight = self.weight
+        return Tensor(weight.name, weight.op, weight.shape, self.scheme.name, weight.size)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be guarded.
+
+    model: opened and checked, its local functions expanded where they had to be. graph: the
+    model's at the opset that will be written. skipped: tensors that are left as they are. int8:
+    patterns of the names of weights that stay at 8 bits under a 4-bit scheme.
+    """
+
+    model: Model
+    graph: ModelProto
+    weights: tuple[WeightPlan, ...]
+    skipped: tuple[Skipped, ...]
+    int8: tuple[str, ...]
+
+    @property
+    def plain_weights(self) -> list[Weight]:
+        """The weights without their plans."""
+        return [plan.weight for plan in self.weights]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(plan.weight.nbytes for plan in self.weights)
+
+    def with_int8(self, patterns: Iterable[str], options: GuardOptions) -> "Prepared":
+        """With weights of such names at 8 bits as well."""
+        options = replace(options, int8=(*self.int8, *patterns), int8_share=0.0)
+        weights = tuple(WeightPlan.of(weight, options) for weight in self.plain_weights)
+        return replace(self, weights=weights, int8=options.int8)
+
+
+def prepare(model: Model, options: GuardOptions) -> Prepared:
+    """Find the model's weights, plan them, and convert its graph to the opset that they need.
+
+    Raises UnsupportedModelError when there is nothing to guard or onnx cannot convert the graph,
+    OptionError when a pattern of `int8` names no weight.
+    """
+    weights, skipped = require_weights(model, options)
+    plans = plan_weights(weights, options)
+    opset = needed_opset(
+        [plan.weight for plan in plans], [plan.scheme for plan in plans], options.standard_ops
+    )
+    if (flat := inlined(model, opset)) is not model:
+        model = flat
+        weights, skipped = require_weights(model, options)
+        plans = plan_weights(weights, options)
+    return Prepared(model, converted(model, opset, weights), plans, tuple(skipped), options.int8)
+
+
+def plan_weights(weights: Sequence[Weight], options: GuardOptions) -> tuple[WeightPlan, ...]:
+    """A plan for each. Raises OptionError when a pattern of `int8` names none of them."""
+    for pattern in options.int8:
+        if not any(fnmatchcase(weight.name, pattern) for weight in weights):
+            raise OptionError("int8 pattern {found!r} names no weight of the model", found=pattern)
+    return tuple(WeightPlan.of(weight, options) for weight in weights)
 
 
 def scheme_for(weight: Weight, scheme: Scheme) -> Scheme:
@@ -24,71 +111,13 @@ def scheme_for(weight: Weight, scheme: Scheme) -> Scheme:
     return scheme if weight.op in FOUR_BIT_OPS else SCHEMES["int8"]
 
 
-def require_weights(
-    source: Model, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
-) -> tuple[list[Weight], list[Skipped]]:
+def require_weights(model: Model, options: GuardOptions) -> tuple[list[Weight], list[Skipped]]:
     """As find_weights(). Raises UnsupportedModelError for a model without weights, too."""
     try:
-        weights, skipped = find_weights(source.proto, include, exclude)
+        weights, skipped = find_weights(model.proto, options.include, options.exclude)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{source.path}: {error}") from None
+        raise UnsupportedModelError(f"{model.path}: {error}") from None
     if not weights:
         reasons = sorted({tensor.reason for tensor in skipped}) or ["no float tensors"]
-        raise UnsupportedModelError(f"{source.path}: nothing to guard: {'; '.join(reasons[:3])}")
+        raise UnsupportedModelError(f"{model.path}: nothing to guard: {'; '.join(reasons[:3])}")
     return weights, skipped
-
-
-@dataclass(frozen=True)
-class Format:
-    """A scheme with its granularity (int8) or block size (4 bits).
-
-    int8: shell patterns over the names of weights that get 8 bits under a 4-bit scheme.
-    """
-
-    scheme: str = "int8"
-    granularity: str = "channel"
-    block_size: int | None = None
-    int8: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        bits = get_scheme(self.scheme).bits
-        one_of("granularity", self.granularity, GRANULARITIES)
-        if self.block_size is None:
-            return
-        if bits == 8:
-            raise SchemeError("block size is for int4, nf4 and fp4; int8 has a granularity")
-        if self.block_size not in BLOCK_SIZES:
-            allowed = ", ".join(map(str, BLOCK_SIZES))
-            raise SchemeError(f"block size is {self.block_size}; allowed: {allowed}")
-
-    def plan(self, weight: Weight) -> tuple[Scheme, Blocks]:
-        """The scheme that this weight gets, and the blocks of weights that share a scale."""
-        scheme = scheme_for(weight, SCHEMES[self.scheme])
-        if any(fnmatchcase(weight.name, pattern) for pattern in self.int8):
-            scheme = SCHEMES["int8"]
-        if scheme.bits == 8:
-            return scheme, weight.blocks(None, flat=self.granularity == "tensor")
-        size = self.block_size or scheme.block_size
-        return scheme, weight.blocks(size, flat=isinstance(scheme, Codebook))
-
-    def plans(self, weights: list[Weight]) -> list[tuple[Scheme, Blocks]]:
-        """plan() of each. Raises SchemeError when a pattern of `int8` names none of them."""
-        for pattern in self.int8:
-            if not any(fnmatchcase(weight.name, pattern) for weight in weights):
-                raise SchemeError(f"int8 pattern {pattern!r} names no weight of the model")
-        return [self.plan(weight) for weight in weights]
-
-
-def guarded_tensor(
-    weight: Weight,
-    scheme: Scheme,
-    flips: QuantizedTensor | None = None,
-    unfed: str | None = None,
-    budget: Budget | None = None,
-) -> Tensor:
-    """What a report says of a weight; without `flips`, what is known before anything is drawn."""
-    tensor = Tensor(weight.name, weight.op, weight.shape, scheme.name, weight.size)
-    if flips is None:
-        return tensor
-    moved = replace(tensor, flips=flips.count, furthest=flips.furthest)
-    return replace(moved, gain=flips.gain, unfed=unfed, budget=budget)

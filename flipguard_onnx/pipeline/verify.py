@@ -1,83 +1,123 @@
 """verify(): the validation alone, on any two models."""
 
 import fnmatch
-import os
+import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+from ..calibration.samples import Samples
+from ..errors import FlipguardError, ModelError
 from ..graph.weights import find_weights
-from ..io.model import open_model
+from ..io.model import Model, open_model
 from ..io.publish import workspace
 from ..reports.validation import Verification
 from ..validation.drift import MAX_DRIFT
 from ..validation.validator import Validator
 from .guard import guard
-from .plan import Format, require_weights
+from .options import GuardOptions, StrPath
+from .plan import plan_weights, require_weights
 
 
 def verify(
-    original: str | os.PathLike[str],
-    guarded: str | os.PathLike[str],
+    original: StrPath,
+    guarded: StrPath,
     scheme: str | None = None,
     *,
-    data: str | os.PathLike[str] | None = None,
-    max_memory: int = 1024,
+    data: StrPath | None = None,
+    max_memory: int | None = None,
     max_drift: float = MAX_DRIFT,
 ) -> Verification:
     """Validate any model against the one that it was made from.
 
-    The measure is plain quantization of `original`, to `scheme` or, by default, to the one that
-    guard() recorded in `guarded` (int8 when there is no record), with the same tensors at 8 bits
-    and with activations if that has them.
+    Its drift is compared with that of `original` rounded to nearest under the options that guard()
+    recorded in `guarded`, or under the defaults where nothing is recorded.
 
-    Raises ValidationError when `guarded` does not load or run, or drifts further than allowed;
-    other errors as in guard().
+    Parameters
+    ----------
+    original : path of the float model
+    guarded : path of the model to judge; it need not have been made by guard()
+    scheme : round to this instead, with every other option at its default
+    data : .npz file, or folder of such files, with inputs; by default they are made up
+    max_memory : MiB; of a larger model only sampled layers are run (default: as recorded, or 1024)
+    max_drift : allowed drift, as a multiple of the drift that rounding to nearest causes
+
+    Returns
+    -------
+    Verification : what was compared, and every output's drift
+
+    Raises
+    ------
+    ValidationError : `guarded` does not load or run, or drifts further than allowed
+    ModelError, UnsupportedModelError, OptionError : as in guard()
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from flipguard_onnx import guard, verify
+    >>> model = "models/silero_vad.onnx"
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = guard(model, "int8", output=f"{folder}/guarded.onnx", validate=False)
+    ...     result = verify(model, f"{folder}/guarded.onnx")
+    >>> result.scheme, result.made_from
+    ('int8', True)
     """
     source, candidate = open_model(original), open_model(guarded)
-    record = {entry.key: entry.value for entry in candidate.proto.metadata_props}
-    made_from = record.get("flipguard.input_sha256")
-    granularity, block_size = "channel", None
-    int8: tuple[str, ...] = ()
-    activations, calibration, symmetric = None, "minmax", False
-    if scheme is None:
-        scheme = record.get("flipguard.scheme", "int8")
-        activations = record.get("flipguard.activations")
-        calibration = record.get("flipguard.calibration", calibration)
-        symmetric = record.get("flipguard.symmetric") == "True"
-        granularity = record.get("flipguard.granularity", granularity)
-        recorded = record.get("flipguard.block_size", "")
-        block_size = int(recorded) if recorded.isdecimal() else None
-        int8 = tuple(record.get("flipguard.int8", "").split())
-    form = Format(scheme, granularity, block_size, int8)
+    options = GuardOptions(scheme=scheme) if scheme else recorded_options(candidate)
+    options = replace(
+        options,
+        policy="none",
+        preserve="auto",
+        emit="qdq",
+        validate=False,
+        data=data,
+        max_memory=options.max_memory if max_memory is None else max_memory,
+        max_drift=max_drift,
+    )
     with workspace(Path(tempfile.gettempdir())) as folder:
-        weights, _ = require_weights(source)
-        kinds = [form.plan(weight)[0] for weight in weights]
-        trial = Validator.of(
-            source, source.proto, weights, kinds, False, max_memory << 20, folder / "layers"
+        weights, _ = require_weights(source, options)
+        plans = plan_weights(weights, options)
+        validator = Validator.of(
+            Samples(source, options.data_path),
+            source.proto,
+            [(plan.weight, plan.scheme) for plan in plans],
+            folder / "layers",
+            max_bytes=options.max_bytes,
+            max_drift=max_drift,
         )
-        plain = folder / "plain.onnx"
-        there = [weight.name for weight in find_weights(trial.source.proto)[0]]
-        guard(
-            trial.source.path,
-            scheme,
-            granularity=granularity,
-            block_size=block_size,
-            int8=tuple(pattern for pattern in int8 if fnmatch.filter(there, pattern)),
-            policy="none",
-            data=data,
-            max_memory=max_memory,
-            output=plain,
-            validate=False,
-            activations=activations,
-            calibration=calibration,
-            symmetric=symmetric,
-        )
-        files = {"plain": plain, "qdq": candidate.path}
-        result = trial.run(source, files, Path(data) if data else None, max_drift, folder)
+        there = [weight.name for weight in find_weights(validator.source.proto)[0]]
+        baseline = replace(options, int8=tuple(p for p in options.int8 if fnmatch.filter(there, p)))
+        nearest = folder / "plain.onnx"
+        guard(validator.source.path, output=nearest, **baseline.keywords())
+        files = {"plain": nearest, "qdq": candidate.path}
+        validation = validator.compare(files, folder)
+    made_from = _metadata(candidate).get("flipguard.input_sha256")
     return Verification(
         str(source.path),
         str(candidate.path),
-        scheme,
+        options.scheme,
         None if made_from is None else made_from == source.sha256,
-        result,
+        validation,
     )
+
+
+def recorded_options(model: Model) -> GuardOptions:
+    """The options under which guard() made a model, its chosen 8-bit tensors among them.
+
+    The defaults where there is no record. Raises ModelError for one that cannot be read.
+    """
+    metadata = _metadata(model)
+    if "flipguard.options" not in metadata:
+        return GuardOptions()
+    try:
+        options = GuardOptions.from_record(json.loads(metadata["flipguard.options"]))
+    except (ValueError, TypeError, AttributeError, RecursionError, FlipguardError) as error:
+        raise ModelError(
+            f"{model.path}: its record of options cannot be read: {error}; allowed: as "
+            "flipguard-onnx writes it, or none (--scheme ignores it)"
+        ) from None
+    return replace(options, int8=tuple(metadata.get("flipguard.int8", "").split()), int8_share=0.0)
+
+
+def _metadata(model: Model) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.proto.metadata_props}

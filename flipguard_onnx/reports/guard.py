@@ -1,5 +1,6 @@
 """What a run found and did: plain data, and its rendering as text. JSON is `to_dict` dumped."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
@@ -120,6 +121,7 @@ class GuardReport:
     input_sha256: str
     input_data_sha256: dict[str, str]
     input_bytes: int
+    options: dict[str, Any]
     scheme: str
     granularity: str
     block_size: int | None
@@ -187,6 +189,7 @@ class GuardReport:
             "calibration": integers and integers.calibration,
             "int8": " ".join(self.int8) or None,
             "int8_share": self.int8_share or None,
+            "options": json.dumps(self.options),
             "seed": self.seed,
             "input_sha256": self.input_sha256,
             "input_data_sha256": " ".join(self.input_data_sha256.values()) or None,

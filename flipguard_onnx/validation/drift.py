@@ -11,6 +11,13 @@ from ..errors import DriftError, ValidationError
 from ..reports.guard import ActivationQuantization
 from ..reports.validation import Drift, Validation, pooled
 
+MAX_DRIFT = 3.0  # unbiased draws double the squared error of a weight: 1.41 times in relative L2
+SMALL_SAMPLE = 8.0  # n output values widen the bound by 1 + 8 / sqrt(n)
+DRIFT_FLOOR = 1e-3  # relative L2 below which drift is not judged
+LOGITS = range(2, 1_000_000)  # sizes of a last axis over which argmax is compared
+
+Array = npt.NDArray[Any]
+
 
 def require_useful(validation: Validation, integers: ActivationQuantization) -> None:
     """Raise DriftError when outputs are no nearer to the original's than zeros would be."""
@@ -23,25 +30,14 @@ def require_useful(validation: Validation, integers: ActivationQuantization) -> 
         )
 
 
-MAX_DRIFT = 3.0  # unbiased draws double the squared error of a weight: 1.41 times in relative L2
-
-SMALL_SAMPLE = 8.0  # n output values widen the bound by 1 + 8 / sqrt(n)
-
-DRIFT_FLOOR = 1e-3  # relative L2 below which drift is not judged
-
-LOGITS = range(2, 1_000_000)  # sizes of a last axis over which argmax is compared
-
-Array = npt.NDArray[Any]
-
-
-def judge(plain: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) -> None:
-    """Raise DriftError when the guarded drift is above `max_drift` times plain's.
+def judge(nearest: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) -> None:
+    """Raise DriftError when the guarded drift is above `max_drift` times that of nearest rounding.
 
     For outputs of n values in all, the bound is wider by 1 + 8 / sqrt(n).
     """
-    values = sum(drift.values for drift in plain)
+    values = sum(drift.values for drift in nearest)
     factor = max_drift * (1 + SMALL_SAMPLE / math.sqrt(max(values, 1)))
-    bound = factor * max(pooled(plain), DRIFT_FLOOR)
+    bound = factor * max(pooled(nearest), DRIFT_FLOOR)
     if not pooled(guarded) <= bound:
         raise DriftError(
             f"the outputs drift by {pooled(guarded):.4f} (relative L2) from the original's; "
@@ -84,7 +80,3 @@ def _drift(name: str, pairs: list[tuple[Array, Array]]) -> Drift:
     sqnr = float(-20 * np.log10(relative)) if relative else np.inf
     max_abs = float(np.max(np.abs(y - x), initial=0))
     return Drift(name, values, cosine, max_abs, relative, sqnr, top1)
-
-
-def _finite(value: Array) -> bool:
-    return not np.issubdtype(value.dtype, np.floating) or bool(np.isfinite(value).all())

@@ -1,0 +1,107 @@
+"""Samples: inputs that the model accepts, searched for once per run, and what it makes of them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .. import runtime
+from ..errors import RunError, ValidationError
+from ..io.model import Model
+from .inputs import NONE_FIT, Feed, load_feeds, made_up_feeds
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Samples, and the outputs of the original for each of them, in the order of its outputs.
+
+    problem: why no samples were found, or that the outputs for these are not all finite.
+    """
+
+    feeds: list[Feed]
+    outputs: list[list[Array]]
+    problem: str = ""
+
+
+class Samples:
+    """The samples of one model: those of `data`, else the first made-up ones that it accepts.
+
+    Nothing is loaded or run before it is asked for; the model is loaded into one session, and run
+    on each sample once, for everything that a run needs it for.
+
+    Parameters
+    ----------
+    source : the original; it is run as it stands in its file
+    data : .npz file, or a folder of them; None makes inputs up
+    """
+
+    def __init__(self, source: Model, data: Path | None) -> None:
+        self.source = source
+        self.data = data
+
+    @cached_property
+    def session(self) -> runtime.Session:
+        """The original in onnxruntime. Raises ValidationError when it does not load."""
+        return runtime.open_session(self.source.path, exact=True, size=self.source.size)
+
+    @cached_property
+    def given(self) -> list[Feed]:
+        """The feeds of `data`; none without. Raises ModelError when they do not fit the model."""
+        return load_feeds(self.data, self.source.proto) if self.data else []
+
+    @property
+    def accepted(self) -> list[Feed]:
+        """Feeds on which the model runs, whatever it returns; given ones are not tried here."""
+        return self.given or self.found.feeds
+
+    @property
+    def description(self) -> str:
+        """Where they come from, for a report."""
+        return str(self.data) if self.data else "made up from the graph's signature"
+
+    def require(self) -> Found:
+        """The samples and what the original makes of them.
+
+        Raises ValidationError when there are none on which it runs and returns finite numbers.
+        """
+        if self.found.feeds and not self.found.problem:
+            return self.found
+        if self.data:
+            raise ValidationError(f"{self.source.path.name}: {self.found.problem}")
+        raise ValidationError(
+            f"{self.source.path}: the original does not run on made-up inputs "
+            f"({self.found.problem}); give real ones with --data, or --no-validate"
+        )
+
+    @cached_property
+    def found(self) -> Found:
+        """The samples, whatever the original makes of them; no feeds where it runs on none."""
+        if self.data:
+            return self._run(self.given)
+        best = Found([], [], NONE_FIT)
+        for feeds in made_up_feeds(self.source.proto, self.source.size):
+            found = self._run(feeds)
+            if found.feeds and not found.problem:
+                return found
+            best = best if best.feeds else found
+        return best
+
+    def _run(self, feeds: list[Feed]) -> Found:
+        try:
+            outputs = [self.session.run(None, feed) for feed in feeds]
+        except RunError as error:
+            return Found([], [], f"does not run: {error}" if self.data else str(error))
+        for name, values in zip(self.session.outputs, zip(*outputs, strict=True), strict=True):
+            if not all(map(finite, values)):
+                return Found(feeds, outputs, f"output {name!r} holds NaN or infinity")
+        return Found(feeds, outputs)
+
+
+def finite(values: Array) -> bool:
+    """Whether all floats are finite; other types always are."""
+    return not np.issubdtype(values.dtype, np.floating) or bool(np.isfinite(values).all())

@@ -1,0 +1,178 @@
+"""One draw: every weight is quantized once and put into every model that the run writes."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy.typing as npt
+
+from ..calibration.moments import Moments
+from ..detection.alignment import budget
+from ..emit.static_qdq import Calibration, StaticQdqWriter
+from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, guarded_values
+from ..io.model import Model
+from ..progress import Progress, meter
+from ..quantization.chunks import flip_weight
+from ..quantization.error_feedback import InputMoments
+from ..quantization.rounding import Policy, QuantizedTensor, tensor_key
+from ..reports.guard import ActivationQuantization, Tensor
+from ..reports.scan import Budget
+from ..reports.validation import Validation
+from ..validation.drift import require_useful
+from ..validation.validator import Validator
+from .plan import Prepared, WeightPlan
+from .run import Run
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The result of one draw.
+
+    seed: of its random streams. number: 1 for the first draw of a run. writers: the models being
+    written, by kind; folder: where. tensors: what became of every weight.
+    """
+
+    seed: int
+    number: int
+    writers: dict[str, ModelWriter]
+    folder: Path
+    tensors: tuple[Tensor, ...]
+    progress: Progress
+
+    @property
+    def activations(self) -> ActivationQuantization | None:
+        """How activations are quantized, if they are; in full once the models are saved."""
+        guarded = self.writers.get("qdq")
+        return guarded.integers if isinstance(guarded, StaticQdqWriter) else None
+
+    def save(self, metadata: dict[str, str]) -> None:
+        """Finish the models, each with these entries in its metadata."""
+        self.progress("writing", 0, 1)
+        for writer in self.writers.values():
+            writer.save(metadata)
+
+    def validate(self, validator: Validator | None) -> Validation | None:
+        """Compare the models with the original, if that is wanted.
+
+        Raises DriftError where they are too far from it, ValidationError where they do not run.
+        """
+        if validator is None:
+            return None
+        self.progress("validating", 0, 1)
+        files = {kind: writer.output.path for kind, writer in self.writers.items()}
+        validation = validator.compare(files, self.folder)
+        if self.activations:
+            require_useful(validation, self.activations)
+        self.progress("validating", 1, 1)
+        return validation
+
+
+def quantize(
+    run: Run,
+    prepared: Prepared,
+    moments: Moments,
+    calibration: Calibration | None,
+    validator: Validator | None,
+    seed: int,
+    number: int,
+) -> Draw:
+    """Quantize every weight under this seed and put it into every model that the run writes."""
+    options, folder = run.options, run.folder / str(number)
+    writers = _writers(run, prepared, calibration, validator, folder)
+    quantizer = WeightQuantizer(
+        prepared.model,
+        Policy(options.policy, options.tau, options.ratio),
+        seed,
+        run.kernels,
+        moments,
+        moved=calibration is not None or "float" in writers,
+    )
+    advance = meter(run.progress, "guarding", prepared.nbytes)
+    tensors = [quantizer.quantize(plan, writers.values(), advance) for plan in prepared.weights]
+    guarded = writers.get("qdq")
+    if isinstance(guarded, QdqWriter) and "qdq" in run.targets:
+        tensors = [replace(tensor, forms=guarded.forms[tensor.name]) for tensor in tensors]
+    return Draw(seed, number, writers, folder, tuple(tensors), run.progress)
+
+
+@dataclass(frozen=True)
+class WeightQuantizer:
+    """Quantizes weights of a model, one after the other.
+
+    moved: whether somebody wants the float weights that yield the chosen codes.
+    """
+
+    model: Model
+    policy: Policy
+    seed: int
+    kernels: ModuleType
+    moments: Moments
+    moved: bool
+
+    def quantize(
+        self, plan: WeightPlan, writers: Iterable[ModelWriter], advance: Callable[[int], None]
+    ) -> Tensor:
+        """Quantize one weight and put it into the models; `advance` is told the bytes done."""
+        weight = plan.weight
+        inputs = self.moments.of(weight)
+        budgets: list[Budget] = []
+
+        def account(values: npt.NDArray[Any], flips: QuantizedTensor) -> Budget:
+            return budget(values, flips, self.policy)
+
+        def done(count: int, found: Budget) -> None:
+            budgets.append(found)
+            advance(count)
+
+        flips = flip_weight(
+            self.model,
+            weight,
+            plan.scheme,
+            plan.blocks,
+            self.policy,
+            tensor_key(self.seed, weight.name),
+            self.kernels,
+            inputs if isinstance(inputs, InputMoments) else None,
+            self.moved,
+            account,
+            done,
+        )
+        for writer in writers:
+            writer.add_weight(weight.name, plan.scheme, flips)
+        return replace(
+            plan.described(),
+            flips=flips.count,
+            furthest=flips.furthest,
+            gain=flips.gain,
+            unfed=inputs if isinstance(inputs, str) else None,
+            budget=reduce(add, budgets),
+        )
+
+
+def _writers(
+    run: Run,
+    prepared: Prepared,
+    calibration: Calibration | None,
+    validator: Validator | None,
+    folder: Path,
+) -> dict[str, ModelWriter]:
+    """Everything that a draw writes, by kind: what was asked for, and what is compared with it."""
+    model, graph, standard_ops = prepared.model, prepared.graph, run.options.standard_ops
+    writers: dict[str, ModelWriter] = {}
+    if calibration:
+        for kind in ("qdq", "plain") if validator else ("qdq",):
+            output = run.output(folder, kind)
+            writers[kind] = StaticQdqWriter(
+                model, graph, output, calibration, standard_ops, plain=kind == "plain"
+            )
+    elif validator or "qdq" in run.targets:
+        writers["qdq"] = QdqWriter(model, graph, run.output(folder, "qdq"), standard_ops)
+    if "float" in run.targets:
+        writers["float"] = FloatWriter(model, run.output(folder, "float"), guarded_values)
+    if validator and not calibration:
+        writers |= validator.writers(folder)
+    return writers

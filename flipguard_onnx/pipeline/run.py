@@ -1,0 +1,119 @@
+"""What lasts as long as one run: the opened model, where its outputs go, folders, the kernels."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+import onnx
+
+from ..errors import ModelError, OptionError
+from ..io.model import INLINE_LIMIT, Model, open_model
+from ..io.publish import check_target, publish, workspace
+from ..io.writer import Output
+from ..progress import Progress
+from ..quantization.kernels import compiling, get_backend
+from ..runtime import require_openable
+from .options import GuardOptions, StrPath, output_paths
+
+
+class Run:
+    """One run of guard(); everything that it leaves half done is removed when it ends.
+
+    model: as it was opened. targets: where each kind of output will go. kernels: on the device.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        targets: dict[str, Path],
+        options: GuardOptions,
+        progress: Progress,
+        kernels: ModuleType,
+        stack: ExitStack,
+    ) -> None:
+        self.model = model
+        self.targets = targets
+        self.options = options
+        self.progress = progress
+        self.kernels = kernels
+        self._stack = stack
+        self._external = model.size > INLINE_LIMIT or bool(model.data_sha256)
+
+    @cached_property
+    def folder(self) -> Path:
+        """A temporary folder beside the outputs; there is none before it is asked for."""
+        beside = next(iter(self.targets.values())).parent
+        return self._stack.enter_context(workspace(beside))
+
+    def output(self, folder: Path, kind: str) -> Output:
+        """A model to be written below `folder`, under its final name if it is to be published."""
+        return Output(folder / kind, self.targets.get(kind), self._external)
+
+    def publish(self, outputs: dict[str, Output]) -> tuple[dict[str, int], dict[str, str]]:
+        """Move the outputs to their targets, by kind; returns their sizes and digests by path.
+
+        Raises ModelError, before anything has moved, when the input has changed meanwhile.
+        """
+        self.model.require_unchanged()
+        finished = [
+            (output, output.finished(target))
+            for kind, target in self.targets.items()
+            for output in [outputs[kind]]
+        ]
+        sizes = {str(target): outputs[kind].size for kind, target in self.targets.items()}
+        digests = {
+            str(place): output.sha256(file)
+            for output, each in finished
+            for place, file in each.places.items()
+        }
+        publish([each for _, each in finished], self.options.force)
+        return sizes, digests
+
+
+@contextmanager
+def open_run(
+    model: StrPath | onnx.ModelProto,
+    output: StrPath | None,
+    options: GuardOptions,
+    progress: Progress | None,
+) -> Iterator[Run]:
+    """Open the model and check where its outputs may go.
+
+    Raises ModelError when the model cannot be read or an output may not be written, OptionError
+    for a ModelProto without `output`.
+    """
+    progress = progress or (lambda stage, done, total: None)
+    kernels = get_backend(options.device)
+    with ExitStack() as stack:
+        stack.enter_context(compiling(lambda: progress("compiling the kernels, only once", 0, 1)))
+        opened = _open(model, output, stack)
+        targets = output_paths(opened.path, output, options.scheme, options.emit)
+        inputs = [opened.path, *(opened.path.parent / name for name in opened.data_sha256)]
+        inputs += [options.data_path] if options.data_path else []
+        for target in targets.values():
+            check_target(target, inputs, options.force)
+        if _runs_models(options):
+            require_openable(opened.path, *targets.values())
+        yield Run(opened, targets, options, progress, kernels, stack)
+
+
+def _runs_models(options: GuardOptions) -> bool:
+    """Whether the run needs onnxruntime."""
+    needs = options.validate, options.activations, options.int8_share
+    return any(needs) or options.feedback_inputs != "off"
+
+
+def _open(model: StrPath | onnx.ModelProto, output: StrPath | None, stack: ExitStack) -> Model:
+    if not isinstance(model, onnx.ModelProto):
+        return open_model(model)
+    if output is None:
+        raise OptionError("a ModelProto has no path to write beside; output must be given")
+    folder = stack.enter_context(workspace(Path(output).parent))
+    path = folder / "model.onnx"
+    try:
+        path.write_bytes(model.SerializeToString())
+    except ValueError as error:
+        raise ModelError(f"the ModelProto cannot be serialized: {error}") from None
+    return open_model(path)
