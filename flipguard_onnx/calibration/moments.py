@@ -1,8 +1,7 @@
-"""What the weights are multiplied with, from running the float model.
+"""The moments of what the weights are multiplied with, from running the float model.
 
-The inputs of MatMul, Gemm, Conv and of the input side of recurrent operators are made outputs of a
-copy of the model, which runs in onnxruntime on synthetic or given inputs; what is kept of them are
-their second moments and a few rows.
+Whatever a weight is multiplied with is made an output of a copy of the model, which runs in
+onnxruntime on given or made-up samples. Kept are the second moments of it, and a few rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,36 +24,24 @@ from .synthetic import synthetic_feeds
 from .weight_inputs import WeightInput, weight_input
 
 ROWS = 4096  # of inputs that a weight should see at least
-
 SAMPLES = range(64, 1025)  # how many are made up
-
 BATCH = 16
-
-LOGITS = 1 << 25  # of a decoder, in one run
-
-MOST_ROWS = 8192  # of inputs that are kept of one reading
-
-FRESH_ROWS = 512
-
-FRESH = 8  # one feed in so many is kept for the judgement
-
+LOGITS = 1 << 25  # of a decoder, in each run
+MAX_ROWS = 8192  # of inputs that are kept of each value
+FRESH_ROWS = 512  # ... for the comparison of a draw with feedback and each without
+FRESH = 8  # one feed in so many is kept for that comparison
 GATHERED = 1024  # rows that are added up at a time
-
 PRODUCTS_PER_SECOND = 3e10  # measured on two cores
-
 SECONDS_PER_WEIGHT = 3e-7
-
-LONGEST = 60.0  # seconds; feedback that takes longer is not switched on by itself
-
+MAX_SECONDS = 60.0  # feedback that takes longer is not switched on by itself
 SEED = 0  # of the made-up inputs; they need not be secret
-
 BYTES_PER_ENTRY = 32  # of a matrix H, with its damped copy, factor and float32 form
 
 
 class MomentRecorder:
     """Runs the float model and hands out the InputMoments of each weight.
 
-    Statistics are gathered for as many weights at a time as `max_bytes` allows, in their order.
+    Moments are summed for as many weights at a time as `max_bytes` allows, in the weights' order.
     """
 
     def __init__(
@@ -78,16 +65,18 @@ class MomentRecorder:
         found = {
             w.name: dict.fromkeys(weight_input(use, w, main) for use in w.uses) for w in weights
         }
-        self._taps = {
-            name: tuple(tap for tap in taps if isinstance(tap, WeightInput))
-            for name, taps in found.items()
+        self._inputs = {
+            name: tuple(each for each in inputs if isinstance(each, WeightInput))
+            for name, inputs in found.items()
         }
         self._reasons = {
-            name: next((tap for tap in taps if isinstance(tap, str)), "")
-            for name, taps in found.items()
+            name: next((each for each in inputs if isinstance(each, str)), "")
+            for name, inputs in found.items()
         }
-        self._all_taps = list(dict.fromkeys(tap for taps in self._taps.values() for tap in taps))
-        if not self._all_taps:
+        self._all_inputs = list(
+            dict.fromkeys(each for inputs in self._inputs.values() for each in inputs)
+        )
+        if not self._all_inputs:
             raise UnsupportedModelError("the inputs of no weight can be recorded")
         self._gathered: dict[tuple[WeightInput, ...], InputMoments] = {}
         self._session = self._open(Output(folder, folder / "probe.onnx", external=True))
@@ -97,45 +86,47 @@ class MomentRecorder:
         proto = ModelProto()
         proto.CopyFrom(self._source.proto)
         known = {value.name for value in (*proto.graph.output, *proto.graph.input)}
-        for tap in self._all_taps:
-            if tap.value not in known:
-                known.add(tap.value)
-                value = helper.make_tensor_value_info(tap.value, tap.elem_type, None)
+        for each in self._all_inputs:
+            if each.value not in known:
+                known.add(each.value)
+                value = helper.make_tensor_value_info(each.value, each.elem_type, None)
                 proto.graph.output.append(value)
         output.save(proto, self._source)
         return open_session(output.path, exact=True, size=self._source.size)
 
     def _probe(self) -> tuple[Feed, dict[WeightInput, int]]:
-        """A feed that the model accepts, and how many rows of inputs it gives each tap."""
+        """A feed that the model accepts, and how many rows each of the inputs gets."""
         if not self._samples.accepted:
             raise UnsupportedModelError(
                 f"the model does not run on these inputs: {self._samples.found.problem}"
             )
         feed = self._samples.accepted[0]
         try:
-            values = self._run(feed, self._all_taps)
+            values = self._run(feed, self._all_inputs)
         except RunError as error:
             raise UnsupportedModelError(
                 f"the model does not run on these inputs: {error}"
             ) from None
         rng = np.random.default_rng(SEED)
-        rows = {tap: tap.rows(values[tap.value], MOST_ROWS, rng) for tap in self._all_taps}
-        return feed, {tap: found.shape[1] for tap, found in rows.items()}
+        rows = {each: each.rows(values[each.value], MAX_ROWS, rng) for each in self._all_inputs}
+        return feed, {each: found.shape[1] for each, found in rows.items()}
 
     @property
     def seconds(self) -> float:
         """About how long the statistics and the feedback will take on a machine with two cores."""
         samples = len(self._samples.given) or self._wanted
         work, size = 0.0, 0
-        for name, taps in self._taps.items():
+        for name, inputs in self._inputs.items():
             cut = self._cuts[name]
-            rows = samples * sum(self._counts[tap] for tap in taps)
-            work += cut.rows * cut.cols * (cut.cols / 2 * bool(taps) + rows)
-            size += cut.rows * cut.cols * bool(taps)
-        for tap in self._all_taps:
-            columns = next(self._cuts[n].cols for n, taps in self._taps.items() if tap in taps)
-            rows = min(samples * self._counts[tap], MOST_ROWS)
-            work += tap.groups * columns**2 * (columns + rows)
+            rows = samples * sum(self._counts[each] for each in inputs)
+            work += cut.rows * cut.cols * (cut.cols / 2 * bool(inputs) + rows)
+            size += cut.rows * cut.cols * bool(inputs)
+        for each in self._all_inputs:
+            columns = next(
+                self._cuts[n].cols for n, inputs in self._inputs.items() if each in inputs
+            )
+            rows = min(samples * self._counts[each], MAX_ROWS)
+            work += each.groups * columns**2 * (columns + rows)
         return work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
 
     @property
@@ -146,7 +137,7 @@ class MomentRecorder:
 
     @cached_property
     def _feeds(self) -> tuple[list[Feed], list[Feed]]:
-        """Feeds for the statistics, and others for the judgement (the same if there is one)."""
+        """Feeds for the statistics, and others for the comparison (the same if only one)."""
         feeds = self._samples.given or self._made_up()
         kept = max(1, len(feeds) // FRESH)
         return feeds[:-kept] or feeds, feeds[-kept:]
@@ -170,78 +161,82 @@ class MomentRecorder:
 
     def of(self, weight: Weight) -> InputMoments | str:
         """The inputs of a weight, or the reason why there are none."""
-        taps = self._taps[weight.name]
-        if not taps:
+        inputs = self._inputs[weight.name]
+        if not inputs:
             return self._reasons[weight.name]
-        if taps not in self._gathered:
+        if inputs not in self._gathered:
             self._gathered = self._statistics(weight)
-        inputs = self._gathered[taps]
-        finite = all(np.isfinite(hessian).all() for hessian in inputs.hessians)
-        return inputs if finite and np.isfinite(inputs.fresh).all() else "its inputs overflow"
+        moments = self._gathered[inputs]
+        finite = all(np.isfinite(hessian).all() for hessian in moments.hessians)
+        return moments if finite and np.isfinite(moments.fresh).all() else "its inputs overflow"
 
-    def _spans(self, taps: tuple[WeightInput, ...], columns: int) -> tuple[range, ...]:
+    def _spans(self, inputs: tuple[WeightInput, ...], columns: int) -> tuple[range, ...]:
         """The columns cut up so that their matrices fit into memory."""
         width = columns
-        while taps[0].groups * columns * width * BYTES_PER_ENTRY > self._max_bytes:
+        while inputs[0].groups * columns * width * BYTES_PER_ENTRY > self._max_bytes:
             width = (width - 1) // PANEL * PANEL
             if width <= PANEL:
                 break
         return tuple(range(a, min(a + width, columns)) for a in range(0, columns, max(width, 1)))
 
     def _pass(self, first: Weight) -> Iterator[tuple[tuple[WeightInput, ...], tuple[range, ...]]]:
-        """The taps from this weight on whose matrices fit into memory together."""
+        """The inputs from this weight on whose matrices fit into memory together."""
         used = 0
         seen: set[tuple[WeightInput, ...]] = set()
-        names = list(self._taps)
+        names = list(self._inputs)
         for name in names[names.index(first.name) :]:
-            taps = self._taps[name]
-            if not taps or taps in seen:
+            inputs = self._inputs[name]
+            if not inputs or inputs in seen:
                 continue
-            spans = self._spans(taps, self._cuts[name].cols)
-            used += sum(taps[0].groups * len(s) ** 2 * BYTES_PER_ENTRY for s in spans)
+            spans = self._spans(inputs, self._cuts[name].cols)
+            used += sum(inputs[0].groups * len(s) ** 2 * BYTES_PER_ENTRY for s in spans)
             if seen and used > self._max_bytes:
                 return
-            seen.add(taps)
-            yield taps, spans
+            seen.add(inputs)
+            yield inputs, spans
 
     def _statistics(self, first: Weight) -> dict[tuple[WeightInput, ...], InputMoments]:
         plan = dict(self._pass(first))
         sums = {
-            taps: [np.zeros((taps[0].groups, len(s), len(s)), np.float64) for s in spans]
-            for taps, spans in plan.items()
+            inputs: [np.zeros((inputs[0].groups, len(s), len(s)), np.float64) for s in spans]
+            for inputs, spans in plan.items()
         }
-        for taps, rows in self._rows_of(self._feeds[0], list(plan), MOST_ROWS, GATHERED):
-            for total, span in zip(sums[taps], plan[taps], strict=True):
+        for inputs, rows in self._rows_of(self._feeds[0], list(plan), MAX_ROWS, GATHERED):
+            for total, span in zip(sums[inputs], plan[inputs], strict=True):
                 part = rows[:, :, span.start : span.stop]
                 with np.errstate(over="ignore", invalid="ignore"):  # `of` finds it
                     total += part.transpose(0, 2, 1) @ part
         fresh = dict(self._rows_of(self._feeds[1], list(plan), FRESH_ROWS, 2 * FRESH_ROWS))
         return {
-            taps: InputMoments(spans, tuple(sums[taps]), fresh[taps])
-            for taps, spans in plan.items()
+            inputs: InputMoments(spans, tuple(sums[inputs]), fresh[inputs])
+            for inputs, spans in plan.items()
         }
 
     def _rows_of(
-        self, feeds: list[Feed], wanted: list[tuple[WeightInput, ...]], most: int, at_a_time: int
+        self,
+        feeds: list[Feed],
+        wanted: list[tuple[WeightInput, ...]],
+        max_rows: int,
+        at_a_time: int,
     ) -> Iterator[tuple[tuple[WeightInput, ...], Floats]]:
-        """Rows of inputs for the taps of each weight, up to about `most`, some feeds together."""
+        """Rows for the inputs of each weight, up to about `max_rows`, some feeds together."""
         rng = np.random.default_rng(SEED)
-        share = -(-most // len(feeds))
-        waiting: dict[tuple[WeightInput, ...], list[Floats]] = {taps: [] for taps in wanted}
-        flat = [tap for taps in wanted for tap in taps]
+        share = -(-max_rows // len(feeds))
+        waiting: dict[tuple[WeightInput, ...], list[Floats]] = {inputs: [] for inputs in wanted}
+        flat = [each for inputs in wanted for each in inputs]
         for feed in feeds:
             values = self._run(feed, flat)
-            for taps, rows in waiting.items():
-                rows += [tap.rows(values[tap.value], share, rng) for tap in taps]
+            for inputs, rows in waiting.items():
+                rows += [each.rows(values[each.value], share, rng) for each in inputs]
                 if sum(part.shape[1] for part in rows) > at_a_time:
-                    yield taps, np.concatenate(rows, axis=1)
+                    yield inputs, np.concatenate(rows, axis=1)
                     rows.clear()
-        for taps, rows in waiting.items():
+        for inputs, rows in waiting.items():
             if rows:
-                yield taps, np.concatenate(rows, axis=1)
+                yield inputs, np.concatenate(rows, axis=1)
 
-    def _run(self, feed: Feed, taps: Sequence[WeightInput]) -> dict[str, npt.NDArray[Any]]:
-        names = [n for n in dict.fromkeys(tap.value for tap in taps) if n not in feed]
+    def _run(self, feed: Feed, inputs: Sequence[WeightInput]) -> dict[str, npt.NDArray[Any]]:
+        names = [n for n in dict.fromkeys(each.value for each in inputs) if n not in feed]
         names = names or self._session.outputs[:1]
         return feed | dict(zip(names, self._session.run(names, feed), strict=True))
 
@@ -272,7 +267,7 @@ def record(
     max_bytes: int,
     inputs: str,
     optional: bool,
-    max_seconds: float = LONGEST,
+    max_seconds: float = MAX_SECONDS,
 ) -> Moments:
     """The moments of what the weights are multiplied with.
 

@@ -1,0 +1,82 @@
+"""Samples: searched for once, run once, whatever asks for them."""
+
+import numpy as np
+import pytest
+from tests.helpers.samples import F, matmul, model, node, save, weights
+
+from flipguard_onnx import ValidationError, guard
+from flipguard_onnx.calibration.samples import Samples, finite
+from flipguard_onnx.io.model import open_model
+from flipguard_onnx.runtime import Session
+
+
+def test_nothing_is_loaded_before_it_is_asked_for(tmp_path):
+    source = open_model(save(matmul(), tmp_path))
+    source.path.unlink()
+    samples = Samples(source, None)  # no error: the file is not looked at
+    with pytest.raises(ValidationError, match="model.onnx: does not load"):
+        samples.require()
+
+
+def test_outputs_are_those_of_the_original(tmp_path):
+    samples = Samples(open_model(save(matmul(), tmp_path)), None)
+    found = samples.require()
+    assert len(found.feeds) == len(found.outputs) == 8
+    for feed, [y] in zip(found.feeds, found.outputs, strict=True):
+        np.testing.assert_allclose(y, feed["x"] @ weights((70, 33)), rtol=1e-4, atol=1e-5)
+    assert samples.accepted is found.feeds
+    assert samples.description == "made up from the graph's signature"
+
+
+def test_given_samples_are_taken_as_they_are(tmp_path):
+    x = np.random.default_rng(1).standard_normal((3, 2, 70)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x)
+    samples = Samples(open_model(save(matmul(), tmp_path)), tmp_path / "d.npz")
+    found = samples.require()
+    assert [feed["x"].tobytes() for feed in found.feeds] == [part.tobytes() for part in x]
+    assert samples.description == str(tmp_path / "d.npz")
+
+
+def root(folder):
+    """NaN for negative inputs, which made-up ones have."""
+    nodes = [node("Sqrt", "x", "r"), node("MatMul", "r w", "y")]
+    shapes = {"x": (F, ["n", 70])}, {"y": (F, ["n", 33])}
+    return save(model(nodes, *shapes, {"w": weights((70, 33))}), folder)
+
+
+def test_outputs_that_are_not_finite_refuse_the_validation_but_not_the_samples(tmp_path):
+    samples = Samples(open_model(root(tmp_path)), None)
+    assert len(samples.accepted) == 8
+    with pytest.raises(ValidationError) as refused:
+        samples.require()
+    assert str(refused.value) == (
+        f"{tmp_path / 'model.onnx'}: the original does not run on made-up inputs (output 'y' holds "
+        "NaN or infinity); give real ones with --data, or --no-validate"
+    )
+
+
+def test_finite():
+    assert finite(np.array([1, 2]))
+    assert finite(np.array([1.0, 2.0], np.float16))
+    assert not finite(np.array([1.0, np.nan], np.float32))
+    assert not finite(np.array([np.inf]))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_loads_the_original_once(tmp_path, monkeypatch, given):
+    """For feedback, the calibration of activations and the validation together."""
+    source = save(matmul(), tmp_path)
+    data = None
+    if given:
+        data = tmp_path / "d.npz"
+        np.savez(data, x=np.random.default_rng(1).standard_normal((9, 2, 70)).astype(np.float32))
+    opened = []
+    load = Session.__init__
+
+    def watched(self, path, *arguments, **options):
+        opened.append(path.name)
+        load(self, path, *arguments, **options)
+
+    monkeypatch.setattr(Session, "__init__", watched)
+    guard(source, data=data, activations="uint8", output=tmp_path / "o.onnx")
+    assert opened.count("model.onnx") == 1
