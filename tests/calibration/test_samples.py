@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from tests.helpers.samples import F, matmul, model, node, save, weights
 
 from flipguard_onnx import ValidationError, guard
 from flipguard_onnx.calibration.samples import Samples, finite
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.runtime import Session
+from tests.helpers.samples import F, matmul, model, node, save, weights
 
 
 def test_nothing_is_loaded_before_it_is_asked_for(tmp_path):
