@@ -85,6 +85,8 @@ def _object(kind: type, found: dict[str, Any]) -> dict[str, Any]:
 def _type(hint: Any, found: dict[str, Any]) -> dict[str, Any]:
     if hint is float:
         return {"type": ["number", "null"]}
+    if hint is Any:
+        return {}
     if hint in PLAIN:
         return {"type": PLAIN[hint]}
     if is_dataclass(hint):

@@ -14,7 +14,7 @@ def test_nothing_is_loaded_before_it_is_asked_for(tmp_path):
     source = open_model(save(matmul(), tmp_path))
     source.path.unlink()
     samples = Samples(source, None)  # no error: the file is not looked at
-    with pytest.raises(ValidationError, match="model.onnx: does not load"):
+    with pytest.raises(ValidationError, match=r"model\.onnx: does not load"):
         samples.require()
 
 
