@@ -3,15 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
-from onnx import ModelProto
-
 from .. import runtime
 from ..errors import UnsupportedModelError, ValidationError
+from ..graph.copies import IndexedModel
 from ..graph.weights import Weight
 from ..io.model import Model
 from ..quantization.schemes import Scheme
 from .weight_forms import form_of
-from .writers import by_name
 
 
 def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: bool) -> int:
@@ -39,16 +37,17 @@ def inlined(source: Model, opset: int) -> Model:
         ) from None
 
 
-def converted(source: Model, opset: int, weights: list[Weight]) -> ModelProto:
-    """The source's graph at `opset` at least, with the same weights.
+def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel:
+    """The source's graph at `opset` at least, with the same weights; `original` if it is.
 
     Raises UnsupportedModelError when onnx cannot convert it.
     """
     if _opset(source.proto) >= opset:
-        return source.proto
+        return original
     try:
-        result = runtime.converted(source.proto, opset)
-        if lost := {weight.name for weight in weights} - set(by_name(result)):
+        result = IndexedModel.of(runtime.converted(source.proto, opset))
+        there = {weight.name for weight in result.weights}
+        if lost := {weight.name for weight in original.weights} - there:
             raise ValidationError(f"tensor {min(lost)!r} would no longer be a weight")
         return result
     except (runtime.RemoteError, ValidationError) as error:

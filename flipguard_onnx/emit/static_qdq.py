@@ -19,6 +19,7 @@ from ..calibration.inputs import Feed
 from ..calibration.samples import Samples
 from ..calibration.synthetic import synthetic_feeds
 from ..errors import UnsupportedModelError, ValidationError
+from ..graph.copies import IndexedModel
 from ..graph.operators import CONVOLUTIONS, WEIGHTED
 from ..graph.traversal import attribute, bodies
 from ..graph.weights import Weight, find_weights
@@ -102,7 +103,7 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
     given = Output(folder / "given", None, external=False)
     proto = ModelProto()
     opset = OPSETS[activations]
-    proto.CopyFrom(converted(source, opset, find_weights(source.proto)[0]))
+    proto.CopyFrom(converted(source, opset, IndexedModel.of(source.proto)).proto)
     given.save(proto, source)
     result = folder / "preprocessed.onnx"
     try:
@@ -166,7 +167,7 @@ class StaticQdqWriter:
     def __init__(
         self,
         source: Model,
-        prepared: ModelProto,
+        graph: IndexedModel,
         output: Output,
         calibration: Calibration,
         standard_ops: bool,
@@ -175,10 +176,8 @@ class StaticQdqWriter:
         self.output = output
         self.integers = calibration.integers
         self._folder = output.path.parent.with_name(f"{output.path.parent.name}-float")
-        self._float = FloatWriter(
-            replace(source, proto=prepared), Output(self._folder, None, False), guarded_values
-        )
-        self._float_sums = _float_sums(prepared.graph)
+        self._float = FloatWriter(source, graph, Output(self._folder, None, False), guarded_values)
+        self._float_sums = _float_sums(graph.proto.graph)
         self._calibration = calibration
         self._standard_ops = standard_ops
         self._plain = plain

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto
 
-from ..graph.weights import Weight, find_weights
+from ..graph.copies import IndexedModel
 from ..io.model import Model
 from ..io.writer import Output
 from ..quantization.arrays import raw_bytes
@@ -33,7 +33,7 @@ class QdqWriter:
     def __init__(
         self,
         source: Model,
-        prepared: ModelProto,
+        graph: IndexedModel,
         output: Output,
         standard_ops: bool,
         plain: bool = False,
@@ -41,8 +41,7 @@ class QdqWriter:
         self.output = output
         self._source = source
         self._plain = plain
-        self._proto = copied(prepared)
-        self._weights = by_name(self._proto)
+        self._proto, self._weights = graph.copy()
         self._emitter = Emitter(self._proto, output, standard_ops)
         self.forms: dict[str, tuple[str, ...]] = {}  # by weight: what `qdq.form_of` chose
 
@@ -60,13 +59,16 @@ class FloatWriter:
     """The same graph with other float weights; `values` picks them from the QuantizedTensor."""
 
     def __init__(
-        self, source: Model, output: Output, values: Callable[[QuantizedTensor], npt.NDArray[Any]]
+        self,
+        source: Model,
+        graph: IndexedModel,
+        output: Output,
+        values: Callable[[QuantizedTensor], npt.NDArray[Any]],
     ) -> None:
         self.output = output
         self._source = source
         self._values = values
-        self._proto = copied(source.proto)
-        self._weights = by_name(self._proto)
+        self._proto, self._weights = graph.copy()
 
     def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
         weight = self._weights.get(name)
@@ -89,18 +91,6 @@ def guarded_values(flips: QuantizedTensor) -> npt.NDArray[Any]:
 def decoded_values(flips: QuantizedTensor) -> npt.NDArray[Any]:
     """What the guarded codes stand for."""
     return flips.grid.decode(flips.codes)
-
-
-def copied(proto: ModelProto) -> ModelProto:
-    """A graph to edit; no weights are moved, as they stand in it as references."""
-    copy = ModelProto()
-    copy.CopyFrom(proto)
-    return copy
-
-
-def by_name(proto: ModelProto) -> dict[str, Weight]:
-    """The weights of a graph."""
-    return {weight.name: weight for weight in find_weights(proto)[0]}
 
 
 def save(proto: ModelProto, output: Output, source: Model, metadata: dict[str, str]) -> None:

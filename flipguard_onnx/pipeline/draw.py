@@ -172,7 +172,9 @@ def _writers(
     elif validator or "qdq" in run.targets:
         writers["qdq"] = QdqWriter(model, graph, run.output(folder, "qdq"), standard_ops)
     if "float" in run.targets:
-        writers["float"] = FloatWriter(model, run.output(folder, "float"), guarded_values)
+        writers["float"] = FloatWriter(
+            model, prepared.original, run.output(folder, "float"), guarded_values
+        )
     if validator and not calibration:
         writers |= validator.writers(folder)
     return writers

@@ -196,6 +196,7 @@ def make_validator(run: Run, prepared: Prepared, samples: Samples) -> Validator 
         return None
     return Validator.of(
         samples,
+        prepared.original,
         prepared.graph,
         [(plan.weight, plan.scheme) for plan in prepared.weights],
         run.folder / "layers",

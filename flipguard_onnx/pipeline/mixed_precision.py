@@ -10,14 +10,15 @@ from glob import escape
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper
+from onnx import TensorProto, helper
 
 from ..calibration.inputs import Feed
 from ..calibration.moments import Moments
 from ..calibration.samples import Samples
 from ..emit.rewriter import IR_VERSION, remove_named
-from ..emit.writers import by_name, copied, decoded_values, save
+from ..emit.writers import decoded_values, save
 from ..errors import UnsupportedModelError
+from ..graph.copies import IndexedModel
 from ..graph.weights import Weight
 from ..io.model import Model
 from ..io.writer import Output
@@ -67,7 +68,7 @@ class SensitivityProbe:
     to be run whole. Raises UnsupportedModelError for a larger one.
     """
 
-    def __init__(self, source: Model, graph: ModelProto, folder: Path, max_bytes: int) -> None:
+    def __init__(self, source: Model, graph: IndexedModel, folder: Path, max_bytes: int) -> None:
         if source.size > max_bytes:
             raise UnsupportedModelError(
                 f"{source.path}: int8 share takes runs of the whole model, which has "
@@ -76,8 +77,7 @@ class SensitivityProbe:
             )
         self.output = Output(folder, None, external=True)
         self._source = source
-        self._proto = copied(graph)
-        self._weights = by_name(self._proto)
+        self._proto, self._weights = graph.copy()
         self.switches: dict[str, str] = {}  # by weight
         self.off: Feed = {}  # every switch at 0
 

@@ -4,10 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from onnx import ModelProto
-
 from ..emit.opset import converted, inlined, needed_opset
 from ..errors import OptionError, UnsupportedModelError
+from ..graph.copies import IndexedModel
 from ..graph.operators import FOUR_BIT_OPS
 from ..graph.weights import Weight, find_weights
 from ..io.model import Model
@@ -47,13 +46,14 @@ class WeightPlan:
 class Prepared:
     """A model that is ready to be guarded.
 
-    model: opened and checked, its local functions expanded where they had to be. graph: the
-    model's at the opset that will be written. skipped: tensors that are left as they are. int8:
+    model: opened and checked, its local functions expanded where they had to be. original: its
+    graph; graph: the same at the opset that will be written. skipped: tensors that are left as they are. int8:
     patterns of the names of weights that stay at 8 bits under a 4-bit scheme.
     """
 
     model: Model
-    graph: ModelProto
+    original: IndexedModel
+    graph: IndexedModel
     weights: tuple[WeightPlan, ...]
     skipped: tuple[Skipped, ...]
     int8: tuple[str, ...]
@@ -90,7 +90,9 @@ def prepare(model: Model, options: GuardOptions) -> Prepared:
         model = flat
         weights, skipped = require_weights(model, options)
         plans = plan_weights(weights, options)
-    return Prepared(model, converted(model, opset, weights), plans, tuple(skipped), options.int8)
+    original = IndexedModel(model.proto, tuple(weights))
+    graph = converted(model, opset, original)
+    return Prepared(model, original, graph, plans, tuple(skipped), options.int8)
 
 
 def plan_weights(weights: Sequence[Weight], options: GuardOptions) -> tuple[WeightPlan, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..calibration.samples import Samples
 from ..errors import FlipguardError, ModelError
-from ..graph.weights import find_weights
+from ..graph.copies import IndexedModel
 from ..io.model import Model, open_model
 from ..io.publish import workspace
 from ..reports.validation import Verification
@@ -77,15 +77,17 @@ def verify(
     with workspace(Path(tempfile.gettempdir())) as folder:
         weights, _ = require_weights(source, options)
         plans = plan_weights(weights, options)
+        original = IndexedModel(source.proto, tuple(weights))
         validator = Validator.of(
             Samples(source, options.data_path),
-            source.proto,
+            original,
+            original,
             [(plan.weight, plan.scheme) for plan in plans],
             folder / "layers",
             max_bytes=options.max_bytes,
             max_drift=max_drift,
         )
-        there = [weight.name for weight in find_weights(validator.source.proto)[0]]
+        there = [weight.name for weight in validator.original_graph.weights]
         baseline = replace(options, int8=tuple(p for p in options.int8 if fnmatch.filter(there, p)))
         nearest = folder / "plain.onnx"
         guard(validator.source.path, output=nearest, **baseline.keywords())

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto
 
 from .. import runtime
 from ..calibration.samples import Array, Samples, finite
 from ..emit.opset import converted
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, decoded_values
 from ..errors import RunError, ValidationError
+from ..graph.copies import IndexedModel
 from ..graph.traversal import tensors
-from ..graph.weights import Weight, find_weights
+from ..graph.weights import Weight
 from ..io.model import Model, open_model
 from ..io.writer import Output
 from ..quantization.schemes import Scheme
@@ -88,13 +88,14 @@ class Validator:
     """Compares what a run writes with the original, or with layers cut out of it.
 
     original: the model that is guarded. source: what is run in its place, itself unless it is too
-    large; graph: its graph at the opset that will be written; samples: those of `source`; layers:
-    those that were cut out, if they were. standard_ops, max_drift: as in GuardOptions.
+    large; original_graph: the graph of that, graph: the same at the opset that will be written;
+    samples: those of `source`; layers: those that were cut out, if they were. standard_ops, max_drift: as in GuardOptions.
     """
 
     original: Model
     source: Model
-    graph: ModelProto
+    original_graph: IndexedModel
+    graph: IndexedModel
     samples: Samples
     layers: tuple[Layer, ...]
     standard_ops: bool
@@ -104,7 +105,8 @@ class Validator:
     def of(
         cls,
         samples: Samples,
-        graph: ModelProto,
+        original: IndexedModel,
+        graph: IndexedModel,
         weights: Sequence[tuple[Weight, Scheme]],
         folder: Path,
         *,
@@ -114,19 +116,19 @@ class Validator:
     ) -> "Validator":
         """For the samples' model: whole if it has no more than `max_bytes`, else layers of it.
 
-        graph: the model's at the opset that will be written; weights: each with its scheme;
+        original, graph: the model's, and the same at the opset that will be written; weights: each with its scheme;
         folder: new, for the layers.
         """
         source = samples.source
         if source.size <= max_bytes:
-            return cls(source, source, graph, samples, (), standard_ops, max_drift)
+            return cls(source, source, original, graph, samples, (), standard_ops, max_drift)
         schemes = [scheme for _, scheme in weights]
         layers = sample(source, [weight for weight, _ in weights], schemes, standard_ops)
         small = cut_out(source, layers, folder)
-        opset = max(entry.version for entry in graph.opset_import if entry.domain == "")
-        prepared = converted(small, opset, find_weights(small.proto)[0])
-        own = Samples(small, None)
-        return cls(source, small, prepared, own, tuple(layers), standard_ops, max_drift)
+        opset = max(entry.version for entry in graph.proto.opset_import if entry.domain == "")
+        found = IndexedModel.of(small.proto)
+        prepared, own = converted(small, opset, found), Samples(small, None)
+        return cls(source, small, found, prepared, own, tuple(layers), standard_ops, max_drift)
 
     def writers(self, folder: Path) -> dict[str, ModelWriter]:
         """The models to compare with: rounded to nearest, and what the codes must compute."""
@@ -136,7 +138,7 @@ class Validator:
         )
         return {
             "plain": QdqWriter(self.source, self.graph, nearest, self.standard_ops, plain=True),
-            "decoded": FloatWriter(self.source, decoded, decoded_values),
+            "decoded": FloatWriter(self.source, self.original_graph, decoded, decoded_values),
         }
 
     def compare(self, files: Mapping[str, Path], folder: Path) -> Validation:
