@@ -77,11 +77,11 @@ def verify(
     with workspace(Path(tempfile.gettempdir())) as folder:
         weights, _ = require_weights(source, options)
         plans = plan_weights(weights, options)
-        original = IndexedModel(source.proto, tuple(weights))
+        indexed = IndexedModel(source.proto, tuple(weights))
         validator = Validator.of(
             Samples(source, options.data_path),
-            original,
-            original,
+            indexed,
+            indexed,
             [(plan.weight, plan.scheme) for plan in plans],
             folder / "layers",
             max_bytes=options.max_bytes,

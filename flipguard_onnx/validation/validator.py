@@ -89,7 +89,8 @@ class Validator:
 
     original: the model that is guarded. source: what is run in its place, itself unless it is too
     large; original_graph: the graph of that, graph: the same at the opset that will be written;
-    samples: those of `source`; layers: those that were cut out, if they were. standard_ops, max_drift: as in GuardOptions.
+    samples: those of `source`; layers: those that were cut out, if they were. standard_ops,
+    max_drift: as in GuardOptions.
     """
 
     original: Model
@@ -116,8 +117,8 @@ class Validator:
     ) -> "Validator":
         """For the samples' model: whole if it has no more than `max_bytes`, else layers of it.
 
-        original, graph: the model's, and the same at the opset that will be written; weights: each with its scheme;
-        folder: new, for the layers.
+        original, graph: the model's, and the same at the opset that will be written; weights: each
+        with its scheme; folder: new, for the layers.
         """
         source = samples.source
         if source.size <= max_bytes:
