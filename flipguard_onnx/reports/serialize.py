@@ -1,11 +1,11 @@
-"""Results as JSON; `report.schema.json` beside this module describes all of them."""
+"""Results as JSON; the package's `report.schema.json` describes all of them."""
 
 import json
 import math
 from dataclasses import asdict
 from typing import Any
 
-FORMAT = 1  # of the reports; raised when one loses a field or changes what it means
+FORMAT = 1  # of the reports; raised when a field is removed or changes its meaning
 
 
 def jsonable(result: Any) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def jsonable(result: Any) -> dict[str, Any]:
 
 
 def dumped(value: Any) -> str:
-    """As text for a file."""
+    """A JSON value as text for a file."""
     return json.dumps(value, indent=2, allow_nan=False)
 
 

@@ -28,7 +28,7 @@ def alignment(grid, weights, peak=0.0):
     histogram[0] += peak
     shares = tuple(histogram.tolist())
     even = (0.05,) * 20
-    budget = Budget(9.0, 0.0, 2.0)
+    budget = Budget(9.0, 0.0, 2.0, 100.0)
     return Alignment(
         grid, weights, weights, shares, even, peak, peak, peak, 0.025, peak, 0.1, 1.2, budget
     )
@@ -121,9 +121,9 @@ def test_the_page_of_a_guard(guarded):
     html, text = guarded
     assert html.startswith("<!doctype html>")
     assert '<div class="verdict good"><b>guarded</b> 84,480 weights in 3 tensors at int4' in html
-    assert '<div class="verdict bad"><b>aligned</b> 3 of 3 tensors' in html
-    drift = re.search(r"drift of all outputs ([\d.]+)", text)[1]
-    assert f"Drift {float(drift):.4f}, plain " in html
+    assert '<div class="verdict bad"><b>input aligned</b> 3 of 3 tensors' in html
+    drift = re.search(r"the outputs drift from the original's by ([\d.]+)", text)[1]
+    assert f"drift from the original&#39;s by {float(drift):.4f} (relative L2)" in html
     embedded = json.loads(re.search(r'id="histograms">(.*?)</script>', html)[1])
     assert [grid for grid, _ in embedded[0]] == list(GRIDS)
     flipped = re.search(r"Gemm +int4 +3 +84,480 +([\d.]+%)", text)[1]
