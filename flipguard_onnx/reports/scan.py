@@ -60,10 +60,10 @@ class Budget:
 
     Attributes
     ----------
-    nearest : sum |e|: whoever sets the weights chooses all of it when they are rounded to nearest
-    chosen : sum |E e'|: what a guard leaves to choose
+    nearest : sum abs(e): whoever sets the weights chooses all of it when they are rounded to nearest
+    chosen : sum abs(E e'): what a guard leaves to choose
     random : sqrt(sum Var e'), a standard deviation: the error that a guard draws and nobody chooses
-    total : sum |w| of the same weights, to which the other fields compare
+    total : sum abs(w) of the same weights w, with which the other fields are compared
     """
 
     nearest: float

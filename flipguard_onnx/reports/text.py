@@ -19,9 +19,7 @@ SLOW_4_BIT = (
     "(several times as long where few rows are multiplied at once)"
 )
 
-SLOW_16_BIT = (
-    "onnxruntime's CPU kernels do not support 16-bit activations: there it runs in float, slower"
-)
+SLOW_16_BIT = "onnxruntime runs 16-bit activations in float on the CPU, which is slower"
 
 # options of guard() that no other line of the report shows
 OPTION_DEFAULTS = {"include": (), "exclude": (), "standard_ops": False, "max_memory": 1024}

@@ -23,7 +23,7 @@ class Drift:
     output : its name
     values : how many values it has for one input
     cosine : x . y / (||x|| ||y||)
-    max_abs : max |x - y|, in the output's unit
+    max_abs : max abs(x - y), in the output's unit
     relative_l2 : ||x - y|| / ||y||; for integers sqrt(1 - share of equal values)
     sqnr_db : -20 log10(relative_l2), in decibels
     top1 : share of equal argmax over the last axis, None where that means nothing; for integers
