@@ -60,7 +60,7 @@ class Budget:
 
     Attributes
     ----------
-    nearest : sum abs(e): whoever sets the weights chooses all of it when they are rounded to nearest
+    nearest : sum abs(e), all of which whoever sets the weights can choose
     chosen : sum abs(E e'): what a guard leaves to choose
     random : sqrt(sum Var e'), a standard deviation: the error that a guard draws and nobody chooses
     total : sum abs(w) of the same weights w, with which the other fields are compared
