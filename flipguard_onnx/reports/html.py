@@ -95,7 +95,7 @@ def guard_html(report: GuardReport) -> str:
     histograms = [
         (tensor.name, alignment.histogram)
         for tensor, found in pairs
-        if (alignment := _own_grid(tensor, found, report.granularity))
+        if (alignment := _on_its_grid(tensor, found, report.granularity))
     ]
     flips = [
         (tensor.name, _expected(tensor, found, report.granularity), _flipped(tensor))
@@ -167,7 +167,7 @@ def _identity(name: str, op: str, shape: Sequence[int], weights: int) -> tuple[C
     return Cell(name), Cell(op), Cell("x".join(map(str, shape))), count(weights)
 
 
-def _own_grid(tensor: Tensor, found: ScannedTensor | None, granularity: str) -> Alignment | None:
+def _on_its_grid(tensor: Tensor, found: ScannedTensor | None, granularity: str) -> Alignment | None:
     """How a tensor stood to the grid that it was guarded on."""
     grid = f"int8 {granularity}" if tensor.scheme == "int8" else tensor.scheme
     return next((a for a in (found.alignments if found else ()) if a.grid == grid), None)
@@ -175,7 +175,7 @@ def _own_grid(tensor: Tensor, found: ScannedTensor | None, granularity: str) -> 
 
 def _expected(tensor: Tensor, found: ScannedTensor | None, granularity: str) -> float:
     """Mean distance to the nearest level, in gaps: the share that unbiased draws move."""
-    alignment = _own_grid(tensor, found, granularity)
+    alignment = _on_its_grid(tensor, found, granularity)
     if alignment is None:
         return 0.0
     bins = alignment.histogram

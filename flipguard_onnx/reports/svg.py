@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ..errors import printable
 from .scan import Skipped
@@ -179,13 +179,12 @@ def bars(
     if left:
         svg += _labels([name for name, *_ in rows], height)
         svg += [
-            f'<text x="{WIDTH - right + 4}" y="{(y + 1) * height - 4}">{show(row[2])}</text>'
-            for y, row in enumerate(rows)
+            f'<text x="{WIDTH - right + 4}" y="{(y + 1) * height - 4}">{escape(show(after))}</text>'
+            for y, (_, _, after) in enumerate(rows)
         ]
+    end = escape(show(longest))
     svg.append(f'<text x="{left}" y="{total + 14}">0</text>')
-    svg.append(
-        f'<text x="{WIDTH - right}" y="{total + 14}" text-anchor="end">{show(longest)}</text>'
-    )
+    svg.append(f'<text x="{WIDTH - right}" y="{total + 14}" text-anchor="end">{end}</text>')
     return Markup("".join(svg) + "</svg>")
 
 
@@ -206,14 +205,17 @@ def skipped_section(skipped: Sequence[Skipped]) -> Section:
 
 
 def share(value: float) -> Cell:
+    """A share of 1, in per cent."""
     return Cell(percent(value), float(f"{value:.6g}"))
 
 
 def figure(value: float, prefix: str = "") -> Cell:
+    """A number of which three digits matter."""
     return Cell(f"{prefix}{value:.3g}", float(f"{value:.6g}"))
 
 
 def count(value: int) -> Cell:
+    """A whole number."""
     return Cell(f"{value:,}", value)
 
 

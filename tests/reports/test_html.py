@@ -13,7 +13,8 @@ from flipguard_onnx import guard, scan
 from flipguard_onnx.cli.commands import main
 from flipguard_onnx.reports.html import guard_html, scan_html
 from flipguard_onnx.reports.scan import Alignment, Budget, Scan, ScannedTensor, Skipped, Verdict
-from flipguard_onnx.reports.svg import SHADES, heat_map
+from flipguard_onnx.reports.svg import SHADES, bars, heat_map
+from flipguard_onnx.reports.words import percent
 from tests.helpers.samples import matmul, save, weights
 from tools.attacks.measure import FOLDER
 
@@ -104,6 +105,14 @@ def test_heat_map_shades_cells_by_their_share():
         (sum(edge <= 1.0 for edge in SHADES), 260 + quarter, quarter),
         (0, 260 + 2 * quarter, 2 * quarter),
     }
+
+
+def test_bars_show_their_names_and_values():
+    svg = bars([(EVIL, 0.5, 1e-6), ("b", 0.25, 0.125)], ("before", "after"), percent)
+    assert "<img" not in svg
+    assert re.findall(r"h([\d.e-]+)v", svg) == ["480", "240", "0.00096", "120"]
+    texts = [t for t in re.findall(r">([^<>]*)</text>", svg) if "%" in t]
+    assert texts == ["&lt;0.01%", "12.50%", "50.00%"]
 
 
 @pytest.fixture(scope="module")
