@@ -9,11 +9,9 @@ import numpy.typing as npt
 
 from ..errors import DriftError, ValidationError
 from ..reports.guard import ActivationQuantization
-from ..reports.validation import Drift, Validation, pooled
+from ..reports.validation import Drift, Validation, drift_bound, drift_factor, pooled
 
 MAX_DRIFT = 3.0  # unbiased draws double the squared error of a weight: 1.41 times in relative L2
-SMALL_SAMPLE = 8.0  # n output values widen the bound by 1 + 8 / sqrt(n)
-DRIFT_FLOOR = 1e-3  # relative L2 below which drift is not judged
 LOGITS = range(2, 1_000_000)  # sizes of a last axis over which argmax is compared
 
 Array = npt.NDArray[Any]
@@ -31,13 +29,8 @@ def require_useful(validation: Validation, integers: ActivationQuantization) -> 
 
 
 def judge(nearest: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) -> None:
-    """Raise DriftError when the guarded drift is above `max_drift` times that of nearest rounding.
-
-    For outputs of n values in all, the bound is wider by 1 + 8 / sqrt(n).
-    """
-    values = sum(drift.values for drift in nearest)
-    factor = max_drift * (1 + SMALL_SAMPLE / math.sqrt(max(values, 1)))
-    bound = factor * max(pooled(nearest), DRIFT_FLOOR)
+    """Raise DriftError when the guarded drift is above the bound that `drift_bound` sets."""
+    factor, bound = drift_factor(nearest, max_drift), drift_bound(nearest, max_drift)
     if not pooled(guarded) <= bound:
         raise DriftError(
             f"the outputs drift by {pooled(guarded):.4f} (relative L2) from the original's; "
