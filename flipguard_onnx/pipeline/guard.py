@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy.typing as npt
@@ -29,9 +28,10 @@ from ..io.model import INLINE_LIMIT, Model, open_model
 from ..io.publish import check_target, publish, workspace
 from ..io.writer import Output
 from ..progress import Progress, meter
-from ..quantization.chunks import flip_weight
+from ..quantization.chunks import quantize_weight
 from ..quantization.error_feedback import InputMoments
 from ..quantization.kernels import compiling, get_backend, what_cuda_lacks
+from ..quantization.kernels.protocol import Kernels
 from ..quantization.rounding import Policy, QuantizedTensor, tensor_key
 from ..quantization.schemes import SCHEMES, Blocks, Scheme
 from ..reports.guard import GuardReport, Inspection, Tensor
@@ -216,7 +216,7 @@ def guard(
                 data_sha256=feeds_sha256(feeds) if feeds else None,
                 seed=drawn_seed if policy == "unbiased" else None,
                 draws=draw,
-                device=backend.__name__.rpartition(".")[2],
+                device=backend.device,
                 device_note=what_cuda_lacks() if device == "auto" else None,
                 tensors=tensors,
                 skipped=tuple(skipped),
@@ -343,7 +343,7 @@ def _guarded(
     form: tuple[Scheme, Blocks],
     rule: Policy,
     seed: int,
-    backend: ModuleType,
+    backend: Kernels,
     recorded: MomentRecorder | None,
     place: bool,
     sinks: dict[str, ModelWriter],
@@ -364,7 +364,24 @@ def _guarded(
         budgets.append(seen)
         tick(count)
 
-    flips = flip_weight(source, weight, kind, blocks, rule, key, backend, fed, place, look, done)
+    array = source.array(weight.tensor)
+    try:
+        flips = quantize_weight(
+            weight.name,
+            array,
+            weight.layout,
+            kind,
+            blocks,
+            rule,
+            key,
+            backend,
+            inputs=fed,
+            keep_moved=place,
+            inspect_part=look,
+            on_part_done=done,
+        )
+    except ModelError as error:
+        raise error.at(source.path) from None
     for sink in sinks.values():
         sink.add_weight(weight.name, kind, flips)
     return guarded_tensor(weight, kind, flips, unfed, reduce(add, budgets))
