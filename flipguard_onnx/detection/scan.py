@@ -26,7 +26,7 @@ MIN_WEIGHTS = 1000  # fewer prove nothing
 
 SUSPICIOUS = 0.0025  # share of the weights; see README for how these were chosen
 
-ALIGNED = 0.01  # above what may be chance and is SUSPICIOUS at most
+ALIGNED = 0.01  # how much more it takes for the verdict "aligned"
 
 NOISE = 0.6  # / sqrt(weights): the strength that may be chance
 
@@ -65,6 +65,7 @@ def scan(model: str | os.PathLike[str], *, progress: Progress | None = None) -> 
     Raises
     ------
     ModelError : the file cannot be read as a model, or a weight holds NaN or infinity
+    UnsupportedModelError : the model has sparse initializers or training information, for example
 
     Examples
     --------

@@ -203,8 +203,10 @@ def _gain(
 
 
 def _topk(grid: Grid, margins: Margins, ratio: float) -> Mask:
-    """The floor(ratio * n) weights of every block of n with the largest errors; of equals, the
-    first."""
+    """The floor(ratio * n) weights with the largest errors of every block of n.
+
+    Of equal errors, the first ones count.
+    """
     blocks = grid.blocks
     padded = np.full((blocks.rows, blocks.per_row * blocks.size), -1, np.float32)
     padded[:, : blocks.cols] = grid.errors(margins).reshape(blocks.rows, blocks.cols)

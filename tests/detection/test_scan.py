@@ -1,6 +1,8 @@
 """scan: which weights it calls prepared, for which grid, and which it does not."""
 
+import doctest
 import json
+from importlib import import_module
 from importlib.resources import files
 
 import jsonschema
@@ -190,6 +192,12 @@ def test_attacks_on_the_codes_are_found_and_their_schemes_named(entry):
 @pytest.mark.parametrize("name", ["mlp-clean", "cnn-clean", "lm-clean"])
 def test_clean_victims_are_clean(name):
     assert flipguard_onnx.scan(FOLDER / f"{name}.onnx").verdict.level == "clean"
+
+
+def test_the_example_in_the_documentation(monkeypatch):
+    monkeypatch.chdir(MODELS.parent)
+    results = doctest.testmod(import_module("flipguard_onnx.detection.scan"))
+    assert (results.failed, results.attempted) == (0, 4)
 
 
 def test_the_real_model_in_the_repository_is_clean():

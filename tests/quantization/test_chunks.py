@@ -1,5 +1,6 @@
 """A tensor in parts is what it is as a whole."""
 
+import doctest
 import time
 
 import numba
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from flipguard_onnx.errors import ModelError
+from flipguard_onnx.quantization import layout as layout_module
 from flipguard_onnx.quantization.chunks import parts, quantize_weight, stored_values
 from flipguard_onnx.quantization.kernels import get_backend, max_threads
 from flipguard_onnx.quantization.kernels.cuda import CudaKernels
@@ -103,6 +105,11 @@ def test_values_come_back_as_the_tensor_is_stored(name):
         layout, result, lambda part: part.grid.decode(part.codes), np.dtype("f4"), part_size=500
     )
     assert np.array_equal(decoded, layout.stored(result.grid.decode(result.codes)))
+
+
+def test_the_example_in_the_documentation():
+    results = doctest.testmod(layout_module)
+    assert (results.failed, results.attempted) == (0, 4)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

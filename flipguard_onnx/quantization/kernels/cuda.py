@@ -4,8 +4,8 @@ Host arrays go to the device tile by tile, so that a tensor may be larger than i
 streams: while one computes, the other copies. One thread takes one weight (`draw_with_feedback`:
 one row).
 
-Equal bits need correctly rounded divisions (no `fastmath`) and no product fused with a following
-sum: `scalar` has no sum of float32 that such a product goes into.
+Equal bits need correctly rounded divisions (no `fastmath`) and no product fused with a sum: in
+`scalar` no float32 product is an operand of a sum.
 """
 
 import itertools
