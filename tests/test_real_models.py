@@ -24,7 +24,7 @@ from flipguard_onnx.emit import weight_forms as qdq
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import file_sha256, open_model
 from flipguard_onnx.quantization.kernels import get_backend
-from flipguard_onnx.quantization.rounding import Policy, flip
+from flipguard_onnx.quantization.rounding import Policy, quantize_tensor
 from flipguard_onnx.quantization.schemes import SCHEMES
 from tests.helpers import oracles
 from tools.fetch_models import MODELS, path_of
@@ -68,7 +68,7 @@ def test_quantized_models_are_refused_in_one_line(name):
 def plain(weight, values, scheme, flat=False):
     blocks = weight.blocks(SCHEMES[scheme].block_size, flat)
     key, backend = np.uint64(0), get_backend("cpu")
-    return flip(
+    return quantize_tensor(
         weight.name,
         weight.canonical(values),
         SCHEMES[scheme],

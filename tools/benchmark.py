@@ -6,9 +6,9 @@ Prints a Markdown table, a row per scheme and storage type. All but the last col
 multiples of the copy's, the smallest of several repetitions each, copy and job in turn:
 
 codes: fit the grid, then the code and the offset of every weight; drawn: the same with an unbiased
-draw in the place of the offsets, plain and drawn codes; guard: the whole of `flip`, invariants and
-the arrays that it returns included; numpy: grid and codes, written plainly in numpy; onnxruntime:
-its own quantizer, on as many threads as it likes, which knows no bfloat16. two threads: how many
+draw instead of the offsets, nearest and drawn codes; guard: all of `quantize_tensor`, with its
+invariants and the arrays that it returns; numpy: grid and codes, written in plain numpy;
+onnxruntime: its own quantizer on any number of threads, without bfloat16. two threads: how many
 times as fast `drawn` is on two as on one, by the clock on the wall; all others are CPU time of one
 thread, but onnxruntime's, which is wall time, too. Per tensor, int8 is one block; otherwise blocks
 are of 64 weights.
@@ -28,13 +28,14 @@ from onnxruntime.capi import _pybind_state as native
 from onnxruntime.quantization.quant_utils import quantize_data
 
 from flipguard_onnx.quantization.kernels import get_backend
-from flipguard_onnx.quantization.rounding import Policy, flip
+from flipguard_onnx.quantization.kernels.protocol import RandomDraw
+from flipguard_onnx.quantization.rounding import Policy, quantize_tensor
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks, Codebook
 
 FORMS = ("int8", "int8-tensor", "int4", "nf4", "fp4")
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 COLS, BLOCK = 4096, 64
-KEY, ALL = np.uint64(1), np.float32(0)
+RANDOM = RandomDraw(key=np.uint64(1), first=np.uint64(0), limit=np.float32(0))  # all are drawn
 CPU = get_backend("cpu")
 
 Job = Callable[[], Any]
@@ -61,22 +62,23 @@ class Case:
     def kernels(self, name: str) -> Job:
         """Fit and run one kernel, into arrays that are there already."""
         blocks, size = self.blocks, self.values.size
-        low, high = (np.empty(blocks.count, np.float32) for _ in range(2))
-        codes, drawn = np.empty(size, np.int8), np.empty(size, np.int8)
+        extremes, weights = blocks.no_extremes(), blocks.weights(self.values)
+        nearest, drawn = np.empty(size, np.int8), np.empty(size, np.int8)
         offsets = np.empty(size, np.float32)
-        last = {"analyze": [codes, offsets], "draw": [KEY, np.uint64(0), ALL, codes, drawn]}[name]
-        read = blocks.read(self.values)
 
         def run() -> None:
-            CPU.extremes(*read, low, high)
-            grid = self.scheme.grid(low, high, blocks, self.values.dtype)
-            getattr(CPU, name)(*read, grid.operand, grid.absmax, grid.levels, *last)
+            CPU.extremes(weights, extremes)
+            grid = self.scheme.grid(extremes, blocks, self.values.dtype)
+            if name == "analyze":
+                CPU.analyze(weights, grid.scales, grid.levels, nearest, offsets)
+            else:
+                CPU.draw(weights, grid.scales, grid.levels, RANDOM, nearest, drawn)
 
         return run
 
     def guard(self) -> Job:
-        given = self.values, self.scheme, self.blocks, Policy(), KEY, CPU
-        return lambda: flip("w", *given)
+        scheme, blocks = self.scheme, self.blocks
+        return lambda: quantize_tensor("w", self.values, scheme, blocks, Policy(), RANDOM.key, CPU)
 
     def numpy(self) -> Job:
         rows = self.values.reshape(self.blocks.count, -1)

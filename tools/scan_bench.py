@@ -51,8 +51,8 @@ def verdict_on(path: Path, change: Change = lambda _, values: values) -> Verdict
 
 def judge(source: Model, pairs: Iterable[tuple[Weight, Values]], tensors: int) -> Verdict:
     """The verdict on these weights, sampled as those of a model of so many tensors."""
-    rng, most = np.random.default_rng(0), sample_size(tensors)
-    examined = [examine(source.path, w, w.stored(values), most, rng) for w, values in pairs]
+    rng, max_weights = np.random.default_rng(0), sample_size(tensors)
+    examined = [examine(w, w.stored(values), max_weights, rng) for w, values in pairs]
     return conclude(source, examined, (), 0.0).verdict
 
 

@@ -1,10 +1,10 @@
-"""How the weights of a tensor stand to the decision boundaries of every grid, and to placebos.
+"""Statistics: how far weights are from the decision boundaries of every grid, and of placebos.
 
-Rounding errors of honest weights are as good as random: their distance to the nearest boundary is
-nearly uniform, and it is the same on a grid with scales that no quantizer would choose. A placebo
-is such a grid: the same levels, the scales divided by some factor. What the weights do on the real
-grid and on none of its placebos was done to them for its sake; what the placebos show too (weights
-much smaller than the scale, weights that repeat) counts for nothing.
+The rounding errors of honest weights are as good as random: the distances to the nearest boundary
+are nearly uniform, and have the same distribution on a grid with scales that no quantizer would
+choose. A placebo is such a grid: the same levels, the scales divided by some factor. What shows on
+the real grid and on none of its placebos was done to the weights for that grid; what shows on the
+placebos as well (weights much smaller than the scale, weights that repeat) does not count.
 """
 
 import math
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..graph.weights import Weight
 from ..quantization.arrays import contiguous
 from ..quantization.chunks import parts
-from ..quantization.kernels import get_backend, get_survey
+from ..quantization.kernels import get_backend, get_scan_kernels
+from ..quantization.kernels.protocol import Extremes
+from ..quantization.layout import Layout
 from ..quantization.rounding import Policy, QuantizedTensor
 from ..quantization.schemes import SCHEMES, Blocks, Grid, Scheme
 from ..reports.scan import Alignment, Budget
@@ -30,26 +31,27 @@ GRIDS = {  # name -> scheme, and whether blocks run across the rows
     "fp4": ("fp4", True),
 }
 
-BINS = 100
+BINS = 100  # of a histogram of distances, from the boundary (bin 0) to the level
 
-LEVEL = 80  # bin from which on weights stand on the level: their rounding errors are no weapon
+PEAK_BINS = 80  # the first bins, where peaks count; in the others rounding errors are too small
 
 ON_LEVEL = slice(98, 100)  # the bins of weights that are a level
 
-SHOWN = 20  # bins of the histograms that are reported
+REPORTED_BINS = 20  # of the histograms in a report
 
-RUNS = 64  # a tensor is added up in so many parts
+RUNS = 64  # that the weights of a tensor are divided into for counting
 
-ALL = 1 << 22  # weights of a model that are counted, about
+MODEL_SAMPLE = 1 << 22  # weights of a model that are counted, about
 
-OF_A_TENSOR = 1 << 17, 1 << 20  # ... of a huge tensor, at least and at most
+TENSOR_SAMPLE = 1 << 17, 1 << 20  # weights of a large tensor that are counted, at least and at most
 
-PIECE = 1 << 14  # ... in pieces of so many
+SAMPLE_PART = 1 << 14  # weights of which a sample has all or none, about
 
-LIMIT = np.float32(0.75)  # of the largest of the block: placebos would clip what lies beyond
+LIMIT = np.float32(0.75)  # of a block's largest magnitude: placebos would clip what is above
 
-# of float32, zero where float16 was; the step of its smallest values
-FLOAT16_BITS, FLOAT16_STEP = range(13, 16), np.float32(2.0**-24)
+FLOAT16_ZERO_BITS = range(13, 16)  # how many low bits of a float32 are 0 if it was a float16
+
+FLOAT16_STEP = np.float32(2.0**-24)  # between the smallest values of float16
 
 WINDOW, AROUND = 3, 6  # bins of a peak, and of its surroundings on either side
 
@@ -59,11 +61,12 @@ Shares = npt.NDArray[np.float64]
 
 
 def _factors() -> Floats:
-    """The grid itself; FIXED placebos with one factor each; others with one drawn per block.
+    """Factors of the grid itself (1), of the FIXED placebos and of the DRAWN ones, by block.
 
-    On a fixed placebo the weights at one boundary still stand together, at another distance. It
-    tells apart the grids of the same blocks, whose boundaries stand together too. Factors per block
-    scatter them; that shows weights most of which stand at the same boundary.
+    A fixed placebo has one factor for all blocks: weights at one boundary stay together there, at
+    another distance. That tells apart grids with the same blocks, whose boundaries coincide as
+    well. A drawn placebo has a random factor per block, which scatters such weights; that reveals
+    weights most of which are at the same boundary.
     """
     drawn = np.random.default_rng(0).uniform(-0.12, 0.12, (3, 1021))
     fixed = np.repeat([[0.0], [-0.1], [-0.06], [-0.03], [0.03], [0.06], [0.1]], 1021, axis=1)
@@ -79,53 +82,64 @@ DRAWN = slice(7, 10)
 
 
 def sample_size(tensors: int) -> int:
-    """About how many weights of each tensor are counted in a model of so many tensors."""
-    return int(np.clip(ALL // max(tensors, 1), *OF_A_TENSOR))
+    """About how many weights of each tensor are counted in a model with this many tensors."""
+    fewest, most = TENSOR_SAMPLE
+    return int(np.clip(MODEL_SAMPLE // max(tensors, 1), fewest, most))
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How many weights there are, and the sum of the squares of how often each magnitude occurs."""
+class Repetition:
+    """How often weights repeat.
+
+    weights: how many are not 0. squares: sum, over all magnitudes that occur, of the square of how
+    often each occurs.
+    """
 
     weights: int
-    repeats: int
+    squares: int
 
-    def __add__(self, other: "Spread") -> "Spread":
-        return Spread(self.weights + other.weights, self.repeats + other.repeats)
+    def __add__(self, other: "Repetition") -> "Repetition":
+        return Repetition(self.weights + other.weights, self.squares + other.squares)
 
     @classmethod
-    def of(cls, judged: Floats) -> "Spread":
-        magnitudes = np.sort(np.abs(judged[judged != 0]))
+    def among(cls, weights: Floats) -> "Repetition":
+        """Count the weights."""
+        magnitudes = np.sort(np.abs(weights[weights != 0]))
         ends = np.flatnonzero(np.diff(magnitudes, append=np.inf))
         times = np.diff(ends, prepend=-1)
         return cls(magnitudes.size, int(times @ times))
 
     @property
     def independent(self) -> float:
-        """As many weights that do not repeat would be as telling as these."""
-        return self.weights**2 / max(self.repeats, 1)
+        """How many weights that do not repeat would tell as much: Kish's effective sample size."""
+        return self.weights**2 / max(self.squares, 1)
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Weights of one or more tensors, counted on one grid: see `kernels.survey`."""
+    """Weights of one or more tensors, counted on one grid and its placebos.
 
-    counts: npt.NDArray[np.int64]  # [grids, bins]
-    sums: Shares  # [6]: those of `kernels.account`, and sum |w|
-    outliers: Shares  # per block: largest / second largest magnitude
-    spread: Spread
+    counts: [grids, BINS], by distance to the nearest boundary. sums: float64 [6], those of
+    `ScanKernels.rounding_error_sums` and the sum of all magnitudes. outliers: of every block,
+    largest / second largest magnitude.
+    """
+
+    counts: npt.NDArray[np.int64]
+    sums: npt.NDArray[np.float64]
+    outliers: npt.NDArray[np.float64]
+    repetition: Repetition
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(
             self.counts + other.counts,
             self.sums + other.sums,
             np.concatenate([self.outliers, other.outliers]),
-            self.spread + other.spread,
+            self.repetition + other.repetition,
         )
 
     @property
     def shares(self) -> Shares:
-        """Of the weights counted on each grid, [grids, bins]."""
+        """Of the weights counted on each grid, [grids, BINS]."""
         shares: Shares = self.counts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
         return shares
 
@@ -134,106 +148,118 @@ class Tally:
 class Sample:
     """Some whole rows of a tensor, in its storage type, flat in canonical order.
 
-    low, high: the extremes of the whole tensor; NaN where one of its values is.
+    lowest, highest: the extremes of the whole tensor; NaN if one of its values is.
     """
 
     values: npt.NDArray[Any]
-    low: np.float32
-    high: np.float32
+    layout: Layout
+    lowest: np.float32
+    highest: np.float32
 
     @classmethod
-    def of(
-        cls, weight: Weight, values: npt.NDArray[Any], most: int, rng: np.random.Generator
+    def take(
+        cls,
+        array: npt.NDArray[Any],
+        layout: Layout,
+        max_weights: int,
+        rng: np.random.Generator,
     ) -> "Sample":
-        """All rows of values as they are stored, or about `most` weights chosen at random."""
-        stored = values.transpose(weight.perm)
-        found = list(parts(weight, weight.blocks(SCHEMES["nf4"].block_size, flat=True), PIECE))
-        kept = -(-len(found) * most // weight.size)
-        chosen = sorted(rng.choice(len(found), min(kept, len(found)), replace=False))
-        picked = np.concatenate([contiguous(stored[found[i].index]).reshape(-1) for i in chosen])
-        whole = Blocks(1, weight.size, weight.size)
-        low, high = whole.extremes(values.reshape(-1), get_backend("cpu"))
-        return cls(picked, low[0], high[0])
+        """Take all rows of a tensor as it is stored, or about `max_weights` chosen at random."""
+        canonical = array.transpose(layout.perm)
+        blocks = layout.blocks(SCHEMES["nf4"].block_size, flat=True)
+        found = list(parts(layout, blocks, SAMPLE_PART))
+        count = min(-(-len(found) * max_weights // layout.size), len(found))
+        chosen = sorted(rng.choice(len(found), count, replace=False))
+        values = np.concatenate([contiguous(canonical[found[i].index]).reshape(-1) for i in chosen])
+        whole = Blocks(1, layout.size, layout.size)
+        extremes = whole.extremes(array.reshape(-1), get_backend("cpu"))
+        return cls(values, layout, extremes.lowest[0], extremes.highest[0])
 
-    def grid(self, weight: Weight, scheme: Scheme, flat: bool) -> Grid:
-        """The grid that the scheme lays over these weights."""
-        backend = get_backend("cpu")
-        whole = weight.blocks(scheme.block_size, flat)
+    def grid(self, scheme: Scheme, flat: bool) -> Grid:
+        """The grid that the scheme lays over these weights; `flat`: blocks run across rows."""
+        whole = self.layout.blocks(scheme.block_size, flat)
         rows = 1 if flat else self.values.size // whole.cols
         cols = self.values.size // rows
         blocks = Blocks(rows, cols, min(whole.size, cols))
         if whole.count == 1:
-            extremes = np.full(1, self.low), np.full(1, self.high)
-            return scheme.grid(*extremes, blocks, self.values.dtype)
-        return scheme.fit(self.values, blocks, self.values.dtype, backend)
+            extremes = Extremes(np.full(1, self.lowest), np.full(1, self.highest))
+            return scheme.grid(extremes, blocks, self.values.dtype)
+        return scheme.fit(self.values, blocks, self.values.dtype, get_backend("cpu"))
 
 
-def tallies(weight: Weight, sample: Sample) -> dict[str, Tally]:
-    """One tensor on each of GRIDS."""
+def tallies(sample: Sample) -> dict[str, Tally]:
+    """Count one tensor on each of GRIDS."""
     weights = sample.values.astype(np.float32)
-    judged = judgeable(sample.values)
-    spread = Spread.of(judged)
+    smoothed = without_lattice(sample.values)
+    repetition = Repetition.among(smoothed)
     found = {}
     for name, (scheme, flat) in GRIDS.items():
-        grid = sample.grid(weight, SCHEMES[scheme], flat)
-        counted = tally(weights, judged, spread, grid)
-        found[name] = replace(counted, sums=counted.sums * (weight.size / weights.size))
+        grid = sample.grid(SCHEMES[scheme], flat)
+        counted = tally(weights, smoothed, repetition, grid)
+        found[name] = replace(counted, sums=counted.sums * (sample.layout.size / weights.size))
     return found
 
 
-def tally(weights: Floats, judged: Floats, spread: Spread, grid: Grid) -> Tally:
-    """Count flat weights on their grid and on its placebos; `judged` as from judgeable()."""
-    kernels = get_survey()
+def tally(weights: Floats, smoothed: Floats, repetition: Repetition, grid: Grid) -> Tally:
+    """Count flat weights [n] on one grid and its placebos.
+
+    Parameters
+    ----------
+    weights : in float32
+    smoothed : the same from `without_lattice`, whose distances are counted
+    repetition : among `smoothed`
+    """
+    kernels = get_scan_kernels()
     counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
-    grid.survey(judged, LIMIT, FACTORS, counts, kernels)
-    sums = np.append(grid.account(weights, np.float32(0), kernels), _total(weights))
+    grid.survey(smoothed, LIMIT, FACTORS, counts, kernels)
+    sums = np.append(grid.rounding_error_sums(weights, np.float32(0), kernels), _magnitude(weights))
     first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
-    kernels.largest_two(weights, (grid.blocks.cols, grid.blocks.size), first, second)
+    kernels.largest_two(grid.blocks.float_weights(weights), first, second)
     used = second > 0
     outliers = first[used].astype(np.float64) / second[used]
-    return Tally(counts.sum(axis=0, dtype=np.int64), sums, outliers, spread)
+    return Tally(counts.sum(axis=0, dtype=np.int64), sums, outliers, repetition)
 
 
-def judgeable(values: npt.NDArray[Any]) -> Floats:
-    """The weights as they are counted, of values in their storage type.
+def without_lattice(values: npt.NDArray[Any]) -> Floats:
+    """The weights, in float32, as their distances are counted.
 
-    Weights that were stored in fewer bits than float32 has stand on a lattice, which beats with
-    the grids; each is put somewhere in the interval that was rounded to it.
+    Weights that were once stored in a type coarser than float32 lie on a lattice, which makes a
+    moiré with the grids. Each is put at random somewhere in the interval that was rounded to it.
     """
     weights = values.astype(np.float32)
     bits = int(np.bitwise_or.reduce(weights.view(np.uint32)))
-    dropped = min((bits & -bits).bit_length() - 1, 23) if bits else 0
+    zero_bits = min((bits & -bits).bit_length() - 1, 23) if bits else 0
     if values.dtype == np.float16:
-        dropped = FLOAT16_BITS.start
-    if not dropped:
+        zero_bits = FLOAT16_ZERO_BITS.start
+    if not zero_bits:
         return weights
-    step = np.spacing(np.abs(weights)) * np.float32(2**dropped)
-    if dropped in FLOAT16_BITS:
+    step = np.spacing(np.abs(weights)) * np.float32(2**zero_bits)
+    if zero_bits in FLOAT16_ZERO_BITS:
         step = np.maximum(step, FLOAT16_STEP)
     noise = np.random.default_rng(0).random(weights.size, np.float32) - np.float32(0.5)
-    judged: Floats = weights + noise * step
-    judged[weights == 0] = 0
-    return judged
+    smoothed: Floats = weights + noise * step
+    smoothed[weights == 0] = 0
+    return smoothed
 
 
 def alignment(name: str, tally: Tally) -> Alignment:
-    """What a tally says of the grid called `name`."""
+    """What a tally says about the grid called `name`."""
     counted = int(tally.counts[0].sum())
     shares = tally.shares
     expected = shares[DRAWN].mean(axis=0)
-    peak, at = _excess(shares[0], shares[FIXED], LEVEL)
+    peak, peak_bin = _excess(shares[0], shares[FIXED], PEAK_BINS)
     edge, _ = _excess(shares[0], shares[DRAWN], BINS // 10, 2)
     nonzero, lost, error, stuck, variance, total = tally.sums
     return Alignment(
         grid=name,
         weights=counted,
-        independent=int(min(tally.spread.independent, counted)),
-        histogram=_shown(shares[0]),
-        placebo=_shown(expected),
-        departure=_furthest(shares[0] - 1 / BINS) if counted else 0.0,
-        shift=_furthest(shares[0] - expected),
+        independent=int(min(tally.repetition.independent, counted)),
+        histogram=_reported(shares[0]),
+        placebo=_reported(expected),
+        departure=_largest_difference(shares[0] - 1 / BINS) if counted else 0.0,
+        shift=_largest_difference(shares[0] - expected),
         peak=peak,
-        peak_at=(at + 0.5) / BINS,
+        peak_at=(peak_bin + 0.5) / BINS,
         edge=edge,
         collapse=float(lost / max(nonzero, 1)),
         outlier=float(np.median(tally.outliers)) if tally.outliers.size else 1.0,
@@ -241,39 +267,42 @@ def alignment(name: str, tally: Tally) -> Alignment:
     )
 
 
-def budget(values: npt.NDArray[Any], flips: QuantizedTensor, policy: Policy) -> Budget:
-    """The alignment budget of weights, flat in canonical order, that are guarded like this."""
+def budget(values: npt.NDArray[Any], quantized: QuantizedTensor, policy: Policy) -> Budget:
+    """The alignment budget of weights [n], flat in canonical order, quantized under a policy."""
     weights = values.astype(np.float32, copy=False)
+    grid = quantized.grid
     if policy.name == "unbiased":
         limit = np.float32((1 - policy.tau) / 2)
-        _, _, nearest, stuck, variance = flips.grid.account(weights, limit, get_survey()).tolist()
-        return Budget(nearest, stuck, math.sqrt(variance), _total(weights))
-    plain, left = (
-        float(np.abs(flips.grid.decode(codes).astype(np.float64) - weights).sum())
-        for codes in (flips.plain, flips.codes)
+        sums = grid.rounding_error_sums(weights, limit, get_scan_kernels())
+        _, _, total, stuck, variance = sums.tolist()
+        return Budget(total, stuck, math.sqrt(variance), _magnitude(weights))
+    total, left = (
+        float(np.abs(grid.decode(codes).astype(np.float64) - weights).sum())
+        for codes in (quantized.nearest, quantized.codes)
     )
-    return Budget(plain, left, 0.0, _total(weights))
+    return Budget(total, left, 0.0, _magnitude(weights))
 
 
-def _total(weights: Floats) -> float:
+def _magnitude(weights: Floats) -> float:
     """Sum of the magnitudes."""
     return float(np.abs(weights).sum(dtype=np.float64))
 
 
 def _excess(real: Shares, placebos: Shares, bins: int, times: int = 1) -> tuple[float, int]:
-    """By how much the largest peak of the first `bins` exceeds `times` the placebos'; its bin.
+    """By how much the highest peak in the first `bins` exceeds `times` the placebos' highest.
 
-    Peaks are looked for in what is left of a histogram less the mean of the placebos'.
+    A peak is one of the difference between a histogram and the mean of the placebos' (the others',
+    for a placebo). Returns 0 where it does not, and the bin of the peak.
     """
     peaks = _peaks(real - placebos.mean(axis=0))
-    at = int(np.argmax(peaks[:bins]))
+    highest = int(np.argmax(peaks[:bins]))
     others = (placebos.sum(axis=0) - placebos) / (len(placebos) - 1)
-    height = peaks[at] - times * max(_peaks(row).max() for row in placebos - others)
-    return max(float(height), 0.0), at
+    height = peaks[highest] - times * max(_peaks(row).max() for row in placebos - others)
+    return max(float(height), 0.0), highest
 
 
 def _peaks(shares: Shares) -> Shares:
-    """Share of the WINDOW around each bin above what the bins AROUND it let expect."""
+    """By how much the WINDOW at each bin exceeds what the bins AROUND it would lead to expect."""
     width = WINDOW + 2 * AROUND
     mirrored = np.pad(shares, width // 2, mode="symmetric")
     window = np.convolve(mirrored, np.ones(WINDOW), "same")
@@ -282,10 +311,10 @@ def _peaks(shares: Shares) -> Shares:
     return peaks
 
 
-def _furthest(difference: Shares) -> float:
-    """Largest magnitude of the cumulative difference of two histograms."""
+def _largest_difference(difference: Shares) -> float:
+    """Largest magnitude of the cumulative difference of two histograms (Kolmogorov-Smirnov)."""
     return float(np.abs(np.cumsum(difference)).max())
 
 
-def _shown(shares: Shares) -> tuple[float, ...]:
-    return tuple(map(float, shares.reshape(SHOWN, -1).sum(axis=1)))
+def _reported(shares: Shares) -> tuple[float, ...]:
+    return tuple(map(float, shares.reshape(REPORTED_BINS, -1).sum(axis=1)))

@@ -1,4 +1,4 @@
-"""Recognise weights that lie on a grid already, as after quantization."""
+"""Recognize weights that are on a grid already, as after quantization."""
 
 from collections.abc import Iterable
 
@@ -7,43 +7,48 @@ import numpy as np
 from .alignment import DRAWN, ON_LEVEL, Floats, Tally
 
 
-def on_levels(counted: Iterable[Tally]) -> bool:
-    """Whether most weights are levels of one of the grids, which chance makes of a few."""
-    on_level = [tally.shares[:, ON_LEVEL].sum(axis=1) for tally in counted]
+def most_are_levels(tallies: Iterable[Tally]) -> bool:
+    """Whether most weights are levels of one of the grids; by chance only a few are."""
+    on_level = [tally.shares[:, ON_LEVEL].sum(axis=1) for tally in tallies]
     return any(shares[0] > 0.5 and shares[DRAWN].mean() < 0.25 for shares in on_level)
 
 
-def on_a_grid(weights: Floats, cols: int) -> bool:
-    """Whether most weights repeat among their neighbours, as those that were quantized once do.
+def most_repeat(weights: Floats, cols: int) -> bool:
+    """Whether most weights repeat among their neighbours, as after an unknown quantizer.
 
-    Looked at are the weights other than 0 of 256 rows: runs of 32 with at most 16 magnitudes (grids
-    of up to 4 bits), or runs of up to 4096, in a row or across rows, that are all multiples of one
-    step or have at most 256 values (8 bits).
+    Weights other than 0 of up to 256 rows are looked at: runs of 32 with at most 16 magnitudes
+    (grids of up to 4 bits), or runs of up to 4096, in a row or across rows, that are all multiples
+    of one step or have at most 256 values (8 bits).
+
+    Parameters
+    ----------
+    weights : flat rows of `cols` weights
     """
     rows = weights.reshape(-1, cols)
     picked = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).astype(int)]
     used = [row[row != 0] for row in picked]
     pooled = np.concatenate(used)
     runs = np.sort(np.abs(pooled[: pooled.size // 32 * 32]).reshape(-1, 32))
-    values = 1 + np.count_nonzero(np.diff(runs), axis=1)
+    magnitudes = 1 + np.count_nonzero(np.diff(runs), axis=1)
     return (
-        _mostly(values <= 16)
-        or _mostly(_stepped(run) for run in _cut(pooled, 4096))
-        or _mostly(_stepped(row[:4096]) for row in used)
+        _majority(magnitudes <= 16)
+        or _majority(_on_steps(run) for run in _runs(pooled, 4096))
+        or _majority(_on_steps(row[:4096]) for row in used)
     )
 
 
-def _cut(values: Floats, size: int) -> list[Floats]:
-    """Runs of `size`; what is left over at the end only if there is nothing else."""
+def _runs(values: Floats, size: int) -> list[Floats]:
+    """Runs of `size`; a shorter one only if there is no other."""
     return [values[i : i + size] for i in range(0, max(values.size - size, 0) + 1, size)]
 
 
-def _mostly(found: Iterable[bool]) -> bool:
-    answers = list(found)
+def _majority(votes: Iterable[bool]) -> bool:
+    answers = list(votes)
     return sum(answers) > len(answers) / 2
 
 
-def _stepped(run: Floats) -> bool:
+def _on_steps(run: Floats) -> bool:
+    """Whether all are multiples of one step, up to a shift, or a long run has few values."""
     values = np.unique(run)
     if run.size >= 1024 and values.size <= 256:
         return True

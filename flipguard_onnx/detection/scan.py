@@ -1,4 +1,4 @@
-"""scan(): was this model prepared for a quantizer, and for which one?"""
+"""scan(): were the weights of a model prepared for a quantizer, and for which one?"""
 
 import os
 import time
@@ -7,33 +7,34 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .. import __version__
-from ..errors import UnsupportedModelError
+from ..errors import ModelError, UnsupportedModelError
 from ..graph.weights import Weight, find_weights
 from ..io.model import Model, open_model
 from ..progress import Progress
-from ..quantization.chunks import refuse
+from ..quantization.rounding import unsound
 from ..reports.scan import LEVELS, NOT_JUDGED, Alignment, Scan, ScannedTensor, Skipped, Verdict
 from .alignment import Sample, Tally, alignment, sample_size, tallies
-from .prequantized import on_a_grid, on_levels
+from .prequantized import most_are_levels, most_repeat
 
-FEWEST = 1000  # weights; what fewer do says nothing
+MIN_WEIGHTS = 1000  # fewer prove nothing
 
 SUSPICIOUS = 0.0025  # share of the weights; see README for how these were chosen
 
-ALIGNED = 0.01  # above that
+ALIGNED = 0.01  # how much more it takes for the verdict "aligned"
 
-NOISE = 0.6  # / sqrt(weights): how far chance takes it
+NOISE = 0.6  # / sqrt(weights): the strength that may be chance
 
-ECHO = 0.15  # of the strongest grid's strength: others share some boundaries with it
+ECHO = 0.15  # of the strongest grid's strength; others share some of its boundaries
 
-TOO_FEW = Verdict(NOT_JUDGED, f"fewer than {FEWEST} weights that count (judged with the others)")
+TOO_FEW = Verdict(
+    NOT_JUDGED, f"fewer than {MIN_WEIGHTS} weights that count (judged with the others)"
+)
 
 ON_GRID = Verdict(NOT_JUDGED, "the weights lie on a grid already, as after quantization")
 
@@ -44,38 +45,67 @@ GUARDED = (
 
 NOTHING = Verdict(NOT_JUDGED, "there are no weights to judge")
 
-# and what was counted on each grid: nothing if the tensor lies on a grid
+# A tensor's verdict, and by grid what was counted on it; nothing if the tensor is on a grid already
 Examined = tuple[ScannedTensor, dict[str, Tally]]
 
 
 def scan(model: str | os.PathLike[str], *, progress: Progress | None = None) -> Scan:
     """Judge whether the weights of an ONNX file were prepared for a quantizer.
 
-    Raises ModelError, UnsupportedModelError when the file cannot be read, or a weight holds NaN.
+    Parameters
+    ----------
+    model : path of an ONNX file; it is not changed
+    progress : called with (stage, tensors done, tensors in all)
+
+    Returns
+    -------
+    Scan : the verdict on the model and on every tensor, with the statistics behind it. A model
+        that is quantized already has the verdict "not judged".
+
+    Raises
+    ------
+    ModelError : the file cannot be read as a model, or a weight holds NaN or infinity
+    UnsupportedModelError : the model has sparse initializers or training information, for example
+
+    Examples
+    --------
+    >>> import flipguard_onnx
+    >>> result = flipguard_onnx.scan("models/silero_vad.onnx")
+    >>> result.verdict.level
+    'clean'
+    >>> len(result.tensors)
+    16
     """
     started = time.perf_counter()
     source = open_model(model)
-    say = progress or (lambda *_: None)
     try:
         weights, skipped = find_weights(source.proto)
     except UnsupportedModelError as error:
         seconds = time.perf_counter() - started
         return _result(source, Verdict(NOT_JUDGED, str(error)), (), (), (), seconds)
-    return scan_weights(source, weights, skipped, say)
+    return scan_weights(source, weights, skipped, progress or (lambda *_: None))
 
 
 def scan_weights(
-    source: Model, weights: Sequence[Weight], skipped: Sequence[Skipped], say: Progress
+    source: Model, weights: Sequence[Weight], skipped: Sequence[Skipped], progress: Progress
 ) -> Scan:
-    """scan() of a model that has been opened. Raises ModelError when a weight holds NaN."""
+    """scan() of a model that has been opened.
+
+    Raises
+    ------
+    ModelError : a weight holds NaN or infinity
+    """
     started = time.perf_counter()
-    most = sample_size(len(weights))
-    rng = np.random.default_rng(_digest(source))
+    max_weights = sample_size(len(weights))
+    rng = np.random.default_rng(_seed(source))
     examined: list[Examined] = []
     for weight in weights:
-        say("scanning", len(examined), len(weights))
-        examined.append(examine(source.path, weight, source.array(weight.tensor), most, rng))
-    say("scanning", len(examined), len(weights))
+        progress("scanning", len(examined), len(weights))
+        try:
+            examined.append(examine(weight, source.array(weight.tensor), max_weights, rng))
+        except ModelError as error:
+            raise error.at(source.path) from None
+    progress("scanning", len(examined), len(weights))
     return conclude(source, examined, skipped, time.perf_counter() - started)
 
 
@@ -83,66 +113,74 @@ def conclude(
     source: Model, examined: Sequence[Examined], skipped: Sequence[Skipped], seconds: float
 ) -> Scan:
     """The scan of a model whose weights have been examined one by one."""
-    pool = [counted for _, counted in examined if counted]
+    counted = [by_grid for _, by_grid in examined if by_grid]
     together: tuple[Alignment, ...] = ()
-    if pool:
-        sums = {grid: reduce(add, (counted[grid] for counted in pool)) for grid in pool[0]}
+    if counted:
+        sums = {grid: reduce(add, (tallies[grid] for tallies in counted)) for grid in counted[0]}
         together = tuple(alignment(grid, tally) for grid, tally in sums.items())
     tensors = tuple(tensor for tensor, _ in examined)
-    verdict = of_model(of_tensor(together) if together else NOTHING, tensors)
+    verdict = model_verdict(tensor_verdict(together) if together else NOTHING, tensors)
     if any(entry.key == "flipguard.version" for entry in source.proto.metadata_props):
         verdict = replace(verdict, reason=f"{verdict.reason}; {GUARDED}")
     return _result(source, verdict, together, tensors, skipped, seconds)
 
 
-def _digest(source: Model) -> list[int]:
-    """Of the model's files: nobody can prepare a file for the sample that is taken of it."""
+def _seed(source: Model) -> list[int]:
+    """From the digests of the model's files: no one can prepare a file for the sample taken."""
     return [int(digest, 16) for digest in (source.sha256, *source.data_sha256.values())]
 
 
 def examine(
-    path: Path, weight: Weight, values: npt.NDArray[Any], most: int, rng: np.random.Generator
+    weight: Weight, array: npt.NDArray[Any], max_weights: int, rng: np.random.Generator
 ) -> Examined:
-    """Judge one tensor, its values as they are stored, or a sample of about `most` of them.
+    """Judge one tensor, or a sample of it.
 
-    Raises ModelError, which names the model at `path`, when a value is not finite.
+    Parameters
+    ----------
+    array : the tensor as it is stored
+    max_weights : about how many of its weights are judged
+
+    Raises
+    ------
+    ModelError : a value is not finite
     """
-    sample = Sample.of(weight, values, most, rng)
-    if not np.isfinite([sample.low, sample.high]).all():
-        refuse(path, weight, weight.blocks(None, flat=False), values.transpose(weight.perm))
-    counted = tallies(weight, sample)
-    alignments = tuple(alignment(name, tally) for name, tally in counted.items())
-    verdict = of_tensor(alignments)
+    sample = Sample.take(array, weight.layout, max_weights, rng)
+    if not np.isfinite([sample.lowest, sample.highest]).all():
+        raise unsound(weight.name, array)
+    by_grid = tallies(sample)
+    alignments = tuple(alignment(name, tally) for name, tally in by_grid.items())
+    verdict = tensor_verdict(alignments)
     floats = sample.values.astype(np.float32)
-    if on_levels(counted.values()) or on_a_grid(floats, weight.blocks(None, flat=False).cols):
-        verdict, counted = ON_GRID, {}
+    cols = weight.blocks(None, flat=False).cols
+    if most_are_levels(by_grid.values()) or most_repeat(floats, cols):
+        verdict, by_grid = ON_GRID, {}
     shape, size = weight.shape, weight.size
-    return ScannedTensor(weight.name, weight.op, shape, size, verdict, alignments), counted
+    return ScannedTensor(weight.name, weight.op, shape, size, verdict, alignments), by_grid
 
 
-def of_tensor(alignments: Sequence[Alignment]) -> Verdict:
-    """The verdict on weights that stand to the grids like this."""
-    if max(a.weights for a in alignments) < FEWEST:
+def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
+    """The verdict on weights, from their alignment with every grid."""
+    if max(a.weights for a in alignments) < MIN_WEIGHTS:
         return TOO_FEW
     found = [a for a in alignments if a.strength > _chance(a)]
     if not found:
         return Verdict("clean", "no grid's boundaries attract its weights")
-    # grids with one wrong scale tell apart grids of the same blocks, others do not
+    # a peak, measured against the fixed placebos, tells apart grids with the same blocks
     found = [a for a in found if a.peak > _chance(a)] or found
     found.sort(key=lambda a: -a.strength)
     first = found[0]
-    place = f"{first.peak_at:.2f}" if first.peak >= first.edge else "less than 0.1"
+    distance = f"{first.peak_at:.2f}" if first.peak >= first.edge else "less than 0.1"
     return Verdict(
         "aligned" if first.strength > ALIGNED + _chance(first) else "suspicious",
-        f"{first.strength:.1%} of the weights stand {place} half-gaps from the boundaries of "
+        f"{first.strength:.1%} of the weights stand {distance} half-gaps from the boundaries of "
         f"{first.grid} where only that grid explains it",
         tuple(a.grid for a in found if a.strength > ECHO * first.strength),
         first.strength,
     )
 
 
-def of_model(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdict:
-    """The verdict on the model: the worst of its tensors', and of all weights `together`."""
+def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdict:
+    """The verdict on a model: the worst of the one on all weights `together` and its tensors'."""
     alarming = [tensor for tensor in tensors if tensor.verdict.alarming]
     unjudged = [tensor for tensor in tensors if tensor.verdict is ON_GRID]
     if not alarming and not together.alarming:
@@ -169,7 +207,7 @@ def of_model(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdict:
 
 
 def _chance(alignment: Alignment) -> float:
-    """The strength up to which a grid means nothing."""
+    """The strength up to which the alignment may be chance."""
     return SUSPICIOUS + NOISE / float(np.sqrt(max(alignment.independent, 1)))
 
 

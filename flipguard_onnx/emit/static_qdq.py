@@ -186,7 +186,7 @@ class StaticQdqWriter:
     def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
         if not self._plain:
             self._float.add_weight(name, scheme, flips)
-        self._guarded[name] = scheme, flips.grid, flips.plain if self._plain else flips.codes
+        self._guarded[name] = scheme, flips.grid, flips.nearest if self._plain else flips.codes
 
     def save(self, metadata: dict[str, str]) -> None:
         self._float.save({})

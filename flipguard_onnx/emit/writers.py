@@ -11,7 +11,7 @@ from ..graph.copies import IndexedModel
 from ..io.model import Model
 from ..io.writer import Output
 from ..quantization.arrays import raw_bytes
-from ..quantization.chunks import stored
+from ..quantization.chunks import stored_values
 from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Scheme
 from .weight_forms import Emitter
@@ -47,7 +47,7 @@ class QdqWriter:
 
     def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
         if weight := self._weights.get(name):
-            codes = flips.plain if self._plain else flips.codes
+            codes = flips.nearest if self._plain else flips.codes
             self.forms[name] = self._emitter.emit(weight, scheme, flips.grid, codes)
 
     def save(self, metadata: dict[str, str]) -> None:
@@ -75,7 +75,7 @@ class FloatWriter:
         if not weight:
             return
         dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type)
-        values = stored(weight, flips, self._values, dtype)
+        values = stored_values(weight.layout, flips, self._values, dtype)
         self.output.store(weight.tensor, raw_bytes(values), inline=weight.node is not None)
 
     def save(self, metadata: dict[str, str]) -> None:

@@ -11,12 +11,11 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..errors import UnsupportedModelError
-from ..quantization.arrays import contiguous
+from ..quantization.layout import Layout
 from ..quantization.schemes import Blocks
 from ..reports.scan import Skipped
 from .operators import FLOATS, ROLES
@@ -61,24 +60,25 @@ class Weight:
         return self.size * helper.tensor_dtype_to_np_dtype(self.tensor.data_type).itemsize
 
     @property
+    def layout(self) -> Layout:
+        return Layout(self.shape, self.rows)
+
+    @property
     def perm(self) -> tuple[int, ...]:
-        """Axes in canonical order: those of the output channels, then all others."""
-        return self.rows + tuple(a for a in range(len(self.shape)) if a not in self.rows)
+        """See `Layout.perm`."""
+        return self.layout.perm
 
     def blocks(self, size: int | None, flat: bool) -> Blocks:
-        """Cut the canonical matrix into blocks: None takes whole rows; `flat` runs across rows."""
-        rows = 1 if flat else prod(self.shape[a] for a in self.rows)
-        cols = self.size // rows
-        return Blocks(rows, cols, min(size or cols, cols))
+        """See `Layout.blocks`."""
+        return self.layout.blocks(size, flat)
 
     def canonical(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Stored layout to flat rows of output channels."""
-        return contiguous(values.transpose(self.perm)).reshape(-1)
+        """See `Layout.canonical`."""
+        return self.layout.canonical(values)
 
     def stored(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Flat rows of output channels back to the stored layout (a view)."""
-        shape = tuple(self.shape[a] for a in self.perm)
-        return flat.reshape(shape).transpose(np.argsort(self.perm))
+        """See `Layout.stored`."""
+        return self.layout.stored(flat)
 
 
 def find_weights(

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy.typing as npt
@@ -14,10 +13,12 @@ from ..calibration.moments import Moments
 from ..detection.alignment import budget
 from ..emit.static_qdq import Calibration, StaticQdqWriter
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, guarded_values
+from ..errors import ModelError
 from ..io.model import Model
 from ..progress import Progress, meter
-from ..quantization.chunks import flip_weight
+from ..quantization.chunks import quantize_weight
 from ..quantization.error_feedback import InputMoments
+from ..quantization.kernels.protocol import Kernels
 from ..quantization.rounding import Policy, QuantizedTensor, tensor_key
 from ..reports.guard import ActivationQuantization, Tensor
 from ..reports.scan import Budget
@@ -109,7 +110,7 @@ class WeightQuantizer:
     model: Model
     policy: Policy
     seed: int
-    kernels: ModuleType
+    kernels: Kernels
     moments: Moments
     moved: bool
 
@@ -121,33 +122,37 @@ class WeightQuantizer:
         inputs = self.moments.of(weight)
         budgets: list[Budget] = []
 
-        def account(values: npt.NDArray[Any], flips: QuantizedTensor) -> Budget:
-            return budget(values, flips, self.policy)
+        def account(values: npt.NDArray[Any], quantized: QuantizedTensor) -> Budget:
+            return budget(values, quantized, self.policy)
 
         def done(count: int, found: Budget) -> None:
             budgets.append(found)
             advance(count)
 
-        flips = flip_weight(
-            self.model,
-            weight,
-            plan.scheme,
-            plan.blocks,
-            self.policy,
-            tensor_key(self.seed, weight.name),
-            self.kernels,
-            inputs if isinstance(inputs, InputMoments) else None,
-            self.moved,
-            account,
-            done,
-        )
+        try:
+            quantized = quantize_weight(
+                weight.name,
+                self.model.array(weight.tensor),
+                weight.layout,
+                plan.scheme,
+                plan.blocks,
+                self.policy,
+                tensor_key(self.seed, weight.name),
+                self.kernels,
+                inputs=inputs if isinstance(inputs, InputMoments) else None,
+                keep_moved=self.moved,
+                inspect_part=account,
+                on_part_done=done,
+            )
+        except ModelError as error:
+            raise error.at(self.model.path) from None
         for writer in writers:
-            writer.add_weight(weight.name, plan.scheme, flips)
+            writer.add_weight(weight.name, plan.scheme, quantized)
         return replace(
             plan.described(),
-            flips=flips.count,
-            furthest=flips.furthest,
-            gain=flips.gain,
+            flips=quantized.count,
+            furthest=quantized.furthest,
+            gain=quantized.gain,
             unfed=inputs if isinstance(inputs, str) else None,
             budget=reduce(add, budgets),
         )

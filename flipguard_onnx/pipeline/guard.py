@@ -239,7 +239,7 @@ def describe(
         data_sha256=feeds_sha256(options.data_path) if options.data_path else None,
         seed=draw.seed if options.policy == "unbiased" else None,
         draws=draw.number,
-        device=run.kernels.__name__.rpartition(".")[2],
+        device=run.kernels.device,
         device_note=what_cuda_lacks() if on_auto else None,
         tensors=draw.tensors,
         skipped=prepared.skipped,

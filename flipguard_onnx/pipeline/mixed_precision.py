@@ -24,7 +24,7 @@ from ..io.model import Model
 from ..io.writer import Output
 from ..progress import meter
 from ..quantization.arrays import raw_bytes
-from ..quantization.chunks import stored
+from ..quantization.chunks import stored_values
 from ..quantization.rounding import Policy, QuantizedTensor
 from ..quantization.schemes import Scheme
 from ..reports.validation import pooled
@@ -90,7 +90,7 @@ class SensitivityProbe:
         if tensor.data_type not in FED:
             return
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        drawn = stored(weight, flips, decoded_values, dtype)
+        drawn = stored_values(weight.layout, flips, decoded_values, dtype)
         original = self._source.array(tensor)
         switch, change, changed, unchanged = (
             f"flipguard.{len(self.off)}.{part}"

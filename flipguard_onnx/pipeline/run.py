@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 
 import onnx
 
@@ -14,6 +13,7 @@ from ..io.publish import check_target, publish, workspace
 from ..io.writer import Output
 from ..progress import Progress
 from ..quantization.kernels import compiling, get_backend
+from ..quantization.kernels.protocol import Kernels
 from ..runtime import require_openable
 from .options import GuardOptions, StrPath, output_paths
 
@@ -30,7 +30,7 @@ class Run:
         targets: dict[str, Path],
         options: GuardOptions,
         progress: Progress,
-        kernels: ModuleType,
+        kernels: Kernels,
         stack: ExitStack,
     ) -> None:
         self.model = model

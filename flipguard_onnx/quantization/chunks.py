@@ -1,69 +1,62 @@
-"""A tensor piece by piece: what `flip` needs of memory per weight, it needs for one part only.
+"""A tensor part by part, so that memory is needed for one part only (and for the result).
 
-Rows (or blocks that run across rows) know nothing of each other, and the draws are numbered by
-weight: the parts together are what the whole would be.
+Rows (or blocks that run across rows) do not depend on each other, and the random stream is numbered
+by weight: the parts together give what the whole would give.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd, prod
-from pathlib import Path
-from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
-from ..graph.weights import Weight
-from ..io.model import Model
 from .arrays import assign, contiguous
 from .error_feedback import InputMoments
-from .kernels import get_backend, side_by_side, threads
-from .rounding import Policy, QuantizedTensor, flip, largest_sound, sound
+from .kernels import get_backend, max_threads, side_by_side
+from .kernels.protocol import Kernels
+from .layout import Layout
+from .rounding import Policy, QuantizedTensor, quantize_tensor, unsound
 from .schemes import Blocks, Grid, Scheme
 
-PART = 1 << 21  # weights, in the hands of all threads together
-
-PER_BLOCK = ("scale", "operand", "absmax")  # the arrays of a Grid
+PART_SIZE = 1 << 21  # weights that all threads together work on at a time
 
 
 @dataclass(frozen=True)
 class Part:
     """Some of a tensor's weights.
 
-    index: where they are in the array whose axes are in canonical order; weights, blocks: where in
-    the flat arrays; cut: how they are cut into blocks.
+    index: where they are in the array whose axes are in canonical order. weights, block_numbers:
+    where they and their scales are in flat arrays. blocks: how they are cut.
     """
 
     index: tuple[int | slice, ...]
     weights: slice
-    blocks: slice
-    cut: Blocks
+    block_numbers: slice
+    blocks: Blocks
 
-    def of(self, flips: QuantizedTensor) -> QuantizedTensor:
-        """What was found for this part; the arrays are views."""
-        per_block: dict[str, Any] = {
-            name: getattr(flips.grid, name)[self.blocks] for name in PER_BLOCK
-        }
+    def extract(self, whole: QuantizedTensor) -> QuantizedTensor:
+        """This part of a quantized tensor; the arrays are views."""
         return QuantizedTensor(
-            replace(flips.grid, blocks=self.cut, **per_block),
-            flips.plain[self.weights],
-            flips.codes[self.weights],
-            None if flips.guarded is None else flips.guarded[self.weights],
+            whole.grid.part(self.block_numbers, self.blocks),
+            whole.nearest[self.weights],
+            whole.codes[self.weights],
+            None if whole.guarded is None else whole.guarded[self.weights],
         )
 
 
-def parts(weight: Weight, blocks: Blocks, size: int) -> Iterator[Part]:
-    """The weight in parts of about `size` weights, each of whole rows and whole blocks.
+def parts(layout: Layout, blocks: Blocks, size: int) -> Iterator[Part]:
+    """Divide a tensor into parts of about `size` weights, each of whole rows and whole blocks.
 
-    A single block, one scale for the tensor, is cut as well.
+    A single block, one scale for the tensor, is divided as well.
     """
-    dims = [weight.shape[axis] for axis in weight.perm]
+    dims = layout.canonical_shape
     across = blocks.rows == 1 < blocks.count  # blocks run on from one position to the next
     axis = 0  # the one that is cut up; of those before it every position is taken in turn
-    while axis + 1 < len(weight.rows) and (each := prod(dims[axis + 1 :])) > size:
+    while axis + 1 < len(layout.rows) and (each := prod(dims[axis + 1 :])) > size:
         if across and each % blocks.size:
             break
         axis += 1
@@ -85,95 +78,104 @@ def parts(weight: Weight, blocks: Blocks, size: int) -> Iterator[Part]:
             yield Part((*lead, index), weights, numbers, cut)
 
 
-def flip_weight(
-    source: Model,
-    weight: Weight,
+def quantize_weight(
+    name: str,
+    array: npt.NDArray[Any],
+    layout: Layout,
     scheme: Scheme,
     blocks: Blocks,
     policy: Policy,
     key: np.uint64,
-    backend: ModuleType,
+    kernels: Kernels,
+    *,
     inputs: InputMoments | None = None,
-    moved: bool = True,
-    look: Callable[[npt.NDArray[Any], QuantizedTensor], Any] = lambda *_: None,
-    done: Callable[[int, Any], None] = lambda *_: None,
+    keep_moved: bool = True,
+    inspect_part: Callable[[npt.NDArray[Any], QuantizedTensor], Any] = lambda *_: None,
+    on_part_done: Callable[[int, Any], None] = lambda *_: None,
+    part_size: int = PART_SIZE,
 ) -> QuantizedTensor:
-    """`flip` for a weight of the model, part by part; as a whole with error feedback, and where
-    weights of one block compete for it.
+    """`quantize_tensor` for a tensor as it is stored, part by part.
 
-    moved: whether the result is to have the moved weights. look: called for every part with its
-    weights and what became of them, for several at a time. done: called for every part in turn with
-    its bytes and what `look` returned.
+    With error feedback, and where weights of one block for the whole tensor compete (policy
+    "topk"), it is taken as a whole.
 
-    Raises ModelError when the tensor holds values that are not finite.
+    Parameters
+    ----------
+    array : the tensor as it is stored, of shape `layout.shape`
+    blocks : how its canonical matrix is cut
+    keep_moved : whether the result has the moved weights
+    inspect_part : called with the flat weights of every part and the result for them, for several
+        parts at a time
+    on_part_done : called for every part in order, with its size in bytes and what `inspect_part`
+        returned
+    part_size : weights that all threads together work on at a time
+
+    Raises
+    ------
+    ModelError : the tensor holds values that are not finite, or too large
+    ValidationError : an invariant of the guard does not hold for this tensor
     """
-    array = source.array(weight.tensor)
-    values = array.transpose(weight.perm)
-    size = PART // threads(backend)
+    values = array.transpose(layout.perm)
+    size = part_size // max_threads(kernels)
     if inputs or (policy.name == "topk" and blocks.count == 1):
-        size = weight.size
+        size = layout.size
     extremes = None
-    if blocks.count == 1 and size < weight.size:
-        extremes = Blocks(1, weight.size, weight.size).extremes(array.reshape(-1), backend)
-    plain, codes = np.empty(weight.size, np.int8), np.empty(weight.size, np.int8)
-    placed = np.empty(weight.size, values.dtype) if moved else None
+    if blocks.count == 1 and size < layout.size:
+        whole_block = Blocks(1, layout.size, layout.size)
+        extremes = whole_block.extremes(array.reshape(-1), kernels)
+    nearest, codes = np.empty(layout.size, np.int8), np.empty(layout.size, np.int8)
+    moved = np.empty(layout.size, values.dtype) if keep_moved else None
 
-    def one(part: Part) -> tuple[Grid, float | None, Any]:
-        found = contiguous(values[part.index]).reshape(-1)
-        how = scheme, part.cut, policy, key, backend, inputs
+    def quantize_part(part: Part) -> tuple[Grid, float | None, Any]:
+        flat = contiguous(values[part.index]).reshape(-1)
         try:
-            flips = flip(weight.name, found, *how, first=part.weights.start, extremes=extremes)
+            quantized = quantize_tensor(
+                name,
+                flat,
+                scheme,
+                part.blocks,
+                policy,
+                key,
+                kernels,
+                inputs,
+                first=part.weights.start,
+                extremes=extremes,
+            )
         except ModelError:
-            refuse(source.path, weight, blocks, values)
-        plain[part.weights], codes[part.weights] = flips.plain, flips.codes
-        if placed is not None:
-            placed[part.weights] = flips.guarded
-        return flips.grid, flips.gain, look(found, flips)
+            raise unsound(name, array) from None  # with the count of the whole tensor
+        nearest[part.weights], codes[part.weights] = quantized.nearest, quantized.codes
+        if moved is not None:
+            moved[part.weights] = quantized.guarded
+        return quantized.grid, quantized.gain, inspect_part(flat, quantized)
 
     grids, gains = [], []
-    cut = list(parts(weight, blocks, size))
-    with closing(side_by_side(one, cut, backend)) as results:
-        for part, (grid, gain, seen) in zip(cut, results, strict=True):
-            done(part.cut.rows * part.cut.cols * values.itemsize, seen)
+    cut = list(parts(layout, blocks, size))
+    with closing(side_by_side(quantize_part, cut, kernels)) as results:
+        for part, (grid, gain, inspected) in zip(cut, results, strict=True):
+            on_part_done(part.blocks.rows * part.blocks.cols * values.itemsize, inspected)
             grids.append(grid)
             gains.append(gain)
-    grids = grids[: blocks.count]  # of parts of one block, all are the same
-    per_block: dict[str, Any] = {
-        name: np.concatenate([getattr(g, name) for g in grids]) for name in PER_BLOCK
-    }
-    return QuantizedTensor(
-        replace(grids[0], blocks=blocks, **per_block), plain, codes, placed, gains[-1]
-    )
+    grids = grids[: blocks.count]  # parts of one block all have the same grid
+    return QuantizedTensor(Grid.joined(grids, blocks), nearest, codes, moved, gains[-1])
 
 
-def stored(
-    weight: Weight,
-    flips: QuantizedTensor,
+def stored_values(
+    layout: Layout,
+    quantized: QuantizedTensor,
     values: Callable[[QuantizedTensor], npt.NDArray[Any]],
     dtype: np.dtype[Any],
+    *,
+    part_size: int = PART_SIZE,
 ) -> npt.NDArray[Any]:
-    """What `values` makes of every part, in the layout in which the tensor is stored."""
-    result = np.empty(weight.shape, dtype)
-    turned = result.transpose(weight.perm)
-    backend = get_backend("cpu")
+    """What `values` makes of every part, put together to the tensor as it is stored."""
+    result = np.empty(layout.shape, dtype)
+    canonical = result.transpose(layout.perm)
+    kernels = get_backend("cpu")
 
-    def one(part: Part) -> None:
-        piece = turned[part.index]
-        assign(piece, values(part.of(flips)).reshape(piece.shape))
+    def fill(part: Part) -> None:
+        piece = canonical[part.index]
+        assign(piece, values(part.extract(quantized)).reshape(piece.shape))
 
-    cut = list(parts(weight, flips.grid.blocks, PART // threads(backend)))
-    list(side_by_side(one, cut, backend))
+    cut = list(parts(layout, quantized.grid.blocks, part_size // max_threads(kernels)))
+    list(side_by_side(fill, cut, kernels))
     return result
-
-
-def refuse(path: Path, weight: Weight, blocks: Blocks, values: npt.NDArray[np.generic]) -> NoReturn:
-    """Raise ModelError for a tensor, its axes in canonical order, that holds what no grid fits."""
-    bad = sum(
-        int(np.count_nonzero(~sound(values[part.index], values.dtype)))
-        for part in parts(weight, blocks, PART)
-    )
-    raise ModelError(
-        f"{path}: tensor {weight.name!r} holds {bad} values that are NaN or infinite, or "
-        f"beyond {largest_sound(values.dtype):.4g}; allowed: others (--exclude leaves a tensor as "
-        "it is)"
-    )

@@ -1,14 +1,13 @@
 """Which weights cross a decision boundary, and where they land.
 
-`flip` takes one tensor through the whole of it: fit the grid, analyse the margins, choose the
-flips by the policy, place the flipped weights just past their boundaries, and check that nothing
-but the chosen codes has changed.
+`quantize_tensor` takes one tensor all the way: it fits the grid, finds the margins, chooses by the
+policy which weights flip, moves these just past their boundaries, and checks that nothing but the
+chosen codes has changed.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -16,30 +15,34 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError, SchemeError, ValidationError
-from . import error_feedback
-from .error_feedback import InputMoments
-from .schemes import Blocks, Checked, Codes, Floats, Grid, Margins, Scheme
+from .error_feedback import InputMoments, draw_with_feedback
+from .kernels.protocol import Extremes, Kernels, RandomDraw
+from .schemes import Blocks, Checked, Codes, Grid, Margins, Scheme
 
 POLICIES = ("unbiased", "topk", "none")
 
-COUNTED = 1 << 18  # codes at a time
+STRIP = 1 << 18  # values that are counted at a time
 
 TINY = float(np.finfo(np.float32).tiny)
 
 Mask = npt.NDArray[np.bool_]
 
-Extremes = tuple[Floats, Floats]
-
 
 @dataclass(frozen=True)
 class Policy:
-    """How flips are chosen.
+    """How it is chosen which weights flip to the neighbouring level.
 
-    unbiased: a weight whose margin is below `tau` (0 < tau <= 1, in half-gaps) takes the
-    neighbouring level with the probability that makes its expected value the weight itself.
-    topk: the share `ratio` (0 < ratio <= 1) of every block with the largest error in scaled units
-    crosses: Algorithm 1 of FlipGuard (arXiv 2606.28962).
-    none: plain rounding to the nearest level.
+    Parameters
+    ----------
+    name : "unbiased", a weight takes the neighbouring level with the probability that makes its
+        expected value the weight itself; "topk", the weights of every block with the largest errors
+        flip: Algorithm 1 of FlipGuard (arXiv 2606.28962); or "none", all are rounded to nearest
+    tau : unbiased: only weights whose margin is below tau are drawn, 0 < tau <= 1, in half-gaps
+    ratio : topk: the share of every block that flips, 0 < ratio <= 1
+
+    Raises
+    ------
+    SchemeError : the name is unknown, or a number out of bounds
     """
 
     name: str = "unbiased"
@@ -48,43 +51,49 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.name not in POLICIES:
-            raise SchemeError(f"policy {self.name!r} is unknown; allowed: {', '.join(POLICIES)}")
+            raise SchemeError(
+                "policy {found!r} is unknown", found=self.name, allowed=", ".join(POLICIES)
+            )
         for option in ("tau", "ratio"):
             value = getattr(self, option)
             if not 0 < value <= 1:
-                raise SchemeError(f"{option} is {value}; allowed: above 0, up to 1")
+                raise SchemeError(f"{option} is {{found}}", found=value, allowed="above 0, up to 1")
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """One tensor, guarded. Arrays are flat, rows of output channels one after the other.
+    """One tensor, guarded. Arrays [n] are flat, rows of output channels one after the other.
 
-    plain: the codes of rounding to the nearest level; codes: the guarded ones.
-    guarded: the weights in their own type, moved so that the scheme's quantizer yields `codes`;
-    None where nobody wants them.
-    gain: squared error of the products with error feedback / without; None where it was not tried.
+    Parameters
+    ----------
+    grid : the levels
+    nearest : int8, the codes of rounding to the nearest level
+    codes : int8, the guarded codes
+    guarded : the weights in their own type, moved so that the scheme's quantizer yields `codes`;
+        None if they are not wanted
+    gain : squared error of the products with error feedback / without; None if it was not tried
     """
 
     grid: Grid
-    plain: Codes
+    nearest: Codes
     codes: Codes
     guarded: npt.NDArray[Any] | None
     gain: float | None = None
 
     @property
     def furthest(self) -> int:
-        """By how many levels a code differs from plain rounding's at most."""
+        """By how many levels codes differ from the nearest ones at most."""
         return max(int(np.max(np.abs(steps))) for steps in self._steps())
 
     @property
     def count(self) -> int:
-        """How many weights crossed."""
+        """How many weights flipped."""
         return sum(int(np.count_nonzero(steps)) for steps in self._steps())
 
     def _steps(self) -> Iterator[npt.NDArray[np.int16]]:
-        for start in range(0, self.codes.size, COUNTED):
-            some = slice(start, start + COUNTED)
-            yield np.subtract(self.codes[some], self.plain[some], dtype=np.int16)
+        for start in range(0, self.codes.size, STRIP):
+            some = slice(start, start + STRIP)
+            yield np.subtract(self.codes[some], self.nearest[some], dtype=np.int16)
 
 
 def tensor_key(seed: int, name: str) -> np.uint64:
@@ -93,53 +102,63 @@ def tensor_key(seed: int, name: str) -> np.uint64:
     return np.uint64(sequence.generate_state(1, np.uint64)[0])
 
 
-def flip(
+def quantize_tensor(
     name: str,
     values: npt.NDArray[Any],
     scheme: Scheme,
     blocks: Blocks,
     policy: Policy,
     key: np.uint64,
-    backend: ModuleType,
+    kernels: Kernels,
     inputs: InputMoments | None = None,
     *,
     first: int = 0,
     extremes: Extremes | None = None,
 ) -> QuantizedTensor:
-    """Guard one tensor: `values` flat in its storage type, [blocks.rows * blocks.cols].
+    """Guard one tensor, or a part of one.
 
-    inputs: what the tensor is multiplied with; the unbiased policy then feeds its errors forward,
-    and keeps that draw if it changes the tensor's products less than the plain one does.
-    A tensor may come in pieces, with the same result where there are no `inputs`: whole blocks, in
-    any order, `first` being the number of a piece's first weight in the tensor. Where one block is
-    cut into pieces, `extremes` are those of all of it (`Blocks.extremes` of the pieces, merged).
-    Raises ModelError for values that are not `sound`, and ValidationError when an invariant of the
-    guard does not hold for this tensor.
+    Without `inputs`, parts of a tensor can be guarded one by one, in any order, with the same
+    result as the whole.
+
+    Parameters
+    ----------
+    name : of the tensor, for messages
+    values : flat weights in their storage type, [blocks.rows * blocks.cols]
+    key : of the tensor's random stream, see `tensor_key`
+    inputs : what the tensor is multiplied with. The policy "unbiased" then also draws with error
+        feedback, and keeps that draw if it changes the tensor's products less.
+    first : of a part, the number of its first weight in the tensor
+    extremes : of a part of a block, the extremes of the whole block; by default those of `values`
+
+    Raises
+    ------
+    ModelError : some values are not `sound`
+    ValidationError : an invariant of the guard does not hold for this tensor
     """
-    found = blocks.extremes(values, backend)
+    found = blocks.extremes(values, kernels)
     whole = extremes or found
     if not sound(np.concatenate([*found, *whole]), values.dtype).all():
-        raise ModelError(f"tensor {name!r} holds values that are NaN, infinite or too large")
-    grid = scheme.grid(*whole, blocks, values.dtype)
+        raise unsound(name, values)
+    grid = scheme.grid(whole, blocks, values.dtype)
     if policy.name == "none":
-        plain = grid.encode(values, backend)
-        return QuantizedTensor(grid, plain, plain, values)
+        nearest = grid.encode(values, kernels)
+        return QuantizedTensor(grid, nearest, nearest, values)
     gain = None
     if policy.name == "topk":
-        margins = grid.analyze(values, backend)
-        plain = margins.codes
-        wanted = np.where(_topk(grid, margins, policy.ratio), margins.neighbours, plain)
+        margins = grid.analyze(values, kernels)
+        nearest = margins.codes
+        wanted = np.where(_topk(grid, margins, policy.ratio), margins.neighbours, nearest)
     else:
-        limit = np.float32((1 - policy.tau) / 2)
-        plain, wanted = grid.draw(values, key, limit, backend, first)
+        random = RandomDraw(key, np.uint64(first), np.float32((1 - policy.tau) / 2))
+        nearest, wanted = grid.draw(values, random, kernels)
         if inputs:
-            fed = error_feedback.draw(values, grid, inputs, key, limit, backend)
+            fed = draw_with_feedback(values, grid, inputs, random, kernels)
             gain = _gain(values, grid, inputs, fed, wanted)
             wanted = fed if gain is not None and gain < 1 else wanted
-    guarded, codes = grid.place(values, plain, wanted, backend)
-    checked = grid.check(values, guarded, plain, codes, backend)
-    _require(name, checked, scheme, grid, values.dtype, found, whole)
-    return QuantizedTensor(grid, plain, codes, guarded, gain)
+    guarded, codes = grid.move_weights(values, nearest, wanted, kernels)
+    checked = grid.check(values, guarded, nearest, codes, kernels)
+    require_invariants(name, checked, scheme, grid, values.dtype, found, whole)
+    return QuantizedTensor(grid, nearest, codes, guarded, gain)
 
 
 def sound(values: npt.NDArray[Any], storage: np.dtype[Any]) -> Mask:
@@ -156,6 +175,22 @@ def largest_sound(storage: np.dtype[Any]) -> Any:
     return storage.type(float(kind.max) * (1 - 2 * float(kind.eps)))
 
 
+def unsound(name: str, values: npt.NDArray[Any]) -> ModelError:
+    """The error for a tensor of any layout that holds values that are not `sound`."""
+    flat = values.reshape(-1)
+    count = sum(
+        int(np.count_nonzero(~sound(flat[start : start + STRIP], values.dtype)))
+        for start in range(0, flat.size, STRIP)
+    )
+    return ModelError(
+        "tensor {tensor!r} holds {found} values that are NaN or infinite, or beyond "
+        f"{largest_sound(values.dtype):.4g}",
+        tensor=name,
+        found=count,
+        allowed="others (--exclude leaves a tensor as it is)",
+    )
+
+
 def _gain(
     values: npt.NDArray[Any], grid: Grid, inputs: InputMoments, fed: Codes, drawn: Codes
 ) -> float | None:
@@ -168,7 +203,10 @@ def _gain(
 
 
 def _topk(grid: Grid, margins: Margins, ratio: float) -> Mask:
-    """The floor(ratio * n) weights with the largest errors of every block of n; first come wins."""
+    """The floor(ratio * n) weights with the largest errors of every block of n.
+
+    Of equal errors, the first ones count.
+    """
     blocks = grid.blocks
     padded = np.full((blocks.rows, blocks.per_row * blocks.size), -1, np.float32)
     padded[:, : blocks.cols] = grid.errors(margins).reshape(blocks.rows, blocks.cols)
@@ -183,7 +221,7 @@ def _topk(grid: Grid, margins: Margins, ratio: float) -> Mask:
     return flips
 
 
-def _require(
+def require_invariants(
     name: str,
     checked: Checked,
     scheme: Scheme,
@@ -192,16 +230,31 @@ def _require(
     before: Extremes,
     whole: Extremes,
 ) -> None:
-    """The invariants of a guarded tensor, held to in every run.
+    """Require what holds for every guarded tensor; checked in every run.
 
-    before: the extremes of these weights before they were moved; whole: those of the whole blocks,
-    where these weights are but a piece.
+    Parameters
+    ----------
+    checked : what was found when the moved weights were read again
+    before : the extremes of these weights before they were moved
+    whole : those of the whole blocks, where the weights are only a part of one
+
+    Raises
+    ------
+    ValidationError : the grid has moved, a weight does not encode to its code, or one that was not
+        selected has changed
     """
-    low = np.where(before[0] == whole[0], checked.low, np.minimum(checked.low, whole[0]))
-    high = np.where(before[1] == whole[1], checked.high, np.maximum(checked.high, whole[1]))
-    if not scheme.grid(low, high, grid.blocks, storage).same_as(grid):
-        raise ValidationError(f"tensor {name!r}: the flips moved the grid; scales must stay")
+    low, high = checked.extremes
+    low = np.where(before.lowest == whole.lowest, low, np.minimum(low, whole.lowest))
+    high = np.where(before.highest == whole.highest, high, np.maximum(high, whole.highest))
+    if not scheme.grid(Extremes(low, high), grid.blocks, storage).same_as(grid):
+        raise ValidationError(
+            "tensor {tensor!r}: the flips moved the grid; scales must stay", tensor=name
+        )
     if checked.wrong:
-        raise ValidationError(f"tensor {name!r}: guarded weights do not encode to their codes")
+        raise ValidationError(
+            "tensor {tensor!r}: guarded weights do not encode to their codes", tensor=name
+        )
     if checked.moved:
-        raise ValidationError(f"tensor {name!r}: a weight that was not selected has changed")
+        raise ValidationError(
+            "tensor {tensor!r}: a weight that was not selected has changed", tensor=name
+        )

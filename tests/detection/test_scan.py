@@ -1,6 +1,8 @@
 """scan: which weights it calls prepared, for which grid, and which it does not."""
 
+import doctest
 import json
+from importlib import import_module
 from importlib.resources import files
 
 import jsonschema
@@ -17,13 +19,13 @@ from flipguard_onnx.detection.alignment import (
     FIXED,
     GRIDS,
     LIMIT,
-    OF_A_TENSOR,
-    Spread,
+    TENSOR_SAMPLE,
+    Repetition,
     budget,
     tally,
 )
 from flipguard_onnx.quantization.kernels import get_backend
-from flipguard_onnx.quantization.rounding import Policy, flip
+from flipguard_onnx.quantization.rounding import Policy, quantize_tensor
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from flipguard_onnx.reports.sarif import sarif
 from tests.helpers.samples import model, save
@@ -32,6 +34,7 @@ from tools.scan_bench import MODELS, NAMES
 
 CPU = get_backend("cpu")
 SHAPE = (384, 256)
+UNBIASED = Policy()
 MANIFEST = json.loads((MODELS / "attacks" / "manifest.json").read_text())
 ON_CODES = [e for e in MANIFEST if e["schemes"] and e["attacker"] != "rounding"]
 
@@ -191,6 +194,12 @@ def test_clean_victims_are_clean(name):
     assert flipguard_onnx.scan(FOLDER / f"{name}.onnx").verdict.level == "clean"
 
 
+def test_the_example_in_the_documentation(monkeypatch):
+    monkeypatch.chdir(MODELS.parent)
+    results = doctest.testmod(import_module("flipguard_onnx.detection.scan"))
+    assert (results.failed, results.attempted) == (0, 4)
+
+
 def test_the_real_model_in_the_repository_is_clean():
     result = flipguard_onnx.scan(MODELS / "silero_vad.onnx")
     assert result.verdict.level == "clean"
@@ -201,7 +210,7 @@ def test_distances_are_those_of_the_grid():
     """Every count, on the grid and on a placebo, against plain numpy."""
     for name in GRIDS:
         grid, weights = grid_of(name, honest(shape=(128, 96)))
-        found = tally(weights, weights, Spread.of(weights), grid)
+        found = tally(weights, weights, Repetition.among(weights), grid)
         inside = np.abs(weights) < LIMIT * grid.blocks.spread(grid.absmax)
         for number in (0, FIXED.start):
             scaled = weights * FACTORS[number, 0]
@@ -220,24 +229,24 @@ def test_the_budget_before_and_after_a_guard(name):
     scheme = SCHEMES[GRIDS[name][0]]
     errors = np.abs(grid.decode(grid.encode(weights, CPU)).astype(np.float64) - weights)
 
-    flips = flip("w", weights, scheme, grid.blocks, Policy(), np.uint64(7), CPU)
-    after = budget(weights, flips, Policy())
-    whole = tally(weights, weights, Spread.of(weights), grid).sums
+    def quantized(key, policy=UNBIASED):
+        blocks = grid.blocks
+        return quantize_tensor("w", weights, scheme, blocks, policy, np.uint64(key), CPU)
+
+    after = budget(weights, quantized(7), UNBIASED)
+    whole = tally(weights, weights, Repetition.among(weights), grid).sums
     assert after.nearest == pytest.approx(errors.sum())
     assert after.nearest == pytest.approx(whole[2], rel=1e-5)
     assert after.chosen == pytest.approx(whole[3], rel=1e-4, abs=1e-3)
     assert after.random == pytest.approx(whole[4] ** 0.5, rel=1e-3)
     assert after.chosen < 0.05 * after.nearest
 
-    draws = [
-        flip("w", weights, scheme, grid.blocks, Policy(), np.uint64(key), CPU).codes
-        for key in range(200)
-    ]
+    draws = [quantized(key).codes for key in range(200)]
     sums = [(grid.decode(codes).astype(np.float64) - weights).sum() for codes in draws]
     assert np.std(sums) == pytest.approx(after.random, rel=0.2)
 
-    plain = flip("w", weights, scheme, grid.blocks, Policy("none"), np.uint64(7), CPU)
-    assert budget(weights, plain, Policy("none")).chosen == pytest.approx(errors.sum())
+    none = Policy("none")
+    assert budget(weights, quantized(7, none), none).chosen == pytest.approx(errors.sum())
 
 
 def test_guard_reports_the_scan_and_the_budget(tmp_path):
@@ -368,4 +377,4 @@ def test_a_huge_tensor_is_judged_by_a_sample(tmp_path, name):
     result = scanned(tmp_path, shifted(name, 0.3, values=values))
     assert result.verdict.grids[0] == name
     counted = max(a.weights for a in result.alignments)
-    assert OF_A_TENSOR[1] * 0.8 < counted < OF_A_TENSOR[1] * 1.05
+    assert TENSOR_SAMPLE[1] * 0.8 < counted < TENSOR_SAMPLE[1] * 1.05

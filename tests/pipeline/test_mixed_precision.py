@@ -13,7 +13,7 @@ from flipguard_onnx.io.model import open_model
 from flipguard_onnx.pipeline.mixed_precision import SensitivityProbe, measured, most_sensitive
 from flipguard_onnx.pipeline.plan import Format
 from flipguard_onnx.quantization.kernels import get_backend
-from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
+from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
 from flipguard_onnx.reports.html import guard_html
 from tests.helpers.command import call, names, one_line
 from tests.helpers.samples import SAMPLES, initializer_as_input, matmul, model, node, save, weights
@@ -43,7 +43,7 @@ def switched(tmp_path, proto, scheme="int4"):
         kind, blocks = Format(scheme).plan(weight)
         values = weight.canonical(source.array(weight.tensor))
         key, backend = tensor_key(1, weight.name), get_backend("cpu")
-        flips = flip(weight.name, values, kind, blocks, Policy(), key, backend)
+        flips = quantize_tensor(weight.name, values, kind, blocks, Policy(), key, backend)
         sink.add_weight(weight.name, kind, flips)
         drawn[weight.name] = weight.stored(decoded_values(flips))
     sink.save({})

@@ -1,124 +1,165 @@
 """A tensor in parts is what it is as a whole."""
 
+import doctest
 import time
 
 import numba
 import numpy as np
-import onnx
 import pytest
 
-from flipguard_onnx.graph.weights import find_weights
-from flipguard_onnx.io.model import open_model
-from flipguard_onnx.pipeline.plan import Format
-from flipguard_onnx.quantization import chunks as parts
-from flipguard_onnx.quantization.kernels import get_backend, threads
-from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
-from tests.helpers.samples import SAMPLES, matmul, save, weights
+from flipguard_onnx.errors import ModelError
+from flipguard_onnx.quantization import layout as layout_module
+from flipguard_onnx.quantization.chunks import parts, quantize_weight, stored_values
+from flipguard_onnx.quantization.kernels import get_backend, max_threads
+from flipguard_onnx.quantization.kernels.cuda import CudaKernels
+from flipguard_onnx.quantization.layout import Layout
+from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
+from flipguard_onnx.quantization.schemes import SCHEMES, Codebook
+from tests.helpers.samples import weights
+
+CPU = get_backend("cpu")
+KEY = tensor_key(3, "w")
+UNBIASED = Policy()
+LAYOUTS = {
+    "matmul": Layout((70, 33), (1,)),
+    "gemm transposed": Layout((33, 70), (0,)),
+    "batch of matrices": Layout((3, 70, 33), (0, 2)),
+    "conv": Layout((16, 8, 3, 3), (0,)),
+    "transposed conv": Layout((8, 16, 3, 3), (1,)),
+    "lstm": Layout((2, 64, 17), (0, 1)),
+}
 
 
-def whole_and_in_parts(tmp_path, proto, form, size, monkeypatch, policy=None):
-    source = open_model(save(proto, tmp_path))
-    weight = find_weights(source.proto)[0][0]
-    scheme, blocks = form.plan(weight)
-    options = policy or Policy(), tensor_key(3, weight.name), get_backend("cpu")
-    whole = flip(
-        weight.name, weight.canonical(source.array(weight.tensor)), scheme, blocks, *options
-    )
-    monkeypatch.setattr(parts, "PART", size)
-    count = len(list(parts.parts(weight, blocks, size)))
-    return whole, parts.flip_weight(source, weight, scheme, blocks, *options), count
+def cut(layout, scheme, granularity="channel"):
+    """The blocks that guard() would use."""
+    if scheme.bits == 8:
+        return layout.blocks(None, flat=granularity == "tensor")
+    return layout.blocks(scheme.block_size, flat=isinstance(scheme, Codebook))
+
+
+def quantized(array, layout, scheme, blocks, policy=UNBIASED, **options):
+    return quantize_weight("w", array, layout, scheme, blocks, policy, KEY, CPU, **options)
+
+
+def whole_and_in_parts(layout, scheme, blocks, size, policy=UNBIASED):
+    array = weights(layout.shape)
+    flat = layout.canonical(array)
+    whole = quantize_tensor("w", flat, scheme, blocks, policy, KEY, CPU)
+    joined = quantized(array, layout, scheme, blocks, policy, part_size=size)
+    return whole, joined, len(list(parts(layout, blocks, size)))
 
 
 def assert_same(one, other):
     assert one.grid.same_as(other.grid)
     assert one.grid.blocks == other.grid.blocks
-    for name in ("plain", "codes", "guarded"):
+    for name in ("nearest", "codes", "guarded"):
         assert np.array_equal(getattr(one, name), getattr(other, name))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp4"])
-@pytest.mark.parametrize("sample", ["matmul", "gemm_transposed", "matmul_batched", "lstm", "conv"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("size", [1, 500, 1000])
-def test_parts_are_the_whole(tmp_path, monkeypatch, sample, scheme, size):
-    proto = SAMPLES[sample]()
-    whole, joined, count = whole_and_in_parts(tmp_path, proto, Format(scheme), size, monkeypatch)
+def test_parts_are_the_whole(name, scheme, size):
+    layout, scheme = LAYOUTS[name], SCHEMES[scheme]
+    blocks = cut(layout, scheme)
+    whole, joined, count = whole_and_in_parts(layout, scheme, blocks, size)
     # blocks of a codebook that run across the batch cannot be cut there
-    assert count > 1 or (scheme in ("nf4", "fp4") and sample == "matmul_batched")
+    assert count > 1 or (isinstance(scheme, Codebook) and name == "batch of matrices")
     assert_same(whole, joined)
 
 
-def test_topk_in_parts(tmp_path, monkeypatch):
-    form, policy = Format("nf4"), Policy("topk", ratio=0.3)
-    whole, joined, count = whole_and_in_parts(tmp_path, matmul(), form, 500, monkeypatch, policy)
+def test_topk_in_parts():
+    layout, scheme = LAYOUTS["matmul"], SCHEMES["nf4"]
+    policy = Policy("topk", ratio=0.3)
+    whole, joined, count = whole_and_in_parts(layout, scheme, cut(layout, scheme), 500, policy)
     assert count > 1
     assert_same(whole, joined)
 
 
-@pytest.mark.parametrize("sample", ["matmul", "matmul_batched", "conv"])
+@pytest.mark.parametrize("name", ["matmul", "batch of matrices", "conv"])
 @pytest.mark.parametrize("policy", [Policy(), Policy("topk", ratio=0.3), Policy("none")])
-def test_one_scale_for_the_tensor_in_parts(tmp_path, monkeypatch, sample, policy):
-    form, proto = Format("int8", granularity="tensor"), SAMPLES[sample]()
-    whole, joined, count = whole_and_in_parts(tmp_path, proto, form, 500, monkeypatch, policy)
+def test_one_scale_for_the_tensor_in_parts(name, policy):
+    layout, scheme = LAYOUTS[name], SCHEMES["int8"]
+    blocks = cut(layout, scheme, "tensor")
+    whole, joined, count = whole_and_in_parts(layout, scheme, blocks, 500, policy)
     assert count > 1
     assert_same(whole, joined)
 
 
-def test_a_batch_of_matrices_is_cut_within_the_matrices(tmp_path):
-    source = open_model(save(SAMPLES["matmul_batched"](), tmp_path))
-    weight = find_weights(source.proto)[0][0]
-    each = int(np.prod(weight.shape[1:]))
-    cut = list(parts.parts(weight, weight.blocks(None, flat=False), each // 4))
-    assert max(part.cut.rows * part.cut.cols for part in cut) <= each // 4
-    assert sum(part.cut.rows * part.cut.cols for part in cut) == weight.size
+def test_a_batch_of_matrices_is_cut_within_the_matrices():
+    layout = LAYOUTS["batch of matrices"]
+    each = int(np.prod(layout.shape[1:]))
+    sizes = [
+        part.blocks.rows * part.blocks.cols
+        for part in parts(layout, layout.blocks(None, flat=False), each // 4)
+    ]
+    assert max(sizes) <= each // 4
+    assert sum(sizes) == layout.size
 
 
-def test_values_come_back_in_the_stored_layout(tmp_path, monkeypatch):
-    source = open_model(save(matmul(), tmp_path))
-    weight = find_weights(source.proto)[0][0]
-    scheme, blocks = Format("int4").plan(weight)
-    values = weight.canonical(source.array(weight.tensor))
-    flips = flip("w", values, scheme, blocks, Policy(), np.uint64(1), get_backend("cpu"))
-    monkeypatch.setattr(parts, "PART", 500)
-    decoded = parts.stored(weight, flips, lambda f: f.grid.decode(f.codes), np.dtype("f4"))
-    assert np.array_equal(decoded, weight.stored(flips.grid.decode(flips.codes)))
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_values_come_back_as_the_tensor_is_stored(name):
+    layout, scheme = LAYOUTS[name], SCHEMES["int4"]
+    result = quantized(weights(layout.shape), layout, scheme, cut(layout, scheme))
+    decoded = stored_values(
+        layout, result, lambda part: part.grid.decode(part.codes), np.dtype("f4"), part_size=500
+    )
+    assert np.array_equal(decoded, layout.stored(result.grid.decode(result.codes)))
 
 
-def test_moved_weights_only_where_they_are_wanted(tmp_path):
-    source = open_model(save(matmul(), tmp_path))
-    weight = find_weights(source.proto)[0][0]
-    arguments = *Format().plan(weight), Policy(), np.uint64(1), get_backend("cpu")
-    assert parts.flip_weight(source, weight, *arguments, moved=False).guarded is None
+def test_the_example_in_the_documentation():
+    results = doctest.testmod(layout_module)
+    assert (results.failed, results.attempted) == (0, 4)
 
 
-def test_all_values_that_are_not_finite_are_counted(tmp_path, monkeypatch):
-    bad = weights((70, 33))
-    bad[[1, 3, 5], [2, 20, 32]] = np.nan
-    proto = matmul()
-    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(bad, "w"))
-    monkeypatch.setattr(parts, "PART", 200)
-    source = open_model(save(proto, tmp_path))
-    weight = find_weights(source.proto)[0][0]
-    with pytest.raises(parts.ModelError, match="tensor 'w' holds 3 values"):
-        parts.flip_weight(
-            source, weight, *Format().plan(weight), Policy(), np.uint64(1), get_backend("cpu")
-        )
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_canonical_order_is_rows_of_output_channels(name):
+    layout = LAYOUTS[name]
+    array = weights(layout.shape)
+    flat = layout.canonical(array)
+    assert np.array_equal(layout.stored(flat), array)
+    channels = int(np.prod([layout.shape[axis] for axis in layout.rows]))
+    first = tuple(0 if axis in layout.rows else slice(None) for axis in range(array.ndim))
+    assert np.array_equal(flat.reshape(channels, -1)[0], array[first].reshape(-1))
 
 
-def test_an_error_on_the_way_ends_all_parts(tmp_path, monkeypatch):
-    source = open_model(save(matmul((64, 2000)), tmp_path))
-    weight = find_weights(source.proto)[0][0]
-    scheme, blocks = Format("int4").plan(weight)
-    arguments = scheme, blocks, Policy(), tensor_key(1, "w"), get_backend("cpu")
-    parts.flip_weight(source, weight, *arguments)  # from here on kernels may run side by side
-    monkeypatch.setattr(parts, "PART", 64)
-    assert len(list(parts.parts(weight, blocks, 64))) == 2000
+def test_moved_weights_only_where_they_are_wanted():
+    layout, scheme = LAYOUTS["matmul"], SCHEMES["int8"]
+    array, blocks = weights(layout.shape), cut(layout, scheme)
+    assert quantized(array, layout, scheme, blocks, keep_moved=False).guarded is None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3.4028235e38])
+def test_all_values_that_are_not_sound_are_counted(bad):
+    layout, scheme = LAYOUTS["matmul"], SCHEMES["int8"]
+    array = weights(layout.shape)
+    array[[1, 3, 5], [2, 20, 32]] = bad
+    message = r"^tensor 'w' holds 3 values that are NaN.*as it is\)$"
+    with pytest.raises(ModelError, match=message) as error:
+        quantized(array, layout, scheme, cut(layout, scheme), part_size=200)
+    assert (error.value.tensor, error.value.found, error.value.path) == ("w", 3, None)
+
+
+def test_an_error_on_the_way_ends_all_parts():
+    layout, scheme = Layout((64, 2000), (1,)), SCHEMES["int4"]
+    array, blocks = weights(layout.shape), cut(layout, scheme)
+    quantized(array, layout, scheme, blocks)  # from here on kernels may run side by side
+    assert len(list(parts(layout, blocks, 64))) == 2000
     seen = []
 
-    def done(*_):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        parts.flip_weight(source, weight, *arguments, look=lambda *_: seen.append(1), done=done)
+        quantized(
+            array,
+            layout,
+            scheme,
+            blocks,
+            inspect_part=lambda *_: seen.append(1),
+            on_part_done=interrupt,
+            part_size=64,
+        )
     count = len(seen)
     assert 0 < count < 2000
     time.sleep(0.2)
@@ -126,9 +167,8 @@ def test_an_error_on_the_way_ends_all_parts(tmp_path, monkeypatch):
 
 
 def test_kernels_run_side_by_side_only_where_threads_may(monkeypatch):
-    backend = get_backend("cpu")
     monkeypatch.setattr(numba, "get_num_threads", lambda: 64)
-    for layer, most in (("omp", 8), ("tbb", 8), ("workqueue", 1)):
+    for layer, threads in (("omp", 8), ("tbb", 8), ("workqueue", 1)):
         monkeypatch.setattr(numba, "threading_layer", lambda layer=layer: layer)
-        assert threads(backend) == most
-    assert threads(parts) == 1  # any other backend
+        assert max_threads(CPU) == threads
+    assert max_threads(CudaKernels()) == 1

@@ -4,10 +4,10 @@ import numba
 import numpy as np
 import pytest
 
-from flipguard_onnx.quantization import error_feedback as feedback
-from flipguard_onnx.quantization.error_feedback import InputMoments
+from flipguard_onnx.quantization.error_feedback import InputMoments, draw_with_feedback
 from flipguard_onnx.quantization.kernels import get_backend
-from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
+from flipguard_onnx.quantization.kernels.protocol import RandomDraw
+from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from tests.helpers.oracles import CUTS
 
@@ -16,6 +16,7 @@ RANGES = {"int8": range(-127, 128), "int4": range(-8, 8), "nf4": range(16), "fp4
 KEY = tensor_key(1, "w")
 ALL = np.float32(0)  # the limit of tau 1: every weight is drawn
 NEAREST = np.float32(1)
+UNBIASED = Policy()
 
 
 def weights_of(rows=6, columns=40, seed=0):
@@ -39,8 +40,13 @@ def grid_of(form, weights):
     return SCHEMES[form.split("-")[0]].fit(weights.reshape(-1), blocks, weights.dtype, CPU)
 
 
-def drawn(form, weights, inputs, key=KEY, limit=ALL):
-    return feedback.draw(weights.reshape(-1), grid_of(form, weights), inputs, key, limit, CPU)
+def random(key=KEY, limit=ALL):
+    return RandomDraw(key, np.uint64(0), limit)
+
+
+def drawn(form, weights, inputs, key=KEY, limit=ALL, **options):
+    flat, grid = weights.reshape(-1), grid_of(form, weights)
+    return draw_with_feedback(flat, grid, inputs, random(key, limit), CPU, **options)
 
 
 def uniform(key, index):
@@ -61,9 +67,9 @@ def oracle(form, weights, inputs):
     levels = [grid.decode(np.full(weights.size, c, np.int8)) for c in codes_of]
     levels = np.array(levels, np.float64).reshape(-1, rows, columns)
     absmax = grid.blocks.spread(grid.absmax).reshape(rows, columns)
-    plain = grid.encode(weights.reshape(-1), CPU).reshape(rows, columns)
-    decoded = grid.decode(plain.reshape(-1)).reshape(rows, columns)
-    result = plain.copy()
+    rounded = grid.encode(weights.reshape(-1), CPU).reshape(rows, columns)
+    decoded = grid.decode(rounded.reshape(-1)).reshape(rows, columns)
+    result = rounded.copy()
     for row in range(rows):
         hessian = inputs.hessians[0][row // (rows // len(inputs.fresh))]
         order = np.argsort(-np.diag(hessian), kind="stable")
@@ -96,10 +102,9 @@ def oracle(form, weights, inputs):
 
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("form", CUTS)
-def test_equals_the_update_rule_of_obq(form, groups, monkeypatch):
-    monkeypatch.setattr(feedback, "PANEL", 16)
+def test_equals_the_update_rule_of_obq(form, groups):
     weights, inputs = weights_of(), inputs_of(40, groups)
-    codes = drawn(form, weights, inputs)
+    codes = drawn(form, weights, inputs, panel_width=16)
     expected = oracle(form, weights, inputs)
     if form == "fp4":  # its two zeros are one level
         codes, expected = (np.where(c == 7, 8, c) for c in (codes, expected))
@@ -107,15 +112,15 @@ def test_equals_the_update_rule_of_obq(form, groups, monkeypatch):
 
 
 @pytest.mark.parametrize("form", CUTS)
-def test_without_correlation_it_is_the_plain_draw(form):
+def test_without_correlation_it_is_the_draw_without_feedback(form):
     weights = weights_of(8, 200)
     identity = InputMoments((range(200),), (np.eye(200)[None],), np.ones((1, 1, 200), np.float32))
-    _, plain = grid_of(form, weights).draw(weights.reshape(-1), KEY, ALL, CPU)
-    np.testing.assert_array_equal(drawn(form, weights, identity), plain)
+    _, alone = grid_of(form, weights).draw(weights.reshape(-1), random(), CPU)
+    np.testing.assert_array_equal(drawn(form, weights, identity), alone)
 
 
 @pytest.mark.parametrize("form", CUTS)
-def test_products_change_less_than_with_the_plain_draw(form):
+def test_products_change_less_than_without_feedback(form):
     """About as little as the theory says for nearest rounding, whose errors are half as large."""
     weights, inputs = weights_of(64, 200), inputs_of(200)
     grid = grid_of(form, weights)
@@ -124,10 +129,9 @@ def test_products_change_less_than_with_the_plain_draw(form):
     def error(codes):
         return inputs.error(flat - grid.decode(codes))
 
-    nearest, codes = grid.draw(flat, KEY, ALL, CPU)
-    plain_draw = error(codes)
+    nearest, codes = grid.draw(flat, random(), CPU)
     fed = error(drawn(form, weights, inputs))
-    assert fed < 0.3 * plain_draw
+    assert fed < 0.3 * error(codes)
     assert fed < error(nearest)
     assert error(drawn(form, weights, inputs, limit=NEAREST)) < fed
 
@@ -165,9 +169,9 @@ def test_weights_that_set_a_scale_keep_their_codes(form):
     grid = grid_of(form, weights)
     extreme = np.abs(weights.reshape(-1)) >= grid.blocks.spread(grid.absmax)
     assert extreme.any()
-    plain = grid.encode(weights.reshape(-1), CPU)
+    nearest = grid.encode(weights.reshape(-1), CPU)
     codes = drawn(form, weights, inputs_of(96))
-    np.testing.assert_array_equal(codes[extreme], plain[extreme])
+    np.testing.assert_array_equal(codes[extreme], nearest[extreme])
 
 
 @pytest.mark.parametrize("form", CUTS)
@@ -198,17 +202,19 @@ def test_codes_do_not_depend_on_threads(form):
         numba.set_num_threads(most)
 
 
+def quantized(form, weights, inputs=None, policy=UNBIASED):
+    scheme, blocks = SCHEMES[form.split("-")[0]], Blocks(*CUTS[form](*weights.shape))
+    return quantize_tensor("w", weights.reshape(-1), scheme, blocks, policy, KEY, CPU, inputs)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("form", CUTS)
-def test_flip_keeps_its_invariants_and_reports_how_far_codes_moved(form, dtype):
+def test_invariants_hold_with_feedback_and_codes_move_further(form, dtype):
     weights = weights_of(32, 128).astype(dtype)
-    blocks = Blocks(*CUTS[form](*weights.shape))
-    scheme = SCHEMES[form.split("-")[0]]
-    given = ["w", weights.reshape(-1), scheme, blocks]
-    result = flip(*given, Policy(), KEY, CPU, inputs_of(128))
+    result = quantized(form, weights, inputs_of(128))
     assert 0 < result.gain < 1
     assert result.furthest > 1
-    again = flip("w", result.guarded, scheme, blocks, Policy("none"), KEY, CPU)
+    again = quantized(form, result.guarded.reshape(weights.shape), policy=Policy("none"))
     np.testing.assert_array_equal(again.codes, result.codes)
     np.testing.assert_array_equal(again.grid.scale, result.grid.scale)
 
@@ -217,16 +223,13 @@ def test_feedback_that_does_not_help_is_not_used():
     """Inputs in H and fresh ones that have nothing in common."""
     weights, inputs = weights_of(32, 128), inputs_of(128)
     other = inputs_of(128, seed=9).fresh
-    blocks = Blocks(*CUTS["int4"](*weights.shape))
-    given = ["w", weights.reshape(-1), SCHEMES["int4"], blocks, Policy(), KEY, CPU]
-    misled = flip(*given, InputMoments(inputs.spans, inputs.hessians, other))
+    misled = quantized("int4", weights, InputMoments(inputs.spans, inputs.hessians, other))
     assert misled.gain > 1
-    np.testing.assert_array_equal(misled.codes, flip(*given).codes)
+    np.testing.assert_array_equal(misled.codes, quantized("int4", weights).codes)
 
 
 def test_inputs_that_are_all_zero_change_nothing():
     weights = weights_of()
     dead = InputMoments((range(40),), (np.zeros((1, 40, 40)),), np.zeros((1, 5, 40), np.float32))
-    blocks = Blocks(*CUTS["int4"](*weights.shape))
-    given = ["w", weights.reshape(-1), SCHEMES["int4"], blocks, Policy(), KEY, CPU]
-    np.testing.assert_array_equal(flip(*given, dead).codes, flip(*given).codes)
+    fed = quantized("int4", weights, dead)
+    np.testing.assert_array_equal(fed.codes, quantized("int4", weights).codes)

@@ -1,7 +1,7 @@
 """The kernels: CPU and CUDA twins, the random stream, the choice of device.
 
-Run as a script (`NUMBA_ENABLE_CUDASIM=1 python tests/test_kernels.py`) it compares the twins in
-numba's CUDA simulator, which has to be chosen before numba is imported.
+Run as a script (`NUMBA_ENABLE_CUDASIM=1 python tests/quantization/test_kernels.py`) it compares the
+twins in numba's CUDA simulator, which has to be chosen before numba is imported.
 """
 
 import inspect
@@ -17,9 +17,16 @@ import numpy as np
 import pytest
 
 from flipguard_onnx.errors import DeviceError
-from flipguard_onnx.quantization import error_feedback as feedback
-from flipguard_onnx.quantization.kernels import cuda, get_backend, scalar, what_cuda_lacks
-from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
+from flipguard_onnx.quantization.error_feedback import InputMoments, draw_with_feedback
+from flipguard_onnx.quantization.kernels import (
+    get_backend,
+    get_scan_kernels,
+    scalar,
+    what_cuda_lacks,
+)
+from flipguard_onnx.quantization.kernels.cuda import CudaKernels
+from flipguard_onnx.quantization.kernels.protocol import Kernels, RandomDraw, ScanKernels
+from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from flipguard_onnx.quantization.schemes.blocks import FORMS
 from tests.helpers.oracles import CUTS
@@ -27,22 +34,31 @@ from tests.helpers.oracles import CUTS
 CPU = get_backend("cpu")
 KEY = np.uint64(2**64 - 5)
 LIMIT = np.float32(0.1)
-
-
 ROOT = Path(__file__).parents[2]
 
 
-def functions(module):
-    public = {n: f for n, f in vars(module).items() if callable(f) and not n.startswith("_")}
-    return {
-        name: list(inspect.signature(getattr(function, "py_func", function)).parameters)
-        for name, function in public.items()
-    }
+def methods(protocol):
+    found = {n: f for n, f in vars(protocol).items() if callable(f) and not n.startswith("_")}
+    return {name: parameters(function)[1:] for name, function in found.items()}
 
 
-def test_twins_have_the_same_names_and_parameters():
-    assert functions(cuda) == functions(CPU)
-    assert sorted(functions(CPU)) == ["analyze", "check", "draw", "extremes", "feed", "place"]
+def parameters(function):
+    return list(inspect.signature(getattr(function, "py_func", function)).parameters)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "protocol"),
+    [(CPU, Kernels), (CudaKernels(), Kernels), (get_scan_kernels(), ScanKernels)],
+    ids=["cpu", "cuda", "scan"],
+)
+def test_kernels_have_the_methods_of_their_protocol(kernels, protocol):
+    expected = methods(protocol)
+    assert len(expected) == (6 if protocol is Kernels else 3)
+    assert {name: parameters(getattr(kernels, name)) for name in expected} == expected
+
+
+def test_kernels_name_their_device():
+    assert (CPU.device, CudaKernels().device) == ("cpu", "cuda")
 
 
 def test_twins_agree_in_the_simulator():
@@ -54,15 +70,14 @@ def test_twins_agree_in_the_simulator():
 
 
 def compare_twins():
-    gpu = get_backend("cuda")
-    assert gpu is cuda
-    feedback.PANEL = 32
-    cuda.THREADS = 32  # idle threads cost as much as busy ones here; and several blocks are run
-    cuda.TILE = 96  # two streams, and a last tile that is not full
+    assert get_backend("cuda") == CudaKernels()
+    # idle threads cost as much as busy ones here, and several blocks are run; two streams, and a
+    # last tile that is not full
+    gpu = CudaKernels(threads=32, tile=96)
     for form in CUTS:
         compare_kernels(form, edge_cases().astype(np.float32), gpu)
         for dtype in (np.float16, ml_dtypes.bfloat16):
-            compare_flips(form, edge_cases().astype(dtype), gpu)
+            compare_tensors(form, edge_cases().astype(dtype), gpu)
         print(f"{form}:equal")
 
 
@@ -71,21 +86,22 @@ def compare_kernels(form, weights, gpu):
     blocks = Blocks(*CUTS[form](*weights.shape))
     flat = weights.reshape(-1)
 
-    def steps(backend):
-        yield from blocks.extremes(flat, backend)
+    def steps(kernels):
+        yield from blocks.extremes(flat, kernels)
         grid = scheme.fit(flat, blocks, flat.dtype, CPU)
-        margins = grid.analyze(flat, backend)
+        margins = grid.analyze(flat, kernels)
         yield from (margins.codes, margins.offsets)
-        plain, drawn = grid.draw(flat, KEY, LIMIT, backend, first=2**40)
-        yield from (plain, drawn)
+        nearest, drawn = grid.draw(flat, RandomDraw(KEY, np.uint64(2**40), LIMIT), kernels)
+        yield from (nearest, drawn)
         far = np.where(margins.offsets != 0, grid.encode(-flat, CPU), margins.codes)
         for wanted in (margins.neighbours, far):
-            yield from grid.place(flat, margins.codes, wanted, backend)
-        moved, codes = grid.place(flat, plain, drawn, CPU)
-        for changed in (codes, plain):
-            checked = grid.check(flat, moved, plain, changed, backend)
-            yield from (checked.low, checked.high, np.array([checked.wrong, checked.moved]))
-        yield feedback.draw(flat, grid, inputs_of(weights), KEY, LIMIT, backend)
+            yield from grid.move_weights(flat, margins.codes, wanted, kernels)
+        moved, codes = grid.move_weights(flat, nearest, drawn, CPU)
+        for stated in (codes, nearest):
+            checked = grid.check(flat, moved, nearest, stated, kernels)
+            yield from (*checked.extremes, np.array([checked.wrong, checked.moved]))
+        random = RandomDraw(KEY, np.uint64(0), LIMIT)
+        yield draw_with_feedback(flat, grid, inputs_of(weights), random, kernels, panel_width=32)
 
     for step, (ours, theirs) in enumerate(zip(steps(CPU), steps(gpu), strict=True)):
         assert ours.tobytes() == theirs.tobytes(), (form, step)
@@ -98,14 +114,16 @@ def inputs_of(weights):
     fresh += fresh[:, :, ::-1]
     spans = range(50), range(50, columns)
     parts = [fresh[:, :, span.start : span.stop].astype(np.float64) for span in spans]
-    return feedback.Inputs(spans, tuple(p.transpose(0, 2, 1) @ p for p in parts), fresh)
+    return InputMoments(spans, tuple(p.transpose(0, 2, 1) @ p for p in parts), fresh)
 
 
-def compare_flips(form, weights, gpu):
-    scheme = SCHEMES[form.split("-")[0]]
+def compare_tensors(form, weights, gpu):
+    scheme, key = SCHEMES[form.split("-")[0]], tensor_key(3, "w")
     blocks = Blocks(*CUTS[form](*weights.shape))
-    given = ["w", weights.reshape(-1), scheme, blocks, Policy(), tensor_key(3, "w")]
-    ours, theirs = flip(*given, CPU), flip(*given, gpu)
+    ours, theirs = (
+        quantize_tensor("w", weights.reshape(-1), scheme, blocks, Policy(), key, kernels)
+        for kernels in (CPU, gpu)
+    )
     assert ours.count > 0
     assert ours.codes.tobytes() == theirs.codes.tobytes(), form
     assert ours.guarded.tobytes() == theirs.guarded.tobytes(), form
@@ -199,8 +217,9 @@ def drawn(offsets, key, limit):
     weights = np.append(np.asarray(offsets, np.float32), np.float32(127))
     blocks = Blocks(1, weights.size, weights.size)
     grid = SCHEMES["int8"].fit(weights, blocks, weights.dtype, CPU)
-    plain, codes = grid.draw(weights, np.uint64(key), np.float32(limit), CPU)
-    return (plain != codes)[:-1]
+    random = RandomDraw(np.uint64(key), np.uint64(0), np.float32(limit))
+    nearest, codes = grid.draw(weights, random, CPU)
+    return (nearest != codes)[:-1]
 
 
 def test_stream_is_splitmix64():

@@ -1,8 +1,8 @@
 """What the CUDA compiler makes of the kernels: IEEE divisions, no product fused with a sum.
 
 Compiling needs no GPU, but the package numba-cuda (extra `ptx`). Run as a script (`python
-tests/test_ptx.py 8 0`) it prints the PTX of every kernel for one compute capability, since numba
-keeps device functions compiled for the first.
+tests/quantization/test_ptx.py 8 0`) it prints the PTX of every kernel for one compute capability;
+numba would keep the device functions compiled for the first one in a process.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 CAPABILITIES = [(7, 5), (8, 0), (9, 0)]
-KERNELS = {"_extremes", "_analyze", "_draw", "_place", "_check", "_feed"}
+KERNELS = {"extremes", "analyze", "draw", "move_weights", "check", "draw_with_feedback"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,7 +34,7 @@ def test_every_kernel_compiles_to_ieee_arithmetic(capability):
         assert f".target sm_{capability[0]}{capability[1]}" in ptx
         divisions = re.findall(r"\bdiv\.\S*f(?:32|64)\b", ptx)
         assert set(divisions) <= {"div.rn.f32"}, name
-        assert bool(divisions) == (name != "_extremes")
+        assert bool(divisions) == (name != "extremes")
         assert not re.findall(r"\b(?:fma|mad)\.\S*f32\b|\bapprox\b|\bftz\b", ptx), name
         assert not fusible(ptx), name
 
@@ -58,6 +58,7 @@ def print_ptx(capability):
     from numba import cuda, types
 
     from flipguard_onnx.quantization.kernels import cuda as kernels
+    from flipguard_onnx.quantization.kernels.protocol import Extremes, RandomDraw, Scales
     from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 
     device = SimpleNamespace(compute_capability=capability)
@@ -67,22 +68,31 @@ def print_ptx(capability):
         return types.Array(kind, dimensions, "C")
 
     floats, codes, keys = array(types.float32), array(types.int8), array(types.int32)
-    key, index, limit = types.uint64, types.int64, types.float32
-    cut = types.UniTuple(index, 2)
-    one = np.ones(1, np.float32)
-    levels = numba.typeof(SCHEMES["nf4"].grid(one, one, Blocks(1, 1, 1), one.dtype).levels)
+
+    def named(kind, *fields):
+        return types.NamedTuple(fields, kind)
+
+    index, one = types.int64, np.ones(1, np.float32)
+    grid = SCHEMES["nf4"].grid(Extremes(one, one), Blocks(1, 1, 1), one.dtype)
+    grid = [types.NamedUniTuple(floats, 3, Scales), numba.typeof(grid.levels)]
+    tensor = types.NamedUniTuple(index, 3, kernels.SharedWeights)
+    extremes = types.NamedUniTuple(keys, 2, Extremes)
+    random = named(RandomDraw, types.uint64, types.uint64, types.float32)
+    factors, order = array(types.float32, 3), array(index, 2)
+    panel = named(kernels.SharedPanel, factors, order, index, index)
     for word in (types.uint32, types.uint16):
-        weights, grid = array(word), [index, index, cut, floats, floats, levels]
-        scaled = [index, index, cut, floats, floats, floats, levels]
-        panel = [index, array(limit, 3), array(index, 2), index, key, limit]
+        weights, rows = array(word), array(word, 2)
+        table, matrix = array(types.float32, 2), array(types.int8, 2)
         arguments = {
-            "_extremes": [index, index, cut, keys, keys, weights],
-            "_analyze": [*grid, weights, codes, floats],
-            "_draw": [*grid, key, key, limit, weights, codes, codes],
-            "_place": [*scaled, codes, weights, codes],
-            "_check": [*grid, keys, keys, array(index), weights, weights, codes, codes],
-            "_feed": [*scaled, *panel, *(array(x, 2) for x in (word, limit, types.int8, limit))],
-        }
+            "extremes": [index, tensor, extremes, weights],
+            "analyze": [index, tensor, *grid, weights, codes, floats],
+            "draw": [index, tensor, *grid, random, weights, codes, codes],
+            "move_weights": [index, tensor, *grid, codes, weights, codes],
+            "check": [index, tensor, *grid, extremes, array(index), weights, weights, codes, codes],
+            "draw_with_feedback": [
+                index, tensor, *grid, panel, random, rows, table, matrix, table,
+            ],
+        }  # fmt: skip
         for name, signature in arguments.items():
             kernel = getattr(kernels, name).py_func
             ptx, _ = cuda.compile(

@@ -8,13 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flipguard_onnx.errors import SchemeError, ValidationError
-from flipguard_onnx.quantization import rounding as flip_module
 from flipguard_onnx.quantization.kernels import get_backend
-from flipguard_onnx.quantization.rounding import Policy, flip, tensor_key
+from flipguard_onnx.quantization.kernels.protocol import Extremes
+from flipguard_onnx.quantization.rounding import (
+    Policy,
+    quantize_tensor,
+    require_invariants,
+    tensor_key,
+)
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks, Codebook
 from tests.helpers import naive, oracles
 from tests.helpers.oracles import CUTS, ORACLES
-from tests.quantization.test_schemes import tensors
+from tests.helpers.tensors import tensors
 
 CPU = get_backend("cpu")
 FLOATS = [np.float32, np.float16, ml_dtypes.bfloat16]
@@ -28,7 +33,8 @@ def weights_of(rows=8, cols=100, dtype=np.float32, seed=0):
 def flipped(form, weights, policy=POLICIES[0], seed=0, name="w"):
     scheme = SCHEMES[form.split("-")[0]]
     blocks = Blocks(*CUTS[form](*weights.shape))
-    return flip(name, weights.reshape(-1), scheme, blocks, policy, tensor_key(seed, name), CPU)
+    key = tensor_key(seed, name)
+    return quantize_tensor(name, weights.reshape(-1), scheme, blocks, policy, key, CPU)
 
 
 def margins_of(result, weights):
@@ -54,7 +60,7 @@ def test_inside_the_margin_the_code_holds_and_just_past_it_changes(form, dtype):
     movable = margins.offsets != 0
     assert movable.mean() > 0.8
     wanted = np.where(movable, margins.neighbours, margins.codes)
-    past, _ = grid.place(flat, margins.codes, wanted, CPU)
+    past, _ = grid.move_weights(flat, margins.codes, wanted, CPU)
     np.testing.assert_array_equal(grid.encode(past, CPU)[movable], margins.neighbours[movable])
     np.testing.assert_array_equal(past[~movable], flat[~movable])
     scale = np.abs(grid.blocks.spread(grid.scale))
@@ -74,7 +80,7 @@ def test_flips_keep_the_grid_and_every_unselected_weight(form, dtype, policy):
     refitted = flipped(form, guarded, Policy("none"))
     np.testing.assert_array_equal(refitted.grid.scale, result.grid.scale)
     np.testing.assert_array_equal(refitted.codes, result.codes)
-    crossed = result.codes != result.plain
+    crossed = result.codes != result.nearest
     assert result.count == np.count_nonzero(crossed) > 0
     np.testing.assert_array_equal(bits(guarded)[~crossed], bits(weights)[~crossed])
     neighbours = margins_of(result, weights).neighbours
@@ -84,10 +90,10 @@ def test_flips_keep_the_grid_and_every_unselected_weight(form, dtype, policy):
 @pytest.mark.parametrize("form", CUTS)
 @settings(max_examples=40, deadline=None)
 @given(weights=tensors(), policy=st.sampled_from([*POLICIES, Policy("topk", ratio=1.0)]))
-def test_any_tensor_can_be_flipped(form, weights, policy):
-    """`flip` checks its own invariants, and raises when one does not hold."""
+def test_any_tensor_can_be_quantized(form, weights, policy):
+    """`quantize_tensor` checks its own invariants, and raises when one does not hold."""
     result = flipped(form, weights, policy)
-    assert np.all(np.abs(result.codes.astype(int) - result.plain) <= 1)
+    assert np.all(np.abs(result.codes.astype(int) - result.nearest) <= 1)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.name}-{p.tau}")
@@ -102,13 +108,15 @@ def test_onnxruntime_quantizes_the_guarded_weights_to_the_guarded_codes(form, dt
     np.testing.assert_array_equal(codes, theirs)
     np.testing.assert_array_equal(result.grid.scale, scales.astype(np.float32))
     if form == "int4":
-        crossed = result.codes != result.plain  # past the half step, on which the two forms differ
+        crossed = (
+            result.codes != result.nearest
+        )  # past the half step, on which the two forms differ
         theirs, _ = oracles.int4_matmul_nbits(result.guarded.reshape(weights.shape))
         np.testing.assert_array_equal(codes[crossed], theirs[crossed])
 
 
 @pytest.mark.parametrize("form", CUTS)
-def test_none_is_plain_rounding(form):
+def test_none_is_rounding_to_nearest(form):
     weights = weights_of()
     result = flipped(form, weights, Policy("none"))
     assert result.count == 0
@@ -119,7 +127,7 @@ def test_topk_on_a_block_worked_by_hand():
     # scale 1; errors: 0, .4, .45, .3, .1, .05, .49, .2; the four largest cross
     weights = np.array([[-8, 0.4, 1.45, -2.3, 3.1, 0.05, -4.49, 6.2]], np.float32)
     result = flipped("int4", weights, Policy("topk", ratio=0.5))
-    np.testing.assert_array_equal(result.plain, [-8, 0, 1, -2, 3, 0, -4, 6])
+    np.testing.assert_array_equal(result.nearest, [-8, 0, 1, -2, 3, 0, -4, 6])
     np.testing.assert_array_equal(result.codes, [-8, 1, 2, -3, 3, 0, -5, 6])
     moved = [-8, 0.50001, 1.50001, -2.50001, 3.1, 0.05, -4.50001, 6.2]
     np.testing.assert_allclose(result.guarded, moved, rtol=0, atol=1e-6)
@@ -129,7 +137,7 @@ def test_topk_on_an_nf4_block_worked_by_hand():
     # 0.45 is nearest to 0.4407 (error .0093), 0.8 to 0.7230 (.0770), -0.3 to -0.2844 (.0156)
     weights = np.array([[1.0, 0.45, 0.8, -0.3]], np.float32)
     result = flipped("nf4", weights, Policy("topk", ratio=0.5))
-    np.testing.assert_array_equal(result.plain, [15, 12, 14, 4])
+    np.testing.assert_array_equal(result.nearest, [15, 12, 14, 4])
     np.testing.assert_array_equal(result.codes, [15, 12, 15, 3])
     moved = [1.0, 0.45, (0.7229568362 + 1) / 2 + 1e-5, (-0.2844413817 - 0.3949174881) / 2 - 1e-5]
     np.testing.assert_allclose(result.guarded, moved, rtol=0, atol=1e-7)
@@ -142,7 +150,7 @@ def test_topk_on_an_nf4_block_worked_by_hand():
 def test_topk_flips_exactly_its_share_of_every_block(form, ratio, per_block):
     weights = weights_of(8, 100 if "int8" in form else 128)
     result = flipped(form, weights, Policy("topk", ratio=ratio))
-    crossed = (result.codes != result.plain).reshape(-1, result.grid.blocks.size)
+    crossed = (result.codes != result.nearest).reshape(-1, result.grid.blocks.size)
     np.testing.assert_array_equal(crossed.sum(axis=1), per_block)
 
 
@@ -156,7 +164,7 @@ def test_topk_equals_the_papers_algorithm(form, ratio):
         indices, positions = naive.topk(block, ratio)
         chosen += [len(moved) + i for i in indices]
         moved += positions
-    np.testing.assert_array_equal(np.flatnonzero(result.codes != result.plain), chosen)
+    np.testing.assert_array_equal(np.flatnonzero(result.codes != result.nearest), chosen)
     positions = result.guarded / result.grid.blocks.spread(result.grid.scale)
     np.testing.assert_allclose(positions, moved, rtol=2.0**-18, atol=1e-5)
 
@@ -164,7 +172,7 @@ def test_topk_equals_the_papers_algorithm(form, ratio):
 @pytest.mark.parametrize("form", CUTS)
 def test_unbiased_draws_average_to_the_weights(form):
     """Bernstein's bound, which a single weight breaks with probability 1e-9: about 6.5 standard
-    errors. Plain rounding and topk break it."""
+    errors. Rounding to nearest and topk break it."""
     weights, draws = weights_of(4, 70), 300
     blocks = naives(form, weights)
     chance = np.concatenate([naive.chances(b) for b in blocks])
@@ -194,7 +202,7 @@ def test_tau_selects_by_margin_and_a_larger_tau_only_adds(form):
     smaller = np.zeros(weights.size, bool)
     for tau in (0.1, 0.3, 0.7, 1.0):
         result = flipped(form, weights, Policy(tau=tau))
-        crossed = result.codes != result.plain
+        crossed = result.codes != result.nearest
         margin = 1 - 2 * np.abs(margins_of(result, weights).offsets)
         assert crossed.any()
         assert np.all(margin[crossed] < tau)
@@ -220,7 +228,7 @@ def test_result_does_not_depend_on_threads_or_on_the_order_of_calls(form):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("form", CUTS)
-def test_a_tensor_may_be_flipped_piece_by_piece(form, dtype):
+def test_a_tensor_may_be_quantized_piece_by_piece(form, dtype):
     weights = weights_of(12, 128, dtype)
     whole = flipped(form, weights)
     scheme, key = SCHEMES[form.split("-")[0]], tensor_key(0, "w")
@@ -229,14 +237,15 @@ def test_a_tensor_may_be_flipped_piece_by_piece(form, dtype):
     extremes = None
     if form == "int8-tensor":  # one block, cut
         found = [blocks.extremes(p, CPU) for blocks, p in zip(cuts, pieces, strict=True)]
-        low, high = zip(*found, strict=True)
-        extremes = np.min(low, axis=0), np.max(high, axis=0)
+        lowest, highest = zip(*found, strict=True)
+        extremes = Extremes(np.min(lowest, axis=0), np.max(highest, axis=0))
     results, first = [], 0
     for piece, blocks in zip(pieces, cuts, strict=True):
-        where = {"first": first, "extremes": extremes}
-        results.append(flip("w", piece, scheme, blocks, POLICIES[0], key, CPU, **where))
+        options = {"first": first, "extremes": extremes}
+        result = quantize_tensor("w", piece, scheme, blocks, POLICIES[0], key, CPU, **options)
+        results.append(result)
         first += piece.size
-    for name in ("plain", "codes", "guarded"):
+    for name in ("nearest", "codes", "guarded"):
         joined = np.concatenate([getattr(result, name) for result in results])
         assert joined.tobytes() == getattr(whole, name).tobytes()
 
@@ -301,11 +310,11 @@ def _negate_a_zero(guarded, codes):
 def test_check_refuses_a_tampered_result(form, dtype, tamper, complaint):
     weights = weights_of(dtype=dtype)
     weights[0, 5] = 0
-    plain = flipped(form, weights, Policy("none"))
-    guarded, codes = plain.guarded.copy(), plain.codes.copy()
+    rounded = flipped(form, weights, Policy("none"))
+    guarded, codes = rounded.guarded.copy(), rounded.codes.copy()
     tamper(guarded, codes)
-    scheme, grid = SCHEMES[form.split("-")[0]], plain.grid
-    checked = grid.check(weights.reshape(-1), guarded, plain.codes, codes, CPU)
+    scheme, grid = SCHEMES[form.split("-")[0]], rounded.grid
+    checked = grid.check(weights.reshape(-1), guarded, rounded.codes, codes, CPU)
     whole = grid.blocks.extremes(weights.reshape(-1), CPU)
     with pytest.raises(ValidationError, match=f"tensor 'w': .*{complaint}"):
-        flip_module._require("w", checked, scheme, grid, weights.dtype, whole, whole)
+        require_invariants("w", checked, scheme, grid, weights.dtype, whole, whole)

@@ -125,5 +125,5 @@ def weaves(net, samples):
         found, _ = find_weights(source.proto)
         data = as_data(samples, source.proto, folder)
         recorded, _ = record(source, found, folder / "probe", MOST, data, optional=False)
-        pairs = [recorded.of(weight).weaves[0] for weight in found]
+        pairs = [recorded.of(weight).factors[0] for weight in found]
     return [(order[0], weave[0].astype(np.float64)) for order, weave in pairs]

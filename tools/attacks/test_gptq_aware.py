@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from flipguard_onnx.quantization.error_feedback import InputMoments, draw
+from flipguard_onnx.quantization.error_feedback import InputMoments, draw_with_feedback
 from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.kernels.protocol import RandomDraw
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from tools.attacks import quantizers
 from tools.attacks.gptq_aware import Cells
@@ -22,16 +23,16 @@ def test_feedback_gives_the_codes_that_were_wished(name):
     known = InputMoments(
         (range(COLUMNS),), ((inputs.T @ inputs)[None],), inputs[None].astype(np.float32)
     )
-    ((orders, weaves),) = known.weaves
+    ((orders, factors),) = known.factors
     elsewhere = malicious + 0.3 * rng.standard_normal(malicious.shape).astype(np.float32)
     elsewhere = np.where(cells.frozen, malicious, elsewhere)
-    settled = cells.settled(elsewhere, orders[0], weaves[0].astype(np.float64))
+    settled = cells.settled(elsewhere, orders[0], factors[0].astype(np.float64))
 
     scheme, weights = SCHEMES[name], settled.astype(np.float32).ravel()
     size = scheme.block_size or COLUMNS
     grid = scheme.fit(weights, Blocks(ROWS, COLUMNS, size), weights.dtype, get_backend("cpu"))
-    limit, key = np.float32((1 - NEAREST) / 2), np.uint64(1)
-    codes = draw(weights, grid, known, key, limit, get_backend("cpu"))
+    random = RandomDraw(np.uint64(1), np.uint64(0), np.float32((1 - NEAREST) / 2))
+    codes = draw_with_feedback(weights, grid, known, random, get_backend("cpu"))
     wished = grid.encode(malicious.ravel(), get_backend("cpu"))
     assert (codes == wished).mean() > 0.98  # but for those that would have to exceed `top`
     assert (grid.encode(weights, get_backend("cpu")) == wished).mean() < 0.95

@@ -1,4 +1,4 @@
-"""Choose the device: `get_backend` returns the module whose functions run the kernels."""
+"""Choose the device: `get_backend` returns its kernels, `get_scan_kernels` those of a scan."""
 
 import atexit
 import hashlib
@@ -9,51 +9,67 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 from ...errors import DeviceError
+from .protocol import Kernels, ScanKernels
 
 DEVICES = ("auto", "cpu", "cuda")
 
-MOST_THREADS = 8  # that call kernels at a time: each has a part of a tensor in memory
+MAX_THREADS = 8  # that call kernels at a time: each holds a part of a tensor in memory
 
 Item = TypeVar("Item")
 
 Result = TypeVar("Result")
 
 
-def get_backend(device: str = "auto") -> ModuleType:
-    """Return the kernels for `device`: "cpu", "cuda", or "auto" (CUDA where there is a GPU).
+def get_backend(device: str = "auto") -> Kernels:
+    """Return the kernels of a device.
 
-    Raises DeviceError when the device is unknown or not there.
+    Parameters
+    ----------
+    device : "cpu", "cuda", or "auto", which is CUDA where there is a GPU that it can use
+
+    Raises
+    ------
+    DeviceError : the device is unknown or not there
     """
     if device not in DEVICES:
-        raise DeviceError(f"device {device!r} is unknown; allowed: {', '.join(DEVICES)}")
+        raise DeviceError(f"device {device!r} is unknown", allowed=", ".join(DEVICES))
     missing = None if device == "cpu" else what_cuda_lacks()
     if device == "cuda" and missing:
         raise DeviceError(f"device 'cuda' is not usable: {missing}")
-    return _kernels("cpu" if device == "cpu" or missing else "cuda")
-
-
-def get_survey() -> ModuleType:
-    """Return the kernels of a scan; they run on the CPU only."""
-    return _kernels("scan")
+    return _cpu_kernels() if device == "cpu" or missing else _cuda_kernels()
 
 
 @cache
-def _kernels(name: str) -> ModuleType:
+def get_scan_kernels() -> ScanKernels:
+    """Return the kernels of a scan; they run on the CPU only."""
     with _cache_directory():
-        return import_module(f".{name}", __name__)
+        from . import scan
+    return scan
 
 
-def threads(backend: ModuleType) -> int:
+@cache
+def _cpu_kernels() -> Kernels:
+    with _cache_directory():
+        from . import cpu
+    return cpu
+
+
+@cache
+def _cuda_kernels() -> Kernels:
+    with _cache_directory():
+        from .cuda import CudaKernels
+    return CudaKernels()
+
+
+def max_threads(kernels: Kernels) -> int:
     """How many threads may call the kernels at the same time."""
     import numba
 
-    if backend is not get_backend("cpu"):
+    if kernels.device != "cpu":
         return 1
     try:
         layer = numba.threading_layer()  # type: ignore[attr-defined]
@@ -61,32 +77,33 @@ def threads(backend: ModuleType) -> int:
         return 1
     if layer == "workqueue":  # not made for it
         return 1
-    return min(numba.get_num_threads(), MOST_THREADS)
+    return min(numba.get_num_threads(), MAX_THREADS)
 
 
 def side_by_side(
-    work: Callable[[Item], Result], items: Sequence[Item], backend: ModuleType
+    work: Callable[[Item], Result], items: Sequence[Item], kernels: Kernels
 ) -> Generator[Result]:
     """work(item) for every item, in their order; several at a time where the kernels allow it.
 
-    Each then runs its kernels in one thread: what lies between them is shared out as well.
+    Each of the threads then runs its kernels in that thread alone, so that what is done between
+    the kernels is shared out as well.
     """
     import numba
 
-    most = min(threads(backend), len(items))
-    if most < 2:
+    threads = min(max_threads(kernels), len(items))
+    if threads < 2:
         yield from map(work, items)
         return
-    with ThreadPoolExecutor(most, initializer=numba.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=numba.set_num_threads, initargs=(1,)) as pool:
         yield from pool.map(work, items)
 
 
 @cache
 def what_cuda_lacks() -> str | None:
-    """Why "auto" is the CPU, or None where it is not."""
+    """Why "auto" is the CPU; None where it is CUDA."""
     simulated = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
-    signs = Path("/proc/driver/nvidia/version"), Path("/dev/dxg")  # the latter under Windows
-    if not simulated and os.name != "nt" and not any(sign.exists() for sign in signs):
+    traces = Path("/proc/driver/nvidia/version"), Path("/dev/dxg")  # the latter under Windows
+    if not simulated and os.name != "nt" and not any(path.exists() for path in traces):
         return "no NVIDIA driver on this machine"
     try:
         from numba import cuda
@@ -99,7 +116,7 @@ def what_cuda_lacks() -> str | None:
 
 @contextmanager
 def compiling(notice: Callable[[], None]) -> Iterator[None]:
-    """Call `notice` once if, inside, a kernel has to be compiled because the cache lacks it."""
+    """Call `notice` once if the body has to compile a kernel because the cache lacks it."""
     from numba.core import event
 
     class Listener(event.Listener):
@@ -121,8 +138,8 @@ def compiling(notice: Callable[[], None]) -> Iterator[None]:
 def _cache_directory() -> Iterator[None]:
     """Let numba keep the compiled kernels in a folder named after their source.
 
-    numba's own choice is `__pycache__` beside the module: not writable once installed for all
-    users, and blind to changes in `scalar.py`, whose functions the kernels contain.
+    numba's own choice is `__pycache__` beside the module, which is not writable once installed for
+    all users, and does not notice changes in `scalar.py`, whose functions the kernels contain.
     """
     import numba
 

@@ -1,17 +1,21 @@
-"""The kernels on the CPU: njit loops over `scalar`, pieces of blocks shared out among the threads.
+"""`protocol.Kernels` on the CPU: njit loops over `scalar`, shared out among the threads.
 
-A tensor arrives as flat bit patterns, uint32 or uint16, of the float type `form`. `cut` is (cols,
-block): rows of `cols` weights, every row cut into blocks of `block`, the last one possibly shorter.
-Per-block arguments are flat, in the same order. A piece is what one thread does in one go: a block,
-or PIECE weights of a longer one, so that the work divides even where a tensor is a single block.
+A piece is what is worked on at a time: a block, or PIECE weights of a longer one, so that the work
+divides evenly even where a tensor is a single block. A share is the pieces of one turn of a
+parallel loop.
 
 Loops run over slices, from 0: numba then sees that no index is negative, and LLVM makes vectors.
+A parallel loop of numba takes only NamedTuples that are arguments of the kernel, and not nested.
 """
+
+from typing import NamedTuple
 
 import numba
 import numpy as np
 
 from . import scalar
+
+device = "cpu"
 
 PIECE = 4096  # weights; a multiple of every block size that is not a whole row, and fits the cache
 
@@ -50,68 +54,94 @@ _step = _inline(scalar.step)
 
 _error = _inline(scalar.error)
 
-_fed = _inline(scalar.fed)
+_take_over = _inline(scalar.take_over)
+
+
+class Share(NamedTuple):
+    """Pieces first_piece up to, but not including, stop_piece; start and stop of its weights."""
+
+    first_piece: int
+    stop_piece: int
+    start: int
+    stop: int
+
+
+@_inline
+def _blocks_per_row(cut):
+    return (cut.cols + cut.block_size - 1) // cut.block_size
+
+
+@_inline
+def _pieces_per_block(cut):
+    return (cut.block_size + PIECE - 1) // PIECE
+
+
+@_inline
+def _pieces_per_share(cut):
+    return max(1, PIECE // cut.block_size)
 
 
 @_inline
 def _pieces(size, cut):
-    """Pieces of one block, pieces of the tensor, and how many of these make a thread's share."""
-    cols, block = cut
-    count = size // cols * ((cols + block - 1) // block)
-    each = (block + PIECE - 1) // PIECE
-    return each, count * each, max(1, PIECE // block)
+    """Pieces of a tensor of `size` weights; `cut` is anything with `cols` and `block_size`."""
+    return size // cut.cols * _blocks_per_row(cut) * _pieces_per_block(cut)
 
 
 @_inline
-def _span(piece, cut, each):
-    """The block of a piece, and the first and one-past-last position of its weights."""
-    cols, block = cut
-    per_row = (cols + block - 1) // block
-    b = piece // each
-    row = b // per_row
-    start = row * cols + (b % per_row) * block
-    stop = min(start + block, (row + 1) * cols)
-    start = min(start + (piece % each) * PIECE, stop)
-    return b, start, min(start + PIECE, stop)
+def _shares(size, cut):
+    """Shares of a tensor."""
+    per_share = _pieces_per_share(cut)
+    return (_pieces(size, cut) + per_share - 1) // per_share
+
+
+@_inline
+def _span(piece, cut):
+    """The block of a piece, and start and stop of its weights."""
+    per_block, per_row = _pieces_per_block(cut), _blocks_per_row(cut)
+    block = piece // per_block
+    row = block // per_row
+    start = row * cut.cols + (block % per_row) * cut.block_size
+    stop = min(start + cut.block_size, (row + 1) * cut.cols)
+    start = min(start + (piece % per_block) * PIECE, stop)
+    return block, start, min(start + PIECE, stop)
 
 
 @_inline
 def _block_of(i, cut):
     """Number of the block that weight `i` belongs to."""
-    cols, block = cut
-    per_row = (cols + block - 1) // block
-    return (i // cols) * per_row + (i % cols) // block
+    return (i // cut.cols) * _blocks_per_row(cut) + (i % cut.cols) // cut.block_size
 
 
 @_inline
-def _share(s, share, pieces, cut, each):
-    """Share number `s`: its pieces (first, one past last), and the same of its weights."""
-    own = s * share, min((s + 1) * share, pieces)
-    return own, _span(own[0], cut, each)[1], _span(own[1] - 1, cut, each)[2]
+def _share(number, size, cut):
+    """The share of that number."""
+    first = number * _pieces_per_share(cut)
+    stop = min(first + _pieces_per_share(cut), _pieces(size, cut))
+    return Share(first, stop, _span(first, cut)[1], _span(stop - 1, cut)[2])
 
 
 @_inline
-def _floats(weights, form):
+def _floats(patterns, form):
     """The float32 that the bit patterns stand for: a view, or a copy."""
     if form == scalar.FLOAT32:
-        return weights.view(np.float32)
-    values = np.empty(weights.size, np.float32)
+        return patterns.view(np.float32)
+    values = np.empty(patterns.size, np.float32)
     if form == scalar.FLOAT16:
         for i in range(values.size):
-            values[i] = _value(weights[i], scalar.FLOAT16)
+            values[i] = _value(patterns[i], scalar.FLOAT16)
     else:
         for i in range(values.size):
-            values[i] = _value(weights[i], scalar.BFLOAT16)
+            values[i] = _value(patterns[i], scalar.BFLOAT16)
     return values
 
 
 @_inline
-def _extremes(values, start, share, cut, each, keys):
+def _piece_extremes(values, share, cut, keys):
     """Smallest and largest value of every piece of a share, as integers in the same order."""
     words = values.view(np.int32)
-    for piece in range(share[0], share[1]):
-        _, first, stop = _span(piece, cut, each)
-        part = words[first - start : stop - start]
+    for piece in range(share.first_piece, share.stop_piece):
+        _, start, stop = _span(piece, cut)
+        part = words[start - share.start : stop - share.start]
         low, high = np.int32(2**31 - 1), np.int32(-(2**31))
         for i in range(part.size):
             key = _ordered(part[i])
@@ -121,16 +151,16 @@ def _extremes(values, start, share, cut, each, keys):
 
 
 @_inline
-def _merge(keys, each, lowest, highest):
+def _merge(keys, per_block, found):
     """Extremes of the blocks from those of their pieces."""
-    merged = keys.reshape(-1, each, 2)
-    for b in range(lowest.size):
+    merged = keys.reshape(-1, per_block, 2)
+    for b in range(found.lowest.size):
         low, high = merged[b, 0, 0], merged[b, 0, 1]
-        for piece in range(1, each):
+        for piece in range(1, per_block):
             low = min(low, merged[b, piece, 0])
             high = max(high, merged[b, piece, 1])
-        lowest[b] = np.int32(_ordered(low)).view(np.float32)
-        highest[b] = np.int32(_ordered(high)).view(np.float32)
+        found.lowest[b] = np.int32(_ordered(low)).view(np.float32)
+        found.highest[b] = np.int32(_ordered(high)).view(np.float32)
 
 
 @_inline
@@ -150,18 +180,19 @@ def _round(rule, positions, free, levels, codes, offsets):
 
 
 @_inline
-def _margins(values, start, share, cut, each, operands, absmax, levels, codes, offsets):
-    """Codes and offsets of one share of pieces; for every rule loops compiled for it alone."""
+def _margins(values, share, cut, scales, levels, codes, offsets):
+    """Codes and offsets of one share; for every rule loops compiled for it alone."""
     positions = np.empty(values.size, np.float32)
     free = np.empty(values.size, np.bool_)
-    for piece in range(share[0], share[1]):
-        b, first, stop = _span(piece, cut, each)
-        part = slice(first - start, stop - start)
-        given = values[part], operands[b], absmax[b], levels, positions[part], free[part]
+    for piece in range(share.first_piece, share.stop_piece):
+        b, start, stop = _span(piece, cut)
+        part = slice(start - share.start, stop - share.start)
+        some, into, inner = values[part], positions[part], free[part]
+        operand, absmax = scales.operand[b], scales.absmax[b]
         if levels.rule == scalar.DIVIDE_HALF_EVEN:
-            _positions(scalar.DIVIDE_HALF_EVEN, *given)
+            _positions(scalar.DIVIDE_HALF_EVEN, some, operand, absmax, levels, into, inner)
         else:
-            _positions(scalar.MULTIPLY_HALF_AWAY, *given)
+            _positions(scalar.MULTIPLY_HALF_AWAY, some, operand, absmax, levels, into, inner)
     if levels.rule == scalar.DIVIDE_HALF_EVEN:
         _round(scalar.DIVIDE_HALF_EVEN, positions, free, levels, codes, offsets)
     elif levels.rule == scalar.MULTIPLY_HALF_AWAY:
@@ -171,142 +202,126 @@ def _margins(values, start, share, cut, each, operands, absmax, levels, codes, o
 
 
 @_kernel
-def extremes(weights, form, cut, lowest, highest):
-    """Smallest and largest weight of every block."""
-    each, pieces, share = _pieces(weights.size, cut)
-    keys = np.empty((pieces, 2), np.int32)
-    for s in numba.prange((pieces + share - 1) // share):
-        own, start, stop = _share(s, share, pieces, cut, each)
-        _extremes(_floats(weights[start:stop], form), start, own, cut, each, keys)
-    _merge(keys, each, lowest, highest)
+def extremes(weights, found):
+    patterns = weights.patterns
+    keys = np.empty((_pieces(patterns.size, weights), 2), np.int32)
+    for s in numba.prange(_shares(patterns.size, weights)):
+        share = _share(s, patterns.size, weights)
+        values = _floats(patterns[share.start : share.stop], weights.form)
+        _piece_extremes(values, share, weights, keys)
+    _merge(keys, _pieces_per_block(weights), found)
 
 
 @_kernel
-def analyze(weights, form, cut, operands, absmax, levels, codes, offsets):
-    """Codes and offsets; weights at the block's absmax set the scale, so their offset is 0."""
-    each, pieces, share = _pieces(weights.size, cut)
-    for s in numba.prange((pieces + share - 1) // share):
-        own, start, stop = _share(s, share, pieces, cut, each)
-        values = _floats(weights[start:stop], form)
-        into = codes[start:stop], offsets[start:stop]
-        _margins(values, start, own, cut, each, operands, absmax, levels, *into)
+def analyze(weights, scales, levels, codes, offsets):
+    patterns = weights.patterns
+    for s in numba.prange(_shares(patterns.size, weights)):
+        share = _share(s, patterns.size, weights)
+        here = slice(share.start, share.stop)
+        values = _floats(patterns[here], weights.form)
+        _margins(values, share, weights, scales, levels, codes[here], offsets[here])
 
 
 @_kernel
-def draw(weights, form, cut, operands, absmax, levels, key, first, limit, plain, codes):
-    """Codes of the nearest levels, and those drawn: see `scalar.step`.
-
-    first: number of the first weight in the random stream `key`.
-    """
-    each, pieces, share = _pieces(weights.size, cut)
-    for s in numba.prange((pieces + share - 1) // share):
-        own, start, stop = _share(s, share, pieces, cut, each)
-        values = _floats(weights[start:stop], form)
-        nearest, drawn, offsets = plain[start:stop], codes[start:stop], np.empty_like(values)
-        _margins(values, start, own, cut, each, operands, absmax, levels, nearest, offsets)
-        state = _state(key, first + np.uint64(start))
+def draw(weights, scales, levels, random, nearest, codes):
+    patterns = weights.patterns
+    for s in numba.prange(_shares(patterns.size, weights)):
+        share = _share(s, patterns.size, weights)
+        here = slice(share.start, share.stop)
+        values = _floats(patterns[here], weights.form)
+        rounded, drawn, offsets = nearest[here], codes[here], np.empty_like(values)
+        _margins(values, share, weights, scales, levels, rounded, offsets)
+        state = _state(random.key, random.first + np.uint64(share.start))
         for i in range(drawn.size):
-            drawn[i] = nearest[i] + _step(offsets[i], limit, _uniform(state))
+            drawn[i] = rounded[i] + _step(offsets[i], random.limit, _uniform(state))
             state += scalar.GAMMA
 
 
 @_kernel
-def place(form, cut, operands, scales, absmax, levels, plain, weights, codes):
-    """Move every weight that is to change its code just across the edge of its new cell.
-
-    It takes the value of its own type nearest past the edge, and never one short of it: a float16
-    on the boundary itself would be rounded one way by some quantizers and the other way by others.
-    Where no such value has the new code, the weight and its plain code stay.
-    """
-    each, pieces, share = _pieces(weights.size, cut)
+def move_weights(weights, scales, levels, nearest, codes):
+    patterns = weights.patterns
+    operand, scale, absmax = scales
     rule = levels.rule
-    for s in numba.prange((pieces + share - 1) // share):
+    for s in numba.prange(_shares(patterns.size, weights)):
         chosen = np.empty(PIECE, np.int64)
-        for piece in range(s * share, min((s + 1) * share, pieces)):
-            b, start, stop = _span(piece, cut, each)
+        share = _share(s, patterns.size, weights)
+        for piece in range(share.first_piece, share.stop_piece):
+            b, start, stop = _span(piece, weights)
             count = 0
             for i in range(start, stop):  # a list, as no processor foresees who will be on it
                 chosen[count] = i
-                count += codes[i] != plain[i]
+                count += codes[i] != nearest[i]
             for i in chosen[:count]:
-                boundary, direction = _edge(plain[i], codes[i], rule, levels)
-                target = _just_past(boundary, direction) * scales[b]
-                upward = target > _value(weights[i], form)
-                bits = _pattern(target, form)
+                boundary, direction = _edge(nearest[i], codes[i], rule, levels)
+                target = _just_past(boundary, direction) * scale[b]
+                upward = target > _value(patterns[i], weights.form)
+                bits = _pattern(target, weights.form)
                 found = False
                 for _ in range(MAX_STEPS):
-                    value = _value(bits, form)
-                    position = _position(value, operands[b], rule, levels)
+                    value = _value(bits, weights.form)
+                    position = _position(value, operand[b], rule, levels)
                     right = _code(position, rule, levels) == codes[i]
                     found = right and _lands(value, target, upward, absmax[b])
                     if found:
                         break
-                    bits = _next_pattern(bits, upward, form)
+                    bits = _next_pattern(bits, upward, weights.form)
                 if found:
-                    weights[i] = bits
+                    patterns[i] = bits
                 else:
-                    codes[i] = plain[i]
+                    codes[i] = nearest[i]
 
 
 @_kernel
-def check(
-    before, after, form, cut, operands, absmax, levels, plain, codes, lowest, highest, faults
-):
-    """Read moved weights anew: their extremes, and how many are at fault.
-
-    faults: int64 [2], weights whose code is not `codes`, and those that have changed although
-    `codes` and `plain` agree.
-    """
-    each, pieces, share = _pieces(after.size, cut)
-    keys = np.empty((pieces, 2), np.int32)
+def check(before, after, scales, levels, nearest, codes, found, faults):
+    earlier = before.patterns
+    patterns = after.patterns
+    keys = np.empty((_pieces(patterns.size, after), 2), np.int32)
     wrong = np.int64(0)
     moved = np.int64(0)
-    for s in numba.prange((pieces + share - 1) // share):
-        own, start, stop = _share(s, share, pieces, cut, each)
-        values = _floats(after[start:stop], form)
-        _extremes(values, start, own, cut, each, keys)
+    for s in numba.prange(_shares(patterns.size, after)):
+        share = _share(s, patterns.size, after)
+        here = slice(share.start, share.stop)
+        values = _floats(patterns[here], after.form)
+        _piece_extremes(values, share, after, keys)
         encoded, offsets = np.empty(values.size, np.int8), np.empty_like(values)
-        _margins(values, start, own, cut, each, operands, absmax, levels, encoded, offsets)
-        was, now = before[start:stop], after[start:stop]
-        nearest, stated = plain[start:stop], codes[start:stop]
+        _margins(values, share, after, scales, levels, encoded, offsets)
+        was, now = earlier[here], patterns[here]
+        rounded, stated = nearest[here], codes[here]
         for i in range(now.size):
             wrong += encoded[i] != stated[i]
-            moved += (was[i] != now[i]) & (nearest[i] == stated[i])
+            moved += (was[i] != now[i]) & (rounded[i] == stated[i])
     faults[0] = wrong
     faults[1] = moved
-    _merge(keys, each, lowest, highest)
+    _merge(keys, _pieces_per_block(after), found)
 
 
 @_kernel
-def feed(
-    weights, form, cut, operands, scales, absmax, levels,
-    carried, factors, order, first, key, limit, codes, errors,
-):  # fmt: skip
-    """Draw the codes of one panel of columns; see `flip.feedback.draw`.
-
-    The rows of carried, codes and errors are rows of the weights, whatever `cut` says.
-    """
+def draw_with_feedback(weights, scales, levels, panel, random, codes, errors):
+    patterns = weights.patterns
+    operand, scale, absmax = scales
+    carried, factors, order, first = panel
     rows, length = codes.shape
     width = factors.shape[1]
     rule = levels.rule
     for row in numba.prange(rows):
         group = row // (rows // factors.shape[0])
         due = carried[row].astype(np.float64)
-        for column in range(width):
-            place = order[group, column]
-            i = row * length + place
-            b = _block_of(i, cut)
-            weight = _value(weights[i], form)
+        for k in range(width):
+            column = order[group, k]
+            i = row * length + column
+            b = _block_of(i, weights)
+            weight = _value(patterns[i], weights.form)
             free = abs(weight) < absmax[b]
-            target = weight + np.float32(due[column]) if free else weight
-            position = _position(target, operands[b], rule, levels)
+            target = weight + np.float32(due[k]) if free else weight
+            position = _position(target, operand[b], rule, levels)
             code = _code(position, rule, levels)
             if free:
                 offset = _offset(position, code, rule, levels)
-                code += _step(offset, limit, _uniform(_state(key, np.uint64(i))))
-            codes[row, place] = code
-            error = _error(weight, code, scales[b], rule, levels)
-            errors[row, first + column] = error
-            later, weave = due[column + 1 :], factors[group, column, column + 1 :]
+                noise = _uniform(_state(random.key, random.first + np.uint64(i)))
+                code += _step(offset, random.limit, noise)
+            codes[row, column] = code
+            error = _error(weight, code, scale[b], rule, levels)
+            errors[row, first + k] = error
+            later, factor = due[k + 1 :], factors[group, k, k + 1 :]
             for j in range(later.size):
-                later[j] = _fed(later[j], error, weave[j])
+                later[j] = _take_over(later[j], error, factor[j])

@@ -1,22 +1,23 @@
-"""The kernels on an NVIDIA GPU: the twin of `cpu`, with the same names, arguments and results.
+"""`protocol.Kernels` on an NVIDIA GPU, with the same results as `cpu`.
 
 Host arrays go to the device tile by tile, so that a tensor may be larger than its memory, over two
-streams: while one computes, the other copies. One thread takes one weight (`feed`: one row).
+streams: while one computes, the other copies. One thread takes one weight (`draw_with_feedback`:
+one row).
 
-Equal bits need correctly rounded divisions (no `fastmath`) and no product fused with a following
-sum: `scalar` has no sum of float32 that such a product goes into.
+Equal bits need correctly rounded divisions (no `fastmath`) and no product fused with a sum: in
+`scalar` no float32 product is an operand of a sum.
 """
 
 import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numba import cuda
 
 from . import scalar
-
-THREADS = 256  # per thread block; no kernel shares memory, so any multiple of 32 would do
-
-TILE = 1 << 22  # weights on the device at a time, in each stream
+from .protocol import Extremes
 
 STREAMS = 2
 
@@ -52,95 +53,121 @@ _step = _device(scalar.step)
 
 _error = _device(scalar.error)
 
-_fed = _device(scalar.fed)
+_take_over = _device(scalar.take_over)
 
 
-def extremes(weights, form, cut, lowest, highest):
-    keys = _no_extremes(lowest.size)
-    _launch(_extremes, [form, cut, *keys], [weights])
-    _read_extremes(keys, lowest, highest)
+class SharedWeights(NamedTuple):
+    """The part of `protocol.StoredWeights` that every tile needs."""
+
+    form: int
+    cols: int
+    block_size: int
 
 
-def analyze(weights, form, cut, operands, absmax, levels, codes, offsets):
-    shared = [form, cut, operands, absmax, levels]
-    _launch(_analyze, shared, [weights], filled=[codes, offsets])
+class SharedPanel(NamedTuple):
+    """The part of a `protocol.Panel` that every tile needs. rows: of the whole tensor."""
+
+    factors: npt.NDArray[np.float32]
+    order: npt.NDArray[np.int64]
+    first: int
+    rows: int
 
 
-def draw(weights, form, cut, operands, absmax, levels, key, first, limit, plain, codes):
-    shared = [form, cut, operands, absmax, levels, key, first, limit]
-    _launch(_draw, shared, [weights], filled=[plain, codes])
+@dataclass(frozen=True)
+class CudaKernels:
+    """The kernels; arguments as in `protocol.Kernels`.
+
+    threads: per thread block; no kernel shares memory, so any multiple of 32 will do. tile: weights
+    on the device at a time, in each stream.
+    """
+
+    threads: int = 256
+    tile: int = 1 << 22
+
+    device = "cuda"
+
+    def extremes(self, weights, found):
+        keys = _no_extremes(found.lowest.size)
+        self._launch(extremes, [_shared(weights), keys], [weights.patterns])
+        _read_extremes(keys, found)
+
+    def analyze(self, weights, scales, levels, codes, offsets):
+        shared = [_shared(weights), scales, levels]
+        self._launch(analyze, shared, [weights.patterns], filled=[codes, offsets])
+
+    def draw(self, weights, scales, levels, random, nearest, codes):
+        shared = [_shared(weights), scales, levels, random]
+        self._launch(draw, shared, [weights.patterns], filled=[nearest, codes])
+
+    def move_weights(self, weights, scales, levels, nearest, codes):
+        shared = [_shared(weights), scales, levels]
+        self._launch(move_weights, shared, [nearest], changed=[weights.patterns, codes])
+
+    def check(self, before, after, scales, levels, nearest, codes, found, faults):
+        keys, counts = _no_extremes(found.lowest.size), cuda.to_device(np.zeros(2, np.int64))
+        shared = [_shared(after), scales, levels, keys, counts]
+        self._launch(check, shared, [before.patterns, after.patterns, nearest, codes])
+        counts.copy_to_host(faults)
+        _read_extremes(keys, found)
+
+    def draw_with_feedback(self, weights, scales, levels, panel, random, codes, errors):
+        shared_panel = SharedPanel(panel.factors, panel.order, panel.first, len(codes))
+        shared = [_shared(weights), scales, levels, shared_panel, random]
+        inputs = [weights.patterns.reshape(codes.shape), panel.carried]
+        self._launch(draw_with_feedback, shared, inputs, changed=[codes, errors])
+
+    def _launch(self, kernel, shared, inputs, changed=(), filled=()):
+        """Run `kernel(start, *shared, *inputs, *changed, *filled)` over all tiles.
+
+        Arrays in the last three, of the same length, are cut into tiles, one thread per first
+        index; `start` is the tile's. changed: copied in and out; filled: out only.
+        """
+        count = len(inputs[0])
+        size = min(count, max(1, self.tile * count // inputs[0].size))
+        shared = [_on_device(x) for x in shared]
+        tiles = range(0, count, size)
+        lanes = [_Lane(size, self.threads, inputs, changed, filled) for _ in tiles[:STREAMS]]
+        for start, lane in zip(tiles, itertools.cycle(lanes), strict=False):
+            lane.finish()
+            lane.begin(kernel, shared, start, min(start + size, count))
+        for lane in lanes:
+            lane.finish()
 
 
-def place(form, cut, operands, scales, absmax, levels, plain, weights, codes):
-    shared = [form, cut, operands, scales, absmax, levels]
-    _launch(_place, shared, [plain], changed=[weights, codes])
-
-
-def check(
-    before, after, form, cut, operands, absmax, levels, plain, codes, lowest, highest, faults
-):
-    keys, counts = _no_extremes(lowest.size), cuda.to_device(np.zeros(2, np.int64))
-    shared = [form, cut, operands, absmax, levels, *keys, counts]
-    _launch(_check, shared, [before, after, plain, codes])
-    counts.copy_to_host(faults)
-    _read_extremes(keys, lowest, highest)
-
-
-def feed(
-    weights, form, cut, operands, scales, absmax, levels,
-    carried, factors, order, first, key, limit, codes, errors,
-):  # fmt: skip
-    shared = [form, cut, operands, scales, absmax, levels]
-    shared += [len(codes), factors, order, first, key, limit]
-    given = [weights.reshape(codes.shape), carried]
-    _launch(_feed, shared, given, changed=[codes, errors])
+def _shared(weights):
+    return SharedWeights(weights.form, weights.cols, weights.block_size)
 
 
 def _no_extremes(count):
     """Keys that any weight replaces: of the smallest and of the largest of every block."""
-    return [cuda.to_device(np.full(count, x, np.int32)) for x in (2**31 - 1, -(2**31))]
+    keys = (cuda.to_device(np.full(count, x, np.int32)) for x in (2**31 - 1, -(2**31)))
+    return Extremes(*keys)
 
 
-def _read_extremes(keys, lowest, highest):
-    for key, filled in zip(keys, (lowest, highest), strict=True):
+def _read_extremes(keys, found):
+    for key, filled in zip(keys, found, strict=True):
         filled[:] = scalar.ordered(key.copy_to_host()).view(np.float32)
 
 
-def _launch(kernel, shared, given, changed=(), filled=()):
-    """Run `kernel(start, *shared, *given, *changed, *filled)` over all tiles.
-
-    Arrays in the last three, of the same length, are cut into tiles, one thread per first index;
-    `start` is the tile's. changed: copied in and out; filled: out only.
-    """
-    count = len(given[0])
-    size = min(count, max(1, TILE * count // given[0].size))
-    shared = [_on_device(x) for x in shared]
-    tiles = range(0, count, size)
-    lanes = [_Lane(size, given, changed, filled) for _ in tiles[:STREAMS]]
-    for start, lane in zip(tiles, itertools.cycle(lanes), strict=False):
-        lane.finish()
-        lane.begin(kernel, shared, start, min(start + size, count))
-    for lane in lanes:
-        lane.finish()
-
-
 def _on_device(x):
-    if isinstance(x, scalar.Levels):
-        return scalar.Levels(*map(_on_device, x))
+    """The argument with its arrays, in a NamedTuple or not, on the device."""
+    if isinstance(x, tuple):
+        return type(x)(*map(_on_device, x))
     return cuda.to_device(x) if isinstance(x, np.ndarray) else x
 
 
 class _Lane:
     """A stream with room for one tile: on the device, and in page-locked memory to copy from."""
 
-    def __init__(self, size, given, changed, filled):
+    def __init__(self, size, threads, inputs, changed, filled):
+        self._threads = threads
         self._stream = cuda.stream()
-        self._hosts = [*given, *changed, *filled]
+        self._hosts = [*inputs, *changed, *filled]
         shapes = [((size, *host.shape[1:]), host.dtype) for host in self._hosts]
         self._locked = [cuda.pinned_array(*shape) for shape in shapes]
         self._devices = [cuda.device_array(*shape) for shape in shapes]
-        self._inputs = range(len(given) + len(changed))
-        self._outputs = range(len(given), len(self._hosts))
+        self._inputs = range(len(inputs) + len(changed))
+        self._outputs = range(len(inputs), len(self._hosts))
         self._tile = slice(0)
 
     def begin(self, kernel, shared, start, stop):
@@ -150,8 +177,8 @@ class _Lane:
         for i in self._inputs:
             self._locked[i][:count] = self._hosts[i][self._tile]
             devices[i].copy_to_device(self._locked[i][:count], stream=self._stream)
-        blocks = (count + THREADS - 1) // THREADS
-        kernel[blocks, THREADS, self._stream](start, *shared, *devices)
+        blocks = (count + self._threads - 1) // self._threads
+        kernel[blocks, self._threads, self._stream](start, *shared, *devices)
         for i in self._outputs:
             devices[i].copy_to_host(self._locked[i][:count], stream=self._stream)
 
@@ -165,120 +192,117 @@ class _Lane:
 @_device
 def _block_of(i, cut):
     """Number of the block that weight `i` belongs to."""
-    cols, block = cut
-    per_row = (cols + block - 1) // block
-    return (i // cols) * per_row + (i % cols) // block
+    blocks_per_row = (cut.cols + cut.block_size - 1) // cut.block_size
+    return (i // cut.cols) * blocks_per_row + (i % cut.cols) // cut.block_size
 
 
 @_device
-def _note_extremes(value, b, lowest, highest):
+def _note_extremes(value, b, keys):
     """Few weights are past what is known of their block, so few wait for each other."""
     key = _ordered(np.int32(np.float32(value).view(np.int32)))
-    if key < lowest[b]:
-        cuda.atomic.min(lowest, b, key)
-    if key > highest[b]:
-        cuda.atomic.max(highest, b, key)
+    if key < keys.lowest[b]:
+        cuda.atomic.min(keys.lowest, b, key)
+    if key > keys.highest[b]:
+        cuda.atomic.max(keys.highest, b, key)
 
 
 @cuda.jit
-def _extremes(start, form, cut, lowest, highest, weights):
+def extremes(start, tensor, keys, patterns):
     i = cuda.grid(1)
-    if i < weights.size:
-        _note_extremes(_value(weights[i], form), _block_of(start + i, cut), lowest, highest)
+    if i < patterns.size:
+        _note_extremes(_value(patterns[i], tensor.form), _block_of(start + i, tensor), keys)
 
 
 @cuda.jit
-def _analyze(start, form, cut, operands, absmax, levels, weights, codes, offsets):
+def analyze(start, tensor, scales, levels, patterns, codes, offsets):
     i = cuda.grid(1)
-    if i < weights.size:
-        b = _block_of(start + i, cut)
-        value = _value(weights[i], form)
-        position = _position(value, operands[b], levels.rule, levels)
+    if i < patterns.size:
+        b = _block_of(start + i, tensor)
+        value = _value(patterns[i], tensor.form)
+        position = _position(value, scales.operand[b], levels.rule, levels)
         code = _code(position, levels.rule, levels)
         offset = _offset(position, code, levels.rule, levels)
         codes[i] = code
-        offsets[i] = offset if abs(value) < absmax[b] else scalar.ZERO
+        offsets[i] = offset if abs(value) < scales.absmax[b] else scalar.ZERO
 
 
 @cuda.jit
-def _draw(start, form, cut, operands, absmax, levels, key, first, limit, weights, plain, codes):
+def draw(start, tensor, scales, levels, random, patterns, nearest, codes):
     i = cuda.grid(1)
-    if i < weights.size:
-        b = _block_of(start + i, cut)
-        value = _value(weights[i], form)
-        position = _position(value, operands[b], levels.rule, levels)
+    if i < patterns.size:
+        b = _block_of(start + i, tensor)
+        value = _value(patterns[i], tensor.form)
+        position = _position(value, scales.operand[b], levels.rule, levels)
         code = _code(position, levels.rule, levels)
-        plain[i] = code
-        if abs(value) < absmax[b]:
-            noise = _uniform(_state(key, first + np.uint64(start + i)))
-            code += _step(_offset(position, code, levels.rule, levels), limit, noise)
+        nearest[i] = code
+        if abs(value) < scales.absmax[b]:
+            noise = _uniform(_state(random.key, random.first + np.uint64(start + i)))
+            code += _step(_offset(position, code, levels.rule, levels), random.limit, noise)
         codes[i] = code
 
 
 @cuda.jit
-def _place(start, form, cut, operands, scales, absmax, levels, plain, weights, codes):
+def move_weights(start, tensor, scales, levels, nearest, patterns, codes):
     i = cuda.grid(1)
-    if i < weights.size and codes[i] != plain[i]:
-        b = _block_of(start + i, cut)
+    if i < patterns.size and codes[i] != nearest[i]:
+        b = _block_of(start + i, tensor)
         rule = levels.rule
-        boundary, direction = _edge(plain[i], codes[i], rule, levels)
-        target = _just_past(boundary, direction) * scales[b]
-        upward = target > _value(weights[i], form)
-        bits = _pattern(target, form)
+        boundary, direction = _edge(nearest[i], codes[i], rule, levels)
+        target = _just_past(boundary, direction) * scales.scale[b]
+        upward = target > _value(patterns[i], tensor.form)
+        bits = _pattern(target, tensor.form)
         found = False
         for _ in range(MAX_STEPS):
-            value = _value(bits, form)
-            right = _code(_position(value, operands[b], rule, levels), rule, levels) == codes[i]
-            found = right and _lands(value, target, upward, absmax[b])
+            value = _value(bits, tensor.form)
+            position = _position(value, scales.operand[b], rule, levels)
+            right = _code(position, rule, levels) == codes[i]
+            found = right and _lands(value, target, upward, scales.absmax[b])
             if found:
                 break
-            bits = _next_pattern(bits, upward, form)
+            bits = _next_pattern(bits, upward, tensor.form)
         if found:
-            weights[i] = bits
+            patterns[i] = bits
         else:
-            codes[i] = plain[i]
+            codes[i] = nearest[i]
 
 
 @cuda.jit
-def _check(
-    start, form, cut, operands, absmax, levels, lowest, highest, faults,
-    before, after, plain, codes,
-):  # fmt: skip
+def check(start, tensor, scales, levels, keys, faults, before, after, nearest, codes):
     i = cuda.grid(1)
     if i < after.size:
-        b = _block_of(start + i, cut)
-        value = _value(after[i], form)
-        _note_extremes(value, b, lowest, highest)
-        position = _position(value, operands[b], levels.rule, levels)
+        b = _block_of(start + i, tensor)
+        value = _value(after[i], tensor.form)
+        _note_extremes(value, b, keys)
+        position = _position(value, scales.operand[b], levels.rule, levels)
         if _code(position, levels.rule, levels) != codes[i]:
             cuda.atomic.add(faults, 0, 1)
-        if before[i] != after[i] and plain[i] == codes[i]:
+        if before[i] != after[i] and nearest[i] == codes[i]:
             cuda.atomic.add(faults, 1, 1)
 
 
 @cuda.jit
-def _feed(
-    start, form, cut, operands, scales, absmax, levels,
-    rows, factors, order, first, key, limit, weights, carried, codes, errors,
-):  # fmt: skip
+def draw_with_feedback(
+    start, tensor, scales, levels, panel, random, patterns, carried, codes, errors
+):
     row = cuda.grid(1)
     if row < len(codes):
         rule = levels.rule
-        group = (start + row) // (rows // factors.shape[0])
-        for column in range(factors.shape[1]):
-            place = order[group, column]
-            i = (start + row) * codes.shape[1] + place
-            b = _block_of(i, cut)
-            weight = _value(weights[row, place], form)
-            free = abs(weight) < absmax[b]
-            due = np.float64(carried[row, column])
-            for j in range(column):
-                due = _fed(due, errors[row, first + j], factors[group, j, column])
+        factors, first = panel.factors, panel.first
+        group = (start + row) // (panel.rows // factors.shape[0])
+        for k in range(factors.shape[1]):
+            column = panel.order[group, k]
+            i = (start + row) * codes.shape[1] + column
+            b = _block_of(i, tensor)
+            weight = _value(patterns[row, column], tensor.form)
+            free = abs(weight) < scales.absmax[b]
+            due = np.float64(carried[row, k])
+            for j in range(k):
+                due = _take_over(due, errors[row, first + j], factors[group, j, k])
             target = weight + np.float32(due) if free else weight
-            position = _position(target, operands[b], rule, levels)
+            position = _position(target, scales.operand[b], rule, levels)
             code = _code(position, rule, levels)
             if free:
-                noise = _uniform(_state(key, np.uint64(i)))
-                code += _step(_offset(position, code, rule, levels), limit, noise)
-            codes[row, place] = code
-            errors[row, first + column] = _error(weight, code, scales[b], rule, levels)
+                noise = _uniform(_state(random.key, random.first + np.uint64(i)))
+                code += _step(_offset(position, code, rule, levels), random.limit, noise)
+            codes[row, column] = code
+            errors[row, first + k] = _error(weight, code, scales.scale[b], rule, levels)

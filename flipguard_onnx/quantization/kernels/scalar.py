@@ -207,8 +207,9 @@ def error(weight, code, scale, rule, levels):
     return np.float32(np.float64(weight) - np.float64(level) * np.float64(scale))
 
 
-def fed(total, error, factor):
-    """What the columns drawn so far ask of a later one, and now this one too; float64.
+def take_over(total, error, factor):
+    """What a later column takes over: `total` from the columns before, plus the share `factor` of
+    this one's error; float64.
 
     The product is exact, so that a fused multiply-add changes nothing.
     """

@@ -1,7 +1,4 @@
-"""The kernels of a scan, on the CPU: where weights stand, on one grid and its placebos.
-
-Arguments as in `cpu`, but that weights are float32. Sums do not depend on the number of threads.
-"""
+"""`protocol.ScanKernels`: where weights stand on one grid and on its placebos. On the CPU only."""
 
 from functools import cache
 
@@ -9,7 +6,7 @@ import numba
 import numpy as np
 
 from . import scalar
-from .cpu import PIECE, _inline, _kernel, _margins, _pieces, _share, _span
+from .cpu import PIECE, _inline, _kernel, _margins, _pieces, _share, _shares, _span
 
 CELLS = 1024
 
@@ -22,13 +19,13 @@ _error = _inline(scalar.error)
 
 @cache
 def _segments(values, pivots):
-    """The distance to the boundary as a function of the position, which is linear in segments.
+    """The distance to the nearest boundary as a piecewise linear function of the position.
 
-    values, pivots: the bytes of a codebook's; none for integers, which need no segments.
+    values, pivots: the bytes of a codebook's; empty for integers, which need no segments.
 
-    Their ends (levels and pivots, ascending), intercepts and slopes, and for each of CELLS equal
-    cells of [-1, 1] the segment in which it begins. No cell has more than one end inside: the
-    closest two, 0 and fp4's first pivot, are 0.0026 apart.
+    Returns the ends of the segments (levels and pivots, ascending), their intercepts and slopes,
+    and for each of CELLS equal cells of [-1, 1] the segment in which the cell begins. No cell has
+    more than one end inside: the closest two, 0 and fp4's first pivot, are 0.0026 apart.
     """
     values, pivots = (np.frombuffer(table, np.float32) for table in (values, pivots))
     lowest, highest = np.float32(-1), np.float32(1)
@@ -40,7 +37,7 @@ def _segments(values, pivots):
         if high - low < 1e-6:  # between fp4's two zeros
             continue
         first, last = low + (high - low) / 4, high - (high - low) / 4
-        near, far = (_distance(np.float32(place), levels) for place in (first, last))
+        near, far = (_distance(np.float32(position), levels) for position in (first, last))
         slopes[segment] = (far - near) / (last - first)
         intercepts[segment] = near - first * (far - near) / (last - first)
     cells = np.linspace(-1, 1, CELLS, endpoint=False, dtype=np.float32)
@@ -48,13 +45,14 @@ def _segments(values, pivots):
 
 
 def _distance(position, levels):
+    """Distance to the nearest boundary in half-gaps: 0 on the boundary, 1 on the level."""
     code = scalar.code(position, levels.rule, levels)
     return 1.0 - 2.0 * abs(float(scalar.offset(position, code, levels.rule, levels)))
 
 
 @_inline
 def _bins(rule, positions, factor, segments, last, bins):
-    """Number of the bin, 0 to `last`, of every position times the factor."""
+    """The bin, from 0 to `last`, of every position times the factor."""
     ends, intercepts, slopes, starts = segments
     scale = np.float32(last + 1)
     for i in range(positions.size):
@@ -68,45 +66,39 @@ def _bins(rule, positions, factor, segments, last, bins):
         bins[i] = max(np.int32(0), min(np.int32(distance * scale), np.int32(last)))
 
 
-def survey(judged, cut, operands, absmax, levels, limit, factors, counts):
-    """Count weights by their distance to the nearest decision boundary, from 0 to 1 half-gap.
-
-    judged: float32 [n]; those that are 0, or not below `limit` times their block's largest
-    magnitude, are not counted. factors: float32 [grids, columns]; positions in block b are
-    multiplied by number b of these, round and round: 1 in the grid itself, others in its placebos.
-    counts: int32 [runs, grids, bins], one run after the other for every thread.
-    """
+def survey(weights, scales, levels, limit, factors, counts):
     segments = _segments(levels.values.tobytes(), levels.pivots.tobytes())
-    _survey(judged, cut, operands, absmax, levels, limit, factors, segments, counts)
+    _survey(weights, scales, levels, limit, factors, segments, counts)
 
 
 @_kernel
-def _survey(judged, cut, operands, absmax, levels, limit, factors, segments, counts):
-    each, pieces, _ = _pieces(judged.size, cut)
+def _survey(weights, scales, levels, limit, factors, segments, counts):
+    values, operand, absmax = weights.values, scales.operand, scales.absmax
+    pieces = _pieces(values.size, weights)
     runs, grids, width = counts.shape
     for run in numba.prange(runs):
         kept = np.empty(PIECE, np.float32)
         bins = np.empty(PIECE, np.int32)
         for piece in range(pieces * run // runs, pieces * (run + 1) // runs):
-            b, start, stop = _span(piece, cut, each)
+            b, start, stop = _span(piece, weights)
             below = limit * absmax[b]
             count = 0
-            for weight in judged[start:stop]:
-                kept[count] = _position(weight, operands[b], levels.rule, levels)
+            for weight in values[start:stop]:
+                kept[count] = _position(weight, operand[b], levels.rule, levels)
                 count += (weight != 0) & (abs(weight) < below)
-            for grid in range(grids):
-                given = kept[:count], factors[grid, b % factors.shape[1]], segments, width - 1, bins
+            for number in range(grids):
+                factor = factors[number, b % factors.shape[1]]
                 if levels.rule == scalar.COUNT_PIVOTS:
-                    _bins(scalar.COUNT_PIVOTS, *given)
+                    _bins(scalar.COUNT_PIVOTS, kept[:count], factor, segments, width - 1, bins)
                 else:
-                    _bins(scalar.DIVIDE_HALF_EVEN, *given)
-                into = counts[run, grid]
+                    _bins(scalar.DIVIDE_HALF_EVEN, kept[:count], factor, segments, width - 1, bins)
+                into = counts[run, number]
                 for i in range(count):
                     into[bins[i]] += 1
 
 
 @_inline
-def _losses(rule, values, codes, scale, levels, errors):
+def _absolute_errors(rule, values, codes, scale, levels, errors):
     for i in range(values.size):
         errors[i] = abs(_error(values[i], codes[i], scale, rule, levels))
 
@@ -121,29 +113,24 @@ def _sum(values):
 
 
 @_kernel
-def account(weights, cut, operands, scales, absmax, levels, limit, sums):
-    """Add up rounding errors, where weights whose offset is above `limit` are drawn.
-
-    sums: float64 [5], over all weights: how many are not 0; how many lose more than half of their
-    magnitude; sum |e|; the part of it that no draw moves; sum Var e.
-    """
-    each, pieces, share = _pieces(weights.size, cut)
-    shares = (pieces + share - 1) // share
+def rounding_error_sums(weights, scales, levels, limit, sums):
+    scale, size = scales.scale, weights.values.size
+    shares = _shares(size, weights)
     parts = np.empty((shares, 5), np.float64)
     for s in numba.prange(shares):
-        own, start, stop = _share(s, share, pieces, cut, each)
-        values = weights[start:stop]
+        share = _share(s, size, weights)
+        values = weights.values[share.start : share.stop]
         codes, offsets = np.empty(values.size, np.int8), np.empty_like(values)
-        _margins(values, start, own, cut, each, operands, absmax, levels, codes, offsets)
+        _margins(values, share, weights, scales, levels, codes, offsets)
         errors, variances = np.empty(values.size, np.float64), np.empty(values.size, np.float64)
-        for piece in range(own[0], own[1]):
-            b, first, last = _span(piece, cut, each)
-            part = slice(first - start, last - start)
-            given = values[part], codes[part], scales[b], levels, errors[part]
+        for piece in range(share.first_piece, share.stop_piece):
+            b, start, stop = _span(piece, weights)
+            part = slice(start - share.start, stop - share.start)
+            some, chosen, into = values[part], codes[part], errors[part]
             if levels.rule == scalar.COUNT_PIVOTS:
-                _losses(scalar.COUNT_PIVOTS, *given)
+                _absolute_errors(scalar.COUNT_PIVOTS, some, chosen, scale[b], levels, into)
             else:
-                _losses(scalar.DIVIDE_HALF_EVEN, *given)
+                _absolute_errors(scalar.DIVIDE_HALF_EVEN, some, chosen, scale[b], levels, into)
         used, lost = 0, 0
         for i in range(values.size):
             used += values[i] != 0
@@ -152,6 +139,8 @@ def account(weights, cut, operands, scales, absmax, levels, limit, sums):
         for i in range(values.size):
             error, chance = errors[i], np.float64(abs(offsets[i]))
             drawn = chance > limit
+            # of two levels that are a gap, error / chance, apart: the variance is chance *
+            # (1 - chance) * gap^2
             variances[i] = error * (error / chance - error) if drawn else 0.0
             errors[i] = 0.0 if drawn else error
         stuck, variance = _sum(errors), _sum(variances)
@@ -165,15 +154,15 @@ def account(weights, cut, operands, scales, absmax, levels, limit, sums):
 
 
 @_kernel
-def largest_two(weights, cut, first, second):
-    """The two largest magnitudes of every block."""
-    cols, block = cut
-    per_row = (cols + block - 1) // block
+def largest_two(weights, first, second):
+    values, cols, block_size = weights
+    blocks_per_row = (cols + block_size - 1) // block_size
     for b in numba.prange(first.size):
-        start = (b // per_row) * cols + (b % per_row) * block
-        stop = min(start + block, (b // per_row + 1) * cols)
+        row = b // blocks_per_row
+        start = row * cols + (b % blocks_per_row) * block_size
+        stop = min(start + block_size, (row + 1) * cols)
         top = runner_up = scalar.ZERO
-        for weight in weights[start:stop]:
+        for weight in values[start:stop]:
             magnitude = abs(weight)
             runner_up = max(runner_up, min(top, magnitude))
             top = max(top, magnitude)

@@ -10,9 +10,14 @@ SCHEMES: dict[str, Scheme] = {"int8": Int8(), "int4": Int4(), "nf4": NF4, "fp4":
 
 
 def get_scheme(name: str) -> Scheme:
-    """Return the scheme; SchemeError names the allowed ones."""
+    """Return the scheme of that name.
+
+    Raises
+    ------
+    SchemeError : there is none
+    """
     if name not in SCHEMES:
-        raise SchemeError(f"scheme {name!r} is unknown; allowed: {', '.join(SCHEMES)}")
+        raise SchemeError("scheme {found!r} is unknown", found=name, allowed=", ".join(SCHEMES))
     return SCHEMES[name]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..kernels import scalar
+from ..kernels.protocol import Extremes
 from .blocks import Blocks, Codes, Floats
 from .grid import Grid, Margins, Scheme, finite_reciprocal
 
@@ -37,18 +38,18 @@ class Int8(Scheme):
     bits: int = 8
     block_size: int | None = None  # a whole row (granularity "channel") or tensor
 
-    def grid(self, low: Floats, high: Floats, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
+    def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
         """scale = 2 * absmax / 254 in float64, then cast to the weights' own type.
 
         Source: `compute_scale_zp` in onnxruntime.quantization.quant_utils.
         """
-        absmax = np.maximum(np.abs(low), np.abs(high))
+        absmax = np.maximum(np.abs(extremes.lowest), np.abs(extremes.highest))
         exact = 2 * absmax.astype(np.float64) / 254
         scale = exact.astype(storage).astype(np.float32)
         # onnxruntime uses float16's subnormal scales, but not float32's
         degenerate = scale == 0 if storage == np.float16 else exact < np.finfo(np.float32).tiny
         scale[degenerate] = 1.0
-        absmax[degenerate] = 0.0  # such a scale says nothing of its weights: all stay
+        absmax[degenerate] = 0.0  # that scale is not made from the weights, so none may move
         # a subnormal scale may be rounded so far down that its extremes lie past 127
         past_127 = np.any(np.rint(absmax / scale) > 127)
         lowest = -128 if past_127 else -127  # onnxruntime clips codes to -128..127
@@ -64,11 +65,13 @@ class Int4(Scheme):
     bits: int = 4
     block_size: int | None = 32
 
-    def grid(self, low: Floats, high: Floats, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
-        """scale = -extreme / 8, where the extreme keeps its sign; a tie goes to the negative one.
+    def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
+        """scale = -extreme / 8, where the extreme keeps its sign; of two, the negative one counts.
 
-        The reciprocal is taken of the scale as it is stored, in the weights' own type.
+        The reciprocal is that of the scale as it is stored, in the weights' own type.
+        Source: `BlockwiseQDQQuantizer` in onnxruntime's `mlas/lib/q4_dq.cpp`.
         """
+        low, high = extremes
         extreme = np.where(np.abs(high) > np.abs(low), high, low)
         scale = np.divide(extreme, -8, dtype=np.float32).astype(storage).astype(np.float32)
         operand, usable = finite_reciprocal(scale)

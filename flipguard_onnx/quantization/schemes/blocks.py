@@ -1,7 +1,6 @@
-"""What affine and codebook grids share: the cut into blocks, the margins, the Grid itself."""
+"""How weights are cut into blocks, each with a scale of its own."""
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -9,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kernels import scalar
+from ..kernels.protocol import Extremes, FloatWeights, Kernels, StoredWeights
 
 Floats = npt.NDArray[np.float32]
 
@@ -24,7 +24,7 @@ FORMS = {
 
 
 def as_bits(values: Values) -> npt.NDArray[Any]:
-    """A view on the bit patterns, unsigned."""
+    """A view of the bit patterns as unsigned integers."""
     return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
 
 
@@ -37,9 +37,9 @@ def read_only(values: Values) -> Values:
 
 @dataclass(frozen=True)
 class Blocks:
-    """A tensor as `rows` rows of `cols` weights, each row cut into blocks of `size`.
+    """A tensor as `rows` rows of `cols` weights, each row cut into blocks of `size` weights.
 
-    The last block of a row may be shorter. One scale per block.
+    The last block of a row may be shorter. Every block has one scale.
     """
 
     rows: int
@@ -48,21 +48,32 @@ class Blocks:
 
     @property
     def per_row(self) -> int:
+        """Blocks in a row."""
         return -(-self.cols // self.size)
 
     @property
     def count(self) -> int:
+        """Blocks in all."""
         return self.rows * self.per_row
 
-    def extremes(self, values: Values, backend: ModuleType) -> tuple[Floats, Floats]:
-        """Smallest and largest weight of every block, shape [count]."""
-        low, high = np.empty(self.count, np.float32), np.empty(self.count, np.float32)
-        backend.extremes(*self.read(values), low, high)
-        return low, high
+    def extremes(self, values: Values, kernels: Kernels) -> Extremes:
+        """Smallest and largest of the weights [rows * cols] in every block, float32 [count]."""
+        found = self.no_extremes()
+        kernels.extremes(self.weights(values), found)
+        return found
 
-    def read(self, values: Values) -> tuple[npt.NDArray[Any], int, tuple[int, int]]:
-        """What every kernel takes first: bit patterns, their form, the cut."""
-        return read_only(as_bits(values)), FORMS[values.dtype], (self.cols, self.size)
+    def no_extremes(self) -> Extremes:
+        """Room for the extremes of every block."""
+        return Extremes(np.empty(self.count, np.float32), np.empty(self.count, np.float32))
+
+    def weights(self, values: Values) -> StoredWeights:
+        """Weights as `Kernels` read them."""
+        form = FORMS[values.dtype]
+        return StoredWeights(read_only(as_bits(values)), form, self.cols, self.size)
+
+    def float_weights(self, values: Floats) -> FloatWeights:
+        """Weights in float32 as `ScanKernels` read them."""
+        return FloatWeights(read_only(values), self.cols, self.size)
 
     def spread(self, per_block: Floats) -> Floats:
         """Repeat one value per block to one value per weight, shape [rows * cols]."""

@@ -1,5 +1,9 @@
 """Codebook grids: level = codebook[code] * absmax of the block.
 
+NF4 is from QLoRA (arXiv 2305.14314): the levels are quantiles of a normal distribution, scaled to
+[-1, 1], one of them 0. FP4 is from bitsandbytes, `csrc/kernels.cu`: a sign, two bits of exponent
+and one of mantissa. Both are rounded as onnxruntime does it for MatMulBnb4.
+
 Levels and pivots are ascending; `stored` maps the index of a level to the 4-bit code in the file.
 """
 
@@ -10,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kernels import scalar
+from ..kernels.protocol import Extremes
 from .blocks import Blocks, Codes, Floats
 from .grid import Grid, Margins, Scheme, finite_reciprocal
 
@@ -31,8 +36,12 @@ class CodebookGrid(Grid):
 class Codebook(Scheme):
     """A 4-bit codebook scheme over flat blocks of 64 weights.
 
-    levels: float32 [16]; pivots: float32 [15], between them. stored: the code that the file holds
-    for every level. bnb4_type: quant_type of onnxruntime's MatMulBnb4.
+    Parameters
+    ----------
+    levels : float32 [16], ascending
+    pivots : float32 [15], the boundaries between them
+    stored : the code that the file holds for every level, [16]
+    bnb4_type : the attribute quant_type of onnxruntime's MatMulBnb4
     """
 
     levels: Floats
@@ -40,11 +49,9 @@ class Codebook(Scheme):
     stored: npt.NDArray[np.uint8]
     bnb4_type: int
 
-    def grid(
-        self, low: Floats, high: Floats, blocks: Blocks, storage: np.dtype[Any]
-    ) -> CodebookGrid:
+    def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> CodebookGrid:
         """absmax per block; a weight's position is weight * (1 / absmax), all in float32."""
-        absmax = np.maximum(np.abs(low), np.abs(high))
+        absmax = np.maximum(np.abs(extremes.lowest), np.abs(extremes.highest))
         operand, usable = finite_reciprocal(absmax)
         movable = np.where(usable, absmax, np.float32(0))
         return CodebookGrid(blocks, absmax, operand, movable, self._table())
@@ -103,11 +110,11 @@ NF4 = Codebook(
 
 
 def _fp4() -> Codebook:
-    """bitsandbytes' FP4: sign and magnitude, with two codes for zero.
+    """FP4: sign and magnitude, with two codes for zero.
 
-    onnxruntime compares |position| > pivot and sets the sign bit for negative positions. Written
-    as one ascending list compared with `position > pivot`, a negative pivot p becomes the float
-    just below -p, and the pivot between the two zeros the negative float nearest to 0.
+    onnxruntime compares |position| > pivot and sets the sign bit of negative positions. In one
+    ascending list, compared with `position > pivot`, the negative twin of a pivot p becomes the
+    float just below -p, and the pivot between the two zeros the negative float nearest to 0.
     """
     magnitudes = _float32(0.0, 0.00520833333, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1.0)
     codes = np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8)

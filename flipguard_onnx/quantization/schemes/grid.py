@@ -1,24 +1,26 @@
 """A Grid is the levels of one tensor; a Scheme fits one to its extremes."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from ..kernels import scalar
-from .blocks import Blocks, Codes, Floats, Values, as_bits, read_only
+from ..kernels.protocol import Extremes, Kernels, Panel, RandomDraw, Scales, ScanKernels
+from .blocks import Blocks, Codes, Floats, Values, as_bits
 
 
 @dataclass(frozen=True)
 class Margins:
     """Where every weight stands.
 
-    codes: int8 [n], the nearest level's number (an integer code, or an index into the codebook).
-    offsets: float32 [n], signed distance to that level as a fraction of the gap to the level on
-    that side; 0 for weights that cannot move (they set the scale, or have no neighbour there).
+    codes: int8 [n], the number of the nearest level: the integer itself, or an index into the
+    codebook. offsets: float32 [n], signed distance to that level as a share of the gap to the next
+    level on that side; 0 for weights that cannot move, since they set the scale or have no level
+    on that side.
     """
 
     codes: Codes
@@ -32,27 +34,31 @@ class Margins:
 
 @dataclass(frozen=True)
 class Checked:
-    """What is found where moved weights are read anew.
+    """What is found when moved weights are read again.
 
-    low, high: smallest and largest weight of every block. wrong: weights whose code is another than
-    stated. moved: weights that are not what they were, although their code is stated to be.
+    extremes: of every block. wrong: how many weights have another code than stated. moved: how many
+    have changed although their stated code is the nearest one.
     """
 
-    low: Floats
-    high: Floats
+    extremes: Extremes
     wrong: int
     moved: int
 
 
 @dataclass(frozen=True)
 class Grid(ABC):
-    """The levels of one tensor under one scheme. Arrays are flat, one value per block.
+    """The levels of one tensor under one scheme. Arrays are flat, with one value per block.
 
-    scale: float32, as it is stored (already rounded to the weights' own type).
-    operand: float32, what the quantizer divides or multiplies by.
-    absmax: float32; weights of that magnitude set the scale and never move.
+    Weights [n] are flat float32, float16 or bfloat16, n = blocks.rows * blocks.cols; codes are
+    int8 [n].
 
-    Weights, [n], may be float32, float16 or bfloat16, and codes are int8 [n].
+    Parameters
+    ----------
+    blocks : how the tensor is cut
+    scale : float32, as it is stored: rounded to the weights' own type already
+    operand : float32, what the quantizer divides or multiplies by
+    absmax : float32; weights of that magnitude set the scale and never move
+    levels : the levels in units of the scale, and how a weight is rounded to one
     """
 
     blocks: Blocks
@@ -61,96 +67,112 @@ class Grid(ABC):
     absmax: Floats
     levels: scalar.Levels
 
-    def encode(self, values: Values, backend: ModuleType) -> Codes:
-        """Codes, as the downstream quantizer would choose them."""
-        return self.analyze(values, backend).codes
+    @property
+    def scales(self) -> Scales:
+        """What kernels need of every block."""
+        return Scales(self.operand, self.scale, self.absmax)
 
-    def analyze(self, values: Values, backend: ModuleType) -> Margins:
+    def part(self, numbers: slice, blocks: Blocks) -> Self:
+        """The grid over the blocks with these numbers, cut like `blocks`; its arrays are views."""
+        return replace(
+            self,
+            blocks=blocks,
+            scale=self.scale[numbers],
+            operand=self.operand[numbers],
+            absmax=self.absmax[numbers],
+        )
+
+    @classmethod
+    def joined(cls, grids: Sequence["Grid"], blocks: Blocks) -> "Grid":
+        """The grid over all blocks, of which each of the grids has some, in order."""
+        return replace(
+            grids[0],
+            blocks=blocks,
+            scale=np.concatenate([grid.scale for grid in grids]),
+            operand=np.concatenate([grid.operand for grid in grids]),
+            absmax=np.concatenate([grid.absmax for grid in grids]),
+        )
+
+    def encode(self, values: Values, kernels: Kernels) -> Codes:
+        """The codes that the downstream quantizer would choose."""
+        return self.analyze(values, kernels).codes
+
+    def analyze(self, values: Values, kernels: Kernels) -> Margins:
         """Codes and offsets."""
         codes, offsets = np.empty(values.size, np.int8), np.empty(values.size, np.float32)
-        backend.analyze(
-            *self.blocks.read(values), self.operand, self.absmax, self.levels, codes, offsets
-        )
+        kernels.analyze(self.blocks.weights(values), self.scales, self.levels, codes, offsets)
         return Margins(codes, offsets)
 
-    def draw(
-        self,
-        values: Values,
-        key: np.uint64,
-        limit: np.float32,
-        backend: ModuleType,
-        first: int = 0,
-    ) -> tuple[Codes, Codes]:
-        """Codes of the nearest levels, and codes drawn so that their expectation is the weight.
+    def draw(self, values: Values, random: RandomDraw, kernels: Kernels) -> tuple[Codes, Codes]:
+        """Codes of the nearest levels, and codes drawn so that their expectation is the weight."""
+        nearest, codes = np.empty(values.size, np.int8), np.empty(values.size, np.int8)
+        kernels.draw(self.blocks.weights(values), self.scales, self.levels, random, nearest, codes)
+        return nearest, codes
 
-        Only weights whose offset is above `limit` are drawn. first: number of the first weight in
-        its tensor, and so in the random stream `key`.
-        """
-        plain, codes = np.empty(values.size, np.int8), np.empty(values.size, np.int8)
-        given = self.operand, self.absmax, self.levels, key, np.uint64(first), limit
-        backend.draw(*self.blocks.read(values), *given, plain, codes)
-        return plain, codes
-
-    def place(
-        self, values: Values, plain: Codes, wanted: Codes, backend: ModuleType
+    def move_weights(
+        self, values: Values, nearest: Codes, wanted: Codes, kernels: Kernels
     ) -> tuple[Values, Codes]:
-        """A copy of the weights, whose codes are `plain`, moved so that they become `wanted`.
+        """Move weights, whose codes are `nearest`, so that their codes become `wanted`.
 
-        A weight that moves stands just inside the wanted cell, at the edge nearest to where it was.
-        Where its type is too coarse for that it stays; so the codes are returned, too.
+        A weight that moves stands just inside the wanted cell, at the edge closest to where it was.
+        Where its type is too coarse for that, it stays.
+
+        Returns
+        -------
+        The moved copy of the weights, and its codes.
         """
         moved, codes = values.copy(), wanted.copy()
-        _, *cut = self.blocks.read(values)
-        given = self.operand, self.scale, self.absmax, self.levels, plain
-        backend.place(*cut, *given, as_bits(moved), codes)
+        stored = self.blocks.weights(values)._replace(patterns=as_bits(moved))
+        kernels.move_weights(stored, self.scales, self.levels, nearest, codes)
         return moved, codes
 
     def check(
-        self, before: Values, after: Values, plain: Codes, codes: Codes, backend: ModuleType
+        self, before: Values, after: Values, nearest: Codes, codes: Codes, kernels: Kernels
     ) -> Checked:
-        """Read weights that `place` has moved as the quantizer will."""
-        low, high = np.empty(self.blocks.count, np.float32), np.empty(self.blocks.count, np.float32)
-        faults = np.zeros(2, np.int64)
-        given = self.operand, self.absmax, self.levels, plain, codes
-        was, *_ = self.blocks.read(before)
-        backend.check(was, *self.blocks.read(after), *given, low, high, faults)
-        return Checked(low, high, *faults.tolist())
+        """Read weights that were moved as the quantizer will; `codes` are those stated for them."""
+        found, faults = self.blocks.no_extremes(), np.zeros(2, np.int64)
+        read = self.blocks.weights
+        kernels.check(
+            read(before), read(after), self.scales, self.levels, nearest, codes, found, faults
+        )
+        wrong, moved = faults.tolist()
+        return Checked(found, wrong, moved)
 
-    def feed(
+    def draw_with_feedback(
         self,
         values: Values,
-        panel: tuple[Any, ...],
+        panel: Panel,
+        random: RandomDraw,
         codes: Codes,
         errors: Floats,
-        backend: ModuleType,
+        kernels: Kernels,
     ) -> None:
         """Draw one panel of columns of the weights, whose rows are those of `codes`.
 
-        See `feedback.draw`.
+        See `Kernels.draw_with_feedback`.
         """
-        per_block = self.operand, self.scale, self.absmax
-        backend.feed(*self.blocks.read(values), *per_block, self.levels, *panel, codes, errors)
+        weights = self.blocks.weights(values)
+        kernels.draw_with_feedback(weights, self.scales, self.levels, panel, random, codes, errors)
 
     def survey(
         self,
-        judged: Floats,
+        weights: Floats,
         limit: np.float32,
         factors: Floats,
         counts: npt.NDArray[np.int32],
-        kernels: ModuleType,
+        kernels: ScanKernels,
     ) -> None:
-        """Count the weights by their distance to a boundary; see `kernels.survey`."""
-        cut = self.blocks.cols, self.blocks.size
-        given = self.operand, self.absmax, self.levels, limit, factors
-        kernels.survey(judged, cut, *given, counts)
+        """Count the weights by their distance to a boundary; see `ScanKernels.survey`."""
+        values = self.blocks.float_weights(weights)
+        kernels.survey(values, self.scales, self.levels, limit, factors, counts)
 
-    def account(
-        self, weights: Floats, limit: np.float32, kernels: ModuleType
+    def rounding_error_sums(
+        self, weights: Floats, limit: np.float32, kernels: ScanKernels
     ) -> npt.NDArray[np.float64]:
-        """Sums over the rounding errors, [5]; see `kernels.survey`."""
-        cut, sums = (self.blocks.cols, self.blocks.size), np.empty(5)
-        given = self.operand, self.scale, self.absmax, self.levels, limit
-        kernels.account(read_only(weights), cut, *given, sums)
+        """Sums over the rounding errors, [5]; see `ScanKernels.rounding_error_sums`."""
+        sums = np.empty(5)
+        values = self.blocks.float_weights(weights)
+        kernels.rounding_error_sums(values, self.scales, self.levels, limit, sums)
         return sums
 
     @abstractmethod
@@ -159,10 +181,10 @@ class Grid(ABC):
 
     @abstractmethod
     def errors(self, margins: Margins) -> Floats:
-        """|scaled weight - nearest level| in scaled units, as the paper ranks weights."""
+        """|weight - nearest level| / scale, by which FlipGuard (arXiv 2606.28962) ranks weights."""
 
     def same_as(self, other: "Grid") -> bool:
-        """Whether both grids put every level at the same place, bit for bit."""
+        """Whether both grids have every level in the same place, bit for bit."""
         return np.array_equal(self.scale, other.scale) and np.array_equal(
             self.operand, other.operand
         )
@@ -170,28 +192,36 @@ class Grid(ABC):
 
 @dataclass(frozen=True)
 class Scheme(ABC):
-    """A number format: `bits` per weight, default `block_size` (None: a whole row)."""
+    """A number format.
+
+    Parameters
+    ----------
+    name : as the user writes it
+    bits : of a code
+    block_size : weights per scale by default; None for a whole row
+    """
 
     name: str
     bits: int
     block_size: int | None
 
-    def fit(
-        self, values: Values, blocks: Blocks, storage: np.dtype[Any], backend: ModuleType
-    ) -> Grid:
-        """The grid that the quantizer would lay over the weights (flat, [rows * cols]).
+    def fit(self, values: Values, blocks: Blocks, storage: np.dtype[Any], kernels: Kernels) -> Grid:
+        """The grid that the quantizer would lay over the weights.
 
-        `storage` is the type in which the file holds them, and so their scales.
+        Parameters
+        ----------
+        values : flat weights [blocks.rows * blocks.cols]
+        storage : the type in which the file holds the weights, and so their scales
         """
-        return self.grid(*blocks.extremes(values, backend), blocks, storage)
+        return self.grid(blocks.extremes(values, kernels), blocks, storage)
 
     @abstractmethod
-    def grid(self, low: Floats, high: Floats, blocks: Blocks, storage: np.dtype[Any]) -> Grid:
-        """The grid over weights of which only the extremes of every block are known, [count]."""
+    def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> Grid:
+        """The grid over weights of which only the extremes of every block are known."""
 
 
 def finite_reciprocal(values: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """1 / value in float32, 0 where the value is 0; and where the result is finite and not 0."""
+    """1 / value in float32, but 0 for the value 0; and whether that is finite and not 0."""
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(values != 0, np.float32(1) / values, np.float32(0))
     return inverse, np.isfinite(inverse) & (inverse != 0)

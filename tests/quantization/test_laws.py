@@ -1,0 +1,98 @@
+"""Laws of every scheme, for any weights: ragged last blocks and all-zero blocks among them."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
+from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
+from tests.helpers.oracles import CUTS
+
+CPU = get_backend("cpu")
+CODES = {"int8": (-127, 127), "int4": (-8, 7), "nf4": (0, 15), "fp4": (0, 15)}
+POLICIES = [Policy(), Policy(tau=0.4), Policy("topk", ratio=0.25), Policy("topk", ratio=1.0)]
+
+
+@st.composite
+def tensors(draw):
+    """Rows of any length, most of which end in a short block; stretches of them may be zero."""
+    dtype = draw(st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]))
+    rows, cols = draw(st.integers(1, 4)), draw(st.integers(1, 200))
+    scale = 10.0 ** draw(st.integers(-3, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    weights = scale * rng.standard_normal(rows * cols)
+    for start in draw(st.lists(st.integers(0, rows * cols), max_size=3)):
+        weights[start : start + 130] = 0  # longer than two blocks: a whole one is among them
+    return weights.reshape(rows, cols).astype(dtype)
+
+
+def setting(form, weights):
+    """The scheme, and the blocks of these weights."""
+    return SCHEMES[form.split("-")[0]], Blocks(*CUTS[form](*weights.shape))
+
+
+def levels_of(form, codes):
+    """Codes, where two that stand for the same level are one."""
+    return np.where(codes == 7, 8, codes) if form == "fp4" else codes  # -0 and 0
+
+
+@pytest.mark.parametrize("form", CUTS)
+@settings(max_examples=60, deadline=None)
+@given(weights=tensors(), seed=st.integers(0, 2**32))
+def test_encode_inverts_decode(form, weights, seed):
+    """Wherever a block has a scale of its own: the levels of all others are zero."""
+    scheme, blocks = setting(form, weights)
+    flat = weights.astype(np.float32).reshape(-1)
+    grid = scheme.fit(flat, blocks, weights.dtype, CPU)
+    low, high = CODES[scheme.name]
+    codes = np.random.default_rng(seed).integers(low, high, flat.size, np.int8, endpoint=True)
+    found = grid.encode(grid.decode(codes), CPU)
+    movable = grid.blocks.spread(grid.absmax) > 0
+    np.testing.assert_array_equal(levels_of(form, found)[movable], levels_of(form, codes)[movable])
+
+
+@pytest.mark.parametrize("form", CUTS)
+@settings(max_examples=60, deadline=None)
+@given(weights=tensors(), policy=st.sampled_from(POLICIES), seed=st.integers(0, 2**32))
+def test_moved_weights_have_the_same_grid_and_the_guarded_codes(form, weights, policy, seed):
+    scheme, blocks = setting(form, weights)
+    flat, key = weights.reshape(-1), tensor_key(seed, "w")
+    result = quantize_tensor("w", flat, scheme, blocks, policy, key, CPU)
+    refitted = scheme.fit(result.guarded, blocks, weights.dtype, CPU)
+    assert refitted.same_as(result.grid)
+    np.testing.assert_array_equal(refitted.absmax, result.grid.absmax)
+    np.testing.assert_array_equal(refitted.encode(result.guarded, CPU), result.codes)
+
+
+@pytest.mark.parametrize("form", CUTS)
+@settings(max_examples=60, deadline=None)
+@given(weights=tensors())
+def test_a_block_does_not_depend_on_the_others(form, weights):
+    """The last one, ragged or not, as if it were alone."""
+    scheme, blocks = setting(form, weights)
+    flat = weights.reshape(-1)
+    grid = scheme.fit(flat, blocks, weights.dtype, CPU)
+    size = (blocks.cols - 1) % blocks.size + 1
+    last = flat[-size:]
+    alone = scheme.fit(last, Blocks(1, size, size), weights.dtype, CPU)
+    np.testing.assert_array_equal(grid.scale[-1:], alone.scale)
+    if grid.levels.lowest == alone.levels.lowest:  # one for all blocks of a tensor
+        np.testing.assert_array_equal(grid.encode(flat, CPU)[-size:], alone.encode(last, CPU))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.name}-{p.tau}-{p.ratio}")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("form", CUTS)
+def test_an_all_zero_block_stays_as_it_is(form, dtype, policy):
+    weights = np.random.default_rng(0).standard_normal((2, 100)).astype(dtype)
+    weights[1] = 0
+    scheme, blocks = setting(form, weights)
+    flat, key = weights.reshape(-1), tensor_key(1, "w")
+    result = quantize_tensor("w", flat, scheme, blocks, policy, key, CPU)
+    zeros = slice(128, 200)  # from where blocks across the rows hold nothing else
+    assert not result.grid.decode(result.codes)[zeros].any()
+    np.testing.assert_array_equal(result.codes[zeros], result.nearest[zeros])
+    assert not result.guarded[zeros].astype(np.float32).any()
