@@ -202,7 +202,7 @@ class StaticQdqWriter:
             per_channel=self._calibration.per_channel,
         )
         runtime.quantize_static(self._float.output.path, result, settings, self._calibration.feeds)
-        floats, made = (open_model(p, ours=True) for p in (self._float.output.path, result))
+        floats, made = (open_model(p, digests=False) for p in (self._float.output.path, result))
         weights = {weight.name: weight for weight in find_weights(floats.proto)[0]}
         settled = StaticGraphChecker(made, floats, self.output)
         for name, (_, grid, codes) in self._guarded.items():

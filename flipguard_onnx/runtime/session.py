@@ -40,10 +40,12 @@ class Child:
     Parameters
     ----------
     limits : on the time and the memory of every request
+    worker : module whose function `main` the process runs
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, worker: str = f"{__package__}.worker") -> None:
         self.limits = limits or Limits()
+        self._worker = worker
         self.life = 0  # counts the processes; sessions of an earlier one are gone
         self.forgotten: list[tuple[int, int]] = []  # lives and numbers of unused sessions
         self._process: subprocess.Popen[bytes] | None = None
@@ -132,7 +134,7 @@ class Child:
         receive, answers = os.pipe()
         # -P and the path: nothing that lies in the working directory is imported
         path = [str(folder) for folder in sys.path]
-        code = f"import sys; sys.path[:] = {path!r}; from {__package__}.worker import main; main()"
+        code = f"import sys; sys.path[:] = {path!r}; from {self._worker} import main; main()"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", code, str(requests), str(answers)],
             pass_fds=(requests, answers),

@@ -213,7 +213,7 @@ class Validator:
             for path in written.values():
                 check_model(path, original)
             for kind, path in written.items():
-                whole = open_model(path, ours=True)
+                whole = open_model(path, digests=False)
                 written[kind] = cut_out(whole, self.layers, folder / f"{kind}-layers").path
         candidates = Candidates(
             self.source.path,

@@ -106,9 +106,9 @@ LAYOUTS = {
     "transposed": lambda array: array.T,
     "reversed": lambda array: array[::-1] if array.ndim else array,
     "every second": lambda array: array[..., ::2] if array.ndim else array,
-    "read-only": lambda array: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
-    if array.size
-    else array,
+    "read-only": lambda array: (
+        np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape) if array.size else array
+    ),
 }
 
 
