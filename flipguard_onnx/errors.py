@@ -46,6 +46,7 @@ class FlipguardError(Exception):
     def __init__(
         self,
         problem: str,
+        /,
         *,
         path: str | os.PathLike[str] | None = None,
         tensor: str | None = None,
