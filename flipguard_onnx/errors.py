@@ -31,6 +31,7 @@ class FlipguardError(Exception):
     tensor : the name of the tensor that it is about
     found : the value found
     allowed : what would be right, in words; the message ends with it
+    details : whatever else the message names, by the names that stand for them in it
 
     Examples
     --------
@@ -45,17 +46,20 @@ class FlipguardError(Exception):
     def __init__(
         self,
         problem: str,
+        /,
         *,
         path: str | os.PathLike[str] | None = None,
         tensor: str | None = None,
         found: Any = None,
         allowed: str | None = None,
+        **details: Any,
     ) -> None:
         super().__init__(problem)
         self.path = None if path is None else os.fspath(path)
         self.tensor = tensor
         self.found = found
         self.allowed = allowed
+        self.details = details
 
     def at(self, path: str | os.PathLike[str]) -> Self:
         """The error itself, which now names the file, unless it did."""
@@ -65,8 +69,8 @@ class FlipguardError(Exception):
 
     def __str__(self) -> str:
         problem = str(self.args[0])
-        if self.tensor is not None or self.found is not None:
-            problem = problem.format(tensor=self.tensor, found=self.found)
+        if self.tensor is not None or self.found is not None or self.details:
+            problem = problem.format(tensor=self.tensor, found=self.found, **self.details)
         head = "" if self.path is None else f"{self.path}: "
         return head + problem + (f"; allowed: {self.allowed}" if self.allowed else "")
 

@@ -1,4 +1,4 @@
-"""Signals that end a run, as an exception: it unwinds the stack, what is half done is removed."""
+"""Signals that end a run, as an exception: it unwinds the stack, so that cleaning up happens."""
 
 import signal
 import sys
@@ -9,11 +9,20 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-AGAIN = 0.001  # seconds until an exception that nobody could catch is raised anew
+RETRY_SECONDS = 0.001  # until an exception that nobody could catch is raised again
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has come. `code`: 128 + its number, the exit code by convention."""
+    """A signal has come.
+
+    Parameters
+    ----------
+    number : of the signal
+
+    Attributes
+    ----------
+    code : exit code of the process by convention, 128 + number
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -23,29 +32,29 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise Interrupted whenever a signal comes; for the main thread.
+    """Raise Interrupted in the main thread whenever one of SIGNALS comes.
 
-    Every time: a library may swallow the first. Where Python itself must swallow it (it came in
-    the middle of a __del__), it is raised once more. Signals that the parent has told this process
-    to ignore (nohup) stay ignored.
+    It is raised every time, since a library may swallow the first one. Where Python itself swallows
+    it, in a __del__, a timer raises it again. Signals that the parent process has had ignored
+    (nohup) stay ignored.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    def unraisable(lost: Any) -> None:
-        if not isinstance(lost.exc_value, Interrupted):
-            hook(lost)
+    def raise_again(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):
+            hook(unraisable)
             return
-        number = lost.exc_value.number
+        number = unraisable.exc_value.number
         alarms.append(signal.signal(signal.SIGALRM, lambda _, frame: interrupt(number, frame)))
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
 
     alarms: list[Any] = []
-    hook, sys.unraisablehook = sys.unraisablehook, unraisable
+    hook, sys.unraisablehook = sys.unraisablehook, raise_again
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-    for number in heeded:
+    handled = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in handled:
         signal.signal(number, interrupt)
     try:
         yield
@@ -54,12 +63,12 @@ def interruptible() -> Iterator[None]:
         if alarms:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, alarms[0])
-        for number in heeded:
+        for number in handled:
             signal.signal(number, before[number])
 
 
 def surely(action: Callable[[], None]) -> None:
-    """Clean up, however many signals come meanwhile; `action` must bear to be begun again."""
+    """Run `action` to its end, from the start again after every signal; then raise the last one."""
     interrupt = None
     while True:
         try:

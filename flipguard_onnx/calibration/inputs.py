@@ -1,6 +1,6 @@
-"""Inputs to try a model on: from a file, or made up from the graph's signature.
+"""Inputs to run a model on: from a file, or made up from the graph's signature.
 
-What is made up: a batch of one; masks of ones; token ids below the size of the table that they
+Made-up inputs are a batch of one; masks of ones; token ids below the size of the table that they
 index; lengths, sampling rates and positions by their names; noise for everything else. Dimensions
 left open are tried at several sizes until the model runs.
 """
@@ -8,6 +8,7 @@ left open are tried at several sizes until the model runs.
 import hashlib
 import math
 import time
+import tokenize
 import zipfile
 import zlib
 from collections import defaultdict
@@ -26,9 +27,9 @@ from ..io.model import file_sha256
 
 Feed = dict[str, npt.NDArray[Any]]
 
-FEEDS, FEWER_FEEDS = 8, 4  # how many are made up, for small models and for large ones
+FEEDS, FEWER_FEEDS = 8, 4  # made up for small models, and for large ones
 
-LARGE = 32_000_000  # bytes
+LARGE = 32_000_000  # bytes of a model, from which on it counts as large
 
 SIZES = (64, 32, 16, 512, 576, 256, 224, 128, 8, 400, 1)  # for open dimensions, in this order
 
@@ -36,7 +37,7 @@ UNKNOWN_INTEGERS = 100  # integers that index no table are drawn below this
 
 SAMPLING_RATE = 16000
 
-SECONDS = 60.0  # after which no more are tried
+TRY_SECONDS = 60.0  # after which no more candidates are made up
 
 MADE_UP_LIMIT = 1 << 30  # bytes of one candidate
 
@@ -46,43 +47,69 @@ DATA_LIMIT = 4 << 30  # bytes of an .npz file, unpacked
 
 BATCH = "batch"  # stands for a dimension that is open and counts samples
 
-_PASSED_ON = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice")
+_VALUE_KEEPING = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice")
 
 
 @dataclass(frozen=True)
 class Input:
-    """One graph input: type, dimensions (names where open), rows of the table that it indexes."""
+    """One input of a graph.
+
+    Parameters
+    ----------
+    name, dtype : of the input
+    dims : sizes, or names of the dimensions that are open
+    table_rows : rows of the constant table that it indexes, if it does
+    """
 
     name: str
     dtype: np.dtype[Any]
     dims: tuple[int | str, ...]
-    table: int | None
+    table_rows: int | None
 
 
 def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
     """Feeds from an .npz file with one array per graph input, or from a folder of such files.
 
-    Arrays are named as the inputs. One with one axis more than its input holds several feeds along
-    its first axis. Raises ModelError when an input is missing or does not fit.
+    Parameters
+    ----------
+    path : of the file or folder. Arrays have the names of the inputs. Those with one axis more
+        than their inputs hold several feeds along the first axis.
+    proto : the model
+
+    Returns
+    -------
+    Feeds in the inputs' types, in the order of the files' names.
+
+    Raises
+    ------
+    ModelError
+        When an input is missing or does not fit.
     """
     return [feed for file in npz_files(path) for feed in _feeds_of(file, proto)]
 
 
 def npz_files(path: Path) -> list[Path]:
-    """The file itself, or the .npz files of a folder by name. Raises ModelError for none, or more
-    than DATA_LIMIT bytes of them."""
+    """The file itself, or the .npz files of a folder, sorted by name.
+
+    Raises ModelError if there are none, or more than DATA_LIMIT bytes of them.
+    """
     if not path.is_dir():
         return [path]
     files = sorted(path.glob("*.npz"))
     if not files:
-        raise ModelError(f"{path}: a folder without .npz files")
+        raise ModelError("a folder without .npz files", path=path)
     if (size := sum(file.stat().st_size for file in files)) > DATA_LIMIT:
-        raise ModelError(f"{path}: its .npz files hold {size} bytes; allowed: up to {DATA_LIMIT}")
+        raise ModelError(
+            "its .npz files hold {found} bytes",
+            path=path,
+            found=size,
+            allowed=f"up to {DATA_LIMIT}",
+        )
     return files
 
 
 def feeds_sha256(path: Path) -> str:
-    """Hex digest of a file of feeds; of a folder that of its files' digests, by name."""
+    """Hex digest of a file of feeds; for a folder, that of its files' digests."""
     files = npz_files(path)
     if files == [path]:
         return file_sha256(path)
@@ -94,19 +121,33 @@ def _feeds_of(path: Path, proto: ModelProto) -> list[Feed]:
     inputs = signature(proto)
     for wanted in inputs:
         if wanted.name not in arrays:
-            raise ModelError(f"{path}: no array for input {wanted.name!r}; found {sorted(arrays)}")
+            raise ModelError(
+                "no array for input {tensor!r}; found {found}",
+                path=path,
+                tensor=wanted.name,
+                found=sorted(arrays),
+            )
         _require_fit(path, wanted, arrays[wanted.name])
     stacked = [arrays[i.name].ndim == len(i.dims) + 1 for i in inputs]
     if any(stacked):
-        counts = {len(arrays[i.name]) for i, many in zip(inputs, stacked, strict=True) if many}
+        counts = {
+            len(arrays[i.name]) for i, is_stack in zip(inputs, stacked, strict=True) if is_stack
+        }
         if len(counts) != 1 or not all(stacked):
-            raise ModelError(f"{path}: either all or no arrays may stack several feeds")
+            raise ModelError("either all or no arrays may stack several feeds", path=path)
         if counts == {0}:
-            raise ModelError(f"{path}: holds no feeds")
+            raise ModelError("holds no feeds", path=path)
         return [
             {i.name: arrays[i.name][n].astype(i.dtype) for i in inputs} for n in range(counts.pop())
         ]
     return [{i.name: arrays[i.name].astype(i.dtype) for i in inputs}]
+
+
+_UNREADABLE = (
+    *(OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error),
+    *(NotImplementedError, RuntimeError),  # encrypted, or compressed in an unknown way
+    *(SyntaxError, tokenize.TokenError, MemoryError),  # an array's header, a literal of Python
+)
 
 
 def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -114,26 +155,26 @@ def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     arrays = {}
     try:
         if not path.is_file():
-            raise ModelError(f"{path}: cannot be read: not a regular file, or not there")
+            raise ModelError("cannot be read: not a regular file, or not there", path=path)
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
             if size > DATA_LIMIT:
-                raise ModelError(f"{path}: holds {size} bytes; allowed: up to {DATA_LIMIT}")
+                raise ModelError(
+                    "holds {found} bytes", path=path, found=size, allowed=f"up to {DATA_LIMIT}"
+                )
             for entry in archive.infolist():
                 with archive.open(entry) as stream:
                     _require_honest(stream, entry.file_size)
                 with archive.open(entry) as stream:
                     name = entry.filename.removesuffix(".npy")
                     arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, SyntaxError) as error:
-        raise ModelError(f"{path}: not a readable .npz file ({first_line(error)})") from None
-    except (NotImplementedError, RuntimeError) as error:  # encrypted, or an unknown compression
-        raise ModelError(f"{path}: not a readable .npz file ({first_line(error)})") from None
+    except _UNREADABLE as error:
+        raise ModelError(f"not a readable .npz file ({first_line(error)})", path=path) from None
     return arrays
 
 
 def _require_honest(stream: IO[bytes], size: int) -> None:
-    """Raise ValueError when the header of an .npy file of that size claims more values."""
+    """Raise ValueError if the header of an .npy file of `size` bytes claims more values."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0
     if version != (1, 0):
@@ -144,7 +185,7 @@ def _require_honest(stream: IO[bytes], size: int) -> None:
 
 
 def _require_fit(path: Path, wanted: Input, array: npt.NDArray[Any]) -> None:
-    """The kind of numbers and the sizes that the input has; one axis more stacks feeds."""
+    """Raise ModelError unless the array, or each of those stacked in it, fits the input."""
     dims = wanted.dims
     shape = array.shape[1:] if array.ndim == len(dims) + 1 else array.shape
     sizes_fit = len(shape) == len(dims) and all(
@@ -152,15 +193,26 @@ def _require_fit(path: Path, wanted: Input, array: npt.NDArray[Any]) -> None:
     )
     if array.dtype.kind not in "biuf" or not sizes_fit:
         raise ModelError(
-            f"{path}: input {wanted.name!r} is given as {array.dtype} {array.shape}; "
-            f"allowed: {wanted.dtype} {dims}"
+            "input {tensor!r} is given as {found}",
+            path=path,
+            tensor=wanted.name,
+            found=f"{array.dtype} {array.shape}",
+            allowed=f"{wanted.dtype} {dims}",
         )
 
 
 def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterator[list[Feed]]:
     """Candidates, each a list of feeds; the caller takes the first that the model accepts.
 
-    Those of more than MADE_UP_LIMIT bytes are left out; there may be none.
+    Parameters
+    ----------
+    proto : the model
+    model_bytes : its size; large models get fewer feeds
+    seed : of the random values
+
+    Returns
+    -------
+    An iterator that may be empty: candidates of more than MADE_UP_LIMIT bytes are left out.
     """
     count = FEEDS if model_bytes < LARGE else FEWER_FEEDS
     inputs = signature(proto)
@@ -176,7 +228,7 @@ def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterato
             if key in tried:
                 continue
             tried.add(key)
-            if time.monotonic() - started > SECONDS:
+            if time.monotonic() - started > TRY_SECONDS:
                 return
             rng = np.random.default_rng(seed)
             shapes = [tuple(sizes[d] if isinstance(d, str) else d for d in i.dims) for i in inputs]
@@ -190,7 +242,7 @@ def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterato
 
 
 def signature(proto: ModelProto) -> list[Input]:
-    """The inputs that a caller must give."""
+    """The inputs of a model, those aside that an initializer has a default for."""
     constants = {tensor.name for tensor in proto.graph.initializer}
     return [_input(proto, value) for value in proto.graph.input if value.name not in constants]
 
@@ -198,7 +250,9 @@ def signature(proto: ModelProto) -> list[Input]:
 def _input(proto: ModelProto, value: ValueInfoProto) -> Input:
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type"):
-        raise ModelError(f"input {value.name!r} is no tensor; give --data or --no-validate")
+        raise ModelError(
+            "input {tensor!r} is no tensor; give --data or --no-validate", tensor=value.name
+        )
     dims: list[int | str] = []
     for axis, dim in enumerate(kind.shape.dim):
         if dim.dim_value > 0:
@@ -210,11 +264,17 @@ def _input(proto: ModelProto, value: ValueInfoProto) -> Input:
     try:
         dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type or TensorProto.FLOAT)
     except KeyError:
-        raise ModelError(f"input {value.name!r} has the type {kind.elem_type}, unknown") from None
+        raise ModelError(
+            "input {tensor!r} has the type {found}, unknown",
+            tensor=value.name,
+            found=kind.elem_type,
+        ) from None
     if dtype.kind in "Oc":
         raise ModelError(
-            f"input {value.name!r} holds {dtype.name if dtype.kind == 'c' else 'strings'}; "
-            "allowed: real numbers (--no-validate --preserve off needs no inputs)"
+            "input {tensor!r} holds {found}",
+            tensor=value.name,
+            found=dtype.name if dtype.kind == "c" else "strings",
+            allowed="real numbers (--no-validate --preserve off needs no inputs)",
         )
     return Input(value.name, dtype, tuple(dims), _indexed_table(proto, value.name))
 
@@ -235,7 +295,7 @@ def _indexed_table(proto: ModelProto, name: str) -> int | None:
                 axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
                 dims = tables[node.input[0]]
                 sizes += dims[axis : axis + 1 or None]
-            elif node.op_type in _PASSED_ON:
+            elif node.op_type in _VALUE_KEEPING:
                 pending.extend(set(node.output) - seen)
                 seen.update(node.output)
     return min(sizes, default=None)
@@ -253,12 +313,12 @@ def node_readers(proto: ModelProto) -> dict[str, list[NodeProto]]:
 def values(
     wanted: Input, shape: tuple[int, ...], size: int, rng: np.random.Generator
 ) -> npt.NDArray[Any]:
-    """Made-up values for one input; `size` is that of the open dimensions."""
+    """Made-up values for one input, of that shape; open dimensions in it have `size`."""
     name = wanted.name.lower()
     if wanted.dtype == np.bool_ or "mask" in name:
         return np.ones(shape, wanted.dtype)
-    if wanted.table:
-        return rng.integers(0, wanted.table, shape).astype(wanted.dtype)
+    if wanted.table_rows:
+        return rng.integers(0, wanted.table_rows, shape).astype(wanted.dtype)
     if np.issubdtype(wanted.dtype, np.integer):
         if name in ("sr", "sample_rate", "sampling_rate"):
             return np.full(shape, SAMPLING_RATE).astype(wanted.dtype)

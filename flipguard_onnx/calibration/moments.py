@@ -146,8 +146,8 @@ class MomentRecorder:
         samples = self._wanted + max(1, self._wanted // FRESH)
         batch = BATCH
         for wanted in signature(self._source.proto):
-            if wanted.table:
-                logits = self._template[wanted.name].size * wanted.table
+            if wanted.table_rows:
+                logits = self._template[wanted.name].size * wanted.table_rows
                 batch = max(1, min(batch, LOGITS // max(logits, 1)))
         if batch > 1:
             try:

@@ -1,11 +1,11 @@
 """Inputs for statistics of activations, made up so that they resemble real ones.
 
-Token ids of a decoder are sampled from the decoder itself: for a sound model that is what it was
-trained on. Other ids are drawn uniformly. Images and sequences are patches that cover each other
-("dead leaves", which have the edges and the spectrum of natural images) under a texture whose
-amplitude falls with frequency, in the range that the graph suggests; vectors are white noise in
-that range. The state of a streaming model is zero, as at a stream's start: noise in
-its place is nothing that the model ever meets. The rest is as in `feeds`.
+Token ids of a decoder are sampled from the decoder itself, which models what it was trained on.
+Other ids are drawn uniformly. Images and sequences are patches that cover each other ("dead
+leaves", which have the edges and the spectrum of natural images) under a texture whose amplitude
+falls with frequency, in the range that the graph suggests; vectors are white noise in that range.
+The state of a streaming model is zero, as at the start of a stream: it never meets noise there.
+Everything else is made up as in `inputs`.
 """
 
 from collections.abc import Iterator
@@ -18,32 +18,39 @@ from onnx import ModelProto, NodeProto
 from ..io.model import Model
 from .inputs import BATCH, Feed, Input, node_readers, signature, values
 
-ROUNDS = 16  # of sampling from a decoder
+SAMPLING_ROUNDS = 16  # in which a decoder draws token ids
 
-PATCHES = 60  # in one sample
+PATCHES = 60  # per sample
 
-STEEPEST = 1.5  # exponent of the fall of a field's amplitude with frequency
+MAX_TEXTURE_EXPONENT = 1.5  # of frequency, with which the amplitude of a texture falls
 
-CHANNELS = (1, 3, 4)  # sizes of an axis that is not a place in an image
+CHANNELS = (1, 3, 4)  # sizes of an axis of channels; larger axes are spatial
 
-STATES = ("cache", "past")
+STATES = ("cache", "past")  # in the names of inputs that hold a state
 
 _AFFINE = ("Sub", "Add", "Mul", "Div")
 
-_PASSED_ON = ("Cast", "Identity", "Transpose", "Unsqueeze", "Reshape")
+_VALUE_KEEPING = ("Cast", "Identity", "Transpose", "Unsqueeze", "Reshape")
 
 
 def synthetic_feeds(
     source: Model, session: Any, template: Feed, samples: int, batch: int, seed: int
 ) -> list[Feed]:
-    """Feeds of `batch` samples each, `samples` in all, in the shapes of one that the model accepts.
+    """Synthetic feeds.
 
-    session: the float model in onnxruntime, from which a decoder's token ids are sampled.
+    Parameters
+    ----------
+    source : the float model
+    session : the same in onnxruntime, from which a decoder's token ids are sampled
+    template : a feed that the model accepts, whose shapes the feeds get
+    samples : in all feeds together
+    batch : samples in one feed; 1 where no input has an open first dimension
+    seed : of the random values
     """
     rng = np.random.default_rng(seed)
     inputs = signature(source.proto)
     if not any(BATCH in wanted.dims for wanted in inputs):
-        batch = 1  # whatever is asked for, a feed holds one sample
+        batch = 1
     feeds = []
     for _ in range(-(-samples // batch)):
         feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in inputs}
@@ -66,7 +73,7 @@ def _value(
 
 
 def is_state(source: Model, wanted: Input) -> bool:
-    """Whether the input is what an output hands on to the next call, by its name and shape."""
+    """Whether an output becomes this input in the next call, judging by name and shape."""
     name = wanted.name.lower()
     if not (any(word in name for word in STATES) or name.endswith("state")):
         return False
@@ -74,40 +81,45 @@ def is_state(source: Model, wanted: Input) -> bool:
         dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         pairs = zip(dims, wanted.dims, strict=False)
         if len(dims) == len(wanted.dims) and all(
-            isinstance(mine, str) or theirs in (0, mine) for theirs, mine in pairs
+            isinstance(wanted_size, str) or size in (0, wanted_size) for size, wanted_size in pairs
         ):
             return True
     return False
 
 
 def _field(shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Patches with more or less texture: mean 0, variance 1 per sample.
+    """Patches with more or less texture, or white noise: mean 0, variance 1 per sample.
 
-    Of a plain vector per sample nobody knows which entries are neighbours: white noise.
+    Noise is for samples that are vectors, in which neighbours need not be alike.
     """
-    places = [a for a in range(1, len(shape)) if shape[a] > max(CHANNELS)]
-    if not places or len(shape) == 2:
+    spatial = [a for a in range(1, len(shape)) if shape[a] > max(CHANNELS)]
+    if not spatial or len(shape) == 2:
         return rng.standard_normal(shape)
-    return _standardized(_patches(shape, places, rng) + rng.random() * _texture(shape, places, rng))
+    return _standardized(
+        _patches(shape, spatial, rng) + rng.random() * _texture(shape, spatial, rng)
+    )
 
 
 def _standardized(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Mean 0, variance 1 per sample."""
+    """The samples, shifted and scaled to mean 0 and variance 1 each."""
     rest = tuple(range(1, x.ndim))
     x = x - x.mean(axis=rest, keepdims=True)
     return np.asarray(x / np.maximum(x.std(axis=rest, keepdims=True), 1e-12))
 
 
 def _patches(
-    shape: tuple[int, ...], places: list[int], rng: np.random.Generator
+    shape: tuple[int, ...], spatial: list[int], rng: np.random.Generator
 ) -> npt.NDArray[np.float64]:
-    """Boxes of all sizes, equally many in every octave, each of one Gaussian value per channel."""
+    """Boxes of log-uniform sizes, each with one Gaussian value per channel.
+
+    spatial: the axes along which they extend.
+    """
     field = np.zeros(shape)
-    values = [1 if axis in places else shape[axis] for axis in range(1, len(shape))]
+    values = [1 if axis in spatial else shape[axis] for axis in range(1, len(shape))]
     for sample in field:
         for _ in range(PATCHES):
             box = [slice(None)] * sample.ndim
-            for axis in places:
+            for axis in spatial:
                 size = max(1, int(shape[axis] ** rng.random()))
                 start = int(rng.integers(1 - size, shape[axis]))
                 box[axis - 1] = slice(max(start, 0), start + size)
@@ -116,22 +128,24 @@ def _patches(
 
 
 def _texture(
-    shape: tuple[int, ...], places: list[int], rng: np.random.Generator
+    shape: tuple[int, ...], spatial: list[int], rng: np.random.Generator
 ) -> npt.NDArray[np.float64]:
-    """A Gaussian field, smoother or rougher from call to call."""
-    frequencies = np.meshgrid(*(np.fft.fftfreq(shape[a]) * shape[a] for a in places), indexing="ij")
+    """A Gaussian field, as smooth as a random exponent makes it."""
+    frequencies = np.meshgrid(
+        *(np.fft.fftfreq(shape[a]) * shape[a] for a in spatial), indexing="ij"
+    )
     distance = np.sqrt(sum(f**2 for f in frequencies))
-    amplitude = (1 + distance) ** -rng.uniform(0, STEEPEST)
-    widened = amplitude.reshape([shape[a] if a in places else 1 for a in range(len(shape))])
-    noise = np.fft.fftn(rng.standard_normal(shape), axes=places)
-    return _standardized(np.fft.ifftn(noise * widened, axes=places).real)
+    amplitude = (1 + distance) ** -rng.uniform(0, MAX_TEXTURE_EXPONENT)
+    widened = amplitude.reshape([shape[a] if a in spatial else 1 for a in range(len(shape))])
+    noise = np.fft.fftn(rng.standard_normal(shape), axes=spatial)
+    return _standardized(np.fft.ifftn(noise * widened, axes=spatial).real)
 
 
 def input_range(source: Model, name: str) -> tuple[float, float]:
     """Mean and standard deviation that the graph expects of a float input.
 
-    A batch normalization that reads the input names them; a chain of sums and products with
-    constants is taken to normalize it to mean 0 and variance 1. Without either: 0 and 1.
+    A batch normalization that reads the input has them as constants; a chain of sums and products
+    with constants is taken to normalize it to mean 0 and variance 1. Without either: 0 and 1.
     """
     constants = {tensor.name: tensor for tensor in source.proto.graph.initializer}
     for node in source.proto.graph.node:
@@ -141,7 +155,7 @@ def input_range(source: Model, name: str) -> tuple[float, float]:
     for node in _chain(source.proto, name):
         if node.op_type == "BatchNormalization":
             mean, variance = (float(np.mean(source.array(constants[n]))) for n in node.input[3:5])
-            return _undone(gain, shift, mean, variance**0.5)
+            return _inverted(gain, shift, mean, variance**0.5)
         if node.op_type not in _AFFINE:
             continue
         other = next((n for n in node.input if n in constants), None)
@@ -154,22 +168,22 @@ def input_range(source: Model, name: str) -> tuple[float, float]:
             gain, shift = gain * factor, shift * factor
         elif node.op_type in ("Add", "Sub"):
             shift += factor if node.op_type == "Add" else -factor
-    return _undone(gain, shift, 0.0, 1.0)
+    return _inverted(gain, shift, 0.0, 1.0)
 
 
-def _undone(gain: float, shift: float, mean: float, deviation: float) -> tuple[float, float]:
-    """Mean and deviation of x where gain * x + shift has these; 0 and 1 if there are none."""
+def _inverted(gain: float, shift: float, mean: float, deviation: float) -> tuple[float, float]:
+    """Mean and deviation of x if gain * x + shift has those given; 0 and 1 if it has none."""
     if not np.isfinite([gain, shift]).all() or gain == 0 or not deviation > 0:
         return 0.0, 1.0
     return (mean - shift) / gain, deviation / abs(gain)
 
 
 def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
-    """The nodes that read the value one after the other, as long as each has one reader."""
+    """The nodes that read the value in turn, as long as each value has a single reader."""
     readers = node_readers(proto)
     while len(readers[name]) == 1:
         node = readers[name][0]
-        if node.op_type not in (*_AFFINE, *_PASSED_ON, "BatchNormalization"):
+        if node.op_type not in (*_AFFINE, *_VALUE_KEEPING, "BatchNormalization"):
             return
         yield node
         name = node.output[0]
@@ -180,20 +194,23 @@ def _from_the_model(
 ) -> Feed:
     """The feed with token ids sampled from the model's own logits, if it is a decoder.
 
-    All places are drawn in every round from what the model makes of the places before them in the
-    round before, with one noise throughout; so place t is an exact sample from round t on.
+    Every round draws all positions at once, each from the logits that the model computes from the
+    positions before it as the last round left them. The Gumbel noise is the same in all rounds, so
+    position t is an exact sample from round t on.
     """
-    ids = [i for i in inputs if i.table and feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1]
+    ids = [
+        i for i in inputs if i.table_rows and feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1
+    ]
     outputs = [value.name for value in source.proto.graph.output]
     if len(ids) != 1:
         return feed
-    name, shape = ids[0].name, (*feed[ids[0].name].shape, ids[0].table)
+    name, shape = ids[0].name, (*feed[ids[0].name].shape, ids[0].table_rows)
     results = zip(outputs, session.run(outputs, feed), strict=True)
     output, logits = next((r for r in results if np.shape(r[1]) == shape), (None, None))
     if logits is None:
         return feed
     noise = rng.gumbel(size=logits[:, :-1].shape).astype(np.float32)
-    for _ in range(min(ROUNDS, feed[name].shape[1])):
+    for _ in range(min(SAMPLING_ROUNDS, feed[name].shape[1])):
         tokens = feed[name].copy()
         tokens[:, 1:] = np.argmax(logits[:, :-1] + noise, axis=-1)
         feed = feed | {name: tokens}

@@ -191,18 +191,16 @@ class StaticQdqWriter:
     def save(self, metadata: dict[str, str]) -> None:
         self._float.save({})
         result = self._folder / "static.onnx"
-        runtime.quantize_static(
-            self._float.output.path,
-            result,
-            OPERATORS,
-            self._float_sums,
-            self.integers.activations,
-            self.integers.symmetric,
-            self.integers.calibration,
-            self._calibration.per_channel,
-            self._calibration.feeds,
+        settings = runtime.StaticQuantization(
+            operators=OPERATORS,
+            excluded_nodes=self._float_sums,
+            activations=self.integers.activations,
+            symmetric=self.integers.symmetric,
+            calibration=self.integers.calibration,
+            per_channel=self._calibration.per_channel,
         )
-        floats, made = (open_model(p, ours=True) for p in (self._float.output.path, result))
+        runtime.quantize_static(self._float.output.path, result, settings, self._calibration.feeds)
+        floats, made = (open_model(p, digests=False) for p in (self._float.output.path, result))
         weights = {weight.name: weight for weight in find_weights(floats.proto)[0]}
         settled = StaticGraphChecker(made, floats, self.output)
         for name, (_, grid, codes) in self._guarded.items():

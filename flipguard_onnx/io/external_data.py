@@ -1,6 +1,6 @@
 """The files that a model consists of: what may be read, and where external data may lie.
 
-Every check raises ModelError with one line; the caller puts the path before it.
+Every check raises ModelError; the caller adds the path to it.
 """
 
 import errno
@@ -18,9 +18,29 @@ from onnx import TensorProto
 from ..errors import ModelError
 from .wire import Region
 
+LARGEST_FILE = (1 << 31) - 1  # bytes; the limit of protobuf
 
-def refer(tensor: TensorProto, location: str, offset: int = 0, length: int | None = None) -> None:
-    """Let the tensor point to data elsewhere instead of holding it."""
+MAX_SHARING = 4  # times its own size that an external data file may be referred to
+
+BITS = {  # of a value, where several share a byte
+    TensorProto.INT4: 4,
+    TensorProto.UINT4: 4,
+    TensorProto.FLOAT4E2M1: 4,
+    **{getattr(TensorProto, name): 2 for name in ("INT2", "UINT2") if hasattr(TensorProto, name)},
+}
+
+
+def set_reference(
+    tensor: TensorProto, location: str, offset: int = 0, length: int | None = None
+) -> None:
+    """Let the tensor refer to its data instead of holding it.
+
+    Parameters
+    ----------
+    tensor : is changed; it loses the values that it holds
+    location : of the data, for the readers of the model a file beside it
+    offset, length : bytes; where the data lies in it. Without a length neither is written.
+    """
     for field in ("raw_data", "float_data", "int32_data", "external_data"):
         tensor.ClearField(field)
     tensor.data_location = TensorProto.EXTERNAL
@@ -30,20 +50,8 @@ def refer(tensor: TensorProto, location: str, offset: int = 0, length: int | Non
         tensor.external_data.add(key="length", value=str(length))
 
 
-LARGEST_FILE = (1 << 31) - 1  # bytes; where protobuf ends
-
-MOST_SHARING = 4  # times its own size that an external data file may be referred to
-
-PACKED = {  # bits of a value, where several share a byte
-    TensorProto.INT4: 4,
-    TensorProto.UINT4: 4,
-    TensorProto.FLOAT4E2M1: 4,
-    **{getattr(TensorProto, name): 2 for name in ("INT2", "UINT2") if hasattr(TensorProto, name)},
-}
-
-
 def require_regular(path: Path) -> None:
-    """What a model is read from must be a regular file that protobuf can hold."""
+    """Raise ModelError unless `path` is a regular file that protobuf can hold."""
     try:
         status = path.stat()
     except OSError as error:
@@ -56,25 +64,27 @@ def require_regular(path: Path) -> None:
         raise ModelError("cannot be read: not a regular file")
     if status.st_size > LARGEST_FILE:
         raise ModelError(
-            f"has {status.st_size} bytes; allowed: up to {LARGEST_FILE}, what protobuf can "
-            "hold (larger models keep their weights in an external data file)"
+            "has {found} bytes",
+            found=status.st_size,
+            allowed=f"up to {LARGEST_FILE}, what protobuf can hold "
+            "(larger models keep their weights in an external data file)",
         )
 
 
-def elements(tensor: TensorProto) -> int:
-    """How many values the shape declares."""
+def element_count(tensor: TensorProto) -> int:
+    """The number of values that the shape declares."""
     return prod(tensor.dims)
 
 
 def byte_size(tensor: TensorProto) -> int:
-    """How many bytes the values take, 4-bit ones packed."""
+    """The number of bytes that the values take, those of fewer than 8 bits packed."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    bits = PACKED.get(tensor.data_type, 8 * dtype.itemsize)
-    return (elements(tensor) * bits + 7) // 8
+    bits = BITS.get(tensor.data_type, 8 * dtype.itemsize)
+    return (element_count(tensor) * bits + 7) // 8
 
 
 def entry(tensor: TensorProto, key: str) -> str:
-    """What the tensor says of its external data: "location", "offset" or "length"."""
+    """An entry of the tensor's external_data: "location", "offset" or "length"; "" for none."""
     return next((e.value for e in tensor.external_data if e.key == key), "")
 
 
@@ -83,59 +93,99 @@ def data_file(model: Path, tensor: TensorProto) -> Path:
 
     Symbolic links may lead there (the cache of a model hub is made of them), not elsewhere. A hard
     link is the file itself: whoever made it could read it.
+
+    Parameters
+    ----------
+    model : path of the model file
+    tensor : one with external data
+
+    Raises
+    ------
+    ModelError
+        When the data lies elsewhere, or cannot be read.
     """
-    name, location = tensor.name, entry(tensor, "location")
-    refusal = f"tensor {name!r} has its data at {location!r}; allowed: "
+    location = entry(tensor, "location")
+
+    def refusal(allowed: str) -> ModelError:
+        problem = "tensor {tensor!r} has its data at {found!r}"
+        return ModelError(problem, tensor=tensor.name, found=location, allowed=allowed)
+
+    def missing(reason: str) -> ModelError:
+        problem = f"tensor {{tensor!r}} needs the data file {{found!r}}: {reason}"
+        return ModelError(problem, tensor=tensor.name, found=location)
+
+    inside = "a file under the model's folder"
     if not location or Path(location).is_absolute() or ".." in Path(location).parts:
-        raise ModelError(f"{refusal}a file under the model's folder")
+        raise refusal(inside)
     file = model.parent / location
     try:
         roots = {model.parent.resolve(), model.resolve().parent}
         if not any(file.resolve().is_relative_to(root) for root in roots):
-            raise ModelError(f"{refusal}a file under the model's folder")
+            raise refusal(inside)
         mode = file.stat().st_mode
     except FileNotFoundError:
-        raise ModelError(f"tensor {name!r} needs the data file {location!r}, not there") from None
+        raise missing("it does not exist") from None
     except (OSError, ValueError, RuntimeError) as error:  # name too long, null, links in a circle
-        raise ModelError(f"{refusal}a file under the model's folder ({error})") from None
+        raise refusal(f"{inside} ({error})") from None
     if not stat.S_ISREG(mode):
-        raise ModelError(f"{refusal}a regular file")
+        raise refusal("a regular file")
     if not os.access(file, os.R_OK):
-        raise ModelError(f"tensor {name!r} needs the data file {location!r}: not readable")
+        raise missing("it is not readable")
     return file
 
 
 def region(tensor: TensorProto, file: Path) -> Region:
-    """Where the tensor's data lies; it must be as long as its shape says, and inside the file."""
+    """Where the tensor's data lies in the file.
+
+    Raises ModelError when it is not as long as the tensor's shape and type say, or goes past the
+    end of the file.
+    """
     size, needed = file.stat().st_size, byte_size(tensor)
     offset, length = _number(tensor, "offset", 0), _number(tensor, "length", needed)
     if length != needed or offset + length > size:
         raise ModelError(
-            f"tensor {tensor.name!r} needs {needed} bytes but refers to {length} bytes "
-            f"at {offset} of {file.name!r}, which has {size}"
+            "tensor {tensor!r} needs {needed} bytes but refers to {found} bytes at {offset} of "
+            "{file!r}, which has {size}",
+            tensor=tensor.name,
+            found=length,
+            needed=needed,
+            offset=offset,
+            file=file.name,
+            size=size,
         )
     return Region(file, offset, length)
 
 
-def shared_regions(regions: Iterable[tuple[TensorProto, Region]]) -> None:
-    """Tensors may share a region whole, as the same type, and not many times over."""
+def require_no_overlap(regions: Iterable[tuple[TensorProto, Region]]) -> None:
+    """Raise ModelError for regions that overlap, or are shared too often.
+
+    Tensors of one type may share a region as a whole, and all tensors together may refer to
+    MAX_SHARING times the size of a file.
+    """
     by_file: dict[Path, list[tuple[int, int, int, str]]] = defaultdict(list)
     for tensor, where in regions:
         if where.length:
             by_file[where.file].append((where.offset, where.length, tensor.data_type, tensor.name))
-    for file, found in by_file.items():
-        found.sort()
-        for before, after in pairwise(found):
+    for file, uses in by_file.items():
+        uses.sort()
+        for before, after in pairwise(uses):
             if before[:3] != after[:3] and before[0] + before[1] > after[0]:
                 raise ModelError(
-                    f"tensors {before[3]!r} and {after[3]!r} overlap in {file.name!r}, at "
-                    f"{after[0]}; allowed: the same bytes as the same type, or none in common"
+                    "tensors {other!r} and {tensor!r} overlap in {file!r}, at {found}",
+                    tensor=after[3],
+                    other=before[3],
+                    file=file.name,
+                    found=after[0],
+                    allowed="the same bytes as the same type, or none in common",
                 )
-        size, referred = file.stat().st_size, sum(length for _, length, _, _ in found)
-        if referred > MOST_SHARING * size:
+        size, referred = file.stat().st_size, sum(length for _, length, _, _ in uses)
+        if referred > MAX_SHARING * size:
             raise ModelError(
-                f"tensors refer to {referred} bytes of {file.name!r}, which has {size}; "
-                f"allowed: {MOST_SHARING} times its size"
+                "tensors refer to {found} bytes of {file!r}, which has {size}",
+                found=referred,
+                file=file.name,
+                size=size,
+                allowed=f"{MAX_SHARING} times its size",
             )
 
 
@@ -145,6 +195,9 @@ def _number(tensor: TensorProto, key: str, default: int) -> int:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise ModelError(
-            f"tensor {tensor.name!r} has the {key} {text[:30]!r}; allowed: a number from 0 on"
+            f"tensor {{tensor!r}} has the {key} {{found!r}}",
+            tensor=tensor.name,
+            found=text[:30],
+            allowed="a number from 0 on",
         )
     return int(text)

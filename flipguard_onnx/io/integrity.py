@@ -1,8 +1,7 @@
-"""What a file must be before anything in it is believed: the model is taken for an attack.
+"""Checks of a model before anything in it is believed: it is taken for an attack.
 
-Nothing here allocates by what the file says, only by what it holds. Every check is a function that
-raises ModelError (UnsupportedModelError for what is legal but not handled here) with one line; the
-caller puts the path before it.
+Memory is allocated by what a file holds, never by what it claims. Every check raises ModelError,
+or UnsupportedModelError for what is legal but not handled here; the caller adds the path to it.
 """
 
 from collections import Counter
@@ -17,17 +16,24 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from ..errors import ModelError, UnsupportedModelError
 from ..graph.operators import ATTRIBUTES, HOLDERS, INPUTS
 from ..graph.traversal import subgraphs
-from .external_data import PACKED, byte_size, elements, entry
+from .external_data import BITS, byte_size, element_count, entry
 
-MOST_RANK = 32  # axes; what numpy 1 can hold
+MAX_AXES = 32  # of a tensor; the limit of numpy 1
 
-MOST_EXPANDED = 1_000_000  # nodes when every call of a local function is expanded
+MAX_EXPANDED_NODES = 1_000_000  # when every call of a local function is expanded
 
-DEEPEST_CALLS = 64  # local functions in one another
+MAX_CALL_DEPTH = 64  # of local functions that call each other
 
-TYPED_DATA = ("float_data", "int32_data", "int64_data", "uint64_data", "double_data", "string_data")
+TYPED_FIELDS = (
+    "float_data",
+    "int32_data",
+    "int64_data",
+    "uint64_data",
+    "double_data",
+    "string_data",
+)
 
-HELD = {  # fields of an attribute, and the type that it then is
+ATTRIBUTE_FIELDS = {  # field of an attribute -> the type that it then has
     "t": AttributeProto.TENSOR,
     "g": AttributeProto.GRAPH,
     "sparse_tensor": AttributeProto.SPARSE_TENSOR,
@@ -36,114 +42,166 @@ HELD = {  # fields of an attribute, and the type that it then is
     "sparse_tensors": AttributeProto.SPARSE_TENSORS,
 }
 
-SINGLE = ("t", "g", "sparse_tensor")
+SINGULAR_FIELDS = ("t", "g", "sparse_tensor")
 
 COMPLEX = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
 
 
-def admit(proto: ModelProto, itself: str) -> None:
-    """All that can be checked without the external data.
+def require_sound(proto: ModelProto, inline_location: str) -> None:
+    """Check all that can be checked without the external data.
 
-    itself: the location at which a tensor in `proto` has its raw_data, if it was taken out.
+    Parameters
+    ----------
+    proto : the model
+    inline_location : location of the data of those tensors that have it in the model file itself
+
+    Raises
+    ------
+    ModelError, UnsupportedModelError
+        Naming the tensor or node, what was found, and what is allowed.
     """
-    if not all(isinstance(text, str) for text in _texts(proto)):  # protobuf gives bytes instead
+    if not all(isinstance(text, str) for text in _strings(proto)):  # protobuf gives bytes instead
         raise ModelError("not an ONNX model (a name in it is not UTF-8)")
     if not proto.graph.node or not proto.opset_import:
         raise ModelError("not an ONNX model (no nodes, or no opset_import)")
     if proto.training_info:
         raise UnsupportedModelError("training information is not supported")
-    _functions(proto.functions)
-    _body(proto.graph, itself)
+    _check_functions(proto.functions)
+    _check_body(proto.graph, inline_location)
     for function in proto.functions:
-        _body(function, itself)
+        _check_body(function, inline_location)
 
 
-def _body(body: GraphProto | FunctionProto, itself: str) -> None:
+def _check_body(body: GraphProto | FunctionProto, inline_location: str) -> None:
     if isinstance(body, GraphProto):
         if body.sparse_initializer:
             raise UnsupportedModelError("sparse initializers are not supported")
         for tensor in body.initializer:
-            _tensor(tensor, itself)
-    _defined_once(body)
-    _acyclic(body)
+            _check_tensor(tensor, inline_location)
+    _check_names(body)
+    _check_cycles(body)
     for node in body.node:
-        _read(node)
+        _check_node(node)
         for attribute in node.attribute:
-            _attribute(node, attribute, itself)
+            _check_attribute(node, attribute, inline_location)
 
 
-def _attribute(node: NodeProto, attribute: AttributeProto, itself: str) -> None:
-    """What an attribute holds must be what it says it is, and stand these checks itself."""
-    for field, kind in HELD.items():
-        present = attribute.HasField(field) if field in SINGLE else len(getattr(attribute, field))
-        if present and attribute.type != kind:
-            says = AttributeProto.AttributeType.Name(attribute.type)
+def _check_attribute(node: NodeProto, attribute: AttributeProto, inline_location: str) -> None:
+    """An attribute must hold what its type says, and the tensors and graphs in it be sound."""
+    for field, kind in ATTRIBUTE_FIELDS.items():
+        singular = field in SINGULAR_FIELDS
+        is_set = attribute.HasField(field) if singular else len(getattr(attribute, field)) > 0
+        if is_set and attribute.type != kind:
             raise ModelError(
-                f"attribute {attribute.name!r} of {node.op_type} is {says}, but holds {field!r}"
+                "attribute {attribute!r} of {op_type} is {found}, but holds {field!r}",
+                attribute=attribute.name,
+                op_type=node.op_type,
+                found=AttributeProto.AttributeType.Name(attribute.type),
+                field=field,
             )
     if attribute.HasField("t"):
-        _tensor(attribute.t, itself)
+        _check_tensor(attribute.t, inline_location)
     sparse = list(attribute.sparse_tensors)
     if attribute.HasField("sparse_tensor"):
         sparse.append(attribute.sparse_tensor)
     for tensor in (*attribute.tensors, *(t for s in sparse for t in (s.values, s.indices))):
-        _tensor(tensor, itself)
-        if tensor.data_location == TensorProto.EXTERNAL and entry(tensor, "location") != itself:
+        _check_tensor(tensor, inline_location)
+        is_external = tensor.data_location == TensorProto.EXTERNAL
+        if is_external and entry(tensor, "location") != inline_location:
             raise UnsupportedModelError(
-                f"attribute {attribute.name!r} of {node.op_type} has external data; "
-                "allowed: in initializers and single tensors"
+                "attribute {attribute!r} of {op_type} has external data",
+                tensor=tensor.name,
+                attribute=attribute.name,
+                op_type=node.op_type,
+                allowed="in initializers and single tensors",
             )
     for graph in subgraphs(attribute):
-        _body(graph, itself)
+        _check_body(graph, inline_location)
 
 
-def _tensor(tensor: TensorProto, itself: str) -> None:
-    """The shape must be one that exists, and the data that is in the file must fill it."""
-    name, dims = tensor.name, list(tensor.dims)
-    try:
-        kind = TensorProto.DataType.Name(tensor.data_type)
-        field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
-    except (ValueError, KeyError):
-        raise ModelError(
-            f"tensor {name!r} has the type {tensor.data_type}, which does not exist"
-        ) from None
-    shown = dims[:8]
-    if any(dim < 0 for dim in dims):
-        raise ModelError(f"tensor {name!r} has the shape {shown}; allowed: sizes from 0 on")
-    if len(dims) > MOST_RANK:
-        raise ModelError(f"tensor {name!r} has {len(dims)} axes; allowed: up to {MOST_RANK}")
-    if prod(max(dim, 1) for dim in dims) >= 1 << 58:
-        raise ModelError(f"tensor {name!r} has the shape {shown}, which no memory can hold")
+def _check_tensor(tensor: TensorProto, inline_location: str) -> None:
+    """The shape must be one that can exist, and the data that is in the file must fill it."""
+    _check_type_and_shape(tensor)
+    name = tensor.name
     if len({place.key for place in tensor.external_data}) < len(tensor.external_data):
-        raise ModelError(f"tensor {name!r} says twice where its data is")
-    taken_out = entry(tensor, "location") == itself
-    raw = int(entry(tensor, "length")) if taken_out else len(tensor.raw_data)
-    held = [f for f in TYPED_DATA if len(getattr(tensor, f))] + ["raw_data"] * bool(raw)
-    if taken_out and tensor.raw_data:
-        raise ModelError(f"tensor {name!r} has its values twice")
-    if tensor.data_location == TensorProto.EXTERNAL and not taken_out:
-        if held or field == "string_data":
-            raise ModelError(f"tensor {name!r} of {kind} has external data and {held or 'strings'}")
+        raise ModelError("tensor {tensor!r} says twice where its data is", tensor=name)
+    type_name = TensorProto.DataType.Name(tensor.data_type)
+    type_field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+    is_detached = entry(tensor, "location") == inline_location
+    raw_bytes = int(entry(tensor, "length")) if is_detached else len(tensor.raw_data)
+    fields = [f for f in TYPED_FIELDS if len(getattr(tensor, f))] + ["raw_data"] * bool(raw_bytes)
+    if is_detached and tensor.raw_data:
+        raise ModelError("tensor {tensor!r} has its values twice", tensor=name)
+    if tensor.data_location == TensorProto.EXTERNAL and not is_detached:
+        if fields or type_field == "string_data":
+            raise ModelError(
+                f"tensor {{tensor!r}} of {type_name} has external data and {{found}}",
+                tensor=name,
+                found=" and ".join(fields) or "strings",
+            )
         return
-    if len(held) > 1 or held not in ([], ["raw_data"], [field]):
-        raise ModelError(f"tensor {name!r} of {kind} has its values in {' and '.join(held)}")
-    count = elements(tensor)
-    if held == ["raw_data"]:
-        needed, found, unit = byte_size(tensor), raw, "bytes"
-        if field == "string_data":
-            raise ModelError(f"tensor {name!r} of {kind} has its values in raw_data")
+    if len(fields) > 1 or fields not in ([], ["raw_data"], [type_field]):
+        raise ModelError(
+            f"tensor {{tensor!r}} of {type_name} has its values in {{found}}",
+            tensor=name,
+            found=" and ".join(fields),
+        )
+    if fields == ["raw_data"]:
+        needed, found, unit = byte_size(tensor), raw_bytes, "bytes"
+        if type_field == "string_data":
+            raise ModelError(
+                f"tensor {{tensor!r}} of {type_name} has its values in {{found}}",
+                tensor=name,
+                found="raw_data",
+            )
     else:
-        bits = PACKED.get(tensor.data_type, 8)
-        needed = count * 2 if tensor.data_type in COMPLEX else (count * bits + 7) // 8
-        found, unit = len(getattr(tensor, field)), f"values in {field}"
+        count = element_count(tensor)
+        is_complex = tensor.data_type in COMPLEX
+        needed = count * 2 if is_complex else (count * BITS.get(tensor.data_type, 8) + 7) // 8
+        found, unit = len(getattr(tensor, type_field)), f"values in {type_field}"
     if needed != found:
         raise ModelError(
-            f"tensor {name!r} of {kind} and shape {shown} needs {needed} {unit}; found: {found}"
+            f"tensor {{tensor!r}} of {type_name} and shape {tensor.dims[:8]} needs {needed} "
+            f"{unit}; found: {{found}}",
+            tensor=name,
+            found=found,
         )
 
 
-def _functions(functions: Sequence[FunctionProto]) -> None:
-    """Local functions must not call themselves, nor grow beyond bounds when they are expanded."""
+def _check_type_and_shape(tensor: TensorProto) -> None:
+    name, dims = tensor.name, list(tensor.dims)
+    try:
+        onnx.helper.tensor_dtype_to_field(tensor.data_type)
+    except (ValueError, KeyError):
+        raise ModelError(
+            "tensor {tensor!r} has the type {found}, which does not exist",
+            tensor=name,
+            found=tensor.data_type,
+        ) from None
+    if any(dim < 0 for dim in dims):
+        raise ModelError(
+            "tensor {tensor!r} has the shape {found}",
+            tensor=name,
+            found=dims[:8],
+            allowed="sizes from 0 on",
+        )
+    if len(dims) > MAX_AXES:
+        raise ModelError(
+            "tensor {tensor!r} has {found} axes",
+            tensor=name,
+            found=len(dims),
+            allowed=f"up to {MAX_AXES}",
+        )
+    if prod(max(dim, 1) for dim in dims) >= 1 << 58:
+        raise ModelError(
+            "tensor {tensor!r} has the shape {found}, which no memory can hold",
+            tensor=name,
+            found=dims[:8],
+        )
+
+
+def _check_functions(functions: Sequence[FunctionProto]) -> None:
+    """Local functions must not call themselves, nor expand to more than the limits."""
     calls = {(function.domain, function.name): Counter(_calls(function)) for function in functions}
     if len(calls) != len(functions):
         raise ModelError("two local functions have the same name")
@@ -151,22 +209,28 @@ def _functions(functions: Sequence[FunctionProto]) -> None:
     try:
         order = list(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        names = " -> ".join(name for _, name in error.args[1][:5])
-        raise ModelError(f"local functions call themselves: {names}") from None
-    size: dict[tuple[str, str], int] = {}
-    depth: dict[tuple[str, str], int] = {}
+        raise ModelError(
+            "local functions call themselves: {found}",
+            found=" -> ".join(name for _, name in error.args[1][:5]),
+        ) from None
+    nodes: dict[tuple[str, str], int] = {}
+    depths: dict[tuple[str, str], int] = {}
     for key in order:
         called = [(callee, n) for callee, n in calls[key].items() if callee in calls]
-        size[key] = sum(calls[key].values()) + sum(n * size[callee] for callee, n in called)
-        depth[key] = 1 + max((depth[callee] for callee, _ in called), default=0)
-        if size[key] > MOST_EXPANDED or depth[key] > DEEPEST_CALLS:
+        nodes[key] = sum(calls[key].values()) + sum(n * nodes[callee] for callee, n in called)
+        depths[key] = 1 + max((depths[callee] for callee, _ in called), default=0)
+        if nodes[key] > MAX_EXPANDED_NODES or depths[key] > MAX_CALL_DEPTH:
             raise UnsupportedModelError(
-                f"local function {key[1]!r} expands to {size[key]} nodes at a depth of "
-                f"{depth[key]}; allowed: {MOST_EXPANDED}, {DEEPEST_CALLS}"
+                "local function {function!r} expands to {found} nodes at a depth of {depth}",
+                function=key[1],
+                found=nodes[key],
+                depth=depths[key],
+                allowed=f"{MAX_EXPANDED_NODES}, {MAX_CALL_DEPTH}",
             )
 
 
-def _defined_once(body: GraphProto | FunctionProto) -> None:
+def _check_names(body: GraphProto | FunctionProto) -> None:
+    """Every value must be defined once."""
     if isinstance(body, GraphProto):
         constants = Counter(tensor.name for tensor in body.initializer)
         inputs = Counter(value.name for value in body.input)
@@ -174,14 +238,15 @@ def _defined_once(body: GraphProto | FunctionProto) -> None:
         constants, inputs = Counter[str](), Counter(body.input)
     if "" in constants or "" in inputs:
         raise ModelError("an initializer or an input has no name")
-    made = Counter(name for node in body.node for name in node.output if name)
-    # an initializer may stand beside the input of its name, as its default
-    for defined in (constants + made, inputs + made):
+    outputs = Counter(name for node in body.node for name in node.output if name)
+    # an initializer may have the name of an input, whose default it then is
+    for defined in (constants + outputs, inputs + outputs):
         if twice := [name for name, count in defined.items() if count > 1]:
-            raise ModelError(f"value {twice[0]!r} is defined more than once")
+            raise ModelError("value {tensor!r} is defined more than once", tensor=twice[0])
 
 
-def _acyclic(body: GraphProto | FunctionProto) -> None:
+def _check_cycles(body: GraphProto | FunctionProto) -> None:
+    """No value may depend on itself."""
     makers = {name: i for i, node in enumerate(body.node) for name in node.output if name}
     needs = {
         i: {makers[name] for name in _names_read(node) if name in makers}
@@ -191,12 +256,15 @@ def _acyclic(body: GraphProto | FunctionProto) -> None:
         TopologicalSorter(needs).prepare()
     except CycleError as error:
         node = body.node[error.args[1][0]]
-        output = next(iter(node.output), "")
-        raise ModelError(f"value {output!r} of {node.op_type} depends on itself") from None
+        raise ModelError(
+            "value {tensor!r} of {op_type} depends on itself",
+            tensor=next(iter(node.output), ""),
+            op_type=node.op_type,
+        ) from None
 
 
 def _names_read(node: NodeProto) -> set[str]:
-    """What a node needs, and the graphs inside it need from around them."""
+    """The values that a node needs, with those that the graphs inside it take from outside."""
     names = set(node.input)
     for attribute in node.attribute:
         for graph in subgraphs(attribute):
@@ -208,18 +276,25 @@ def _names_read(node: NodeProto) -> set[str]:
     return names
 
 
-def _read(node: NodeProto) -> None:
-    """The inputs and attributes that are read of it must be there, and be of their types."""
-    where = f"node {node.name or next(iter(node.output), '')!r} ({node.op_type})"
+def _check_node(node: NodeProto) -> None:
+    """A node that may read a weight must have the inputs and attributes that its operator needs."""
+    where = {"node": node.name or next(iter(node.output), ""), "op_type": node.op_type}
     names = Counter(attribute.name for attribute in node.attribute)
     if twice := next((name for name, count in names.items() if count > 1), None):
-        raise ModelError(f"{where} has the attribute {twice!r} more than once")
+        raise ModelError(
+            "node {node!r} ({op_type}) has the attribute {found!r} more than once",
+            found=twice,
+            **where,
+        )
     if node.domain not in ("", "ai.onnx") or node.op_type not in INPUTS:
         return
     if len(node.input) < INPUTS[node.op_type] or not node.output or not node.output[0]:
         raise ModelError(
-            f"{where} has {len(node.input)} inputs and {len(node.output)} outputs; "
-            f"allowed: at least {INPUTS[node.op_type]} and 1"
+            "node {node!r} ({op_type}) has {found} inputs and {outputs} outputs",
+            found=len(node.input),
+            outputs=len(node.output),
+            allowed=f"at least {INPUTS[node.op_type]} and 1",
+            **where,
         )
     for attribute in node.attribute:
         wanted = ATTRIBUTES.get(attribute.name)
@@ -227,26 +302,35 @@ def _read(node: NodeProto) -> None:
             continue
         if attribute.ref_attr_name:
             raise UnsupportedModelError(
-                f"{where} takes {attribute.name!r} from an attribute of its function, "
-                "which is not supported"
+                "node {node!r} ({op_type}) takes {attribute!r} from an attribute of its function, "
+                "which is not supported",
+                attribute=attribute.name,
+                **where,
             )
         if attribute.type != wanted:
-            kind = AttributeProto.AttributeType.Name
+            type_name = AttributeProto.AttributeType.Name
             raise ModelError(
-                f"{where} has the attribute {attribute.name!r} as {kind(attribute.type)}; "
-                f"allowed: {kind(wanted)}"
+                "node {node!r} ({op_type}) has the attribute {attribute!r} as {found}",
+                attribute=attribute.name,
+                found=type_name(attribute.type),
+                allowed=type_name(wanted),
+                **where,
             )
         if attribute.name == "perm" and sorted(attribute.ints) != list(range(len(attribute.ints))):
-            raise ModelError(f"{where} has the perm {list(attribute.ints)[:8]}, no permutation")
+            raise ModelError(
+                "node {node!r} ({op_type}) has the perm {found}, no permutation",
+                found=list(attribute.ints)[:8],
+                **where,
+            )
 
 
-def _texts(message: Message) -> Iterator[object]:
-    """Every string in a message, those inside tensors but their names and places aside."""
+def _strings(message: Message) -> Iterator[object]:
+    """Every string in a message; of a tensor its name and what it says of external data."""
     if isinstance(message, TensorProto):
         yield message.name
-        for place in message.external_data:
-            yield place.key
-            yield place.value
+        for pair in message.external_data:
+            yield pair.key
+            yield pair.value
         return
     for field, value in message.ListFields():
         values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
@@ -254,11 +338,11 @@ def _texts(message: Message) -> Iterator[object]:
             yield from values
         elif field.type == field.TYPE_MESSAGE:
             for inner in values:
-                yield from _texts(inner)
+                yield from _strings(inner)
 
 
 def _calls(body: FunctionProto | GraphProto) -> Iterator[tuple[str, str]]:
-    """Domain and operator of every node, those of the graphs inside included."""
+    """Domain and operator of every node, also of those in subgraphs."""
     for node in body.node:
         yield node.domain, node.op_type
         for attribute in node.attribute:

@@ -1,8 +1,8 @@
-"""Open a model without copying its data about, and write one so that it is whole or absent.
+"""Open a model without loading its weights.
 
 The data of large tensors stays where it is, in the file itself or in an external data file, and is
-mapped when it is asked for; in the protobuf stand references. So copying, converting and editing a
-graph moves no weights; `Output` writes them one after the other.
+mapped when it is asked for; the protobuf holds references in its place. So copying, converting and
+editing a graph moves no weights; `writer.Output` writes them one after the other.
 """
 
 import hashlib
@@ -23,29 +23,40 @@ from onnx import ModelProto, TensorProto
 from ..errors import ModelError, UnsupportedModelError
 from ..graph.traversal import tensors
 from . import external_data, integrity, wire
-from .external_data import refer
+from .external_data import set_reference
 from .wire import Region
 
 DETACH_BYTES = 1024  # smaller tensors stay in the protobuf
 
-INLINE_LIMIT = 1 << 30  # bytes; a larger model gets a .data file, since protobuf ends at 2 GiB
+INLINE_LIMIT = 1 << 30  # bytes; a larger model gets a data file, as protobuf is limited to 2 GiB
 
-RACY = 10**9  # ns; of a file changed as recently, a stamp may not show that it changed again
+RACY = 10**9  # ns; a file that changed so recently may change again with the same time stamp
 
 _DETACHED = "detached:"
 
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model: where a tensor in `proto` is a reference, `payloads` has its data."""
+    """An opened model.
+
+    Parameters
+    ----------
+    path : of the model file
+    proto : the model, in which large tensors are references
+    payloads : where the data of each of these lies, by the location in the reference
+    sha256 : hex digest of the model file
+    data_sha256 : hex digests of the external data files, by location
+    size : bytes of the model file and its data files
+    stamps : by file, what tells whether it has changed since
+    """
 
     path: Path
     proto: ModelProto
     payloads: dict[str, Region]
     sha256: str
-    data_sha256: dict[str, str]  # by location of the external data file
-    size: int  # bytes of the file and its data files
-    stamps: dict[Path, tuple[int, ...]]  # what tells whether a file has changed since
+    data_sha256: dict[str, str]
+    size: int
+    stamps: dict[Path, tuple[int, ...]]
 
     def array(self, tensor: TensorProto) -> npt.NDArray[Any]:
         """The tensor's values, shaped; a read-only view where the data allows it."""
@@ -55,20 +66,20 @@ class Model:
         return np.frombuffer(self.raw(tensor), dtype=dtype).reshape(tuple(tensor.dims))
 
     def raw(self, tensor: TensorProto) -> memoryview:
-        """The bytes behind a tensor that stands in the proto as a reference."""
+        """The bytes of a tensor that is a reference in the proto."""
         region = self.region(tensor)
         if region.length == 0:
             return memoryview(b"")
         return np.memmap(region.file, np.uint8, "r", region.offset, (region.length,)).data
 
     def region(self, tensor: TensorProto) -> Region:
-        """Where the data of a tensor that stands in the proto as a reference lies."""
+        """Where the data of a tensor lies that is a reference in the proto."""
         return self.payloads[external_data.entry(tensor, "location")]
 
     def require_unchanged(self) -> None:
         """Raise ModelError if a file is not what it was when the model was opened.
 
-        A file is read again only where its times do not tell.
+        A file is read again only if its time stamps have changed.
         """
         known = {self.path: self.sha256}
         known |= {self.path.parent / name: digest for name, digest in self.data_sha256.items()}
@@ -79,36 +90,46 @@ class Model:
             except OSError:
                 changed = True
             if changed:
-                raise ModelError(f"{file}: changed while it was being guarded; nothing was written")
+                raise ModelError(
+                    "changed while it was being guarded; nothing was written", path=file
+                )
 
 
-def open_model(path: str | os.PathLike[str], ours: bool = False) -> Model:
+def open_model(path: str | os.PathLike[str], digests: bool = True) -> Model:
     """Read an ONNX file; external data is mapped when it is asked for.
 
-    ours: written by this run, so that nobody needs its digests, which are left empty.
-    Raises ModelError when the file is missing, is not an ONNX model or lacks its data, and
-    UnsupportedModelError for sparse initializers.
+    Parameters
+    ----------
+    path : of the model file
+    digests : compute those of the files; without them they are left empty
+
+    Raises
+    ------
+    ModelError
+        When the file is missing, is not an ONNX model or lacks its data.
+    UnsupportedModelError
+        For what is legal but not handled, sparse initializers for example.
     """
     path = Path(path)
     try:
         external_data.require_regular(path)
         stamps = {path: _stamp(path)}
-        itself = secrets.token_hex(8)  # a location that no file can name
-        proto = _parsed(path, itself)
-        integrity.admit(proto, itself)
-        payloads, files = _detach(path, proto, itself)
+        inline_location = secrets.token_hex(8)  # which no file can know in advance
+        proto = _parsed(path, inline_location)
+        integrity.require_sound(proto, inline_location)
+        payloads, files = _detach(path, proto, inline_location)
         stamps |= {file: _stamp(file) for file in files.values()}
         size = sum(file.stat().st_size for file in stamps)
-        digest = "" if ours else file_sha256(path)
-        named = {} if ours else files
-        digests = {location: file_sha256(file) for location, file in sorted(named.items())}
+        sha256 = file_sha256(path) if digests else ""
+        digested = sorted(files.items()) if digests else []
+        data_sha256 = {location: file_sha256(file) for location, file in digested}
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ModelError(f"cannot be read: {error.strerror}", path=path) from None
     except DecodeError:
-        raise ModelError(f"{path}: not an ONNX model (its protobuf does not parse)") from None
+        raise ModelError("not an ONNX model (its protobuf does not parse)", path=path) from None
     except (ModelError, UnsupportedModelError) as error:
-        raise type(error)(f"{path}: {error}") from None
-    return Model(path, proto, payloads, digest, digests, size, stamps)
+        raise error.at(path) from None
+    return Model(path, proto, payloads, sha256, data_sha256, size, stamps)
 
 
 def file_sha256(file: Path) -> str:
@@ -117,31 +138,36 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_detached(tensor: TensorProto) -> bool:
+    """Whether the tensor is a reference that a Model's `payloads` resolve."""
+    return external_data.entry(tensor, "location").startswith(_DETACHED)
+
+
 def _stamp(file: Path) -> tuple[int, ...]:
-    """Equal to a later one only if the file has not been touched in between."""
+    """What equals an earlier stamp only if the file has not been touched in between."""
     now = file.stat()
     recent = time.time_ns() - now.st_ctime_ns
     racy = time.monotonic_ns() if recent < RACY else 0
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns, racy
 
 
-def _parsed(path: Path, itself: str) -> ModelProto:
-    """The protobuf, in which large tensors refer to their place in the file, as `itself`."""
+def _parsed(path: Path, inline_location: str) -> ModelProto:
+    """The protobuf, in which large tensors refer to their data in the file as inline_location."""
     proto = ModelProto()
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size:
             data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            proto.ParseFromString(wire.skeleton(data, DETACH_BYTES, itself))
+            proto.ParseFromString(wire.skeleton(data, DETACH_BYTES, inline_location))
     return proto
 
 
 def _detach(
-    path: Path, proto: ModelProto, itself: str
+    path: Path, proto: ModelProto, inline_location: str
 ) -> tuple[dict[str, Region], dict[str, Path]]:
-    """Where the data of the tensors that refer to it lies; and the data files by location.
+    """The payloads of a Model, and the external data files by location.
 
-    The references become keys of the first, so that those of the source and those of an output
-    are not mistaken for each other.
+    References in the proto become keys of the payloads, so that those of the source are not
+    mistaken for those of an output.
     """
     payloads: dict[str, Region] = {}
     files: dict[str, Path] = {}
@@ -150,7 +176,7 @@ def _detach(
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
         location = external_data.entry(tensor, "location")
-        if location == itself:
+        if location == inline_location:
             region = external_data.region(tensor, path)
         else:
             file = files.get(location) or external_data.data_file(path, tensor)
@@ -159,10 +185,6 @@ def _detach(
             external.append((tensor, region))
         key = f"{_DETACHED}{len(payloads)}"
         payloads[key] = region
-        refer(tensor, key)
-    external_data.shared_regions(external)
+        set_reference(tensor, key)
+    external_data.require_no_overlap(external)
     return payloads, files
-
-
-def _is_detached(tensor: TensorProto) -> bool:
-    return external_data.entry(tensor, "location").startswith(_DETACHED)

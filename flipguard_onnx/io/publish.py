@@ -1,10 +1,10 @@
 """Files that appear whole or not at all, however a run ends.
 
 A run writes into a workspace, a hidden folder beside its target, and at the end moves the finished
-files out by renaming. A model and its data file are two renames; what keeps them together is the
-data file's name, `MODEL.DIGEST.data` with 16 hex digits of the sha256 of its content. A name
-never stands for other data, so the old model keeps its own until it is replaced, and a new one
-never finds the old. What a replaced model leaves behind is removed last.
+files out by renaming them. A model and its data file take two renames. They belong together by the
+data file's name, `MODEL.DIGEST.data` with 16 hex digits of the sha256 of its content: a name never
+stands for other data, so an old model keeps its data until it is replaced, and a new model never
+finds the old data. The data file of a replaced model is removed last.
 """
 
 import errno
@@ -26,16 +26,27 @@ from ..interrupts import surely
 
 LOCK = ".flipguard-lock"  # in the target's folder while files are moved there
 
-LOCK_SECONDS = 60.0  # moving takes milliseconds
+LOCK_SECONDS = 60.0  # to wait for it; moving files takes milliseconds
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, some NFS
+NO_LOCKS = (  # of file systems without locks: Lustre without -o flock, some NFS
+    errno.ENOSYS,
+    errno.ENOLCK,
+    errno.EOPNOTSUPP,
+)
 
 WORKSPACE = re.compile(r"\.flipguard-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A written model, its data file if it has one, and where the model goes."""
+    """A written model.
+
+    Parameters
+    ----------
+    model : the file
+    data : its data file, if it has one
+    target : where the model goes; the data file goes beside it
+    """
 
     model: Path
     data: Path | None
@@ -43,27 +54,27 @@ class Finished:
 
     @property
     def places(self) -> dict[Path, Path]:
-        """Where each file will be, with where it is."""
+        """Where each file is, by where it goes."""
         data = {self.target.with_name(self.data.name): self.data} if self.data else {}
         return {self.target: self.model} | data
 
 
 @contextmanager
 def workspace(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`, on the same file system; removed at the end.
+    """A temporary folder inside `folder`, on the same file system; it is removed at the end.
 
-    Raises ModelError for what the system refuses while it is in use, a full disk for one.
+    Raises ModelError for what the system refuses while it is in use, on a full disk for example.
     """
     try:
         with ExitStack() as stack:
             sweep(folder)
             yield _claimed(folder, stack)
     except OSError as error:
-        raise ModelError(f"{folder}: cannot be written: {error.strerror or error}") from None
+        raise ModelError(f"cannot be written: {error.strerror or error}", path=folder) from None
 
 
 def sweep(folder: Path) -> None:
-    """Remove the workspaces that killed runs of this user left: nobody holds their locks."""
+    """Remove what killed runs of this user left: workspaces whose locks nobody holds."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if WORKSPACE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
@@ -72,34 +83,48 @@ def sweep(folder: Path) -> None:
 
 
 def check_target(target: Path, inputs: Iterable[Path], force: bool) -> None:
-    """Raise ModelError where an output may not go: over an input, or over anything unless `force`.
+    """Raise ModelError if an output may not go there.
 
-    Data files of an earlier output of that name count as the output.
+    Parameters
+    ----------
+    target : the output; data files of an earlier output of that name count as well
+    inputs : files that it may not replace
+    force : it may replace any other file
     """
     try:
         if not target.parent.is_dir():
-            raise ModelError(f"{target.parent}: no such folder to write to")
+            raise ModelError("no such folder to write to", path=target.parent)
         for file in (target, *data_files(target)):
             if file.exists() and any(file.samefile(other) for other in inputs):
-                raise ModelError(f"{file}: belongs to the input; the output needs another name")
+                raise ModelError("belongs to the input; the output needs another name", path=file)
             if file.exists() and not file.is_file():
-                raise ModelError(f"{file}: is no regular file; the output needs another name")
+                raise ModelError("is no regular file; the output needs another name", path=file)
             if os.path.lexists(file) and not force:
-                raise ModelError(f"{file}: exists already; --force overwrites it")
+                raise ModelError("exists already; --force overwrites it", path=file)
     except OSError as error:
-        raise ModelError(f"{target}: cannot be written: {error.strerror}") from None
+        raise ModelError(f"cannot be written: {error.strerror}", path=target) from None
 
 
-def publish(files: Sequence[Finished], force: bool) -> None:
-    """Move finished files to their targets, all in one folder; what they replace goes last.
+def publish(files: Sequence[Finished], force: bool, lock_seconds: float = LOCK_SECONDS) -> None:
+    """Move finished files to their targets; what they replace is removed last.
 
-    Contents and names are flushed to the disk in an order that a power cut cannot turn round.
-    Raises ModelError, before anything has moved, where a target has appeared in the meantime.
+    Contents and names are flushed to the disk in an order that a power cut cannot reverse.
+
+    Parameters
+    ----------
+    files : their targets are all in one folder
+    force : replace what is there
+    lock_seconds : to wait for another run that moves files there
+
+    Raises
+    ------
+    ModelError
+        Before anything has moved, if a target has appeared in the meantime.
     """
     for file in files:
         for path in filter(None, (file.data, file.model)):
             _flush(path)
-    with _locked(files[0].target.parent / LOCK):
+    with _locked(files[0].target.parent / LOCK, lock_seconds):
         for file in files:
             check_target(file.target, (), force)
         for file in files:
@@ -107,19 +132,21 @@ def publish(files: Sequence[Finished], force: bool) -> None:
 
 
 def check_report(path: Path) -> None:
-    """Raise ModelError where a report may not go: over what is none, or where a link leads."""
+    """Raise ModelError if a report may not go there: over another file, or through a link."""
     if path.is_symlink() and (path.is_file() or not path.exists()):
-        raise ModelError(f"{path}: is a link; the report needs another name")
+        raise ModelError("is a link; the report needs another name", path=path)
     if path.is_dir() or not os.access(path.parent, os.W_OK, effective_ids=True):
-        raise ModelError(f"{path}: the report cannot be written there")
+        raise ModelError("the report cannot be written there", path=path)
     if path.is_file():
         with path.open("rb") as stream:
             if stream.read(2) not in (b"", b"{\n", b"<!", b"in"):  # JSON, HTML, text
-                raise ModelError(f"{path}: exists and is no report; the report needs another name")
+                raise ModelError(
+                    "exists and is no report; the report needs another name", path=path
+                )
 
 
 def write_report(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; into a device or a pipe as it comes."""
+    """Write a text file whole or not at all; to a device or a pipe directly."""
     if path.exists() and not path.is_file():
         path.write_text(text)
         return
@@ -137,12 +164,13 @@ def data_files(target: Path) -> list[Path]:
 
 
 def _switch(file: Finished) -> None:
+    """Move one model and its data file, and remove the data file of the one that it replaces."""
     folder = file.target.parent
     before = data_files(file.target)
     placed = [folder / file.data.name] if file.data else []
 
     def tidy() -> None:
-        """Whichever model is there now keeps its data."""
+        """Remove the data of the model that is not there, the old one or the new one."""
         switched = not file.model.exists()
         keep, drop = (placed, before) if switched else (before, placed)
         for path in drop:
@@ -160,20 +188,21 @@ def _switch(file: Finished) -> None:
 
 
 def _claimed(folder: Path, stack: ExitStack) -> Path:
-    """A new workspace with its lock held; a sweep by another run may take it in between."""
+    """A new workspace, its lock held; made again if another run sweeps it before that."""
     while True:
         path = folder / f".flipguard-{secrets.token_hex(8)}"
         stack.callback(surely, partial(_remove, path))
         path.mkdir(mode=0o700)
         with suppress(FileNotFoundError):
             lock = stack.enter_context((path / "lock").open("xb"))
-            with suppress(OSError):  # NO_LOCKS: then no sweep gets a lock on it either
+            with suppress(OSError):  # NO_LOCKS: no sweep gets a lock either then
                 fcntl.flock(lock, fcntl.LOCK_EX)
             (path / "files").mkdir()
             return path / "files"
 
 
 def _remove_if_dead(path: Path) -> None:
+    """Remove a workspace of this user whose lock nobody holds."""
     if path.lstat().st_uid != os.geteuid():
         return
     try:
@@ -189,15 +218,15 @@ def _remove_if_dead(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a workspace, the lock last: were this killed, a sweep would still know it."""
+    """Remove a workspace, the lock last, so that a sweep can finish what was interrupted."""
     shutil.rmtree(path / "files", ignore_errors=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, which is there only while somebody holds it."""
-    lock = _acquired(path)
+def _locked(path: Path, seconds: float) -> Iterator[None]:
+    """Hold a lock file, which exists only while somebody holds it."""
+    lock = _acquired(path, seconds)
 
     def release() -> None:
         if _is(path, lock):
@@ -216,8 +245,9 @@ def _is(path: Path, descriptor: int) -> bool:
     return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))
 
 
-def _acquired(path: Path) -> int:
-    deadline = time.monotonic() + LOCK_SECONDS
+def _acquired(path: Path, seconds: float) -> int:
+    """The descriptor of the lock file, once it is this process that holds it."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
@@ -232,7 +262,9 @@ def _acquired(path: Path) -> int:
             os.close(lock)
             raise
         os.close(lock)
-    raise ModelError(f"{path}: another process has held this lock for {LOCK_SECONDS:.0f} s")
+    raise ModelError(
+        "another process has held this lock for {seconds:.0f} s", path=path, seconds=seconds
+    )
 
 
 def _flush(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""An ONNX file as protobuf puts it on the wire, walked as far as the tensors in it.
+"""ONNX files in protobuf's encoding: take the tensors' data out of one, or put it in.
 
-A protobuf library holds a file in memory before it parses it, and its tensors once more after
-that. Here only what surrounds the tensors' data is looked at, and that data stays where it is.
+A protobuf library reads a whole file into memory, and copies the tensors when it parses it. Here
+only what surrounds the tensors' data is read, and the data stays where it is.
 Field numbers are those of onnx.proto, the encoding is protobuf.dev/programming-guides/encoding.
 """
 
@@ -13,9 +13,9 @@ from typing import BinaryIO
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
-COPIED = 1 << 20  # bytes at a time
+COPY_BYTES = 1 << 20  # at a time
 
-_INSIDE = {  # message -> number of a field -> the message in it, on the way to a tensor
+_MESSAGES = {  # message -> number of a field -> the message in it, on the way to a tensor
     "model": {7: "graph", 25: "function"},
     "graph": {1: "node", 5: "tensor"},
     "function": {7: "node"},
@@ -27,14 +27,14 @@ _RAW_DATA = 9  # field of a tensor
 
 _OTHER_DATA = (4, 5, 6, 7, 10, 11, 13)  # float_data to uint64_data, and external_data
 
-_DEEPEST = 100  # messages in one another, as protobuf has it
+_MAX_DEPTH = 100  # of messages in messages; the limit of protobuf
 
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # types on the wire
 
 
 @dataclass(frozen=True)
 class Region:
-    """A run of bytes in a file."""
+    """`length` bytes of a file, from `offset` on."""
 
     file: Path
     offset: int
@@ -44,33 +44,42 @@ class Region:
         return self.length
 
     def copy_to(self, stream: BinaryIO) -> None:
-        """Write the bytes, with little of them in memory at a time."""
+        """Write the bytes to a stream, COPY_BYTES at a time."""
         with self.file.open("rb") as source:
             source.seek(self.offset)
             left = self.length
-            while chunk := source.read(min(left, COPIED)):
+            while chunk := source.read(min(left, COPY_BYTES)):
                 left -= stream.write(chunk)
 
 
 Piece = memoryview | Region
 
-Edit = Callable[[memoryview, int, int], list[Piece]]  # nothing: the message stays as it is
+# What a tensor, the message data[start:stop], becomes; an empty list leaves it as it is.
+Edit = Callable[[memoryview, int, int], list[Piece]]
 
 
-def skeleton(data: memoryview, smallest: int, location: str) -> bytes:
-    """An ONNX file without the large tensors' data: they refer to their place in it.
+def skeleton(data: memoryview, min_bytes: int, location: str) -> bytes:
+    """An ONNX file without the data of large tensors, which become references to the file.
 
-    data: the file; smallest: bytes of data that a tensor must have to be taken out; location: what
-    the file is called in the references. Raises DecodeError when the file is no protobuf.
+    Parameters
+    ----------
+    data : the file
+    min_bytes : of a tensor's data; smaller tensors stay
+    location : what the file is called in the references
+
+    Raises
+    ------
+    DecodeError
+        When the file is no protobuf.
     """
 
     def edit(data: memoryview, start: int, stop: int) -> list[Piece]:
         found = list(_fields(data, start, stop))
-        raw = [place for number, *place in found if number == _RAW_DATA]
+        raw = [bounds for number, *bounds in found if number == _RAW_DATA]
         if len(raw) != 1 or any(number in _OTHER_DATA for number, *_ in found):
             return []  # protobuf has rules for this, and applies them
         first, content, end = raw[0]
-        if end - content < smallest:
+        if end - content < min_bytes:
             return []
         reference = TensorProto(data_location=TensorProto.EXTERNAL)
         for key, value in ("location", location), ("offset", content), ("length", end - content):
@@ -78,14 +87,18 @@ def skeleton(data: memoryview, smallest: int, location: str) -> bytes:
         encoded = memoryview(reference.SerializeToString())
         return [data[start:first], data[end:stop], encoded]
 
-    pieces = _rewritten(data, 0, len(data), "model", edit, smallest) or [data]
+    pieces = _rewritten(data, 0, len(data), "model", edit, min_bytes) or [data]
     return b"".join(piece for piece in pieces if isinstance(piece, memoryview))
 
 
 def write_whole(proto: bytes, payload: Callable[[TensorProto], Region], stream: BinaryIO) -> None:
     """Write an ONNX file with the data of its external tensors in it.
 
-    proto: the model, serialized; payload: where the data of a tensor lies.
+    Parameters
+    ----------
+    proto : the model, serialized
+    payload : tells where the data of a tensor lies
+    stream : the file to write to
     """
 
     def edit(data: memoryview, start: int, stop: int) -> list[Piece]:
@@ -95,8 +108,8 @@ def write_whole(proto: bytes, payload: Callable[[TensorProto], Region], stream: 
         region = payload(tensor)
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
-        ahead = tensor.SerializeToString() + _header(_RAW_DATA, len(region))
-        return [memoryview(ahead), region]
+        before = tensor.SerializeToString() + _field_header(_RAW_DATA, len(region))
+        return [memoryview(before), region]
 
     data = memoryview(proto)
     for piece in _rewritten(data, 0, len(data), "model", edit, 0) or [data]:
@@ -107,28 +120,29 @@ def write_whole(proto: bytes, payload: Callable[[TensorProto], Region], stream: 
 
 
 def _rewritten(
-    data: memoryview, start: int, stop: int, kind: str, edit: Edit, smallest: int, depth: int = 0
+    data: memoryview, start: int, stop: int, kind: str, edit: Edit, min_bytes: int, depth: int = 0
 ) -> list[Piece]:
-    """The message data[start:stop] in pieces, with what `edit` makes of its tensors; [] if nothing.
+    """The message data[start:stop] in pieces, its tensors edited; [] if no tensor has changed.
 
-    Messages of fewer than `smallest` bytes stay as they are.
+    kind: of the message, a key of _MESSAGES. Messages of fewer than `min_bytes` bytes stay as
+    they are.
     """
-    if depth > _DEEPEST:
-        raise DecodeError(f"more than {_DEEPEST} messages in one another")
+    if depth > _MAX_DEPTH:
+        raise DecodeError(f"more than {_MAX_DEPTH} messages in one another")
     pieces: list[Piece] = []
     done = start
     for number, first, content, end in _fields(data, start, stop):
-        inside = _INSIDE[kind].get(number)
-        if inside is None or end - content < smallest:
+        inside = _MESSAGES[kind].get(number)
+        if inside is None or end - content < min_bytes:
             continue
         if inside == "tensor":
             new = edit(data, content, end)
         else:
-            new = _rewritten(data, content, end, inside, edit, smallest, depth + 1)
+            new = _rewritten(data, content, end, inside, edit, min_bytes, depth + 1)
         if not new:
             continue
-        ahead = _header(number, sum(map(len, new)))
-        pieces += [data[done:first], memoryview(ahead), *new]
+        header = _field_header(number, sum(map(len, new)))
+        pieces += [data[done:first], memoryview(header), *new]
         done = end
     return [*pieces, data[done:stop]] if pieces else []
 
@@ -136,7 +150,7 @@ def _rewritten(
 def _fields(data: memoryview, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
     """Number, start, start of the content and end of every field of the message data[start:stop].
 
-    Raises DecodeError where that is no message.
+    Raises DecodeError if that is no message.
     """
     while start < stop:
         tag, content = _number(data, start, stop)
@@ -159,15 +173,15 @@ def _fields(data: memoryview, start: int, stop: int) -> Iterator[tuple[int, int,
 def _number(data: memoryview, at: int, stop: int) -> tuple[int, int]:
     """The variable-length number at that byte, and where it ends."""
     value = 0
-    for place, byte in enumerate(data[at : min(at + 10, stop)]):
-        value |= (byte & 0x7F) << 7 * place
+    for index, byte in enumerate(data[at : min(at + 10, stop)]):
+        value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
-            return value, at + place + 1
+            return value, at + index + 1
     raise DecodeError(f"no number at byte {at}")
 
 
-def _header(number: int, length: int) -> bytes:
-    """What stands before a field of `length` bytes."""
+def _field_header(number: int, length: int) -> bytes:
+    """What comes before the content of a field of `length` bytes."""
     encoded = bytearray()
     for value in (number << 3 | _LENGTH, length):
         while value > 0x7F:

@@ -1,4 +1,4 @@
-"""Write a model so that it is whole or absent; its tensors go in one by one."""
+"""Write a model tensor by tensor, so that its weights are never in memory together."""
 
 from pathlib import Path
 
@@ -7,21 +7,26 @@ from onnx import ModelProto, TensorProto
 from ..errors import ModelError
 from ..graph.traversal import attribute_tensors, graphs
 from . import external_data, wire
-from .external_data import refer
-from .model import DETACH_BYTES, Model, _is_detached, file_sha256
+from .external_data import set_reference
+from .model import DETACH_BYTES, Model, file_sha256, is_detached
 from .publish import Finished
 from .wire import Region
 
-ALIGNMENT = 64
+ALIGNMENT = 64  # bytes; of every tensor in a data file
 
 
 class Output:
-    """A model being written: tensors go in one by one, `save` finishes.
+    """A model being written: `store` takes its tensors one by one, `save` finishes it.
 
-    Everything is written into `folder` under its final names, so that it can be loaded and tried
-    there. Tensors go on to a data file as they come; unless the model is to have one (`external`),
-    `save` moves them from there into the model file. Without a `target` the model is not meant to
-    leave the folder.
+    Everything is written into `folder` under its final names, so that the model can be loaded and
+    validated there. `store` appends to a data file; unless the model is to have one, `save` moves
+    the tensors from there into the model file.
+
+    Parameters
+    ----------
+    folder : is made
+    target : where the model goes in the end; None if it never leaves the folder
+    external : leave the tensors in a data file
     """
 
     def __init__(self, folder: Path, target: Path | None, external: bool) -> None:
@@ -31,39 +36,43 @@ class Output:
         self._published = target is not None
         name = self.path.name.encode(errors="replace").decode()  # what a protobuf can hold
         if external and name != self.path.name:
-            raise ModelError(f"{target}: a model with a data file needs a name in UTF-8")
+            raise ModelError("a model with a data file needs a name in UTF-8", path=target)
         self._data_path = self.path.with_name(f"{name}.data")
         folder.mkdir(parents=True)
         self._data = self._data_path.open("wb")
         self._data_sha256 = ""
 
     def store(self, tensor: TensorProto, raw: bytes | memoryview, inline: bool = False) -> None:
-        """Give the tensor its data: on to the data file, or into the protobuf where it is short.
+        """Write the data of a tensor to the data file, or into the protobuf if it is short.
 
-        inline: for tensors in attributes, which cannot have external data.
+        Parameters
+        ----------
+        tensor : of the proto that will be saved
+        raw : its values as raw_data holds them
+        inline : the tensor is in an attribute and cannot have external data
         """
         if len(raw) < DETACH_BYTES or (inline and self._external):
             for field in ("float_data", "int32_data", "external_data", "data_location"):
                 tensor.ClearField(field)
             tensor.raw_data = bytes(raw)
             return
-        self._refer(tensor, len(raw))
+        self._append_reference(tensor, len(raw))
         self._data.write(raw)
 
-    def _refer(self, tensor: TensorProto, length: int) -> None:
+    def _append_reference(self, tensor: TensorProto, length: int) -> None:
         self._data.write(b"\0" * (-self._data.tell() % ALIGNMENT))
-        refer(tensor, self._data_path.name, self._data.tell(), length)
+        set_reference(tensor, self._data_path.name, self._data.tell(), length)
 
     def save(self, proto: ModelProto, source: Model) -> None:
-        """Write the proto; tensors that still refer to the source's data bring it along."""
+        """Write the proto, with the data of the tensors that still refer to the source's."""
         for graph in graphs(proto):
             for tensor in graph.initializer:
-                if _is_detached(tensor):
+                if is_detached(tensor):
                     region = source.region(tensor)
-                    self._refer(tensor, region.length)
+                    self._append_reference(tensor, region.length)
                     region.copy_to(self._data)
         for tensor in attribute_tensors(proto):
-            if _is_detached(tensor):
+            if is_detached(tensor):
                 self.store(tensor, source.raw(tensor), inline=True)
         self._data.close()
         if self._external and self._published:
@@ -77,10 +86,7 @@ class Output:
         self._data_path.unlink()
 
     def _region(self, tensor: TensorProto) -> Region:
-        offset, length = (
-            int(external_data.entry(tensor, "offset")),
-            int(external_data.entry(tensor, "length")),
-        )
+        offset, length = (int(external_data.entry(tensor, key)) for key in ("offset", "length"))
         return Region(self._data_path, offset, length)
 
     @property
@@ -93,11 +99,11 @@ class Output:
         return (file == self._data_path and self._data_sha256) or file_sha256(file)
 
     def finished(self, target: Path) -> Finished:
-        """The files, ready to be published."""
+        """The files written, to be published at `target`."""
         return Finished(self.path, self._data_path if self._external else None, target)
 
     def _name_data(self, proto: ModelProto) -> None:
-        """Give the data file the name that `publish` demands, and refer to it by that."""
+        """Rename the data file as `publish` needs it, in the references as well."""
         old = self._data_path
         self._data_sha256 = file_sha256(old)
         self._data_path = old.with_name(f"{self.path.name}.{self._data_sha256[:16]}.data")

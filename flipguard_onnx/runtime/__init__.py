@@ -1,9 +1,11 @@
 """onnx's and onnxruntime's C++ code, run in a child process.
 
-`session` is the client, `worker` the child, `pool` runs one task for many models.
+`session` is the client, `worker` the child, `messages` what they exchange, `settings` what the
+child is told and may use. `pool` runs one task for many models.
 """
 
 from .session import (
+    Child,
     RemoteError,
     Session,
     check,
@@ -13,11 +15,16 @@ from .session import (
     preprocess,
     quantize_static,
     require_openable,
+    shared_child,
 )
+from .settings import Limits, StaticQuantization
 
 __all__ = [
+    "Child",
+    "Limits",
     "RemoteError",
     "Session",
+    "StaticQuantization",
     "check",
     "converted",
     "inlined",
@@ -25,4 +32,5 @@ __all__ = [
     "preprocess",
     "quantize_static",
     "require_openable",
+    "shared_child",
 ]

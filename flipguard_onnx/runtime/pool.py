@@ -1,7 +1,8 @@
 """One task for many items: in processes of this machine, or on a Dask cluster.
 
-A task is a function of a module, and returns what it has to say about failures: what it raises, or
-a process that it takes down, is Lost.
+A task is a function of a module. It returns the failures that it expects; if it raises, or its
+process dies, the result is Lost. Items and results are pickled: these processes run the tool's own
+code, and leave models to a child of theirs (see `session`), which speaks JSON.
 """
 
 import gc
@@ -20,22 +21,37 @@ from typing import Any
 from ..errors import DeviceError, first_line
 from ..interrupts import Interrupted, interruptible
 
-CONNECT_SECONDS = 10
+CONNECT_SECONDS = 10.0  # to find a scheduler
 
-STOP_SECONDS = 30  # for a process to remove what it has half done; then it is killed
+STOP_SECONDS = 30.0  # for a process to remove unfinished files; then it is killed
 
 Task = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
 class Lost:
-    """No result has come back. reason: one line."""
+    """An item without a result.
+
+    Parameters
+    ----------
+    reason : in one line
+    """
 
     reason: str
 
 
 def in_processes(task: Task, items: Sequence[Any], count: int) -> Generator[tuple[int, Any]]:
-    """(index, result or Lost) as they come; `count` processes with an equal share of the cores."""
+    """Run the task in processes that have equal shares of the cores.
+
+    Parameters
+    ----------
+    task, items : the function and its arguments
+    count : of processes, at the most
+
+    Returns
+    -------
+    An iterator over (index, result or Lost), in the order in which they come.
+    """
     waiting = deque(enumerate(items))
     shares = core_shares(sorted(os.sched_getaffinity(0)), min(count, len(items)))
     idle = [_Process(task, cores) for cores in shares]
@@ -53,16 +69,30 @@ def in_processes(task: Task, items: Sequence[Any], count: int) -> Generator[tupl
                 idle.append(process)
                 yield index, result
     finally:
-        with ExitStack() as stack:  # to stop them all, whatever comes in between
+        with ExitStack() as stack:  # stops them all, even if stopping one of them raises
             for process in [*idle, *(process for process, _ in busy.values())]:
                 stack.callback(process.stop)
 
 
-def on_dask(task: Task, items: Sequence[Any], address: str) -> Generator[tuple[int, Any]]:
-    """(index, result or Lost) as they come from the workers of the scheduler at `address`.
+def on_dask(
+    task: Task, items: Sequence[Any], address: str, connect_seconds: float = CONNECT_SECONDS
+) -> Generator[tuple[int, Any]]:
+    """Run the task on the workers of a Dask scheduler.
 
-    An item whose worker is lost goes to another one, as Dask does it: the task must bear that.
-    Raises DeviceError when there is no Dask here, or no scheduler there.
+    Parameters
+    ----------
+    task, items : the function and its arguments. Dask runs an item again whose worker is lost.
+    address : of the scheduler
+    connect_seconds : to find it
+
+    Returns
+    -------
+    An iterator over (index, result or Lost), in the order in which they come.
+
+    Raises
+    ------
+    DeviceError
+        When Dask is not installed, or there is no scheduler at the address.
     """
     try:
         from distributed import Client, as_completed
@@ -73,25 +103,27 @@ def on_dask(task: Task, items: Sequence[Any], address: str) -> Generator[tuple[i
     client: Any = None
     problem = ""
     try:
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)  # type: ignore[no-untyped-call]
+        client = Client(address, timeout=connect_seconds, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         problem = first_line(error)
     if client is None:
-        gc.collect()  # what is left of it ends its loop now, not while another one starts
-        raise DeviceError(f"scheduler {address!r} cannot be used: {problem}")
+        gc.collect()  # ends the client's event loop now, not while another one starts
+        raise DeviceError(
+            "scheduler {found!r} cannot be used: {problem}", found=address, problem=problem
+        )
     with client:
         futures = client.map(task, items, pure=False)
-        index = {future.key: place for place, future in enumerate(futures)}
+        index_of = {future.key: index for index, future in enumerate(futures)}
         try:
             for future in as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
-                why = future.exception()
-                yield index[future.key], Lost(described(why)) if why else future.result()
+                raised = future.exception()
+                yield index_of[future.key], Lost(described(raised)) if raised else future.result()
         finally:
             client.cancel(futures)
 
 
 def core_shares(cores: Sequence[int], count: int) -> list[set[int]]:
-    """The cores dealt out to `count` processes: one at least, shared where there are fewer."""
+    """The cores dealt out to `count` processes; processes share cores if there are too few."""
     return [
         set(cores[i * len(cores) // count : (i + 1) * len(cores) // count])
         or {cores[i * len(cores) // count]}
@@ -100,12 +132,12 @@ def core_shares(cores: Sequence[int], count: int) -> list[set[int]]:
 
 
 def described(error: BaseException) -> str:
-    """An exception that nobody expected, in one line."""
+    """An unexpected exception, in one line."""
     return first_line(Exception("".join(traceback.format_exception_only(error))))
 
 
 class _Process:
-    """A process that does the task for one item after the other; a new one where it dies."""
+    """A process that runs the task for one item after another; replaced if it dies."""
 
     def __init__(self, task: Task, cores: set[int]) -> None:
         self._task = task
@@ -114,29 +146,31 @@ class _Process:
 
     def _launch(self) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(self._task, theirs))
+        self._connection, other_end = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(self._task, other_end))
         with _inherited(self._cores):
             self._process.start()
-        theirs.close()
+        other_end.close()
 
     def start(self, item: Any) -> Connection:
-        """Begin; the result is there when the connection that is returned is ready."""
+        """Start with an item; its result has come when the connection returned is ready."""
         with suppress(BrokenPipeError):  # dead: result() will tell
             self._connection.send(item)
         return self._connection
 
     def result(self) -> Any:
+        """The result that has come, or Lost if the process has died."""
         try:
             return self._connection.recv()
         except (EOFError, ConnectionResetError):
             self._process.join()
             code = self._process.exitcode or 0
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self._launch()
-            return Lost(f"its process died ({how})")
+            return Lost(f"its process died ({end})")
 
     def stop(self) -> None:
+        """End the process, and kill it if it does not clean up in time."""
         self._process.terminate()
         self._process.join(STOP_SECONDS)
         self._process.kill()
@@ -144,9 +178,9 @@ class _Process:
 
 @contextmanager
 def _inherited(cores: set[int]) -> Iterator[None]:
-    """What a process started here is to inherit: its cores, and to leave Ctrl-C to this one.
+    """Let a process that is started inside inherit these cores, and leave Ctrl-C to this one.
 
-    On fewer cores every library starts fewer threads, without a word from us.
+    On fewer cores every library starts fewer threads by itself.
     """
     resource_tracker.ensure_running()  # it unblocks SIGINT as it starts
     before = os.sched_getaffinity(0)

@@ -1,7 +1,8 @@
 """The one place that hands models to onnx's and onnxruntime's C++: in a child process.
 
-A model may crash it, run for ever or ask for all memory there is; the child then ends, and the
-caller gets a ValidationError. Time and memory are granted by the size of the model.
+A model may crash the child, keep it busy for ever or ask for all the memory there is: the child is
+then ended, and the caller gets a ValidationError. The same becomes of a child whose answers are not
+what was asked for; they are JSON and arrays (see `messages`), which nothing here executes.
 """
 
 import atexit
@@ -10,75 +11,130 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy.typing as npt
+import numpy as np
+from google.protobuf.message import DecodeError
 from onnx import ModelProto
 
 from ..errors import ModelError, RunError, ValidationError
+from .messages import Array, Channel, Message, MessageError, UnsendableError, outputs_of
+from .settings import Limits, StaticQuantization
 
-SECONDS, BYTES_PER_SECOND = 60.0, 1e6  # for one load or run: so long, and so fast beyond
+Answer = TypeVar("Answer")
 
-MEMORY, MEMORY_PER_BYTE = 4 << 30, 8  # bytes: so many, and so many more for each of the model
 
-FREE_SHARE = 0.8  # of the machine's free memory, at the most
-
-Array = npt.NDArray[Any]
+class RemoteError(Exception):
+    """What a request met in the child: the first line of the exception's message."""
 
 
 class Child:
-    """The child process; started with the first request and again after it had to be ended."""
+    """The child process; started with the first request and again after it had to be ended.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    limits : on the time and the memory of every request
+    worker : module whose function `main` the process runs
+    """
+
+    def __init__(self, limits: Limits | None = None, worker: str = f"{__package__}.worker") -> None:
+        self.limits = limits or Limits()
+        self._worker = worker
+        self.life = 0  # counts the processes; sessions of an earlier one are gone
+        self.forgotten: list[tuple[int, int]] = []  # lives and numbers of unused sessions
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
+        self._channel: Channel | None = None
+        self._owner = 0  # process that started the child; a fork of it has none
         self._lock = threading.Lock()
-        self.life = 0  # sessions of an earlier life are gone
-        self.dropped: list[tuple[int, int]] = []  # lives and numbers of sessions to forget
 
-    def ask(self, name: str, *arguments: Any, size: int) -> Any:
-        """One request about a model of `size` bytes.
+    @property
+    def pid(self) -> int | None:
+        """The number of the process, if there is one."""
+        return self._process.pid if self._process else None
 
-        Raises ValidationError when the child had to be ended, RemoteError for what it met.
+    def ask(
+        self,
+        request: str,
+        arguments: dict[str, Any],
+        size: int,
+        read: Callable[[Message], Answer],
+        arrays: Sequence[Array] = (),
+    ) -> Answer:
+        """Send one request and wait for its answer.
+
+        Parameters
+        ----------
+        request : name of a function of `worker`
+        arguments : what it is called with, as JSON can hold it
+        size : bytes of the model that the request is about, by which it gets time and memory
+        read : makes the result of the answer; raises MessageError for one that is not as expected
+        arrays : what else it is called with
+
+        Raises
+        ------
+        RemoteError
+            When the request failed in the child.
+        ValidationError
+            When the child had to be ended, or arguments or results are none that can be sent.
         """
-        seconds = SECONDS + size / BYTES_PER_SECOND
+        seconds, memory = self.limits.seconds_for(size), self.limits.memory_for(size)
         with self._lock:
-            if self._process is None or self._owner != os.getpid():
-                self.life += 1
-                self._start()
-            dropped, self.dropped = self.dropped, []
-            numbers = [number for life, number in dropped if life == self.life]
+            channel = self._started()
+            forgotten, self.forgotten = self.forgotten, []
+            numbers = [number for life, number in forgotten if life == self.life]
+            call = {"request": request, "arguments": arguments}
+            message = Message(call | {"memory": memory, "forget": numbers}, arrays)
+            deadline = time.monotonic() + seconds
             try:
-                self._requests.send((name, arguments, _memory(size), numbers))
-                if not self._answers.poll(seconds):
-                    raise ValidationError(f"takes longer than {seconds:.0f} s; stopped")
-                done, result = self._answers.recv()
+                channel.send(message, deadline)
+                answer = channel.receive(memory, deadline)
+                problem = _problem(answer)
+                if problem is None:
+                    return read(answer)
+            except UnsendableError as error:
+                self.forgotten += forgotten
+                raise ValidationError(f"cannot be run: {error}") from None
+            except TimeoutError:
+                self._end()
+                raise ValidationError(
+                    "takes longer than {seconds:.0f} s; stopped", seconds=seconds
+                ) from None
             except (EOFError, OSError):
-                raise ValidationError(f"crashes onnxruntime ({self._end()})") from None
-            except BaseException:  # an interrupt too: the answer to this must not be the next one's
+                end = self._end()
+                raise ValidationError("crashes onnxruntime ({end})", end=end) from None
+            except MessageError as error:
+                self._end()
+                raise ValidationError(
+                    "its process gave a malformed answer: {found}; stopped", found=str(error)
+                ) from None
+            except BaseException:  # an interrupt too: the next request must not get this answer
                 self._end()
                 raise
-        if not done:
-            raise RemoteError(result)
-        return result
+        raise problem
 
     def close(self) -> None:
-        """End the child, if there is one and it is this process's."""
+        """End the child, if there is one and this process started it."""
         if self._process and self._owner == os.getpid():
             self._end()
 
-    def _start(self) -> None:
+    def _started(self) -> Channel:
+        if self._channel and self._owner == os.getpid():
+            return self._channel
+        if self._channel:
+            self._channel.close()
+        self.life += 1
         self._owner = os.getpid()
         requests, send = os.pipe()
         receive, answers = os.pipe()
         # -P and the path: nothing that lies in the working directory is imported
         path = [str(folder) for folder in sys.path]
-        code = f"import sys; sys.path[:] = {path!r}; from {__package__}.worker import main; main()"
+        code = f"import sys; sys.path[:] = {path!r}; from {self._worker} import main; main()"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", code, str(requests), str(answers)],
             pass_fds=(requests, answers),
@@ -88,17 +144,17 @@ class Child:
         )
         os.close(requests)
         os.close(answers)
-        self._requests = Connection(send, readable=False)
-        self._answers = Connection(receive, writable=False)
+        self._channel = Channel(receive, send)
+        return self._channel
 
     def _end(self) -> str:
         """Kill the child unless it has just ended by itself; what it ended with."""
         process, self._process = self._process, None
+        channel, self._channel = self._channel, None
         self.life += 1
-        if process is None:
+        if process is None or channel is None:
             return "not started"
-        self._requests.close()
-        self._answers.close()
+        channel.close()
         with suppress(subprocess.TimeoutExpired):
             process.wait(0.2)
         process.kill()
@@ -106,45 +162,82 @@ class Child:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-class RemoteError(Exception):
-    """What a request met: the first line of the exception's message."""
+shared_child = Child()  # of everything in this process that asks for no other
 
-
-_CHILD = Child()
-
-atexit.register(_CHILD.close)
+atexit.register(shared_child.close)
 
 
 class Session:
-    """A model loaded into onnxruntime; its memory is free again when nothing refers to this."""
+    """A model loaded into onnxruntime; its memory is free again when nothing refers to this.
 
-    def __init__(self, path: Path, exact: bool, size: int) -> None:
-        self._name, self._size = path.name, size
-        self._number, self.outputs = _CHILD.ask("load", str(path.absolute()), exact, size=size)
-        self._life = _CHILD.life
+    Parameters
+    ----------
+    path, exact, size, child : as in `open_session`
+
+    Attributes
+    ----------
+    outputs : names of the model's outputs
+    """
+
+    def __init__(self, path: Path, exact: bool, size: int, child: Child) -> None:
+        self._name, self._size, self._child = path.name, size, child
+        arguments = {"path": str(path.absolute()), "exact": exact}
+        self._number, self.outputs = child.ask("load", arguments, size, _loaded)
+        self._life = child.life
 
     def run(self, names: list[str] | None, feed: dict[str, Array]) -> list[Array]:
-        """The outputs of these names, or all. Raises RunError where onnxruntime refuses."""
-        if self._life != _CHILD.life:
-            raise ValidationError(f"{self._name}: is gone: another model crashed onnxruntime")
+        """Run the model.
+
+        Parameters
+        ----------
+        names : of the outputs to return; None for all
+        feed : an array for every input, by name
+
+        Raises
+        ------
+        RunError
+            When onnxruntime refuses.
+        ValidationError
+            When it crashes, takes too long, or returns what is no tensor.
+        """
+        if self._life != self._child.life:
+            raise ValidationError("is gone: another model crashed onnxruntime", path=self._name)
+        wanted = self.outputs if names is None else names
+        arguments = {"session": self._number, "outputs": wanted, "inputs": list(feed)}
         try:
-            results: list[Array] = _CHILD.ask("run", self._number, names, feed, size=self._size)
+            return self._child.ask(
+                "run",
+                arguments,
+                self._size,
+                lambda answer: outputs_of(answer, len(wanted)),
+                list(feed.values()),
+            )
         except RemoteError as error:
             raise RunError(str(error)) from None
         except ValidationError as error:
-            raise ValidationError(f"{self._name}: {error}") from None
-        return results
+            raise error.at(self._name) from None
 
     def __del__(self) -> None:
         if hasattr(self, "_life"):
-            _CHILD.dropped.append((self._life, self._number))
+            self._child.forgotten.append((self._life, self._number))
 
 
-def open_session(path: Path, exact: bool, size: int) -> Session:
-    """An onnxruntime session on the CPU, for a model of `size` bytes with its data.
+def open_session(path: Path, exact: bool, size: int, child: Child = shared_child) -> Session:
+    """An onnxruntime session on the CPU.
 
-    exact: DequantizeLinear is folded to float32 at load, so that weights count as they are stored.
-    Raises ValidationError when onnxruntime is missing or does not load the file.
+    Parameters
+    ----------
+    path : the model
+    exact : fold DequantizeLinear to float32 at load, so that weights count as they are stored;
+        without it onnxruntime replaces parts of the graph by integer kernels, which round
+        activations as well
+    size : bytes of the model with its data
+    child : the process that loads it
+
+    Raises
+    ------
+    ValidationError
+        When onnxruntime is missing or does not load the file.
     """
     if not find_spec("onnxruntime"):
         raise ValidationError(
@@ -152,11 +245,11 @@ def open_session(path: Path, exact: bool, size: int) -> Session:
             "or write unvalidated with --no-validate --preserve off"
         )
     try:
-        return Session(path, exact, size)
+        return Session(path, exact, size, child)
     except RemoteError as error:
-        raise ValidationError(f"{path.name}: does not load: {error}") from None
+        raise ValidationError(f"does not load: {error}", path=path.name) from None
     except ValidationError as error:
-        raise ValidationError(f"{path.name}: {error}") from None
+        raise error.at(path.name) from None
 
 
 def require_openable(*paths: Path) -> None:
@@ -166,15 +259,16 @@ def require_openable(*paths: Path) -> None:
             str(path).encode()
         except UnicodeEncodeError:
             raise ModelError(
-                f"{path}: onnxruntime opens no path that is not UTF-8; allowed: another name, "
-                "or to go without (--no-validate --preserve off)"
+                "onnxruntime opens no path that is not UTF-8",
+                path=path,
+                allowed="another name, or to go without (--no-validate --preserve off)",
             ) from None
 
 
 def check(path: Path, size: int) -> str | None:
-    """What onnx.checker has against a file."""
+    """What onnx.checker has against a file of `size` bytes; None when it accepts it."""
     try:
-        _CHILD.ask("check", str(path.absolute()), size=size)
+        shared_child.ask("check", {"path": str(path.absolute())}, size, _nothing)
     except RemoteError as error:
         return str(error)
     return None
@@ -182,59 +276,89 @@ def check(path: Path, size: int) -> str | None:
 
 def converted(proto: ModelProto, opset: int) -> ModelProto:
     """A model at another version of the standard operators. Raises RemoteError."""
-    return _edited("convert", proto, opset)
+    return _edited("convert", {"opset": opset}, proto)
 
 
 def inlined(proto: ModelProto) -> ModelProto:
     """A model with its local functions expanded. Raises RemoteError."""
-    return _edited("inline", proto)
+    return _edited("inline", {}, proto)
 
 
 def preprocess(path: Path, result: Path, size: int) -> None:
-    """Write what onnxruntime's pre-processing makes of a model. Raises RemoteError."""
-    _CHILD.ask("preprocess", str(path.absolute()), str(result.absolute()), size=size)
+    """Write what onnxruntime's pre-processing makes of a model of `size` bytes.
+
+    Raises RemoteError.
+    """
+    shared_child.ask("preprocess", _paths(path, result), size, _nothing)
 
 
 def quantize_static(
-    path: Path,
-    result: Path,
-    operators: Sequence[str],
-    excluded: Sequence[str],
-    activations: str,
-    symmetric: bool,
-    method: str,
-    per_channel: bool,
-    feeds: Sequence[dict[str, Array]],
+    path: Path, result: Path, settings: StaticQuantization, feeds: Sequence[dict[str, Array]]
 ) -> None:
     """Write what onnxruntime's static quantizer makes of a model.
 
-    operators: the kinds of nodes to quantize; excluded: the names of those not to. activations:
-    their type; symmetric: with zero point in the middle. per_channel: scales of the weights.
-    method: of calibration on `feeds`.
-    Raises ValidationError where it refuses.
+    Parameters
+    ----------
+    path : the float model
+    result : where the quantized one goes
+    settings : what the quantizer is told
+    feeds : inputs on which it finds the ranges of activations
+
+    Raises
+    ------
+    ValidationError
+        When it refuses.
     """
-    settings = activations, symmetric, method, per_channel
-    given = list(operators), list(excluded), *settings, list(feeds)
     size = path.stat().st_size * (1 + len(feeds))  # it runs the model on each
+    arguments = _paths(path, result) | {
+        "settings": asdict(settings),
+        "inputs": [list(feed) for feed in feeds],
+    }
+    arrays = [array for feed in feeds for array in feed.values()]
     try:
-        _CHILD.ask("quantize", str(path.absolute()), str(result.absolute()), *given, size=size)
+        shared_child.ask("quantize", arguments, size, _nothing, arrays)
     except (RemoteError, ValidationError) as error:
         raise ValidationError(f"onnxruntime's static quantizer: {error}") from None
 
 
-def _edited(request: str, proto: ModelProto, *arguments: Any) -> ModelProto:
-    content = proto.SerializeToString()
-    result = ModelProto()
-    result.ParseFromString(_CHILD.ask(request, content, *arguments, size=len(content)))
-    return result
+def _paths(path: Path, result: Path) -> dict[str, Any]:
+    return {"path": str(path.absolute()), "result": str(result.absolute())}
 
 
-def _memory(size: int) -> int:
-    """Bytes that the child may have for a model of that size."""
-    allowed = MEMORY + MEMORY_PER_BYTE * size
+def _edited(request: str, arguments: dict[str, Any], proto: ModelProto) -> ModelProto:
+    content = np.frombuffer(proto.SerializeToString(), np.uint8)
+    return shared_child.ask(request, arguments, content.size, _model, [content])
+
+
+def _problem(answer: Message) -> Exception | None:
+    """The error that an answer reports. Raises MessageError for an answer of no kind."""
+    status, problem = answer.fields.get("status"), answer.fields.get("problem")
+    if status == "done":
+        return None
+    if type(problem) is not str or status not in ("failed", "unsendable"):
+        raise MessageError("neither a result nor an error")
+    return RemoteError(problem) if status == "failed" else ValidationError(problem)
+
+
+def _nothing(answer: Message) -> None:
+    """The result of a request that has none."""
+
+
+def _loaded(answer: Message) -> tuple[int, list[str]]:
+    """The number of a session, and the names of its outputs."""
+    number, names = answer.fields.get("session"), answer.fields.get("outputs")
+    if type(number) is not int or type(names) is not list:
+        raise MessageError("no session")
+    if not all(type(name) is str for name in names):
+        raise MessageError("names of outputs that are none")
+    return number, names
+
+
+def _model(answer: Message) -> ModelProto:
+    """A model, serialized as the only array."""
+    if len(answer.arrays) != 1:
+        raise MessageError("no model")
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return allowed
-    free = next((int(s.split()[1]) << 10 for s in lines if s.startswith("MemAvailable")), allowed)
-    return min(allowed, int(FREE_SHARE * free))
+        return ModelProto.FromString(answer.arrays[0].tobytes())
+    except DecodeError:
+        raise MessageError("a model that does not parse") from None

@@ -1,7 +1,7 @@
-"""The child process in which onnx's and onnxruntime's C++ see the model; started by `runtime`.
+"""The child process in which onnx's and onnxruntime's C++ see the model; `session` starts it.
 
-It takes requests from one pipe and answers into another until that closes. It is no sandbox: it
-keeps a crash, a hang or a hunger for memory away from the caller.
+It takes requests from one pipe and answers into another until that closes. It is no sandbox: what
+it keeps away from the caller are crashes, endless runs and the use of too much memory.
 """
 
 import os
@@ -11,75 +11,90 @@ import sys
 import tempfile
 import threading
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import onnx.inliner
 from onnx import ModelProto
 
 from ..errors import first_line
+from .messages import Array, Channel, Message, UnsendableError, outputs_message
+from .settings import StaticQuantization
 
-SESSIONS: dict[int, Any] = {}
+SESSIONS: dict[int, Any] = {}  # onnxruntime's, by number
+
+PARENT_CHECK_SECONDS = 1.0
 
 
-def load(path: str, exact: bool) -> tuple[int, list[str]]:
+def load(path: str, exact: bool) -> Message:
     """Load a file; the number of its session, and the names of the outputs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if len(cores := os.sched_getaffinity(0)) < (os.cpu_count() or 1):
-        options.intra_op_num_threads = len(cores)  # by itself it takes all, and moves off ours
+        # without a number onnxruntime starts a thread on every core, also on those of others
+        options.intra_op_num_threads = len(cores)
     if exact:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     number = max(SESSIONS, default=0) + 1
     SESSIONS[number] = session
-    return number, [output.name for output in session.get_outputs()]
+    names = [output.name for output in session.get_outputs()]
+    return Message({"session": number, "outputs": names})
 
 
-def run(number: int, names: list[str] | None, feed: dict[str, Any]) -> list[Any]:
-    """Run a session."""
-    results: list[Any] = SESSIONS[number].run(names, feed)
-    return results
+def run(
+    session: int, outputs: list[str], inputs: list[str], arrays: Sequence[Array] = ()
+) -> Message:
+    """Run a session: the outputs of these names, for arrays that are the inputs of these names."""
+    feed = dict(zip(inputs, arrays, strict=True))
+    return outputs_message(outputs, SESSIONS[session].run(outputs, feed))
 
 
-def check(path: str) -> None:
+def check(path: str) -> Message:
     """onnx.checker on a file."""
     onnx.checker.check_model(path)
+    return Message({})
 
 
-def convert(proto: bytes, opset: int) -> bytes:
-    """The model at another version of the standard operators."""
-    return onnx.version_converter.convert_version(_parsed(proto), opset).SerializeToString()
+def convert(opset: int, arrays: Sequence[Array]) -> Message:
+    """The serialized model in the array, at another version of the standard operators."""
+    return _serialized(onnx.version_converter.convert_version(_parsed(arrays[0]), opset))
 
 
-def inline(proto: bytes) -> bytes:
-    """The model with its local functions expanded."""
-    return onnx.inliner.inline_local_functions(_parsed(proto)).SerializeToString()
+def inline(arrays: Sequence[Array]) -> Message:
+    """The serialized model in the array, with its local functions expanded."""
+    return _serialized(onnx.inliner.inline_local_functions(_parsed(arrays[0])))
 
 
-def preprocess(path: str, result: str) -> None:
+def preprocess(path: str, result: str) -> Message:
     """onnxruntime's preparation of a model for its static quantizer."""
     from onnxruntime.quantization import quant_pre_process
 
     tempfile.tempdir = os.path.dirname(result)
     quant_pre_process(path, result, skip_symbolic_shape=True)  # that part needs sympy
+    return Message({})
 
 
 def quantize(
     path: str,
     result: str,
-    operators: list[str],
-    excluded: list[str],
-    activations: str,
-    symmetric: bool,
-    method: str,
-    per_channel: bool,
-    feeds: list[dict[str, Any]],
-) -> None:
-    """onnxruntime's static quantizer, with weights in symmetric int8."""
+    settings: dict[str, Any],
+    inputs: list[list[str]],
+    arrays: Sequence[Array] = (),
+) -> Message:
+    """onnxruntime's static quantizer.
+
+    settings: a StaticQuantization; inputs: names of every feed's inputs, one after another those
+    of the arrays.
+    """
     import onnxruntime.quantization as ort
+
+    values = iter(arrays)
+    feeds = [{name: next(values) for name in names} for names in inputs]
 
     class Reader(ort.CalibrationDataReader):  # type: ignore[misc]
         left = iter(feeds)
@@ -87,6 +102,7 @@ def quantize(
         def get_next(self) -> dict[str, Any] | None:
             return next(self.left, None)
 
+    told = StaticQuantization(**settings)
     methods = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
     types = {"int8": "QInt8", "uint8": "QUInt8", "int16": "QInt16"}
     tempfile.tempdir = os.path.dirname(result)
@@ -95,60 +111,86 @@ def quantize(
         result,
         Reader(),
         quant_format=ort.QuantFormat.QDQ,
-        op_types_to_quantize=operators,
-        nodes_to_exclude=excluded,
-        per_channel=per_channel,
-        activation_type=ort.QuantType[types[activations]],
+        op_types_to_quantize=list(told.operators),
+        nodes_to_exclude=list(told.excluded_nodes),
+        per_channel=told.per_channel,
+        activation_type=ort.QuantType[types[told.activations]],
         weight_type=ort.QuantType.QInt8,
-        calibrate_method=ort.CalibrationMethod[methods[method]],
+        calibrate_method=ort.CalibrationMethod[methods[told.calibration]],
         extra_options={
-            "ActivationSymmetric": symmetric,
+            "ActivationSymmetric": told.symmetric,
             "QDQDisableWeightAdjustForInt32Bias": True,
         },
     )
+    return Message({})
 
 
 REQUESTS = {f.__name__: f for f in (load, run, check, convert, inline, preprocess, quantize)}
 
 
-def serve(requests: Connection, answers: Connection) -> None:
-    """Answer requests with (True, result) or (False, the error's first line).
+def serve(channel: Channel) -> None:
+    """Answer requests until the other side closes its end.
 
-    A request is a name, its arguments, the bytes of memory it may take, and sessions to forget.
+    A request has the fields `request` (a name in REQUESTS), `arguments`, `memory` (bytes that it
+    may take) and `forget` (numbers of sessions). An answer has the field `status`: "done" (the
+    rest of the message is the result), "failed" or "unsendable" (the result is nothing that a
+    message can hold), the last two with one line in `problem`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's business
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     while True:
         try:
-            name, arguments, memory, dropped = requests.recv()
+            call = channel.receive()
         except EOFError:
             return
-        for number in dropped:
+        for number in call.fields["forget"]:
             SESSIONS.pop(number, None)
-        _, most = resource.getrlimit(resource.RLIMIT_DATA)
-        soft = memory if most == resource.RLIM_INFINITY else min(memory, most)
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, most))
-        try:
-            answers.send((True, REQUESTS[name](*arguments)))
-        except Exception as error:  # onnxruntime raises bare exceptions of many types
-            answers.send((False, first_line(error)))
+        with _memory_limit(call.fields["memory"]):
+            _answer(channel, call)
+
+
+def _answer(channel: Channel, call: Message) -> None:
+    arguments = dict(call.fields["arguments"])
+    if call.arrays:
+        arguments["arrays"] = call.arrays
+    try:
+        result = REQUESTS[call.fields["request"]](**arguments)
+        channel.send(Message({"status": "done"} | result.fields, result.arrays))
+    except UnsendableError as error:
+        channel.send(Message({"status": "unsendable", "problem": first_line(error)}))
+    except Exception as error:  # onnxruntime raises bare exceptions of many types
+        channel.send(Message({"status": "failed", "problem": first_line(error)}))
+
+
+@contextmanager
+def _memory_limit(size: int) -> Iterator[None]:
+    """Grant `size` bytes for one request; taking in the next one is bounded by its sender."""
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = size if hard == resource.RLIM_INFINITY else min(size, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 
 
 def main() -> None:
     """Entry point of the process: the two pipes are the last arguments."""
     requests, answers = (int(number) for number in sys.argv[-2:])
-    serve(Connection(requests, writable=False), Connection(answers, readable=False))
+    serve(Channel(requests, answers))
 
 
-def _parsed(proto: bytes) -> ModelProto:
-    model = ModelProto()
-    model.ParseFromString(proto)
-    return model
+def _serialized(proto: ModelProto) -> Message:
+    return Message({}, [np.frombuffer(proto.SerializeToString(), np.uint8)])
+
+
+def _parsed(content: Array) -> ModelProto:
+    return ModelProto.FromString(content.tobytes())
 
 
 def _leave_with(parent: int) -> None:
     """End when the parent does, even in the middle of a run."""
     while os.getppid() == parent:
-        time.sleep(1)
+        time.sleep(PARENT_CHECK_SECONDS)
     os._exit(1)

@@ -109,7 +109,7 @@ def cut_out(model: Model, layers: Iterable[Layer], folder: Path) -> Model:
     graph.initializer.extend(constants.values())
     output = Output(folder, folder / "layers.onnx", external=True)
     output.save(proto, model)
-    return open_model(output.path, ours=True)
+    return open_model(output.path, digests=False)
 
 
 def _layer(graph: GraphProto, weight: Weight, origins: dict[str, Origin]) -> Layer | None:

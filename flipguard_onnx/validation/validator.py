@@ -162,7 +162,7 @@ class Validator:
             check_model(path, self.original)
         if self.layers:
             for kind, path in written.items():
-                whole = open_model(path, ours=True)
+                whole = open_model(path, digests=False)
                 written[kind] = cut_out(whole, self.layers, folder / f"{kind}-layers").path
         guarded, nearest, moved = written["qdq"], files["plain"], written.get("float")
         if "decoded" in files:

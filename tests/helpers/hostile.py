@@ -1,9 +1,11 @@
 """Models that are wrong in one way, and what the command line must do with them."""
 
+import numpy as np
 import onnx
+from onnx import TensorProto, helper
 
 from tests.helpers.command import call
-from tests.helpers.samples import SAMPLES, matmul, save
+from tests.helpers.samples import SAMPLES, F, matmul, model, node, save, weights
 
 MATRIX = (64, 64)
 
@@ -72,3 +74,35 @@ def emptied(*dims):
         proto.graph.initializer[0].ClearField("raw_data")
 
     return change
+
+
+def inside_a_loop(times, body_nodes=()):
+    """A MatMul, and a Loop of so many rounds beside it."""
+    body = helper.make_graph(
+        [node("Identity", "go_in", "go"), *body_nodes, node("Identity", "v_in", "v")],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go_in", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v_in", F, None),
+        ],
+        [
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v", F, None),
+        ],
+    )
+    return model(
+        [node("MatMul", "x w", "h"), node("Loop", "times yes h", "y", body=body)],
+        {"x": (F, [2, 64])},
+        {"y": (F, [2, 64])},
+        {"w": weights(MATRIX), "times": np.array(times), "yes": np.array(True)},
+    )
+
+
+def length_prefixed(number, content):
+    """A protobuf field that holds bytes or a message."""
+    size, prefix = len(content), bytearray([number << 3 | 2])
+    while size > 127:
+        prefix.append(size & 127 | 128)
+        size >>= 7
+    return bytes(prefix) + bytes([size]) + content

@@ -16,6 +16,7 @@ from tests.helpers.hostile import (
     changed,
     emptied,
     external,
+    length_prefixed,
     one_line,
     refused,
     shape,
@@ -261,15 +262,6 @@ def test_a_file_beyond_what_protobuf_holds_is_not_read(tmp_path):
     with path.open("wb") as stream:
         stream.truncate(1 << 40)
     assert "has 1099511627776 bytes; allowed: up to 2147483647" in refused(path)
-
-
-def length_prefixed(number, content):
-    """A protobuf field that holds bytes or a message."""
-    size, prefix = len(content), bytearray([number << 3 | 2])
-    while size > 127:
-        prefix.append(size & 127 | 128)
-        size >>= 7
-    return bytes(prefix) + bytes([size]) + content
 
 
 def nested_by_hand(levels):

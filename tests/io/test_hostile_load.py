@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from flipguard_onnx import runtime
 from tests.helpers.command import call
-from tests.helpers.hostile import MATRIX, emptied, one_line, refused, written
+from tests.helpers.hostile import MATRIX, emptied, inside_a_loop, one_line, refused, written
 from tests.helpers.samples import SAMPLES, F, matmul, model, node, save, weights
 
 ROOT = Path(__file__).parents[2]
@@ -58,31 +58,8 @@ def test_inputs_that_no_memory_holds_are_not_made_up(tmp_path, dims):
     assert "the original does not run on made-up inputs (none takes less than 1024 MiB)" in message
 
 
-def inside_a_loop(times, body_nodes=()):
-    """A MatMul, and a Loop of so many rounds beside it."""
-    body = helper.make_graph(
-        [node("Identity", "go_in", "go"), *body_nodes, node("Identity", "v_in", "v")],
-        "body",
-        [
-            helper.make_tensor_value_info("i", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go_in", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("v_in", F, None),
-        ],
-        [
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("v", F, None),
-        ],
-    )
-    return model(
-        [node("MatMul", "x w", "h"), node("Loop", "times yes h", "y", body=body)],
-        {"x": (F, [2, 64])},
-        {"y": (F, [2, 64])},
-        {"w": weights(MATRIX), "times": np.array(times), "yes": np.array(True)},
-    )
-
-
 def test_a_model_that_never_ends_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "SECONDS", 3.0)
+    monkeypatch.setattr(runtime.shared_child, "limits", runtime.Limits(seconds=3))
     started = time.monotonic()
     message = refused(written(inside_a_loop(1 << 62), tmp_path), code=1)
     assert message.endswith("model.onnx: takes longer than 3 s; stopped")
@@ -111,28 +88,6 @@ def test_a_model_that_asks_for_all_memory_does_not_get_it(tmp_path, folded):
         return
     np.savez(tmp_path / "d.npz", x=np.ones((2, 64), np.float32), n=np.float32([1 << 20, 1 << 15]))
     assert "does not run" in refused(path, "--data", tmp_path / "d.npz", code=1)
-
-
-def test_a_crash_of_onnxruntime_is_one_line(tmp_path, monkeypatch):
-    """The child is killed in the middle of its work, as a crash would do it."""
-    path = written(inside_a_loop(1 << 62), tmp_path)
-    session = runtime.open_session(path, exact=True, size=0)
-    child = runtime._CHILD
-    recv = type(child._answers).poll
-
-    def poll(connection, seconds):
-        os.kill(child._process.pid, 11)
-        return recv(connection, seconds)
-
-    monkeypatch.setattr(type(child._answers), "poll", poll)
-    with pytest.raises(runtime.ValidationError, match=r"crashes onnxruntime \(SIGSEGV\)"):
-        session.run(None, {"x": np.ones((2, 64), np.float32)})
-    monkeypatch.undo()
-    with pytest.raises(runtime.ValidationError, match="is gone"):
-        session.run(None, {"x": np.ones((2, 64), np.float32)})
-    path = save(matmul(MATRIX), tmp_path, "sound.onnx")
-    result = runtime.open_session(path, exact=True, size=0).run(None, {"x": np.eye(64, dtype="f")})
-    assert result[0].shape == MATRIX
 
 
 def chain(op, length, width=1):

@@ -9,10 +9,10 @@ import pytest
 import flipguard_onnx
 from flipguard_onnx import ModelError
 from flipguard_onnx.graph.traversal import tensors
-from flipguard_onnx.io import wire
 from flipguard_onnx.io.model import DETACH_BYTES, open_model
 from flipguard_onnx.io.writer import Output
 from flipguard_onnx.quantization.arrays import contiguous
+from tests.helpers.hostile import length_prefixed
 from tests.helpers.samples import SAMPLES, matmul, save, weights
 
 
@@ -56,16 +56,12 @@ def test_data_given_twice_is_left_to_protobuf(tmp_path):
     again = onnx.TensorProto(raw_data=last.graph.initializer[0].raw_data).SerializeToString()
     whole = first.SerializeToString()
     graph = first.graph.SerializeToString()
-    both = _field(5, tensor + again)
-    merged = graph.replace(_field(5, tensor), both)
-    path.write_bytes(whole.replace(_field(7, graph), _field(7, merged)))
+    both = length_prefixed(5, tensor + again)
+    merged = graph.replace(length_prefixed(5, tensor), both)
+    path.write_bytes(whole.replace(length_prefixed(7, graph), length_prefixed(7, merged)))
     source = open_model(path)
     (found,) = source.proto.graph.initializer
     assert np.array_equal(source.array(found), weights((70, 33), 5))
-
-
-def _field(number, content):
-    return wire._header(number, len(content)) + content
 
 
 @pytest.mark.parametrize("cut", [1, 100, 5000, 9000])
