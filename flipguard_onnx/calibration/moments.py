@@ -18,7 +18,7 @@ from ..errors import RunError, UnsupportedModelError, ValidationError
 from ..graph.weights import Weight
 from ..io.model import Model
 from ..io.writer import Output
-from ..quantization.error_feedback import PANEL_WIDTH, Floats, InputMoments
+from ..quantization.error_feedback import PANEL, Floats, InputMoments
 from ..runtime.session import Session, open_session
 from .inputs import NONE_FIT, Feed, load_feeds, made_up_feeds, signature
 from .synthetic import synthetic_feeds
@@ -181,8 +181,8 @@ class MomentRecorder:
         """The columns cut up so that their matrices fit into memory."""
         width = columns
         while taps[0].groups * columns * width * BYTES_PER_ENTRY > self._max_bytes:
-            width = (width - 1) // PANEL_WIDTH * PANEL_WIDTH
-            if width <= PANEL_WIDTH:
+            width = (width - 1) // PANEL * PANEL
+            if width <= PANEL:
                 break
         return tuple(range(a, min(a + width, columns)) for a in range(0, columns, max(width, 1)))
 
