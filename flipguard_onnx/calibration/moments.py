@@ -16,7 +16,7 @@ from onnx import ModelProto, helper
 from ..errors import RunError, UnsupportedModelError, ValidationError
 from ..graph.weights import Weight
 from ..io.writer import Output
-from ..quantization.error_feedback import PANEL_WIDTH, Floats, InputMoments
+from ..quantization.error_feedback import PANEL, Floats, InputMoments
 from ..runtime.session import Session, open_session
 from .inputs import Feed, signature
 from .samples import Samples
@@ -174,8 +174,8 @@ class MomentRecorder:
         """The columns cut up so that their matrices fit into memory."""
         width = columns
         while inputs[0].groups * columns * width * BYTES_PER_ENTRY > self._max_bytes:
-            width = (width - 1) // PANEL_WIDTH * PANEL_WIDTH
-            if width <= PANEL_WIDTH:
+            width = (width - 1) // PANEL * PANEL
+            if width <= PANEL:
                 break
         return tuple(range(a, min(a + width, columns)) for a in range(0, columns, max(width, 1)))
 

@@ -24,7 +24,7 @@ from .schemes import Grid
 
 DAMPING = 0.05  # of the mean of H's diagonal is added to the diagonal
 
-PANEL_WIDTH = 128
+PANEL = 128  # columns of a panel; what one passes on to the next is one matrix product
 
 Floats = npt.NDArray[np.float32]
 
@@ -70,7 +70,7 @@ def draw_with_feedback(
     random: RandomDraw,
     kernels: Kernels,
     *,
-    panel_width: int = PANEL_WIDTH,
+    panel_width: int = PANEL,
 ) -> npt.NDArray[np.int8]:
     """Draw a tensor, column by column.
 
@@ -80,7 +80,7 @@ def draw_with_feedback(
     ----------
     weights : flat weights [n] in their own type
     random : the stream; its `first` is 0, as the tensor is drawn as a whole
-    panel_width : columns; what one panel passes on to the next is one matrix product
+    panel_width : columns of a panel; the codes do not depend on it, save for rounding
 
     Returns
     -------
