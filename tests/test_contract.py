@@ -110,6 +110,7 @@ def test_public_names():
         "DeviceError",
         "FlipguardError",
         "ModelError",
+        "OptionError",
         "SchemeError",
         "UnsupportedModelError",
         "ValidationError",
