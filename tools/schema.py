@@ -1,10 +1,11 @@
-"""Write the JSON Schema of the reports, which is read off their dataclasses.
+"""Write the JSON Schema of the reports, made from their dataclasses.
 
 python -m tools.schema > flipguard_onnx/report.schema.json
 """
 
 import inspect
 import json
+import re
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -29,31 +30,31 @@ def schema() -> dict[str, Any]:
         "$id": f"urn:flipguard-onnx:report:{FORMAT}",
         "title": "Reports of flipguard-onnx",
         "description": "What --report and scan --format json write. `kind` tells which report it "
-        "is. `format_version` is raised when a field is lost or changes its meaning; not for "
-        "new ones, so take the schema from the version that wrote the report. Numbers that are "
-        "not finite are null.",
+        "is. `format_version` is raised when a field is removed or changes its meaning, but not "
+        "when one is added: take the schema from the version that wrote the report. Numbers that "
+        "are not finite are null.",
         "oneOf": kinds,
         "$defs": dict(sorted(found.items())),
     }
 
 
 def _as_written(found: dict[str, Any]) -> None:
-    """Where to_dict() says more than the fields, or something else."""
-    report = found["Report"]
+    """What to_dict() adds to the fields or writes in another way."""
+    report = found["GuardReport"]
     report["properties"] |= {
-        "seed": {"type": ["string", "null"], "pattern": "^[0-9]+$"},
+        "seed": report["properties"]["seed"] | {"type": ["string", "null"], "pattern": "^[0-9]+$"},
         "weights": {"type": "integer"},
         "flips": {"type": "integer"},
         "coverage": {"type": "number"},
     }
     report["required"] += ["weights", "flips", "coverage"]
-    fleet = found["BatchReport"]
-    fleet["properties"] |= {
+    batch = found["BatchReport"]
+    batch["properties"] |= {
         "code": {"type": "integer"},
-        "models": fleet["properties"].pop("outcomes"),
+        "models": batch["properties"].pop("outcomes"),
     }
-    fleet["required"].remove("outcomes")
-    fleet["required"] += ["code", "models"]
+    batch["required"].remove("outcomes")
+    batch["required"] += ["code", "models"]
 
 
 def _reference(kind: type, found: dict[str, Any]) -> dict[str, Any]:
@@ -66,15 +67,17 @@ def _reference(kind: type, found: dict[str, Any]) -> dict[str, Any]:
 def _object(kind: type, found: dict[str, Any]) -> dict[str, Any]:
     assert is_dataclass(kind)
     hints = get_type_hints(kind)
+    description, attributes = _documentation(kind)
     properties = {}
     for field in fields(kind):
         if field.init:
-            properties[field.name] = _type(hints[field.name], found)
+            described = {"description": attributes[field.name]} if attributes else {}
+            properties[field.name] = described | _type(hints[field.name], found)
         else:
             assert field.default is not MISSING
             properties[field.name] = {"const": field.default}
     return {
-        "description": inspect.cleandoc(kind.__doc__ or ""),
+        "description": description,
         "type": "object",
         "properties": properties,
         "required": list(properties),
@@ -82,7 +85,16 @@ def _object(kind: type, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _documentation(kind: type) -> tuple[str, dict[str, str]]:
+    """A docstring without its section Attributes, and what that says of each field."""
+    head, _, section = inspect.cleandoc(kind.__doc__ or "").partition("Attributes\n----------\n")
+    entries = re.findall(r"^(\w+) : (.+(?:\n .*)*)", section, re.MULTILINE)
+    return head.strip(), {name: " ".join(text.split()) for name, text in entries}
+
+
 def _type(hint: Any, found: dict[str, Any]) -> dict[str, Any]:
+    if hint is Any:
+        return {}
     if hint is float:
         return {"type": ["number", "null"]}
     if hint in PLAIN:

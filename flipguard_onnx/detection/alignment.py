@@ -111,7 +111,7 @@ class Tally:
     """Weights of one or more tensors, counted on one grid: see `kernels.survey`."""
 
     counts: npt.NDArray[np.int64]  # [grids, bins]
-    sums: Shares  # [5]
+    sums: Shares  # [6]: those of `kernels.account`, and sum |w|
     outliers: Shares  # per block: largest / second largest magnitude
     spread: Spread
 
@@ -186,7 +186,7 @@ def tally(weights: Floats, judged: Floats, spread: Spread, grid: Grid) -> Tally:
     kernels = get_survey()
     counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
     grid.survey(judged, LIMIT, FACTORS, counts, kernels)
-    sums = grid.account(weights, np.float32(0), kernels)
+    sums = np.append(grid.account(weights, np.float32(0), kernels), _total(weights))
     first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
     kernels.largest_two(weights, (grid.blocks.cols, grid.blocks.size), first, second)
     used = second > 0
@@ -223,7 +223,7 @@ def alignment(name: str, tally: Tally) -> Alignment:
     expected = shares[DRAWN].mean(axis=0)
     peak, at = _excess(shares[0], shares[FIXED], LEVEL)
     edge, _ = _excess(shares[0], shares[DRAWN], BINS // 10, 2)
-    total, lost, error, stuck, variance = tally.sums
+    nonzero, lost, error, stuck, variance, total = tally.sums
     return Alignment(
         grid=name,
         weights=counted,
@@ -235,9 +235,9 @@ def alignment(name: str, tally: Tally) -> Alignment:
         peak=peak,
         peak_at=(at + 0.5) / BINS,
         edge=edge,
-        collapse=float(lost / max(total, 1)),
+        collapse=float(lost / max(nonzero, 1)),
         outlier=float(np.median(tally.outliers)) if tally.outliers.size else 1.0,
-        budget=Budget(float(error), float(stuck), float(np.sqrt(variance))),
+        budget=Budget(float(error), float(stuck), float(np.sqrt(variance)), float(total)),
     )
 
 
@@ -247,12 +247,17 @@ def budget(values: npt.NDArray[Any], flips: QuantizedTensor, policy: Policy) -> 
     if policy.name == "unbiased":
         limit = np.float32((1 - policy.tau) / 2)
         _, _, nearest, stuck, variance = flips.grid.account(weights, limit, get_survey()).tolist()
-        return Budget(nearest, stuck, math.sqrt(variance))
+        return Budget(nearest, stuck, math.sqrt(variance), _total(weights))
     plain, left = (
         float(np.abs(flips.grid.decode(codes).astype(np.float64) - weights).sum())
         for codes in (flips.plain, flips.codes)
     )
-    return Budget(plain, left, 0.0)
+    return Budget(plain, left, 0.0, _total(weights))
+
+
+def _total(weights: Floats) -> float:
+    """Sum of the magnitudes."""
+    return float(np.abs(weights).sum(dtype=np.float64))
 
 
 def _excess(real: Shares, placebos: Shares, bins: int, times: int = 1) -> tuple[float, int]:

@@ -9,9 +9,15 @@ from .serialize import FORMAT, jsonable
 
 @dataclass(frozen=True)
 class ModelOutcome:
-    """What became of one model: a report, or one line that says why not.
+    """What became of one model: a report, or an error.
 
-    code: the exit code that the command line has for it alone. seconds: wall time, where it ran.
+    Attributes
+    ----------
+    model : its path
+    code : the exit code of the command line for this model alone: 0 where there is a report
+    seconds : wall time; None where it did not run
+    report : the result of guard()
+    error : one line that says what went wrong
     """
 
     model: str
@@ -23,9 +29,12 @@ class ModelOutcome:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """The result of guard_many(): one outcome per model, in the order of the models.
+    """The result of guard_many().
 
-    config: the file that gave options of the command line.
+    Attributes
+    ----------
+    outcomes : one per model, in the order of the models
+    config : the file that gave options of the command line, if one did
     """
 
     kind: Literal["guard_many"] = field(default="guard_many", init=False)
@@ -35,17 +44,22 @@ class BatchReport:
 
     @property
     def code(self) -> int:
-        """The worst of all."""
+        """The highest exit code of all models."""
         return max(outcome.code for outcome in self.outcomes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; every report as it is alone."""
+        """The result as JSON types; each report is what its own `to_dict()` gives."""
         models = [
             jsonable(outcome) | {"report": outcome.report and outcome.report.to_dict()}
             for outcome in self.outcomes
         ]
-        own = {"kind": self.kind, "format_version": self.format_version, "config": self.config}
-        return own | {"code": self.code, "models": models}
+        return {
+            "kind": self.kind,
+            "format_version": self.format_version,
+            "config": self.config,
+            "code": self.code,
+            "models": models,
+        }
 
     def render(self) -> str:
         """The result as text for a terminal."""

@@ -1,4 +1,4 @@
-"""What a run found and did: plain data, and its rendering as text. JSON is `to_dict` dumped."""
+"""The results of guard() and inspect()."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,19 +11,24 @@ from .serialize import FORMAT, jsonable
 from .validation import Validation
 
 INPUTS = {
-    "data": "the inputs given",
-    "synthetic": "made-up inputs, weaker than real ones (--data)",
+    "data": "of the inputs given",
+    "synthetic": "made-up inputs, which are weaker than real ones (--data)",
 }
 
 
 @dataclass(frozen=True)
 class ActivationQuantization:
-    """What onnxruntime's static quantizer was told, and what became of it.
+    """How onnxruntime's static quantizer quantized the activations.
 
-    activations: their type; symmetric: with the zero point in the middle. calibration: how their
-    ranges were found, on `feeds` inputs; inputs: "data" where the user gave them, or "synthetic".
-    weight_only: the guarded tensors that do not run in integers, and why. floats: other constants
-    that were kept from being rounded, since nobody guards them.
+    Attributes
+    ----------
+    activations : their type: "int8", "uint8" or "int16"
+    symmetric : whether their zero_point is in the middle of the type's range
+    calibration : how their ranges were found: "minmax", "entropy" or "percentile"
+    inputs : what they were found on: "data" (inputs that were given) or "synthetic"
+    feeds : how many inputs that were
+    weight_only : the guarded tensors whose operators still compute in floats, and why
+    floats : other constants that stay float, since the guard does not cover them
     """
 
     activations: str
@@ -36,21 +41,32 @@ class ActivationQuantization:
 
     @property
     def setting(self) -> str:
-        """In a few words."""
+        """Type, calibration and inputs in a few words."""
         kind = f"{'symmetric ' * self.symmetric}{self.activations} activations"
-        return f"{kind}, {self.calibration} on {self.feeds} of {INPUTS[self.inputs]}"
+        return f"{kind}, {self.calibration} on {self.feeds} {INPUTS[self.inputs]}"
 
 
 @dataclass(frozen=True)
 class Tensor:
     """One guarded tensor; what is None was not computed.
 
-    flips: weights that crossed a boundary. furthest: by how many levels at most. gain: squared
-    error of the layer's products with error feedback / without it, on made-up or given inputs;
-    feedback was used where that is below 1. unfed: why it was not tried. budget: what an attacker
-    could choose before, and what is left of it, with independent draws. forms: how its readers get
-    it from a quantized graph with float activations: "folded" to floats when the file is loaded,
-    "gather", rows of codes, or packed, "dequantize" and "bnb4".
+    Attributes
+    ----------
+    name : of the initializer or constant, with the scopes it is in
+    op : type of the operator that reads it
+    shape : as it is stored in the model
+    scheme : "int8", "int4", "nf4" or "fp4"; under a 4-bit scheme some tensors may stay at int8
+    weights : how many values it has
+    flips : how many of them have another code than nearest rounding's
+    furthest : the largest distance of a code from nearest rounding's, in levels
+    gain : squared error of the layer's products with error feedback / with independent draws, on
+        the inputs of `GuardReport.preserve`; feedback was used where this is below 1
+    unfed : why error feedback was not tried
+    budget : how much rounding error an attacker could choose, and what is left after the guard if
+        the draws are independent
+    forms : how its readers get it in a quantized graph with float activations: "folded" (decoded to
+        floats when the file is loaded), "gather" (decoded row by row), or kept in 4 bits in memory
+        by "dequantize" or "bnb4"
     """
 
     name: str
@@ -67,18 +83,30 @@ class Tensor:
 
     @property
     def packed(self) -> bool:
-        """Whether a reader keeps it in 4 bits in memory."""
+        """Whether one of its readers keeps it in 4 bits in memory."""
         return not {"dequantize", "bnb4"}.isdisjoint(self.forms)
 
     @property
     def preserved(self) -> bool:
-        """Whether errors were fed forward."""
+        """Whether error feedback was used."""
         return self.gain is not None and self.gain < 1
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What guard() would do. `output_bytes` is an estimate; config: as in a Scan."""
+    """The result of inspect(): what guard() would do.
+
+    Attributes
+    ----------
+    input : path of the model
+    input_sha256 : of the model's file
+    input_bytes : size of the model, data files included
+    output_bytes : size that the quantized model would have, estimated
+    scheme : "int8", "int4", "nf4" or "fp4"
+    tensors : those that would be guarded, in the order of the graph
+    skipped : the others, and why
+    config : the file that gave options of the command line, if one did
+    """
 
     kind: Literal["inspect"] = field(default="inspect", init=False)
     format_version: int = field(default=FORMAT, init=False)
@@ -92,6 +120,7 @@ class Inspection:
     config: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
         return jsonable(self)
 
     def render(self) -> str:
@@ -105,12 +134,40 @@ class Inspection:
 class GuardReport:
     """The result of guard().
 
-    outputs: bytes by path, data files counted in. outputs_sha256: of every file written, data files
-    too. preserve: the inputs on which errors were fed forward, "off" if they
-    were not; preserve_note: why. data_sha256: of the inputs that were given. seed: None where the
-    policy draws nothing. draws: how many it took until one passed. device_note: why "auto" did not
-    take a GPU. scan: of the input. integers: how activations were quantized, if they were.
-    seconds: wall time. config: as in a Scan.
+    Attributes
+    ----------
+    version : of flipguard-onnx
+    input : path of the model
+    input_sha256 : of the model's file
+    input_data_sha256 : of its external data files, by their names
+    input_bytes : size of the model, data files included
+    options : every option of the run as it was asked for, by its name in guard()
+    scheme : "int8", "int4", "nf4" or "fp4"
+    granularity : how many weights share an int8 scale: "channel" or "tensor"
+    block_size : weights per scale at 4 bits; None at int8
+    policy : how codes are chosen: "unbiased", "topk" or "none" (round to nearest)
+    tau : of the unbiased policy: distance from a boundary up to which weights are drawn, in
+        half-gaps; None for other policies
+    ratio : of the topk policy: share of each block that is flipped; None for other policies
+    int8 : patterns over the names of tensors that stay at 8 bits under a 4-bit scheme
+    int8_share : share of the weights up to which the most sensitive tensors stay at 8 bits, too
+    preserve : the inputs on which errors were fed forward, "data" or "synthetic"; "off" if they
+        were not
+    preserve_note : why they were not
+    data_sha256 : of the inputs that were given
+    seed : of the draws; None where the policy draws nothing
+    draws : how many draws it took until one passed the validation
+    device : "cpu" or "cuda"
+    device_note : why "auto" did not take a GPU
+    tensors : those that were guarded, in the order of the graph
+    skipped : the others, and why
+    scan : of the input
+    integers : how activations were quantized; None if they were not
+    validation : the models that were run, and their drift; None without validation
+    outputs : size in bytes by path of the models written, data files included
+    outputs_sha256 : of every file written, data files too, by path
+    seconds : wall time
+    config : the file that gave options of the command line, if one did
     """
 
     kind: Literal["guard"] = field(default="guard", init=False)
@@ -120,6 +177,7 @@ class GuardReport:
     input_sha256: str
     input_data_sha256: dict[str, str]
     input_bytes: int
+    options: dict[str, Any] = field(default_factory=dict, kw_only=True)
     scheme: str
     granularity: str
     block_size: int | None
@@ -152,7 +210,7 @@ class GuardReport:
 
     @property
     def flips(self) -> int:
-        """How many of them crossed a boundary."""
+        """How many of them have another code than nearest rounding's."""
         return sum(tensor.flips or 0 for tensor in self.tensors)
 
     @property
@@ -161,15 +219,20 @@ class GuardReport:
         return coverage(self.tensors, self.skipped)
 
     @property
+    def budget(self) -> Budget | None:
+        """The alignment budget of all tensors together."""
+        budgets = [tensor.budget for tensor in self.tensors if tensor.budget]
+        return reduce(add, budgets) if budgets else None
+
+    @property
     def at_8_bits(self) -> str:
-        """What was asked for, or chosen, to stay at 8 bits under a 4-bit scheme."""
-        if not self.int8_share:
-            return " ".join(self.int8)
-        names = " ".join(self.int8) or "none"
-        return f"{names}, the most sensitive up to {self.int8_share:.0%} of the weights"
+        """What stays at 8 bits under a 4-bit scheme, in words; empty if nothing does."""
+        chosen = f"the most sensitive tensors, up to {self.int8_share:.0%} of the weights"
+        named = " ".join(self.int8)
+        return " and ".join(filter(None, (named, chosen if self.int8_share else "")))
 
     def metadata(self) -> dict[str, str]:
-        """What goes into the model's metadata_props: all that is needed to repeat the run."""
+        """What goes into the model's metadata_props: what the codes depend on, and the counts."""
         integers = self.integers
         on_data = "data" in (self.preserve, integers and integers.inputs)
         entries = {
@@ -197,7 +260,7 @@ class GuardReport:
         return {f"flipguard.{k}": str(v) for k, v in entries.items() if v is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types; `seed` is a string, since JSON readers round large numbers."""
+        """The result as JSON types; `seed` is a string, since JSON readers round large numbers."""
         result = jsonable(self)
         result["seed"] = None if self.seed is None else str(self.seed)
         return result | {
@@ -211,12 +274,6 @@ class GuardReport:
         from .text import render_guard
 
         return render_guard(self)
-
-    @property
-    def budget(self) -> Budget | None:
-        """The alignment budget of all tensors together."""
-        budgets = [tensor.budget for tensor in self.tensors if tensor.budget]
-        return reduce(add, budgets) if budgets else None
 
 
 def coverage(tensors: Iterable[Tensor], skipped: Iterable[Skipped]) -> float:

@@ -1,4 +1,4 @@
-"""A scan as SARIF 2.1.0, the format in which code scanners report: one result per tensor."""
+"""A scan as SARIF 2.1.0, the format of reports of code scanners: one result per tensor."""
 
 import hashlib
 from pathlib import Path
@@ -14,12 +14,12 @@ SCHEMA = (
 RULE = {
     "id": "aligned-weights",
     "name": "AlignedWeights",
-    "shortDescription": {"text": "Weights stand at the decision boundaries of a quantizer."},
+    "shortDescription": {"text": "Weights gather at the decision boundaries of a quantizer."},
     "fullDescription": {
-        "text": "Honest training leaves the weights anywhere between the decision boundaries of a "
-        "quantizer. Weights that stand at them, or keep a distance from them, were prepared for "
-        "that quantizer: by a quantization-conditioned backdoor, or by quantization-aware "
-        "training."
+        "text": "Ordinary training leaves the weights spread evenly between the decision "
+        "boundaries of a quantizer. Weights that gather at these boundaries, or at a fixed "
+        "distance from them, were prepared for that quantizer: by a quantization-conditioned "
+        "backdoor, or by quantization-aware training."
     },
     "defaultConfiguration": {"level": "error"},
 }
@@ -53,7 +53,7 @@ def sarif(scan: Scan) -> dict[str, Any]:
 
 def _result(tensor: ScannedTensor, uri: str) -> dict[str, Any]:
     kind, level = KINDS[tensor.verdict.level]
-    # the same for the same finding in another version of the model, wherever that lies
+    # stays the same for the same finding in another version of the model, or at another path
     identity = "\0".join([tensor.name, *sorted(tensor.verdict.grids)])
     return {
         "ruleId": RULE["id"],

@@ -1,15 +1,16 @@
 """What guard() wrote, as a CycloneDX 1.6 ML-BOM.
 
-It holds nothing but what the run depends on and its result: no time of day, and a serial number
-made from the content, so that the same run gives the same file. The library has no model card
-(CycloneDX/cyclonedx-python-lib#912): parameters and drift are properties of the model.
+It holds only what the run depends on and its result, so that the same run gives the same file:
+there is no time of day in it, and the serial number is made from the content. The library does not
+support model cards (CycloneDX/cyclonedx-python-lib#912), so parameters and drift are properties of
+the model.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
-from ..errors import SchemeError
+from ..errors import OptionError
 from .guard import GuardReport
 from .validation import pooled
 
@@ -20,7 +21,7 @@ try:
     from cyclonedx.model.tool import ToolRepository
     from cyclonedx.output.json import JsonV1Dot6
 except ImportError:
-    raise SchemeError(
+    raise OptionError(
         "cyclonedx-python-lib is not installed; --sbom needs flipguard-onnx[sbom]"
     ) from None
 

@@ -1,4 +1,4 @@
-"""What a scan found: plain data, and its rendering as text. JSON is `to_dict` dumped."""
+"""The result of scan()."""
 
 import math
 from dataclasses import dataclass, field
@@ -29,10 +29,15 @@ NOT_JUDGED = "not judged"
 
 @dataclass(frozen=True)
 class Verdict:
-    """level: one of LEVELS, or NOT_JUDGED. grids: those it is aligned to, the strongest first.
+    """Whether weights look prepared for a quantizer.
 
-    strength: share of the weights that stand where only the strongest of these grids explains it.
-    reason: one sentence.
+    Attributes
+    ----------
+    level : "clean", "suspicious" or "aligned", or "not judged"
+    reason : one sentence
+    grids : names of the grids that the weights are aligned to, the strongest first
+    strength : share of the weights, 0 to 1, whose position only the strongest of these grids
+        explains
     """
 
     level: str
@@ -48,40 +53,65 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Budget:
-    """First-order alignment budget, in the weights' own units.
+    """First-order alignment budget: how much rounding error an attacker can choose.
 
-    nearest: sum abs(e), the rounding error that who sets the weights can choose in full. chosen:
-    what a guard leaves of it to him, sum abs(E e). random: standard deviation of the rest, which
-    he cannot choose, sqrt(sum Var e), with independent draws.
+    All fields are in the weights' own units. With e the error of rounding a weight to nearest, and
+    e' the error after a guard whose draws are independent:
+
+    Attributes
+    ----------
+    nearest : sum abs(e), all of which whoever sets the weights can choose
+    chosen : sum abs(E e'): what a guard leaves to choose
+    random : sqrt(sum Var e'), a standard deviation: the error that a guard draws and nobody chooses
+    total : sum abs(w) of the same weights w, with which the other fields are compared
     """
 
     nearest: float
     chosen: float
     random: float
+    total: float
 
     def __add__(self, other: "Budget") -> "Budget":
         return Budget(
             self.nearest + other.nearest,
             self.chosen + other.chosen,
             math.hypot(self.random, other.random),
+            self.total + other.total,
         )
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Nearest, chosen and random as shares of the total."""
+        total = self.total or 1.0
+        return self.nearest / total, self.chosen / total, self.random / total
 
 
 @dataclass(frozen=True)
 class Alignment:
     """How the weights of a tensor, or of all tensors, stand to one grid.
 
-    weights: how many are counted, which leaves out zeros and those above 3/4 of their block's
-    largest; independent: as many weights that never repeat would be as telling. histogram: share
-    of them by distance to the nearest decision boundary, from 0 (on it) to 1 half-gap (on the
-    level), in bins of equal width. placebo: the same on grids whose scales were changed at random.
-    departure: largest difference between the cumulative histogram and the uniform distribution's;
-    shift: ... and the placebo's. peak: by what share of the weights the histogram's sharpest peak
-    exceeds those on grids with scales that are all wrong by one factor; peak_at: its distance.
-    edge: by what share a peak within a tenth of the boundary exceeds twice those on grids whose
-    scales were changed at random.
-    collapse: share of the weights other than 0 that lose more than half of their magnitude.
-    outlier: largest / second largest magnitude of a block, median.
+    Distances are those of a weight to the nearest decision boundary in half-gaps: 0 on the
+    boundary, 1 on a level. A placebo is the same grid with scales that no quantizer would choose;
+    some have one wrong factor for all scales, others a random one per block.
+
+    Attributes
+    ----------
+    grid : its name, such as "int8 channel" or "nf4"
+    weights : how many are counted; zeros and those above 3/4 of their block's largest are not
+    independent : how many weights that never repeat would be as telling
+    histogram : share of the weights by distance, 20 bins of equal width from 0 to 1
+    placebo : the same on the placebos with random factors, their mean
+    departure : largest difference between the cumulative histogram and that of an even spread
+    shift : largest difference between the cumulative histogram and the placebos'
+    peak : share of the weights by which the histogram's sharpest peak exceeds those of the
+        placebos with one factor
+    peak_at : the distance of that peak
+    edge : share of the weights by which a peak at a distance below 0.1 exceeds twice those of the
+        placebos with random factors
+    collapse : share of the weights other than 0 that lose more than half of their magnitude when
+        they are rounded
+    outlier : largest / second largest magnitude of a block, median over the blocks
+    budget : what an attacker could choose, before and after a guard on this grid
     """
 
     grid: str
@@ -100,23 +130,33 @@ class Alignment:
 
     @property
     def near(self) -> float:
-        """Share of the weights within a tenth of a half-gap of a boundary; uniform: 0.1."""
+        """Share of the weights at a distance below 0.1; 0.1 of them when spread evenly."""
         return sum(self.histogram[: len(self.histogram) // 10])
 
     @property
     def near_placebo(self) -> float:
-        """The same on placebos."""
+        """The same on the placebos."""
         return sum(self.placebo[: len(self.placebo) // 10])
 
     @property
     def strength(self) -> float:
-        """Share of the weights that stand where only this grid explains it."""
+        """Share of the weights whose position only this grid explains."""
         return max(self.peak, self.edge)
 
 
 @dataclass(frozen=True)
 class ScannedTensor:
-    """One tensor. alignments: one per grid, in the order of Scan.alignments."""
+    """What a scan found in one tensor.
+
+    Attributes
+    ----------
+    name : of the initializer or constant, with the scopes it is in
+    op : type of the operator that reads it
+    shape : as it is stored in the model
+    weights : how many values it has
+    verdict : on this tensor alone
+    alignments : one per grid, in the order of `Scan.alignments`; empty if it lies on a grid already
+    """
 
     name: str
     op: str
@@ -128,9 +168,21 @@ class ScannedTensor:
 
 @dataclass(frozen=True)
 class Scan:
-    """The result of scan(). alignments: of all tensors that are judged together, one per grid.
+    """The result of scan().
 
-    config: the file that gave options of the command line.
+    Attributes
+    ----------
+    version : of flipguard-onnx
+    input : path of the model
+    input_sha256 : of the model's file
+    input_data_sha256 : of its external data files, by their names
+    input_bytes : size of the model, data files included
+    verdict : on the whole model
+    alignments : of all tensors that are judged together, one per grid; empty if there are none
+    tensors : those that could be guarded, in the order of the graph
+    skipped : the others, and why
+    seconds : wall time
+    config : the file that gave options of the command line, if one did
     """
 
     kind: Literal["scan"] = field(default="scan", init=False)
@@ -148,6 +200,7 @@ class Scan:
     config: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
         return jsonable(self)
 
     def render(self) -> str:

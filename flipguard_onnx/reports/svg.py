@@ -1,28 +1,34 @@
 """An HTML page: one file that needs nothing from outside itself.
 
-The template escapes whatever comes from the model; pictures are SVG made of numbers alone.
+The template escapes whatever comes from the model; the pictures are SVG, in which the names of
+layers are escaped.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ..errors import printable
 from .scan import Skipped
+from .words import percent
 
-SHADES = (0.5, 0.8, 1.1, 1.5, 2.0, 3.0, 5.0)  # share / even share, where the next shade begins
+SHADES = (0.5, 0.8, 1.1, 1.5, 2.0, 3.0, 5.0)  # share / even share at which the next shade begins
 
 WIDTH = 800  # of pictures, in pixels
 
 ROW_HEIGHTS = range(3, 15)  # of the heat map
 
-MAP_HEIGHT = 480  # which is about kept to
+MAP_HEIGHT = 480  # of a picture with many layers, about
 
-LABELLED = 40  # layers; a map of more has no room for their names
+LABELLED = 40  # layers; a picture of more has no room for their names
+
+LONGEST_LABEL = 40  # characters
+
+LABELS = 260  # width of the names beside a picture, in pixels
 
 
 @dataclass(frozen=True)
@@ -43,25 +49,32 @@ class Layer:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with a line of text, a picture and a table, each where there is one."""
+    """A heading with some text, a picture and a table, each where there is one.
+
+    terms: what the columns of the table mean, by their heads.
+    """
 
     title: str
     text: str = ""
     picture: str = ""
     head: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+    terms: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Page:
-    """Everything that the template shows. tone of a verdict: good, warn, bad or plain."""
+    """Everything that the template shows.
+
+    Tones of verdicts: good, warn, bad or plain. columns: what they mean, by their heads.
+    """
 
     heading: str
     subheading: str
     verdicts: tuple[tuple[str, str, str], ...]  # tone, level, sentence
     facts: tuple[tuple[str, str], ...]
     sections: tuple[Section, ...]
-    columns: tuple[str, ...]
+    columns: Mapping[str, str]
     layers: tuple[Layer, ...]
     skipped: Section
     footer: str
@@ -81,30 +94,32 @@ class Page:
 
 
 def _visible(value: Any) -> Any:
-    """Text from a model, in which a mark could turn the direction of writing; ours stays."""
-    own = isinstance(value, Markup) or not isinstance(value, str)
-    return value if own else printable(value, len(value))
+    """Text from a model made printable: a mark in it could turn the direction of writing."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return printable(value, len(value))
 
 
 def heat_section(where: str, rows: Sequence[tuple[str, Sequence[float]]]) -> Section:
-    """Layers from top to bottom, distance to the nearest decision boundary from left to right."""
+    """Layers from top to bottom, distance to the nearest decision boundary from left to right.
+
+    rows: name and histogram of every layer.
+    """
     return Section(
-        f"Layers and distance to the boundary, {where}",
-        "One row per layer in the order of the graph; on the left the weights on a decision "
-        "boundary, on the right those on a level. The stronger the colour, the more weights "
-        "than evenly spread ones would put there.",
+        f"How far the weights stand from the decision boundaries, {where}",
+        "One row per layer, in the order of the graph. The colour says how many weights stand at a "
+        "distance, compared with an even spread (1x).",
         heat_map(rows),
     )
 
 
 def heat_map(rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
-    """An SVG with a row of cells for every layer: shade by share of an even share.
+    """An SVG with a row of cells for every layer; shades tell the share / an even share.
 
-    One path per shade holds all of its cells, so that hundreds of layers stay small.
+    One path per shade holds all of its cells, so that a page with hundreds of layers stays small.
     """
     height = min(max(MAP_HEIGHT // len(rows), ROW_HEIGHTS.start), ROW_HEIGHTS.stop - 1)
-    labelled = len(rows) <= LABELLED
-    left = 260 if labelled else 0
+    left = LABELS if len(rows) <= LABELLED else 0
     paths: dict[int, list[str]] = {}
     for y, (_, shares) in enumerate(rows):
         width = (WIDTH - left) / len(shares)
@@ -120,14 +135,11 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
     total = len(rows) * height
     svg = [f'<svg viewBox="0 0 {WIDTH} {total + 40}" width="{WIDTH}" role="img">']
     svg += [f'<path class="h{s}" d="{"".join(cells)}"/>' for s, cells in sorted(paths.items())]
-    if labelled:
-        svg += [
-            Markup('<text x="0" y="{}">{}</text>').format((y + 1) * height - 3, _short(name))
-            for y, (name, _) in enumerate(rows)
-        ]
+    if left:
+        svg += _labels([name for name, _ in rows], height)
     svg += [
-        f'<text x="{left}" y="{total + 14}">boundary</text>',
-        f'<text x="{WIDTH}" y="{total + 14}" text-anchor="end">level</text>',
+        f'<text x="{left}" y="{total + 14}">on a boundary</text>',
+        f'<text x="{WIDTH}" y="{total + 14}" text-anchor="end">on a level</text>',
     ]
     edges = ["0", *(f"{edge:g}" for edge in SHADES)]
     for shade, edge in enumerate(edges):
@@ -137,35 +149,47 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
     return Markup("".join(svg) + "</svg>")
 
 
-def bars(rows: Sequence[tuple[str, float, float]]) -> Markup:
-    """An SVG with two bars for every name, the first one pale, on a common scale from 0."""
-    most = max((max(first, second) for _, first, second in rows), default=0) or 1.0
-    height = 14 if len(rows) <= LABELLED else max(MAP_HEIGHT // len(rows), 4)
-    left, right = (260 if len(rows) <= LABELLED else 0), 60
-    scale = (WIDTH - left - right) / most
-    svg = [f'<svg viewBox="0 0 {WIDTH} {len(rows) * height + 20}" width="{WIDTH}" role="img">']
+def bars(
+    rows: Sequence[tuple[str, float, float]],
+    kinds: tuple[str, str],
+    show: Callable[[float], str] = "{:.3g}".format,
+) -> Markup:
+    """An SVG with two bars for every name, the first one pale, on a common scale from 0.
+
+    kinds: what the two bars are; show: the text of a value.
+    """
+    longest = max((max(first, second) for _, first, second in rows), default=0) or 1.0
+    height = 16 if len(rows) <= LABELLED else max(MAP_HEIGHT // len(rows), 4)
+    left, right = (LABELS if len(rows) <= LABELLED else 0), 60
+    scale = (WIDTH - left - right) / longest
+    total = len(rows) * height
+    svg = [f'<svg viewBox="0 0 {WIDTH} {total + 40}" width="{WIDTH}" role="img">']
     thick = height * 0.4
     lengths = ("before", [row[1] for row in rows]), ("after", [row[2] for row in rows])
-    for place, (kind, values) in enumerate(lengths):
+    for number, (shade, values) in enumerate(lengths):
         cells = [
-            f"M{left} {y * height + place * thick:g}h{value * scale:g}v{thick:g}"
+            f"M{left} {y * height + number * thick:g}h{value * scale:g}v{thick:g}"
             f"h{-value * scale:g}z"
             for y, value in enumerate(values)
         ]
-        svg.append(f'<path class="{kind}" d="{"".join(cells)}"/>')
+        svg.append(f'<path class="{shade}" d="{"".join(cells)}"/>')
+        x = left + number * 160
+        svg.append(f'<rect class="{shade}" x="{x}" y="{total + 24}" width="14" height="12"/>')
+        svg.append(f'<text x="{x + 18}" y="{total + 34}">{kinds[number]}</text>')
     if left:
+        svg += _labels([name for name, *_ in rows], height)
         svg += [
-            Markup('<text x="0" y="{}">{}</text>').format((y + 1) * height - 3, _short(name))
-            for y, (name, *_) in enumerate(rows)
+            f'<text x="{WIDTH - right + 4}" y="{(y + 1) * height - 4}">{escape(show(after))}</text>'
+            for y, (_, _, after) in enumerate(rows)
         ]
-    end = len(rows) * height + 14
-    svg.append(f'<text x="{left}" y="{end}">0</text>')
-    svg.append(f'<text x="{WIDTH - right}" y="{end}" text-anchor="end">{most:.3g}</text>')
+    end = escape(show(longest))
+    svg.append(f'<text x="{left}" y="{total + 14}">0</text>')
+    svg.append(f'<text x="{WIDTH - right}" y="{total + 14}" text-anchor="end">{end}</text>')
     return Markup("".join(svg) + "</svg>")
 
 
 def skipped_section(skipped: Sequence[Skipped]) -> Section:
-    """The tensors that are left alone, by reason; 1-D ones and scalars only counted."""
+    """The tensors that are not guarded, by reason; 1-D ones and scalars are only counted."""
     rows = []
     ordered = sorted(skipped, key=lambda tensor: tensor.reason)
     for reason, members in groupby(ordered, key=lambda tensor: tensor.reason):
@@ -176,25 +200,31 @@ def skipped_section(skipped: Sequence[Skipped]) -> Section:
             rows += [
                 (f"— {t.name} {'x'.join(map(str, t.shape))}", "", f"{t.size:,}") for t in found
             ]
-    return Section("Skipped", head=("reason", "tensors", "values"), rows=tuple(rows))
-
-
-def percent(value: float) -> str:
-    return f"{value:.2%}"
+    text = "Tensors that are not guarded, and why."
+    return Section("Skipped", text, head=("reason", "tensors", "values"), rows=tuple(rows))
 
 
 def share(value: float) -> Cell:
-    return Cell(percent(value), round(value, 6))
+    """A share of 1, in per cent."""
+    return Cell(percent(value), float(f"{value:.6g}"))
 
 
 def figure(value: float, prefix: str = "") -> Cell:
-    return Cell(f"{prefix}{value:.4g}", float(f"{value:.6g}"))
+    """A number of which three digits matter."""
+    return Cell(f"{prefix}{value:.3g}", float(f"{value:.6g}"))
 
 
 def count(value: int) -> Cell:
+    """A whole number."""
     return Cell(f"{value:,}", value)
 
 
-def _short(name: str) -> str:
-    name = printable(name, len(name))
-    return name if len(name) <= LABELLED else f"…{name[-LABELLED + 1 :]}"
+def _labels(names: Sequence[str], height: int) -> list[Markup]:
+    """Names beside the rows of a picture; a long one is cut on the left and whole in its title."""
+    labels = []
+    for y, name in enumerate(names):
+        name = printable(name, len(name))
+        cut = name if len(name) <= LONGEST_LABEL else f"…{name[1 - LONGEST_LABEL :]}"
+        label = Markup('<text x="0" y="{}">{}<title>{}</title></text>')
+        labels.append(label.format((y + 1) * height - 3, cut, name))
+    return labels

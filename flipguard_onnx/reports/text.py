@@ -1,4 +1,4 @@
-"""Results as text for a terminal."""
+"""Results as text for a terminal: a section per kind of result, and the pieces they share."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,188 +6,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..errors import printable
 from .batch import BatchReport, ModelOutcome
 from .guard import ActivationQuantization, GuardReport, Inspection, Tensor, coverage
-from .scan import NOT_JUDGED, Alignment, Scan, ScannedTensor, Skipped, Verdict
+from .scan import NOT_JUDGED, Alignment, Budget, Scan, ScannedTensor, Skipped, Verdict
 from .validation import Drift, Validation, Verification, pooled
-
-
-def _row(outcome: ModelOutcome) -> tuple[str, ...]:
-    """Cells of the summary; the last one has the outputs, or the error."""
-    coverage, flipped, guarded, plain = "", "", "", ""
-    last = (outcome.error or "").removeprefix(f"{outcome.model}: ")
-    if report := outcome.report:
-        coverage = f"{report.coverage:.2%}"
-        flipped = f"{report.flips / max(report.weights, 1):.2%}"
-        last = ", ".join(report.outputs)
-        if report.validation:
-            guarded = f"{pooled(report.validation.guarded_exact):.5f}"
-            plain = f"{pooled(report.validation.plain_exact):.5f}"
-    seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
-    figures = str(outcome.code), coverage, flipped, guarded, plain, seconds
-    return printable(outcome.model), *figures, printable(last)
-
-
-SLOW_4_BIT = (
-    "large 4-bit matrices stay packed: that saves memory, and takes longer than float32 "
-    "(where few rows are multiplied at once several times as long)"
-)
-SLOW_16_BIT = "onnxruntime's CPU kernels know no 16-bit activations: there it runs in float, slower"
-
-
-def _by_operator(tensors: Sequence[Tensor]) -> list[tuple[str, ...]]:
-    groups: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        groups[tensor.op, tensor.scheme].append(tensor)
-    rows: list[tuple[str, ...]] = []
-    for (op, scheme), members in groups.items():
-        weights = sum(t.weights for t in members)
-        flips = sum(t.flips or 0 for t in members)
-        rows.append((op, scheme, str(len(members)), f"{weights:,}", f"{flips / weights:.2%}"))
-    return rows
-
-
-def _coverage_line(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> str:
-    weights = sum(tensor.weights for tensor in tensors)
-    return (
-        f"guarded   {weights:,} weights in {len(tensors)} tensors, "
-        f"{coverage(tensors, skipped):.2%} of all"
-    )
-
-
-def _validation_lines(validation: Validation) -> list[str]:
-    exact = validation.plain_exact, validation.guarded_exact
-    default = validation.plain_default, validation.guarded_default
-    runs = {"plain": exact[0], "guarded": exact[1]}
-    if exact != default:
-        runs |= {"plain, fused": default[0], "guarded, fused": default[1]}
-    drifts = zip(*runs.values(), strict=True)
-    rows = [
-        (drift.output, run, *_drift_cells(drift))
-        for output in drifts
-        for run, drift in zip(runs, output, strict=True)
-    ]
-    rows += [(drift.output, "float, moved", *_drift_cells(drift)) for drift in validation.moved]
-    head = ("output", "run", "relative L2", "cosine", "max abs", "SQNR dB", "top-1")
-    return [
-        "",
-        *table(head, rows),
-        "",
-        *(
-            [f"sampled   {validation.layers} layers: the model is too large to be run whole"]
-            if validation.layers
-            else []
-        ),
-        f"valid     on {validation.feeds} inputs ({validation.inputs}): drift of all outputs "
-        f"{pooled(validation.guarded_exact):.5f}, plain quantization's "
-        f"{pooled(validation.plain_exact):.5f}",
-    ]
-
-
-def _drift_cells(drift: Drift) -> tuple[str, ...]:
-    return (
-        f"{drift.relative_l2:.5f}",
-        f"{drift.cosine:.6f}",
-        f"{drift.max_abs:.3g}",
-        f"{drift.sqnr_db:.1f}",
-        "" if drift.top1 is None else f"{drift.top1:.1%}",
-    )
-
-
-def verdict_lines(verdict: Verdict) -> list[str]:
-    grids = f", {' and '.join(verdict.grids)}" if verdict.grids else ""
-    return [f"scan      {verdict.level}{grids}", f"          {verdict.reason}"]
-
-
-def _strongest(tensor: ScannedTensor) -> Alignment:
-    return next(a for a in tensor.alignments if a.grid == tensor.verdict.grids[0])
-
-
-def _figures(alignment: Alignment) -> Sequence[str]:
-    return (
-        f"{alignment.weights:,}",
-        f"{alignment.near:.2%}",
-        f"{alignment.near_placebo:.2%}",
-        f"{alignment.peak:.2%}",
-        f"{alignment.peak_at:.2f}",
-        f"{alignment.edge:.2%}",
-        f"{alignment.collapse:.1%}",
-        f"x{alignment.outlier:.2f}",
-    )
-
-
-def _budget_lines(alignments: Sequence[Alignment]) -> list[str]:
-    rows = [
-        (a.grid, f"{a.budget.nearest:.6g}", f"{a.budget.chosen:.4g}", f"{a.budget.random:.4g}")
-        for a in alignments
-    ]
-    head = ("alignment budget", "rounded to nearest", "guarded: chosen", "random")
-    return table(head, rows, left=1)
-
+from .words import SCAN_TERMS, megabytes, percent, plural, policy_in_words, scheme_in_words
 
 CELL = 120  # characters of a name in a table
 
+INDENT = " " * 10  # of lines that go on with the one above them
 
-def text(lines: Iterable[str]) -> str:
-    """Lines for a terminal, whatever the names in them are."""
-    return "\n".join(printable(line) for line in lines).rstrip()
+SLOW_4_BIT = (
+    "large 4-bit matrices stay packed: that saves memory, but takes longer than float32 "
+    "(several times as long where few rows are multiplied at once)"
+)
 
+SLOW_16_BIT = "onnxruntime runs 16-bit activations in float on the CPU, which is slower"
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
-    """Left-aligned text in the first `left` columns, right-aligned figures after them."""
-    rows = [[printable(cell, CELL) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (head, *rows)
-    ]
+# options of guard() that no other line of the report shows
+OPTION_DEFAULTS = {"include": (), "exclude": (), "standard_ops": False, "max_memory": 1024}
 
 
-def config_line(config: str | None) -> list[str]:
-    """Which file gave options, if one did."""
-    return [f"config    {config}"] if config else []
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB"
-
-
-def skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
-    """A line per reason; with `names`, a line per tensor below it, 1-D ones and scalars aside."""
-    reasons: dict[str, list[Skipped]] = defaultdict(list)
-    for tensor in skipped:
-        reasons[tensor.reason].append(tensor)
-    lines = []
-    for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        size = sum(t.size for t in members)
-        lines.append(f"skipped   {len(members)} tensors, {size:,} values: {reason}")
-        if names and reason not in ("1-D", "scalar"):
-            lines += [f"          {t.name}  {'x'.join(map(str, t.shape))}" for t in members]
-    return lines
-
-
-def _activation_lines(integers: ActivationQuantization, weights: Mapping[str, int]) -> list[str]:
-    """For a text report; weights: how many each guarded tensor has."""
-    inside = [name for name in weights if name not in integers.weight_only]
-    share = sum(weights[name] for name in inside) / max(sum(weights.values()), 1)
-    reasons: dict[str, list[str]] = defaultdict(list)
-    for name, reason in integers.weight_only.items():
-        reasons[reason].append(name)
-    kept = "other constants: nobody guards them, so they stay float"
-    return [
-        f"integers  {integers.setting}: {len(inside)} of {len(weights)} tensors, {share:.1%} of "
-        "the weights",
-        *(
-            f"          not {len(names)}, {sum(weights[n] for n in names):,} weights: {reason}"
-            for reason, names in reasons.items()
-        ),
-        *([f"          not {len(integers.floats)} {kept}"] if integers.floats else []),
-        *([f"speed     {SLOW_16_BIT}"] if integers.activations == "int16" else []),
-    ]
+# inspect()
 
 
 def render_inspection(inspection: Inspection) -> str:
+    """The result of inspect()."""
     lines = [
         *config_line(inspection.config),
         f"{inspection.input}  {megabytes(inspection.input_bytes)}, "
@@ -208,33 +50,33 @@ def render_inspection(inspection: Inspection) -> str:
     return text(lines)
 
 
+# guard()
+
+
 def render_guard(report: GuardReport) -> str:
-    settings = {
-        "unbiased": f"unbiased, tau {report.tau}",
-        "topk": f"topk, ratio {report.ratio}",
-        "none": "none (round to nearest)",
-    }
-    form = report.granularity if report.block_size is None else f"blocks of {report.block_size}"
+    """The result of guard()."""
     share = report.flips / max(report.weights, 1)
     lines = [
         *config_line(report.config),
         f"input     {report.input}  {megabytes(report.input_bytes)}, "
         f"sha256 {report.input_sha256[:16]}",
-        f"scheme    {report.scheme}, {form}",
-        f"policy    {settings[report.policy]}"
+        f"scheme    {scheme_in_words(report)}",
+        f"policy    {policy_in_words(report)}"
         + ("" if report.seed is None else f", seed {report.seed}"),
+        *_option_lines(report),
         *([f"device    {report.device}: {report.device_note}"] if report.device_note else []),
         *([f"int8      {report.at_8_bits}"] if report.at_8_bits else []),
-        *_preserve_lines(report),
-        *_integer_lines(report),
-        *_speed_lines(report),
+        *_feedback_lines(report),
+        *(_activation_lines(report.integers, report.tensors) if report.integers else []),
+        *([f"speed     {SLOW_4_BIT}"] if any(t.packed for t in report.tensors) else []),
         "",
         *table(
             ("operator", "scheme", "tensors", "weights", "flipped"), _by_operator(report.tensors)
         ),
         "",
         *skipped_lines(report.skipped),
-        _coverage_line(report.tensors, report.skipped) + f", {share:.2%} of them flipped",
+        _coverage_line(report.tensors, report.skipped)
+        + f"; {share:.2%} of them flipped (moved to another level than the nearest)",
         *_scan_lines(report),
         *(_validation_lines(report.validation) if report.validation else ["", "not validated"]),
         "",
@@ -246,53 +88,98 @@ def render_guard(report: GuardReport) -> str:
     return text(lines)
 
 
-def _scan_lines(report: GuardReport) -> list[str]:
-    if not report.scan or not report.budget:
-        return []
-    left = report.budget
-    return [
-        "",
-        *verdict_lines(report.scan.verdict),
-        f"budget    of alignment: {left.nearest:.4g} when rounded to nearest; guarded, "
-        f"{left.chosen:.4g} left to choose and {left.random:.4g} at random",
-    ]
+def _option_lines(report: GuardReport) -> list[str]:
+    """The options that differ from their defaults and that no other line shows."""
+    shown = []
+    for name, default in OPTION_DEFAULTS.items():
+        value = report.options.get(name, default)
+        if isinstance(default, tuple):
+            shown += [f"--{name} {pattern}" for pattern in value]
+        elif value != default:
+            flag = f"--{name.replace('_', '-')}"
+            shown.append(flag if value is True else f"{flag} {value}")
+    return [f"options   {' '.join(shown)}"] if shown else []
 
 
-def _speed_lines(report: GuardReport) -> list[str]:
-    packed = any(tensor.packed for tensor in report.tensors)
-    return [f"speed     {SLOW_4_BIT}"] if packed else []
-
-
-def _integer_lines(report: GuardReport) -> list[str]:
-    sizes = {tensor.name: tensor.weights for tensor in report.tensors}
-    return _activation_lines(report.integers, sizes) if report.integers else []
-
-
-def _preserve_lines(report: GuardReport) -> list[str]:
+def _feedback_lines(report: GuardReport) -> list[str]:
     if report.preserve == "off":
         return [f"preserve  off: {report.preserve_note}"] if report.preserve_note else []
-    kept = [tensor for tensor in report.tensors if tensor.preserved]
-    share = sum(tensor.weights for tensor in kept) / max(report.weights, 1)
-    gains = sorted(tensor.gain or 0 for tensor in kept)
-    typical = f", layer error x{gains[len(gains) // 2]:.2f} (median)" if gains else ""
-    furthest = max((tensor.furthest or 0 for tensor in kept), default=0)
-    typical += f", codes up to {furthest} levels from plain's" if furthest > 1 else ""
+    fed = [tensor for tensor in report.tensors if tensor.preserved]
+    share = sum(tensor.weights for tensor in fed) / max(report.weights, 1)
+    lines = [
+        f"preserve  on {report.preserve} inputs: {len(fed)} of "
+        f"{plural(len(report.tensors), 'tensor')}, {share:.1%} of the weights"
+    ]
+    if fed:
+        gains = sorted(tensor.gain or 0 for tensor in fed)
+        lines.append(
+            f"{INDENT}squared error of their layers' outputs: x{gains[len(gains) // 2]:.2f} "
+            "(median) compared with independent draws"
+        )
+    furthest = max((tensor.furthest or 0 for tensor in fed), default=0)
+    if furthest > 1:
+        lines.append(f"{INDENT}codes are up to {furthest} levels away from the nearest")
     reasons: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in report.tensors:
         if not tensor.preserved:
             reasons[tensor.unfed or "no better on fresh inputs"].append(tensor)
-    return [
-        f"preserve  on {report.preserve} inputs: {len(kept)} of {len(report.tensors)} tensors, "
-        f"{share:.1%} of the weights{typical}",
-        *(
-            f"          not {len(members)}, {sum(t.weights for t in members):,} weights: {why}"
-            for why, members in reasons.items()
-        ),
+    return lines + [
+        f"{INDENT}not in {_tensors_and_weights([t.weights for t in members])}: {why}"
+        for why, members in reasons.items()
     ]
 
 
+def _activation_lines(integers: ActivationQuantization, tensors: Sequence[Tensor]) -> list[str]:
+    weights = {tensor.name: tensor.weights for tensor in tensors}
+    inside = [name for name in weights if name not in integers.weight_only]
+    share = sum(weights[name] for name in inside) / max(sum(weights.values()), 1)
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, reason in integers.weight_only.items():
+        reasons[reason].append(name)
+    constants = plural(len(integers.floats), "other constant")
+    return [
+        f"integers  {integers.setting}: {len(inside)} of {plural(len(weights), 'tensor')}, "
+        f"{share:.1%} of the weights",
+        *(
+            f"{INDENT}weight-only: {_tensors_and_weights([weights[n] for n in names])}: {reason}"
+            for reason, names in reasons.items()
+        ),
+        *([f"{INDENT}float: {constants}, which the guard does not cover"] * bool(integers.floats)),
+        *([f"speed     {SLOW_16_BIT}"] if integers.activations == "int16" else []),
+    ]
+
+
+def _by_operator(tensors: Sequence[Tensor]) -> list[tuple[str, ...]]:
+    groups: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        groups[tensor.op, tensor.scheme].append(tensor)
+    rows: list[tuple[str, ...]] = []
+    for (op, scheme), members in groups.items():
+        weights = sum(t.weights for t in members)
+        flips = sum(t.flips or 0 for t in members)
+        rows.append((op, scheme, str(len(members)), f"{weights:,}", f"{flips / weights:.2%}"))
+    return rows
+
+
+def _scan_lines(report: GuardReport) -> list[str]:
+    if not report.scan or not report.budget:
+        return []
+    nearest, chosen, random = map(percent, report.budget.shares)
+    return [
+        "",
+        *verdict_lines(report.scan.verdict),
+        "budget    rounded to nearest, an attacker could choose rounding errors worth "
+        f"{nearest} of the weights' total magnitude;",
+        f"{INDENT}after the guard {chosen}, beside {random} of random error that nobody chooses",
+    ]
+
+
+# scan()
+
+
 def render_scan(scan: Scan) -> str:
-    head = ("grid", "weights", "near", "placebo", "peak", "at", "edge", "collapse", "outlier")
+    """The result of scan()."""
+    head = ("grid", "weights", *SCAN_TERMS)
     lines = [
         *config_line(scan.config),
         f"input     {scan.input}  {megabytes(scan.input_bytes)}, sha256 {scan.input_sha256[:16]}",
@@ -301,13 +188,15 @@ def render_scan(scan: Scan) -> str:
     ]
     if scan.alignments:
         lines += [
-            *table(head, [(a.grid, *_figures(a)) for a in scan.alignments], left=1),
+            *table(head, [(a.grid, *_alignment_cells(a)) for a in scan.alignments], left=1),
             "",
-            *_budget_lines(scan.alignments),
+            *(f"{term:8}  {meaning}" for term, meaning in SCAN_TERMS.items()),
+            "",
+            *_budget_lines({a.grid: a.budget for a in scan.alignments}),
             "",
         ]
     if alarming := [tensor for tensor in scan.tensors if tensor.verdict.alarming]:
-        rows = [(t.name, t.verdict.grids[0], *_figures(_strongest(t))) for t in alarming]
+        rows = [(t.name, t.verdict.grids[0], *_alignment_cells(_named(t))) for t in alarming]
         lines += [*table(("tensor", *head), rows), ""]
     reasons = [
         Skipped(t.name, t.shape, t.verdict.reason)
@@ -318,7 +207,39 @@ def render_scan(scan: Scan) -> str:
     return text(lines)
 
 
+def _named(tensor: ScannedTensor) -> Alignment:
+    """How the tensor stands to the grid that its verdict names first."""
+    return next(a for a in tensor.alignments if a.grid == tensor.verdict.grids[0])
+
+
+def _alignment_cells(alignment: Alignment) -> tuple[str, ...]:
+    return (
+        f"{alignment.weights:,}",
+        f"{alignment.near:.2%}",
+        f"{alignment.near_placebo:.2%}",
+        f"{alignment.peak:.2%}",
+        f"{alignment.peak_at:.2f}",
+        f"{alignment.edge:.2%}",
+        f"{alignment.collapse:.1%}",
+        f"x{alignment.outlier:.2f}",
+    )
+
+
+def _budget_lines(budgets: Mapping[str, Budget]) -> list[str]:
+    head = ("grid", "rounded to nearest", "after a guard", "random error")
+    rows = [(grid, *map(percent, budget.shares)) for grid, budget in budgets.items()]
+    return [
+        "Rounding errors that an attacker could choose, and those that a guard would draw at "
+        "random, in % of the weights' total magnitude:",
+        *table(head, rows, left=1),
+    ]
+
+
+# verify()
+
+
 def render_verification(verification: Verification) -> str:
+    """The result of verify()."""
     origin = {
         True: "recorded as made from this original",
         False: "recorded as made from ANOTHER original",
@@ -328,20 +249,152 @@ def render_verification(verification: Verification) -> str:
         *config_line(verification.config),
         f"original  {verification.original}",
         f"guarded   {verification.guarded}: {origin[verification.made_from]}",
-        f"measure   plain {verification.scheme} quantization of the original",
+        f"compared  with the original rounded to nearest at {verification.scheme}",
         *_validation_lines(verification.validation),
     ]
     return text(lines)
 
 
-def render_batch(fleet: BatchReport) -> str:
-    head = ("model", "exit", "coverage", "flipped", "drift", "plain", "seconds", "output")
-    rows = [head, *map(_row, fleet.outcomes)]
+# guard_many()
+
+
+def render_batch(batch: BatchReport) -> str:
+    """The result of guard_many()."""
+    head = ("model", "exit", "coverage", "flipped", "drift", "nearest", "seconds", "output")
+    rows = [head, *map(_outcome_cells, batch.outcomes)]
     width = max(len(row[0]) for row in rows)
+    failed = sum(outcome.code != 0 for outcome in batch.outcomes)
     lines = [
-        "{:{}}  {:>4}  {:>8}  {:>7}  {:>7}  {:>7}  {:>7}  {}".format(row[0], width, *row[1:])
-        for row in rows
+        *map(printable, config_line(batch.config)),
+        *(
+            "{:{}}  {:>4}  {:>8}  {:>7}  {:>7}  {:>7}  {:>7}  {}".format(row[0], width, *row[1:])
+            for row in rows
+        ),
+        "",
     ]
-    bad = sum(outcome.code != 0 for outcome in fleet.outcomes)
-    lines = [*map(printable, config_line(fleet.config)), *lines]
-    return "\n".join([*lines, "", f"guarded   {len(fleet.outcomes) - bad} models, {bad} failed"])
+    if any(outcome.report and outcome.report.validation for outcome in batch.outcomes):
+        lines.append(
+            "drift     of the outputs from the original's, relative L2; beside it that of rounding "
+            "to nearest"
+        )
+    lines.append(f"guarded   {plural(len(batch.outcomes) - failed, 'model')}, {failed} failed")
+    return "\n".join(lines)
+
+
+def _outcome_cells(outcome: ModelOutcome) -> tuple[str, ...]:
+    """A row of the summary; the last cell has the outputs, or the error."""
+    coverage, flipped, guarded, nearest = "", "", "", ""
+    last = (outcome.error or "").removeprefix(f"{outcome.model}: ")
+    if report := outcome.report:
+        coverage = f"{report.coverage:.2%}"
+        flipped = f"{report.flips / max(report.weights, 1):.2%}"
+        last = ", ".join(report.outputs)
+        if report.validation:
+            guarded = f"{pooled(report.validation.guarded_exact):.5f}"
+            nearest = f"{pooled(report.validation.plain_exact):.5f}"
+    seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
+    figures = str(outcome.code), coverage, flipped, guarded, nearest, seconds
+    return printable(outcome.model), *figures, printable(last)
+
+
+# pieces of more than one of them
+
+
+def _coverage_line(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> str:
+    weights = sum(tensor.weights for tensor in tensors)
+    return (
+        f"guarded   {weights:,} weights in {plural(len(tensors), 'tensor')}, "
+        f"{coverage(tensors, skipped):.2%} of all"
+    )
+
+
+def _validation_lines(validation: Validation) -> list[str]:
+    exact = validation.plain_exact, validation.guarded_exact
+    default = validation.plain_default, validation.guarded_default
+    runs = {"nearest": exact[0], "guarded": exact[1]}
+    fused = exact != default
+    if fused:
+        runs |= {"nearest, fused": default[0], "guarded, fused": default[1]}
+    rows = [
+        (drift.output, run, *_drift_cells(drift))
+        for output in zip(*runs.values(), strict=True)
+        for run, drift in zip(runs, output, strict=True)
+    ]
+    rows += [(drift.output, "moved float", *_drift_cells(drift)) for drift in validation.moved]
+    head = ("output", "run", "relative L2", "cosine", "max error", "SQNR dB", "same top-1")
+    lines = ["", *table(head, rows), ""]
+    if validation.layers:
+        lines.append(
+            f"sampled   {validation.layers} layers: the model is too large to be run whole"
+        )
+    inputs = f"{plural(validation.feeds, 'input')} ({validation.inputs})"
+    lines += [
+        f"valid     on {inputs}: the outputs drift from the original's by "
+        f"{pooled(validation.guarded_exact):.5f} (relative L2);",
+        f"{INDENT}rounding to nearest: {pooled(validation.plain_exact):.5f}; "
+        f"allowed: up to {validation.allowed:.5f} (--max-drift {validation.max_drift:g}, more for "
+        "outputs of few values)",
+    ]
+    if fused:
+        lines.append(
+            f"{INDENT}fused: as onnxruntime runs the files by default; in the other runs the codes "
+            "are decoded first"
+        )
+    return lines
+
+
+def _drift_cells(drift: Drift) -> tuple[str, ...]:
+    return (
+        f"{drift.relative_l2:.5f}",
+        f"{drift.cosine:.6f}",
+        f"{drift.max_abs:.3g}",
+        f"{drift.sqnr_db:.1f}",
+        "" if drift.top1 is None else f"{drift.top1:.1%}",
+    )
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    """The level and the grids, and below them the reason."""
+    grids = f", {' and '.join(verdict.grids)}" if verdict.grids else ""
+    return [f"scan      {verdict.level}{grids}", f"{INDENT}{verdict.reason}"]
+
+
+def skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
+    """A line per reason; with `names` also one per tensor, except for 1-D ones and scalars."""
+    reasons: dict[str, list[Skipped]] = defaultdict(list)
+    for tensor in skipped:
+        reasons[tensor.reason].append(tensor)
+    lines = []
+    for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        values = plural(sum(t.size for t in members), "value")
+        lines.append(f"skipped   {plural(len(members), 'tensor')}, {values}: {reason}")
+        if names and reason not in ("1-D", "scalar"):
+            lines += [f"{INDENT}{t.name}  {'x'.join(map(str, t.shape))}" for t in members]
+    return lines
+
+
+def config_line(config: str | None) -> list[str]:
+    """Which file gave options, if one did."""
+    return [f"config    {config}"] if config else []
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """Left-aligned text in the first `left` columns, right-aligned figures after them."""
+    rows = [[printable(cell, CELL) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (head, *rows)
+    ]
+
+
+def text(lines: Iterable[str]) -> str:
+    """Lines for a terminal, whatever the names in them are."""
+    return "\n".join(printable(line) for line in lines).rstrip()
+
+
+def _tensors_and_weights(sizes: Sequence[int]) -> str:
+    return f"{plural(len(sizes), 'tensor')}, {plural(sum(sizes), 'weight')}"

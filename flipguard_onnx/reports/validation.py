@@ -1,4 +1,4 @@
-"""What a validation found."""
+"""The results of a validation and of verify(), and how far outputs may drift."""
 
 import math
 from collections.abc import Sequence
@@ -7,14 +7,27 @@ from typing import Any, Literal
 
 from .serialize import FORMAT, jsonable
 
+SMALL_SAMPLE = 8.0  # n output values widen the bound by 1 + 8 / sqrt(n)
+
+DRIFT_FLOOR = 1e-3  # relative L2 below which drift is not judged
+
 
 @dataclass(frozen=True)
 class Drift:
-    """How far one output is from the original's, over all feeds.
+    """How far one output is from the original's, over all inputs that were tried.
 
-    values: how many the output has for one feed. relative_l2: ||x - original|| / ||original||.
-    sqnr_db: -20 log10 of it. top1: share of equal argmax over the last axis (None where that means
-    nothing). For integers, top1 is the share of equal values, relative_l2 the root of the rest.
+    With x the output and y the original's, all values of all inputs in one vector each:
+
+    Attributes
+    ----------
+    output : its name
+    values : how many values it has for one input
+    cosine : x . y / (||x|| ||y||)
+    max_abs : max abs(x - y), in the output's unit
+    relative_l2 : ||x - y|| / ||y||; for integers sqrt(1 - share of equal values)
+    sqnr_db : -20 log10(relative_l2), in decibels
+    top1 : share of equal argmax over the last axis, None where that means nothing; for integers
+        the share of equal values
     """
 
     output: str
@@ -28,11 +41,22 @@ class Drift:
 
 @dataclass(frozen=True)
 class Validation:
-    """What was run and what came out: one Drift per output for every model and way of running it.
+    """The models that were run, and how far each output drifts from the original's.
 
-    exact: with DequantizeLinear folded to float32 at load. default: as onnxruntime runs the file.
-    moved: the float model with moved weights, where one was written. layers: how many were run
-    instead of the models, which are too large; 0: whole models.
+    "Plain" models have every weight rounded to nearest. "Exact" runs decode the codes to float32
+    when the file is loaded; "default" runs leave the file to onnxruntime's optimizations.
+
+    Attributes
+    ----------
+    feeds : how many inputs each model ran on
+    inputs : where they come from: a path, or that they were made up
+    max_drift : the drift allowed, as a multiple of nearest rounding's
+    plain_exact : nearest rounding, run exactly; one Drift per output, as in the fields below
+    guarded_exact : the guarded model, run exactly
+    plain_default : nearest rounding, run by default
+    guarded_default : the guarded model, run by default
+    moved : the float model with moved weights, run by default; empty where none was written
+    layers : how many layers were run in place of a model too large to be run whole; 0: it was
     """
 
     feeds: int
@@ -45,6 +69,11 @@ class Validation:
     moved: tuple[Drift, ...] = ()
     layers: int = 0
 
+    @property
+    def allowed(self) -> float:
+        """The pooled relative L2 up to which the guarded model passes, run exactly."""
+        return drift_bound(self.plain_exact, self.max_drift)
+
 
 def pooled(outputs: Sequence[Drift]) -> float:
     """Root mean square of the outputs' relative L2, weighted by their numbers of values."""
@@ -52,11 +81,32 @@ def pooled(outputs: Sequence[Drift]) -> float:
     return math.sqrt(sum(d.values * d.relative_l2**2 for d in outputs) / max(values, 1))
 
 
+def drift_factor(nearest: Sequence[Drift], max_drift: float) -> float:
+    """The multiple of nearest rounding's drift that is allowed.
+
+    It is `max_drift`, widened for outputs of n values in all by 1 + 8 / sqrt(n).
+    """
+    values = sum(drift.values for drift in nearest)
+    return max_drift * (1 + SMALL_SAMPLE / math.sqrt(max(values, 1)))
+
+
+def drift_bound(nearest: Sequence[Drift], max_drift: float) -> float:
+    """The pooled relative L2 that is allowed, where nearest rounding drifts like this."""
+    return drift_factor(nearest, max_drift) * max(pooled(nearest), DRIFT_FLOOR)
+
+
 @dataclass(frozen=True)
 class Verification:
     """The result of verify().
 
-    made_from: `guarded` records this original (None: no record). config: as in a Scan.
+    Attributes
+    ----------
+    original : path of the model before the guard
+    guarded : path of the guarded model
+    scheme : the scheme at which nearest rounding of the original is compared
+    made_from : whether `guarded` records this original as its input; None: it has no record
+    validation : the models that were run, and their drift
+    config : the file that gave options of the command line, if one did
     """
 
     kind: Literal["verify"] = field(default="verify", init=False)
@@ -69,6 +119,7 @@ class Verification:
     config: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
         return jsonable(self)
 
     def render(self) -> str:

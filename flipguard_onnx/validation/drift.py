@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..errors import DriftError, ValidationError
 from ..reports.guard import ActivationQuantization
-from ..reports.validation import Drift, Validation, pooled
+from ..reports.validation import Drift, Validation, drift_bound, drift_factor, pooled
 
 
 def require_useful(validation: Validation, integers: ActivationQuantization) -> None:
@@ -25,10 +25,6 @@ def require_useful(validation: Validation, integers: ActivationQuantization) -> 
 
 MAX_DRIFT = 3.0  # unbiased draws double the squared error of a weight: 1.41 times in relative L2
 
-SMALL_SAMPLE = 8.0  # n output values widen the bound by 1 + 8 / sqrt(n)
-
-DRIFT_FLOOR = 1e-3  # relative L2 below which drift is not judged
-
 LOGITS = range(2, 1_000_000)  # sizes of a last axis over which argmax is compared
 
 Array = npt.NDArray[Any]
@@ -39,9 +35,7 @@ def judge(plain: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) ->
 
     For outputs of n values in all, the bound is wider by 1 + 8 / sqrt(n).
     """
-    values = sum(drift.values for drift in plain)
-    factor = max_drift * (1 + SMALL_SAMPLE / math.sqrt(max(values, 1)))
-    bound = factor * max(pooled(plain), DRIFT_FLOOR)
+    factor, bound = drift_factor(plain, max_drift), drift_bound(plain, max_drift)
     if not pooled(guarded) <= bound:
         raise DriftError(
             f"the outputs drift by {pooled(guarded):.4f} (relative L2) from the original's; "

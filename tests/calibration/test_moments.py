@@ -295,7 +295,7 @@ def test_guard_preserves_the_products_of_a_layer(tmp_path, scheme):
     (tensor,) = report.tensors
     assert tensor.preserved
     assert tensor.gain < 0.3
-    assert "preserve  on data inputs: 1 of 1 tensors, 100.0% of the weights" in report.render()
+    assert "preserve  on data inputs: 1 of 1 tensor, 100.0% of the weights" in report.render()
     assert report.data_sha256 == hashlib.sha256(data.read_bytes()).hexdigest()
     written = onnx.load(tmp_path / "out.onnx")
     record = {entry.key: entry.value for entry in written.metadata_props}
@@ -306,7 +306,7 @@ def test_tensors_without_feedback_are_listed_with_the_reason(tmp_path):
     report = guard(tmp_path, SAMPLES["lstm"](), preserve="synthetic")
     unfed = [tensor for tensor in report.tensors if tensor.unfed]
     assert [tensor.unfed for tensor in unfed] == [RECURRENT]
-    assert f"not 1, {unfed[0].weights:,} weights: {RECURRENT}" in report.render()
+    assert f"not in 1 tensor, {unfed[0].weights:,} weights: {RECURRENT}" in report.render()
 
 
 def test_auto_takes_the_data_if_there_is_any_and_is_off_for_other_policies(tmp_path):

@@ -59,7 +59,7 @@ def test_verify(sample, tmp_path):
     result = call("verify", sample, tmp_path / "out.onnx")
     assert result.exit_code == 0
     assert "recorded as made from this original" in result.stdout
-    assert "plain fp4 quantization" in result.stdout
+    assert "rounded to nearest at fp4" in result.stdout
     result = call("verify", sample, tmp_path / "out.onnx", "--max-drift", "0.05")
     assert result.exit_code == 1
     assert "the outputs drift by" in result.stderr

@@ -310,7 +310,7 @@ def test_settings_reach_onnxruntime_and_the_file(tmp_path, calibration, symmetri
     options = ["--activations", "int8", "--calibration", calibration, "--seed", 1, "-o", output]
     result = call("guard", source, *options, *(["--symmetric"] if symmetric else []))
     assert result.exit_code == 0, result.output
-    assert f"int8 activations, {calibration} on 40 of made-up inputs, weaker" in result.output
+    assert f"int8 activations, {calibration} on 40 made-up inputs, which are" in result.output
     written = onnx.load(output)
     record = {entry.key: entry.value for entry in written.metadata_props}
     assert record["flipguard.calibration"] == calibration

@@ -154,4 +154,4 @@ def test_scalars_are_listed(tmp_path):
     proto.graph.node.append(node("Mul", "y two", "z"))
     proto.graph.output.append(helper.make_tensor_value_info("z", F, ["n", 33]))
     result = call("inspect", save(proto, tmp_path))
-    assert "1 tensors, 1 values: scalar" in result.stdout
+    assert "1 tensor, 1 value: scalar" in result.stdout

@@ -68,6 +68,7 @@ def test_a_summary_and_the_worst_exit_code(models, tmp_path):
             for name in ("below/good.onnx", "broken.ONNX", "empty.onnx", "good.onnx")
         ),
         str(other),
+        "drift",
         "guarded",
     ]
     assert lines["guarded"] == "guarded   3 models, 2 failed"

@@ -13,7 +13,8 @@ from flipguard_onnx import guard, scan
 from flipguard_onnx.cli.commands import main
 from flipguard_onnx.reports.html import guard_html, scan_html
 from flipguard_onnx.reports.scan import Alignment, Budget, Scan, ScannedTensor, Skipped, Verdict
-from flipguard_onnx.reports.svg import SHADES, heat_map
+from flipguard_onnx.reports.svg import SHADES, bars, heat_map
+from flipguard_onnx.reports.words import percent
 from tests.helpers.samples import matmul, save, weights
 from tools.attacks.measure import FOLDER
 
@@ -28,7 +29,7 @@ def alignment(grid, weights, peak=0.0):
     histogram[0] += peak
     shares = tuple(histogram.tolist())
     even = (0.05,) * 20
-    budget = Budget(9.0, 0.0, 2.0)
+    budget = Budget(9.0, 0.0, 2.0, 100.0)
     return Alignment(
         grid, weights, weights, shares, even, peak, peak, peak, 0.025, peak, 0.1, 1.2, budget
     )
@@ -106,6 +107,14 @@ def test_heat_map_shades_cells_by_their_share():
     }
 
 
+def test_bars_show_their_names_and_values():
+    svg = bars([(EVIL, 0.5, 1e-6), ("b", 0.25, 0.125)], ("before", "after"), percent)
+    assert "<img" not in svg
+    assert re.findall(r"h([\d.e-]+)v", svg) == ["480", "240", "0.00096", "120"]
+    texts = [t for t in re.findall(r">([^<>]*)</text>", svg) if "%" in t]
+    assert texts == ["&lt;0.01%", "12.50%", "50.00%"]
+
+
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     """The page of a guard, as the command line writes it."""
@@ -121,9 +130,9 @@ def test_the_page_of_a_guard(guarded):
     html, text = guarded
     assert html.startswith("<!doctype html>")
     assert '<div class="verdict good"><b>guarded</b> 84,480 weights in 3 tensors at int4' in html
-    assert '<div class="verdict bad"><b>aligned</b> 3 of 3 tensors' in html
-    drift = re.search(r"drift of all outputs ([\d.]+)", text)[1]
-    assert f"Drift {float(drift):.4f}, plain " in html
+    assert '<div class="verdict bad"><b>input aligned</b> 3 of 3 tensors' in html
+    drift = re.search(r"the outputs drift from the original's by ([\d.]+)", text)[1]
+    assert f"drift from the original&#39;s by {float(drift):.4f} (relative L2)" in html
     embedded = json.loads(re.search(r'id="histograms">(.*?)</script>', html)[1])
     assert [grid for grid, _ in embedded[0]] == list(GRIDS)
     flipped = re.search(r"Gemm +int4 +3 +84,480 +([\d.]+%)", text)[1]

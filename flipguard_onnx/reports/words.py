@@ -1,0 +1,45 @@
+"""Numbers, settings and columns in words, for the text and for the HTML page."""
+
+from .guard import GuardReport
+
+SCAN_TERMS = {  # columns of a scan
+    "near": "share of the weights at a distance below 0.1 from a decision boundary (0: on the "
+    "boundary, 1: on a level); 10% if spread evenly",
+    "placebo": "near on grids with scales that no quantizer would choose",
+    "peak": "share of the weights gathered at one distance on this grid and on no placebo",
+    "at": "distance of that peak",
+    "edge": "share of the weights gathered below 0.1 on this grid and on no placebo",
+    "collapse": "share of the weights that lose more than half of their magnitude when rounded",
+    "outlier": "largest / second largest magnitude of a block (median)",
+}
+
+
+def scheme_in_words(report: GuardReport) -> str:
+    """The scheme, and how many weights share a scale."""
+    if report.block_size is not None:
+        return f"{report.scheme}, one scale per block of {report.block_size} weights"
+    return f"{report.scheme}, one scale per {report.granularity}"
+
+
+def policy_in_words(report: GuardReport) -> str:
+    """The policy with its parameter."""
+    return {
+        "unbiased": f"unbiased, tau {report.tau}",
+        "topk": f"topk, ratio {report.ratio}",
+        "none": "none (round to nearest)",
+    }[report.policy]
+
+
+def plural(count: int, noun: str) -> str:
+    """A number with what it counts."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def percent(share: float) -> str:
+    """A share with two decimals; what is above 0 is not shown as 0."""
+    return "<0.01%" if 0 < share < 5e-5 else f"{share:.2%}"
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes in units of 10^6."""
+    return f"{size / 1e6:.2f} MB"

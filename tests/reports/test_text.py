@@ -1,0 +1,60 @@
+"""The text report: which options it shows, and what its figures compare."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from flipguard_onnx import guard
+from flipguard_onnx.reports.scan import Budget
+from flipguard_onnx.reports.words import percent
+from tests.helpers.samples import matmul, save
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    source = save(matmul(), tmp_path_factory.mktemp("text"))
+    return guard(source, "int4", seed=1, preserve="off")
+
+
+def test_options_are_shown_where_they_differ_from_the_defaults(report):
+    defaults = {"include": [], "exclude": (), "standard_ops": False, "max_memory": 1024}
+    for options in ({}, defaults, {"force": True}):
+        assert "options" not in replace(report, options=options).render()
+    options = {"include": ("a*", "b"), "exclude": ["c"], "standard_ops": True, "max_memory": 64}
+    shown = "options   --include a* --include b --exclude c --standard-ops --max-memory 64\n"
+    assert shown in replace(report, options=options).render()
+    assert replace(report, options=options).to_dict()["options"]["include"] == ["a*", "b"]
+
+
+def test_the_budget_is_a_share_of_the_weights(report):
+    [w] = onnx.load(report.input).graph.initializer
+    total = np.abs(numpy_helper.to_array(w).astype(np.float64)).sum()
+    assert report.budget.total == pytest.approx(total)
+    assert report.scan.alignments[2].budget.total == pytest.approx(total)
+    nearest, chosen, random = map(percent, report.budget.shares)
+    assert f"worth {nearest} of the weights' total magnitude" in report.render()
+    assert f"after the guard {chosen}, beside {random} of random error" in report.render()
+    both = Budget(5, 1, 3, 100) + Budget(5, 1, 4, 100)
+    assert both == Budget(10, 2, 5, 200)
+    assert both.shares == (0.05, 0.01, 0.025)
+    assert Budget(0, 0, 0, 0).shares == (0, 0, 0)
+
+
+def test_what_is_above_0_is_not_shown_as_0():
+    assert [percent(share) for share in (0, 1e-9, 4.9e-5, 5.1e-5, 1)] == [
+        "0.00%",
+        "<0.01%",
+        "<0.01%",
+        "0.01%",
+        "100.00%",
+    ]
+
+
+def test_the_bound_of_the_drift(report):
+    [nearest] = report.validation.plain_exact
+    bound = 3 * (1 + 8 / nearest.values**0.5) * nearest.relative_l2
+    assert report.validation.allowed == pytest.approx(bound)
+    assert f"allowed: up to {bound:.5f} (--max-drift 3" in report.render()
