@@ -93,10 +93,11 @@ def _type(default: Any, about: About) -> Any:
     if about.range is None:
         numbers = about.choices and isinstance(about.choices[0], int)
         return int if numbers else click.Choice(about.choices)
-    limits = about.range
+    if about.range.high is not None:  # GuardOptions says it in one line
+        return type(default)
     if isinstance(default, float):
-        return click.FloatRange(limits.low, limits.high, limits.low_open, limits.high_open)
-    return click.IntRange(int(limits.low))
+        return click.FloatRange(min=about.range.low, min_open=about.range.low_open)
+    return click.IntRange(min=int(about.range.low))
 
 
 output_option = option(
