@@ -9,7 +9,7 @@ from flipguard_onnx.calibration.inputs import FEEDS, LARGE, made_up_feeds
 from flipguard_onnx.errors import DriftError, ValidationError
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.reports.validation import Drift, pooled
-from flipguard_onnx.validation.drift import _drift, judge
+from flipguard_onnx.validation.drift import drifts, judge
 from flipguard_onnx.validation.validator import ModelRunner
 from tests.helpers.samples import F, model, node, save, weights
 
@@ -87,14 +87,14 @@ def test_a_model_that_never_runs_is_named(tmp_path):
 def test_drift_by_hand():
     wanted = np.array([[3.0, 4.0]], np.float32)
     found = np.array([[3.0, 4.5]], np.float32)
-    drift = _drift("y", [(wanted, found)])
+    (drift,) = drifts(["y"], [[wanted]], [[found]])
     assert drift.values == 2
     assert drift.relative_l2 == pytest.approx(0.1)
     assert drift.sqnr_db == pytest.approx(20.0)
     assert drift.max_abs == 0.5
     assert drift.cosine == pytest.approx(27 / (5 * np.hypot(3, 4.5)))
     assert drift.top1 == 1.0
-    integers = _drift("n", [(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5]))])
+    (integers,) = drifts(["n"], [[np.array([1, 2, 3, 4])]], [[np.array([1, 2, 3, 5])]])
     assert (integers.top1, integers.relative_l2) == (0.75, 0.5)
 
 
