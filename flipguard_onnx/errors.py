@@ -62,7 +62,7 @@ class FlipguardError(Exception):
         self.details = details
 
     def at(self, path: str | os.PathLike[str]) -> Self:
-        """The error itself, which now names the file, unless it did."""
+        """Add the file that the error is about, unless it has one; returns the error itself."""
         if self.path is None:
             self.path = os.fspath(path)
         return self
@@ -113,7 +113,7 @@ def exit_code(error: FlipguardError) -> int:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's message, cut to a length that fits into one of ours."""
+    """The first line of another library's message, cut to 300 characters."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from flipguard_onnx import ModelError, guard
 from flipguard_onnx.io import publish
-from flipguard_onnx.io.publish import LOCK, sweep, workspace, write_report
+from flipguard_onnx.io.publish import LOCK, Finished, sweep, workspace, write_report
 from tests.helpers.command import call, held, names, one_line, workspaces
 from tests.helpers.samples import SAMPLES, matmul, save
 
@@ -209,15 +209,15 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
     assert names(tmp_path) == ["model.onnx", "out.onnx"]
 
 
-def test_a_lock_that_somebody_keeps_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "LOCK_SECONDS", 0.1)
-    source = save(matmul(), tmp_path)
-    kept = f"{LOCK}: another process has held this lock"
+def test_a_lock_that_somebody_keeps_is_named(tmp_path):
+    (tmp_path / "work").mkdir()
+    finished = Finished(save(matmul(), tmp_path / "work"), None, tmp_path / "out.onnx")
+    kept = f"{LOCK}: another process has held this lock for 0 s"
     with held(tmp_path), pytest.raises(ModelError, match=kept):
-        guard(source, output=tmp_path / "out.onnx", validate=False)
-    assert names(tmp_path) == [LOCK, "model.onnx"]
-    guard(source, output=tmp_path / "out.onnx", validate=False)
-    assert names(tmp_path) == ["model.onnx", "out.onnx"], "a dead run's lock does not last"
+        publish.publish([finished], force=False, lock_seconds=0.1)
+    assert names(tmp_path) == [LOCK, "work"]
+    publish.publish([finished], force=False)
+    assert names(tmp_path) == ["out.onnx", "work"], "a dead run's lock does not last"
 
 
 @contextmanager

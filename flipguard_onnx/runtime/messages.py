@@ -42,16 +42,16 @@ Array = npt.NDArray[Any]
 
 
 class MessageError(Exception):
-    """What came over the pipe is no message, or not the one expected."""
+    """What came over the pipe is not a message, or not the one expected."""
 
 
 class UnsendableError(Exception):
-    """A value that is no array of numbers, or a header that is too long."""
+    """A value that a message cannot hold, or too many names and options."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What is sent at a time.
+    """A JSON object, and arrays.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ class Channel:
                 fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def send(self, message: Message, deadline: float | None = None) -> None:
-        """Write a message; arrays go out of their own memory, without a copy.
+        """Write a message; contiguous arrays are written without a copy.
 
         Parameters
         ----------
@@ -88,9 +88,12 @@ class Channel:
 
         Raises
         ------
-        UnsendableError : before anything is written
-        TimeoutError : at the deadline
-        OSError : when the other side has closed its end
+        UnsendableError
+            Before anything is written.
+        TimeoutError
+            At the deadline.
+        OSError
+            When the other side has closed its end.
         """
         for piece in encoded(message):
             self._write(memoryview(piece), deadline)
@@ -105,9 +108,12 @@ class Channel:
 
         Raises
         ------
-        MessageError : when it is malformed or too large
-        TimeoutError : at the deadline
-        EOFError : when the other side has closed its end
+        MessageError
+            When it is malformed or too large.
+        TimeoutError
+            At the deadline.
+        EOFError
+            When the other side has closed its end.
         """
         length = int.from_bytes(self._read(_LENGTH_BYTES, deadline), "little")
         if length > MAX_HEADER_BYTES:
@@ -130,7 +136,7 @@ class Channel:
         head = self._read(start, deadline)
         length = int.from_bytes(head[-2:], "little")
         if not head.startswith(_NPY_MAGIC) or start + length > size:
-            raise MessageError("an array that is no .npy file of version 1.0")
+            raise MessageError("an array that is not an .npy file of version 1.0")
         header = head[-2:] + self._read(length, deadline)
         array = _empty_array(header, size - start - length)
         self._read_into(_bytes_of(array), deadline)
@@ -172,9 +178,16 @@ def encoded(message: Message) -> list[bytes | memoryview]:
 
 
 def outputs_message(names: Sequence[str], values: Sequence[Any]) -> Message:
-    """What onnxruntime returned, as a message; tensors of strings go in its header.
+    """What onnxruntime returned, as a message; tensors of strings go into its fields.
 
-    Raises UnsendableError for what is no tensor: sequences, maps, absent optionals.
+    Parameters
+    ----------
+    names, values : of the outputs
+
+    Raises
+    ------
+    UnsendableError
+        For a value that is not a tensor: a sequence, a map, an absent optional.
     """
     strings: dict[str, Any] = {}
     arrays: list[Array] = []
@@ -196,7 +209,10 @@ def outputs_message(names: Sequence[str], values: Sequence[Any]) -> Message:
 
 
 def outputs_of(message: Message, count: int) -> list[Array]:
-    """The `count` arrays in a message of `outputs_message`. Raises MessageError."""
+    """The `count` arrays in a message that `outputs_message` made.
+
+    Raises MessageError if it holds others.
+    """
     strings, arrays = message.fields.get("strings"), iter(message.arrays)
     if type(strings) is not dict or len(strings) + len(message.arrays) != count:
         raise MessageError(f"not {count} outputs")
@@ -223,7 +239,7 @@ def _kind(value: Any) -> str:
 
 
 def _npy(array: Array) -> tuple[bytes, memoryview]:
-    """Header and data of an .npy file; the data is the array's own memory where it is in order."""
+    """Header and data of an .npy file; the data is the memory of the array if it is contiguous."""
     if array.dtype.char not in DTYPE_CHARS:
         raise UnsendableError(f"an array of {array.dtype}")
     if not (array.flags.c_contiguous or array.flags.f_contiguous):
@@ -250,7 +266,7 @@ def _parsed_header(content: bytearray) -> tuple[dict[str, Any], list[int]]:
     if type(fields) is not dict or type(sizes) is not list:
         raise MessageError("a header that is not the JSON expected")
     if not all(type(size) is int and size >= 0 for size in sizes):
-        raise MessageError("a header with lengths that are none")
+        raise MessageError("a header with lengths that are not numbers from 0 on")
     return fields, sizes
 
 
@@ -267,7 +283,7 @@ def _empty_array(header: bytearray, size: int) -> Array:
 
 
 def _wait(descriptor: int, event: int, deadline: float | None) -> None:
-    """Until the pipe can be read or written, or has been closed on the other side."""
+    """Wait until the pipe can be read or written, or the other side has closed it."""
     poll = select.poll()
     poll.register(descriptor, event)
     if deadline is None:

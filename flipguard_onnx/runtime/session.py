@@ -1,8 +1,8 @@
-"""The one place that hands models to onnx's and onnxruntime's C++: in a child process.
+"""The only module that hands models to onnx's and onnxruntime's C++, in a child process.
 
 A model may crash the child, keep it busy for ever or ask for all the memory there is: the child is
-then ended, and the caller gets a ValidationError. The same becomes of a child whose answers are not
-what was asked for; they are JSON and arrays (see `messages`), which nothing here executes.
+then ended, and the caller gets a ValidationError. The same happens to a child that gives malformed
+answers. These are JSON and arrays (see `messages`), which cannot run code here.
 """
 
 import atexit
@@ -81,7 +81,7 @@ class Child:
         RemoteError
             When the request failed in the child.
         ValidationError
-            When the child had to be ended, or arguments or results are none that can be sent.
+            When the child had to be ended, or a message cannot hold the arguments or the result.
         """
         seconds, memory = self.limits.seconds_for(size), self.limits.memory_for(size)
         with self._lock:
@@ -148,7 +148,7 @@ class Child:
         return self._channel
 
     def _end(self) -> str:
-        """Kill the child unless it has just ended by itself; what it ended with."""
+        """Kill the child unless it is ending by itself; the signal or exit code it ended with."""
         process, self._process = self._process, None
         channel, self._channel = self._channel, None
         self.life += 1
@@ -331,7 +331,7 @@ def _edited(request: str, arguments: dict[str, Any], proto: ModelProto) -> Model
 
 
 def _problem(answer: Message) -> Exception | None:
-    """The error that an answer reports. Raises MessageError for an answer of no kind."""
+    """The error that an answer reports, if it does. Raises MessageError if it is malformed."""
     status, problem = answer.fields.get("status"), answer.fields.get("problem")
     if status == "done":
         return None
@@ -350,7 +350,7 @@ def _loaded(answer: Message) -> tuple[int, list[str]]:
     if type(number) is not int or type(names) is not list:
         raise MessageError("no session")
     if not all(type(name) is str for name in names):
-        raise MessageError("names of outputs that are none")
+        raise MessageError("malformed names of outputs")
     return number, names
 
 

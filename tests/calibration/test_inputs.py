@@ -6,10 +6,11 @@ import pytest
 from onnx import TensorProto
 
 from flipguard_onnx.calibration.inputs import FEEDS, LARGE, made_up_feeds
+from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.errors import DriftError, ValidationError
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.reports.validation import Drift, pooled
-from flipguard_onnx.validation.drift import _drift, judge
+from flipguard_onnx.validation.drift import drifts, judge
 from flipguard_onnx.validation.validator import ModelRunner
 from tests.helpers.samples import F, model, node, save, weights
 
@@ -69,7 +70,7 @@ def test_open_dimensions_are_tried_until_the_model_runs(tmp_path):
         {"y": (F, ["n", 16])},
         {"w": weights((16, 16)), "shape": np.array([1, 16], np.int64)},
     )
-    runner = ModelRunner(open_model(save(proto, tmp_path)), None)
+    runner = ModelRunner(Samples(open_model(save(proto, tmp_path)), None))
     assert runner.feeds[0]["x"].shape in ((1, 16, 1), (1, 1, 16))
 
 
@@ -81,20 +82,20 @@ def test_a_model_that_never_runs_is_named(tmp_path):
         {"w": weights((7919, 16)), "shape": np.array([1, 7919], np.int64)},
     )
     with pytest.raises(ValidationError, match="the original does not run on made-up inputs"):
-        ModelRunner(open_model(save(proto, tmp_path)), None)
+        ModelRunner(Samples(open_model(save(proto, tmp_path)), None))
 
 
 def test_drift_by_hand():
     wanted = np.array([[3.0, 4.0]], np.float32)
     found = np.array([[3.0, 4.5]], np.float32)
-    drift = _drift("y", [(wanted, found)])
+    (drift,) = drifts(["y"], [[wanted]], [[found]])
     assert drift.values == 2
     assert drift.relative_l2 == pytest.approx(0.1)
     assert drift.sqnr_db == pytest.approx(20.0)
     assert drift.max_abs == 0.5
     assert drift.cosine == pytest.approx(27 / (5 * np.hypot(3, 4.5)))
     assert drift.top1 == 1.0
-    integers = _drift("n", [(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5]))])
+    (integers,) = drifts(["n"], [[np.array([1, 2, 3, 4])]], [[np.array([1, 2, 3, 5])]])
     assert (integers.top1, integers.relative_l2) == (0.75, 0.5)
 
 
@@ -125,7 +126,7 @@ def test_other_outputs_are_refused(tmp_path):
         {"y": (F, [2, 16])},
         {"w": weights((16, 16))},
     )
-    runner = ModelRunner(open_model(save(proto, tmp_path)), None)
+    runner = ModelRunner(Samples(open_model(save(proto, tmp_path)), None))
     other = onnx.ModelProto()
     other.CopyFrom(proto)
     other.graph.node[0].output[0] = other.graph.output[0].name = "z"

@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 import flipguard_onnx
-from flipguard_onnx import SchemeError, UnsupportedModelError
-from flipguard_onnx.calibration.moments import MomentRecorder
+from flipguard_onnx import OptionError, UnsupportedModelError
+from flipguard_onnx.calibration.moments import MomentRecorder, record
+from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.calibration.synthetic import input_range, synthetic_feeds
 from flipguard_onnx.cli.commands import main
 from flipguard_onnx.graph.weights import find_weights
@@ -27,11 +28,11 @@ PLENTY = 1 << 30
 RECURRENT = "recurrent: LSTM multiplies it with its own state"
 
 
-def activations(tmp_path, proto, data=None, max_bytes=PLENTY):
+def recorder(tmp_path, proto, data=None, max_bytes=PLENTY):
     source = open_model(save(proto, tmp_path))
     found = find_weights(source.proto)[0]
     folder = tmp_path / f"probe{max_bytes}"
-    return MomentRecorder(source, found, folder, max_bytes, data), found
+    return MomentRecorder(Samples(source, data), found, folder, max_bytes), found
 
 
 def given(tmp_path, **arrays):
@@ -41,9 +42,9 @@ def given(tmp_path, **arrays):
 
 def test_second_moments_of_the_given_inputs(tmp_path):
     x = np.random.default_rng(0).standard_normal((10, 7, 70)).astype(np.float32)
-    recorded, (weight,) = activations(tmp_path, matmul(), given(tmp_path, x=x))
+    recorded, (weight,) = recorder(tmp_path, matmul(), given(tmp_path, x=x))
     inputs = recorded.of(weight)
-    rows = x[:9].reshape(-1, 70).astype(np.float64)  # the tenth is kept for the judgement
+    rows = x[:9].reshape(-1, 70).astype(np.float64)  # the tenth is kept for the comparison
     np.testing.assert_allclose(inputs.hessians[0][0], rows.T @ rows, rtol=1e-5, atol=1e-4)
     np.testing.assert_array_equal(inputs.fresh[0], x[9])
 
@@ -53,7 +54,7 @@ def test_a_weight_on_the_left_of_a_vector(tmp_path):
         [node("MatMul", "w x", "y")], {"x": (F, [70])}, {"y": (F, [33])}, {"w": weights((33, 70))}
     )
     x = np.random.default_rng(0).standard_normal((10, 70)).astype(np.float32)
-    recorded, (weight,) = activations(tmp_path, proto, given(tmp_path, x=x))
+    recorded, (weight,) = recorder(tmp_path, proto, given(tmp_path, x=x))
     inputs = recorded.of(weight)
     rows = x[:9].astype(np.float64)
     np.testing.assert_allclose(inputs.hessians[0][0], rows.T @ rows, rtol=1e-5, atol=1e-4)
@@ -85,7 +86,7 @@ def test_patches_times_weights_are_the_convolution(tmp_path, form):
         {"y": (F, None)},
         {"w": weights(shape)},
     )
-    recorded, (weight,) = activations(tmp_path, proto, given(tmp_path, x=x))
+    recorded, (weight,) = recorder(tmp_path, proto, given(tmp_path, x=x))
     inputs = recorded.of(weight)
     path = str(tmp_path / "model.onnx")
     y = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
@@ -112,9 +113,9 @@ def test_what_can_be_recorded(tmp_path, sample, recorded):
     proto = SAMPLES[sample]()
     if not recorded:
         with pytest.raises(UnsupportedModelError, match="the inputs of no weight"):
-            activations(tmp_path, proto)
+            recorder(tmp_path, proto)
         return
-    found, its_weights = activations(tmp_path, proto)
+    found, its_weights = recorder(tmp_path, proto)
     unknown = [found.of(w) for w in its_weights if not isinstance(found.of(w), InputMoments)]
     assert unknown == ([RECURRENT] if sample == "lstm" else [])
 
@@ -126,8 +127,8 @@ def test_less_memory_means_spans_and_more_passes_but_the_same_sums(tmp_path):
         {"y": (F, ["n", 80])},
         {"a": weights((300, 200)), "b": weights((200, 80), 1)},
     )
-    ample, its_weights = activations(tmp_path, proto)
-    tight, _ = activations(tmp_path, proto, max_bytes=32 * 300 * 128)
+    ample, its_weights = recorder(tmp_path, proto)
+    tight, _ = recorder(tmp_path, proto, max_bytes=32 * 300 * 128)
     for weight in its_weights:
         one, other = ample.of(weight), tight.of(weight)
         assert len(one.spans) == 1
@@ -316,12 +317,17 @@ def test_auto_takes_the_data_if_there_is_any_and_is_off_for_other_policies(tmp_p
     assert guard(tmp_path, matmul(), policy="topk").preserve == "off"
 
 
-def test_what_takes_too_long_is_off_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("flipguard_onnx.activations.LONGEST", 1e-9)
-    report = guard(tmp_path, matmul())
-    assert report.preserve == "off"
-    assert "preserve  off: it would take about 0 min; --preserve synthetic" in report.render()
-    assert guard(tmp_path, matmul(), preserve="synthetic").preserve == "synthetic"
+@pytest.mark.parametrize("optional", [True, False])
+def test_what_takes_too_long_is_off_unless_it_was_asked_for(tmp_path, optional):
+    samples = Samples(open_model(save(matmul(), tmp_path)), None)
+    found = find_weights(samples.source.proto)[0]
+    moments = record(
+        samples, found, tmp_path / "probe", PLENTY, "synthetic", optional, max_seconds=1e-9
+    )
+    assert moments.inputs == ("off" if optional else "synthetic")
+    note = "it would take about 0 min; --preserve synthetic switches it on"
+    assert moments.note == (note if optional else None)
+    assert isinstance(moments.of(found[0]), InputMoments) is not optional
 
 
 def test_the_estimate_is_shown_before_the_feedback_starts(tmp_path):
@@ -379,7 +385,7 @@ def test_a_model_that_does_not_run_on_made_up_inputs(tmp_path):
     ],
 )
 def test_what_is_asked_for_in_vain_is_refused(tmp_path, options, message):
-    with pytest.raises(SchemeError, match=message):
+    with pytest.raises(OptionError, match=message):
         guard(tmp_path, matmul(), **options)
 
 

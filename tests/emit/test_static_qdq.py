@@ -14,7 +14,7 @@ from onnxruntime.quantization import (
 )
 
 import flipguard_onnx
-from flipguard_onnx import SchemeError, UnsupportedModelError, ValidationError, runtime
+from flipguard_onnx import OptionError, UnsupportedModelError, ValidationError, runtime
 from flipguard_onnx.errors import DriftError
 from flipguard_onnx.reports.guard import ActivationQuantization
 from flipguard_onnx.reports.validation import Drift, Validation
@@ -373,7 +373,7 @@ def test_a_folder_of_inputs_is_all_of_its_files(tmp_path):
 )
 def test_options_that_do_not_fit(tmp_path, options, message):
     source = save(convolution(weights((16,), 1)), tmp_path)
-    with pytest.raises(SchemeError, match=message):
+    with pytest.raises(OptionError, match=message):
         flipguard_onnx.guard(source, output=tmp_path / "out.onnx", **options)
     assert names(tmp_path) == [source.name]
 

@@ -189,7 +189,7 @@ def test_reports_do_not_follow_links_out_of_their_folder(tmp_path):
 
 
 def test_places_that_are_named_twice(tmp_path):
-    """GraphIndex differ in which one they take, and so in the weights that they see."""
+    """Readers differ in which one they take, and so in the weights that they see."""
     path = external(tmp_path)
     proto = onnx.load(path, load_external_data=False)
     proto.graph.initializer[0].external_data.add(key="offset", value="0")

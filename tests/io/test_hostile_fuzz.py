@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.helpers import fuzz
 from tests.helpers.command import call
 from tests.helpers.hostile import files
 from tests.helpers.samples import F, save
-from tools import fuzz
 
 SECONDS = 45
 

@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from flipguard_onnx import DeviceError, ModelError, guard, guard_many
+from flipguard_onnx import DeviceError, GuardOptions, ModelError, guard, guard_many
 from flipguard_onnx.io.publish import LOCK
 from flipguard_onnx.pipeline import batch as fleet
 from flipguard_onnx.pipeline.batch import find_models, model_seed
@@ -280,7 +280,7 @@ def test_a_defect_is_one_models_failure(tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(fleet, "guard", fail)
-    job = fleet.Job(save(matmul(), tmp_path), (tmp_path / "out.onnx",), None, False, {})
+    job = fleet.Job(save(matmul(), tmp_path), (tmp_path / "out.onnx",), GuardOptions())
     assert fleet.run(job).code == 2
     assert fleet.run(job).error == "MemoryError"
 

@@ -1,6 +1,7 @@
 """guard() as a whole: every sample in every scheme is written, loads, runs and is right."""
 
 import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,13 @@ import pytest
 from onnx import numpy_helper
 
 import flipguard_onnx
-from flipguard_onnx import ModelError, SchemeError, UnsupportedModelError, ValidationError
+from flipguard_onnx import (
+    GuardOptions,
+    ModelError,
+    OptionError,
+    UnsupportedModelError,
+    ValidationError,
+)
 from flipguard_onnx.emit.writers import QdqWriter
 from flipguard_onnx.reports.validation import pooled
 from tests.helpers import oracles
@@ -50,7 +57,7 @@ def guarded(tmp_path, proto, scheme="int8", **options):
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_every_sample_is_guarded_and_valid(tmp_path, sample, scheme):
     report = guarded(tmp_path, SAMPLES[sample](), scheme)
-    assert report.validation is not None
+    assert report.validation.feeds == 8
     assert 0.1 < report.flips / report.weights < 0.4
     left = onnx.load(tmp_path / "out.onnx")
     onnx.checker.check_model(left)
@@ -61,7 +68,7 @@ def test_every_sample_is_guarded_and_valid(tmp_path, sample, scheme):
 @pytest.mark.parametrize("sample", ["matmul", "gemm_transposed", "conv", "gather", "lstm"])
 def test_int8_per_tensor(tmp_path, sample):
     report = guarded(tmp_path, SAMPLES[sample](), granularity="tensor")
-    assert report.validation is not None
+    assert report.validation.feeds == 8
     scales = [t for t in onnx.load(tmp_path / "out.onnx").graph.initializer if "scale" in t.name]
     assert scales
     assert all(len(t.dims) == 0 for t in scales)
@@ -80,7 +87,7 @@ def test_block_size(tmp_path, scheme, size):
 @pytest.mark.parametrize("sample", ["matmul", "gemm_transposed", "gather", "tied_embedding"])
 def test_standard_ops_has_no_contrib_operator(tmp_path, sample, scheme):
     report = guarded(tmp_path, SAMPLES[sample](), scheme, standard_ops=True)
-    assert report.validation is not None
+    assert report.validation.feeds == 8
     left = onnx.load(tmp_path / "out.onnx")
     assert {n.domain for n in left.graph.node} <= {""}
 
@@ -159,6 +166,8 @@ def test_metadata_tells_how_to_repeat_the_run(tmp_path):
     source = save(matmul(), tmp_path)
     report = guarded(tmp_path, matmul(), "nf4", tau=0.5, seed=7)
     entries = {p.key: p.value for p in onnx.load(tmp_path / "out.onnx").metadata_props}
+    options = json.loads(entries.pop("flipguard.options"))
+    assert options == GuardOptions(scheme="nf4", tau=0.5).record()
     assert entries == {
         "flipguard.version": flipguard_onnx.__version__,
         "flipguard.scheme": "nf4",
@@ -180,7 +189,7 @@ def test_external_data_in_and_out(tmp_path, sample):
     source = save(SAMPLES[sample](), tmp_path / "in", external=True)
     output = tmp_path / "out.onnx"
     report = flipguard_onnx.guard(source, "int8", seed=1, output=output, emit="both")
-    assert report.validation is not None
+    assert report.validation.feeds == 8
     names = {"in"}
     for name in ("out.onnx", "out-float.onnx"):
         (data,) = tmp_path.glob(f"{name}.*.data")
@@ -196,9 +205,9 @@ def test_external_data_in_and_out(tmp_path, sample):
 
 def test_a_model_in_memory(tmp_path):
     report = flipguard_onnx.guard(matmul(), output=tmp_path / "out.onnx")
-    assert report.validation is not None
+    assert report.validation.feeds == 8
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
-    with pytest.raises(SchemeError, match="output must be given"):
+    with pytest.raises(OptionError, match="output must be given"):
         flipguard_onnx.guard(matmul())
 
 
@@ -263,9 +272,9 @@ def test_a_corrupted_output_is_caught_and_nothing_is_left(tmp_path, monkeypatch)
         def add_weight(self, name, scheme, flips):
             codes = flips.codes.copy()
             codes[:2] = codes[1::-1] + 1
-            super().add_weight(name, scheme, flips if self._plain else replace(flips, codes=codes))
+            super().add_weight(name, scheme, replace(flips, codes=codes))
 
-    monkeypatch.setattr("flipguard_onnx.pipeline.Quantized", Faulty)
+    monkeypatch.setattr("flipguard_onnx.pipeline.draw.QdqWriter", Faulty)
     with pytest.raises(ValidationError, match="from what the codes stand for"):
         guarded(tmp_path, matmul())
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
@@ -280,7 +289,7 @@ def test_drift_beyond_the_bound_is_caught_and_nothing_is_left(tmp_path):
 def test_a_draw_that_drifts_too_far_is_drawn_again(tmp_path, monkeypatch):
     """Between the smallest and the largest drift of three draws lies a bound that some fail."""
     seeds = iter([1, 2, 3] * 2)
-    monkeypatch.setattr("flipguard_onnx.options.secrets.randbits", lambda _: next(seeds))
+    monkeypatch.setattr("flipguard_onnx.pipeline.options.secrets.randbits", lambda _: next(seeds))
     proto = SAMPLES["gather"]()
     ratio = {}
     for seed in (1, 2, 3):
@@ -332,10 +341,10 @@ def test_unknown_options_are_named(tmp_path):
         ("policy", "best"),
         ("emit", "all"),
     ):
-        with pytest.raises(SchemeError, match=f"{value}.*allowed"):
+        with pytest.raises(OptionError, match=f"{value}.*allowed"):
             guarded(tmp_path, matmul(), **{option: value})
     for option, value in (("tau", 0.0), ("ratio", 1.5), ("seed", -1), ("block_size", 48)):
-        with pytest.raises(SchemeError, match=f"{option.replace('_', ' ')} is {value}"):
+        with pytest.raises(OptionError, match=f"{option.replace('_', ' ')} is {value}"):
             guarded(tmp_path, matmul(), "int4", **{option: value})
 
 

@@ -7,11 +7,14 @@ import pytest
 from onnx import TensorProto
 
 import flipguard_onnx
+from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.emit.writers import decoded_values
+from flipguard_onnx.graph.copies import IndexedModel
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import open_model
-from flipguard_onnx.pipeline.mixed_precision import SensitivityProbe, measured, most_sensitive
-from flipguard_onnx.pipeline.plan import Format
+from flipguard_onnx.pipeline.mixed_precision import SensitivityProbe, measure, most_sensitive
+from flipguard_onnx.pipeline.options import GuardOptions
+from flipguard_onnx.pipeline.plan import plan_weights
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
 from flipguard_onnx.reports.html import guard_html
@@ -38,9 +41,11 @@ def branches(scale=(1.0, 0.01, 0.2), dtype=np.float32):
 def switched(tmp_path, proto, scheme="int4"):
     """The source, the sink with all its weights drawn, and what was drawn."""
     source = open_model(save(proto, tmp_path))
-    sink, drawn = SensitivityProbe(source, source.proto, tmp_path / "switched", 1 << 30), {}
-    for weight in find_weights(source.proto)[0]:
-        kind, blocks = Format(scheme).plan(weight)
+    graph, drawn = IndexedModel.of(source.proto), {}
+    sink = SensitivityProbe(source, graph, tmp_path / "switched", 1 << 30)
+    options = GuardOptions(scheme=scheme)
+    for plan in plan_weights(graph.weights, options):
+        weight, kind, blocks = plan.weight, plan.scheme, plan.blocks
         values = weight.canonical(source.array(weight.tensor))
         key, backend = tensor_key(1, weight.name), get_backend("cpu")
         flips = quantize_tensor(weight.name, values, kind, blocks, Policy(), key, backend)
@@ -70,7 +75,7 @@ def test_a_switch_is_the_drawn_weight(tmp_path, dtype):
 
 def test_what_moves_the_outputs_costs(tmp_path):
     source, sink, _ = switched(tmp_path, branches())
-    costs = measured(source, sink, None)
+    costs = measure(Samples(source, None), sink)
     assert costs[FIRST] > 10 * costs[THIRD] > 100 * costs[SECOND] > 0
 
 
@@ -81,12 +86,13 @@ def test_only_initializers_of_the_main_graph_have_switches(tmp_path):
         source, sink, drawn = switched(folder, SAMPLES[sample]())
         main = {tensor.name for tensor in source.proto.graph.initializer}
         assert set(sink.switches) == {name for name in drawn if name in main}
-        measured(source, sink, None)
+        costs = measure(Samples(source, None), sink)
+        assert costs.keys() == sink.switches.keys()
 
 
 def test_an_initializer_that_is_an_input_too(tmp_path):
     source, sink, _ = switched(tmp_path, initializer_as_input())
-    assert len(measured(source, sink, None)) == 1
+    assert list(measure(Samples(source, None), sink)) == ["w"]
 
 
 def test_the_share_is_not_exceeded(tmp_path):

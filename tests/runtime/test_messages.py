@@ -186,10 +186,10 @@ def test_a_header_that_is_too_long_is_not_sent():
         ({"fields": {}}, "not the JSON expected"),
         ({"fields": [], "arrays": []}, "not the JSON expected"),
         ({"fields": {}, "arrays": {}}, "not the JSON expected"),
-        ({"fields": {}, "arrays": [-1]}, "lengths that are none"),
-        ({"fields": {}, "arrays": [1.5]}, "lengths that are none"),
-        ({"fields": {}, "arrays": [True]}, "lengths that are none"),
-        ({"fields": {}, "arrays": ["9"]}, "lengths that are none"),
+        ({"fields": {}, "arrays": [-1]}, "lengths that are not numbers"),
+        ({"fields": {}, "arrays": [1.5]}, "lengths that are not numbers"),
+        ({"fields": {}, "arrays": [True]}, "lengths that are not numbers"),
+        ({"fields": {}, "arrays": ["9"]}, "lengths that are not numbers"),
         ({"fields": {}, "arrays": [10**30]}, f"arrays of {10**30} bytes"),
         ({"fields": {}, "arrays": [600, 600]}, "arrays of 1200 bytes"),
         ({"fields": {}, "arrays": [9]}, "an array in 9 bytes"),
@@ -208,9 +208,9 @@ def test_a_length_that_is_none():
 @pytest.mark.parametrize(
     ("file", "reason"),
     [
-        (b"\x80\x04pickle" * 10, "no .npy file"),
-        (b"\x93NUMPY\x02\x00" + bytes(100), "no .npy file"),
-        (b"\x93NUMPY\x01\x00\xff\xff", "no .npy file"),
+        (b"\x80\x04pickle" * 10, "not an .npy file"),
+        (b"\x93NUMPY\x02\x00" + bytes(100), "not an .npy file"),
+        (b"\x93NUMPY\x01\x00\xff\xff", "not an .npy file"),
         (npy(""), "malformed header"),
         (npy("("), "malformed header"),
         (npy("(" * 9000), "malformed header"),
@@ -269,12 +269,16 @@ def test_a_message_with_a_few_bytes_changed(data):
 @pytest.mark.parametrize("length", [0, 4, 8, 20, 100])
 def test_half_a_message_and_then_nothing(length):
     content = b"".join(encoded(Message({"a": 1}, [np.arange(5)])))[:length]
-    with channels() as (sender, receiver):
-        os.write(sender._writable, content)
-        started = time.monotonic()
-        with pytest.raises(TimeoutError):
-            receiver.receive(deadline=started + 0.2)
-        assert 0.2 <= time.monotonic() - started < 5
+    readable, writable = os.pipe()
+    _, other = os.pipe()
+    channel = Channel(readable, other)
+    os.write(writable, content)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        channel.receive(deadline=started + 0.2)
+    assert 0.2 <= time.monotonic() - started < 5
+    channel.close()
+    os.close(writable)
 
 
 def test_a_receiver_that_does_not_read():
