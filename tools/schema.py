@@ -7,6 +7,7 @@ import inspect
 import json
 import types
 from dataclasses import MISSING, fields, is_dataclass
+from enum import EnumType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from flipguard_onnx.reports.batch import BatchReport
@@ -47,6 +48,9 @@ def _as_written(found: dict[str, Any]) -> None:
         "coverage": {"type": "number"},
     }
     report["required"] += ["weights", "flips", "coverage"]
+    skipped = found["Skipped"]
+    del skipped["properties"]["detail"]  # part of the reason
+    skipped["required"].remove("detail")
     fleet = found["BatchReport"]
     fleet["properties"] |= {
         "code": {"type": "integer"},
@@ -85,6 +89,8 @@ def _object(kind: type, found: dict[str, Any]) -> dict[str, Any]:
 def _type(hint: Any, found: dict[str, Any]) -> dict[str, Any]:
     if hint is float:
         return {"type": ["number", "null"]}
+    if isinstance(hint, EnumType):
+        return {"type": "string"}
     if hint in PLAIN:
         return {"type": PLAIN[hint]}
     if is_dataclass(hint):

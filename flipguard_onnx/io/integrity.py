@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from ..errors import ModelError, UnsupportedModelError
-from ..graph.operators import ATTRIBUTES, HOLDERS, INPUTS
+from ..graph.operators import signature_of
 from ..graph.traversal import subgraphs
 from .external_data import PACKED, byte_size, elements, entry
 
@@ -214,16 +214,17 @@ def _read(node: NodeProto) -> None:
     names = Counter(attribute.name for attribute in node.attribute)
     if twice := next((name for name, count in names.items() if count > 1), None):
         raise ModelError(f"{where} has the attribute {twice!r} more than once")
-    if node.domain not in ("", "ai.onnx") or node.op_type not in INPUTS:
+    signature = signature_of(node)
+    if signature is None:
         return
-    if len(node.input) < INPUTS[node.op_type] or not node.output or not node.output[0]:
+    if len(node.input) < signature.inputs or not node.output or not node.output[0]:
         raise ModelError(
             f"{where} has {len(node.input)} inputs and {len(node.output)} outputs; "
-            f"allowed: at least {INPUTS[node.op_type]} and 1"
+            f"allowed: at least {signature.inputs} and 1"
         )
     for attribute in node.attribute:
-        wanted = ATTRIBUTES.get(attribute.name)
-        if wanted is None or node.op_type not in HOLDERS.get(attribute.name, INPUTS):
+        wanted = signature.attributes.get(attribute.name)
+        if wanted is None:
             continue
         if attribute.ref_attr_name:
             raise UnsupportedModelError(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 
 from .. import __version__
-from ..calibration.inputs import feeds_sha256
+from ..calibration.inputs import feeds_sha256, load_feeds
 from ..calibration.moments import MomentRecorder, record
 from ..detection.alignment import budget
 from ..detection.scan import scan_weights
@@ -39,7 +39,7 @@ from ..reports.scan import Budget
 from ..runtime.session import require_openable
 from ..validation import drift
 from ..validation.drift import MAX_DRIFT
-from ..validation.validator import Validator
+from ..validation.validator import ModelRunner, Validator
 from . import options
 from .mixed_precision import SensitivityProbe, measured, most_sensitive, share_of
 from .options import EMITS, draw_seeds, one_of, output_paths, preserve_mode
@@ -150,7 +150,11 @@ def guard(
         weights, skipped = require_weights(source, include, exclude)
         calibrated = None
         if integers:
-            calibrated = Calibration.of(integers, granularity, source, weights, feeds)
+            static_qdq.require_reachable(source, weights)
+            accepted = load_feeds(feeds, source.proto) if feeds else ModelRunner(source, None).feeds
+            calibrated = Calibration.of(
+                integers, granularity, source, accepted, "data" if feeds else "synthetic"
+            )
         opset = needed_opset(weights, [kind for kind, _ in form.plans(weights)], standard_ops)
         if (flat := inlined(source, opset)) is not source:
             source = flat

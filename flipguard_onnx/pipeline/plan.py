@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from ..errors import SchemeError, UnsupportedModelError
-from ..graph.operators import FOUR_BIT_OPS
 from ..graph.weights import Weight, find_weights
 from ..io.model import Model
 from ..quantization.rounding import QuantizedTensor
@@ -21,7 +20,7 @@ def scheme_for(weight: Weight, scheme: Scheme) -> Scheme:
     do embeddings (Gather), unless a MatMul shares them: at 4 bits they cost a language model about
     as much accuracy as all its other layers together, and nf4, fp4 have no operator to gather by.
     """
-    return scheme if weight.op in FOUR_BIT_OPS else SCHEMES["int8"]
+    return scheme if weight.operator.four_bits else SCHEMES["int8"]
 
 
 def require_weights(
@@ -33,7 +32,7 @@ def require_weights(
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{source.path}: {error}") from None
     if not weights:
-        reasons = sorted({tensor.reason for tensor in skipped}) or ["no float tensors"]
+        reasons = sorted({tensor.text for tensor in skipped}) or ["no float tensors"]
         raise UnsupportedModelError(f"{source.path}: nothing to guard: {'; '.join(reasons[:3])}")
     return weights, skipped
 

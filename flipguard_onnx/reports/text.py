@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..errors import printable
 from .batch import BatchReport, ModelOutcome
 from .guard import ActivationQuantization, GuardReport, Inspection, Tensor, coverage
-from .scan import NOT_JUDGED, Alignment, Scan, ScannedTensor, Skipped, Verdict
+from .scan import NOT_JUDGED, Alignment, Scan, ScannedTensor, Skipped, SkipReason, Verdict
 from .validation import Drift, Validation, Verification, pooled
 
 
@@ -157,12 +157,12 @@ def skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
     """A line per reason; with `names`, a line per tensor below it, 1-D ones and scalars aside."""
     reasons: dict[str, list[Skipped]] = defaultdict(list)
     for tensor in skipped:
-        reasons[tensor.reason].append(tensor)
+        reasons[tensor.text].append(tensor)
     lines = []
     for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
         size = sum(t.size for t in members)
         lines.append(f"skipped   {len(members)} tensors, {size:,} values: {reason}")
-        if names and reason not in ("1-D", "scalar"):
+        if names and not members[0].is_vector:
             lines += [f"          {t.name}  {'x'.join(map(str, t.shape))}" for t in members]
     return lines
 
@@ -310,7 +310,7 @@ def render_scan(scan: Scan) -> str:
         rows = [(t.name, t.verdict.grids[0], *_figures(_strongest(t))) for t in alarming]
         lines += [*table(("tensor", *head), rows), ""]
     reasons = [
-        Skipped(t.name, t.shape, t.verdict.reason)
+        Skipped(t.name, t.shape, SkipReason.NOT_JUDGED, t.verdict.reason)
         for t in scan.tensors
         if t.verdict.level == NOT_JUDGED
     ]

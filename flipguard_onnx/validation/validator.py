@@ -192,7 +192,7 @@ class Validator:
             for kind in ("plain", "decoded")
         )
         return {
-            "plain": QdqWriter(self.source, self.prepared, plain, standard_ops, plain=True),
+            "plain": QdqWriter(self.source, self.prepared, plain, standard_ops, nearest=True),
             "decoded": FloatWriter(self.source, decoded, decoded_values),
         }
 

@@ -15,7 +15,7 @@ def found(proto):
 
 
 def reasons(proto):
-    return {s.name: s.reason for s in find_weights(proto)[1]}
+    return {s.name: s.text for s in find_weights(proto)[1]}
 
 
 @pytest.mark.parametrize(
