@@ -184,6 +184,15 @@ def _matmul_axes(node: NodeProto, index: int, rank: int) -> Axes:
     return _all_but(rank - 1 if index == 0 else max(rank - 2, 0), rank)
 
 
+def _fused_matmul_axes(node: NodeProto, index: int, rank: int) -> Axes:
+    """As MatMul, after transBatch moves the first axis to the last but one, and trans swaps these
+    two."""
+    side = "AB"[index]
+    rows = 0 if attribute(node, f"transBatch{side}", 0) else max(rank - 2, 0)
+    swapped = bool(attribute(node, f"trans{side}", 0))
+    return _all_but(rank - 1 if (index == 0) != swapped else rows, rank)
+
+
 def _gemm_axes(node: NodeProto, index: int, rank: int) -> Axes:
     return (0,) if attribute(node, "transB", 0) else (1,)
 
@@ -204,6 +213,15 @@ def _matmul_input(operand: Operand) -> MultipliedInput | str:
         return _not_recorded(operand)
     arrangement = Arrangement.ROWS if operand.index else Arrangement.COLUMNS
     return MultipliedInput(1 - operand.index, arrangement)
+
+
+def _fused_matmul_input(operand: Operand) -> MultipliedInput | str:
+    other = 1 - operand.index
+    side = "AB"[other]
+    if len(operand.shape) != 2 or operand.flag(f"transBatch{side}"):
+        return _not_recorded(operand)
+    by_row = (other == 0) != operand.flag(f"trans{side}")
+    return MultipliedInput(other, Arrangement.ROWS if by_row else Arrangement.COLUMNS)
 
 
 def _gemm_input(operand: Operand) -> MultipliedInput:
@@ -242,6 +260,10 @@ def _gathered(operand: Operand) -> str:
     return "Gather picks rows: nothing is summed"
 
 
+def _routed(operand: Operand) -> str:
+    return "mixture of experts: a router decides which expert multiplies which input"
+
+
 # What varies when a node is run alone.
 
 
@@ -253,6 +275,16 @@ def _matmul_layer(operand: Operand) -> LayerInput:
     *batch, rows, columns = operand.shape
     matrix = (SAMPLE_ROWS, rows) if operand.index else (columns, SAMPLE_ROWS)
     return LayerInput(1 - operand.index, (*batch, *matrix), len(operand.shape))
+
+
+def _fused_matmul_layer(operand: Operand) -> LayerInput | None:
+    if len(operand.shape) != 2:
+        return None
+    other = 1 - operand.index
+    (outputs,) = _fused_matmul_axes(operand.node, operand.index, 2)
+    inner = operand.shape[1 - outputs]
+    by_row = (other == 0) != operand.flag(f"trans{'AB'[other]}")
+    return LayerInput(other, (SAMPLE_ROWS, inner) if by_row else (inner, SAMPLE_ROWS), 2)
 
 
 def _gemm_layer(operand: Operand) -> LayerInput:
@@ -274,6 +306,10 @@ def _gather_layer(operand: Operand) -> LayerInput:
     return LayerInput(1, (SAMPLE_ROWS,), len(operand.shape), TensorProto.INT64)
 
 
+def _attention_layer(operand: Operand) -> LayerInput:
+    return LayerInput(0, (1, SAMPLE_ROWS, operand.shape[0]), 3)
+
+
 _CONV = Signature(
     2,
     {
@@ -289,6 +325,11 @@ _GEMM = Signature(
         **dict.fromkeys(("transA", "transB"), AttributeProto.INT),
         **dict.fromkeys(("alpha", "beta"), AttributeProto.FLOAT),
     },
+)
+
+_FUSED_MATMUL = Signature(
+    2,
+    dict.fromkeys(("transA", "transB", "transBatchA", "transBatchB"), AttributeProto.INT),
 )
 
 _recurrent = partial(
@@ -362,6 +403,35 @@ OPERATORS = (
         forms=(WeightForm.GATHER,),
         weight_may_vary=True,
         behind_views=False,
+    ),
+    Operator(
+        "FusedMatMul",
+        domain=CONTRIB,
+        weights=(1, 0),
+        signature=_FUSED_MATMUL,
+        output_axes=_fused_matmul_axes,
+        multiplied_input=_fused_matmul_input,
+        layer_input=_fused_matmul_layer,
+        four_bits=True,
+        weight_may_vary=True,
+    ),
+    Operator(
+        "Attention",  # the weight is that of Q, K and V side by side: [hidden, 3 * hidden]
+        domain=CONTRIB,
+        weights=(1,),
+        signature=Signature(2),
+        output_axes=_axes(1),
+        multiplied_input=_rows_of_first,
+        layer_input=_attention_layer,
+    ),
+    Operator(
+        "MoE",  # [experts, outputs, inputs] each
+        domain=CONTRIB,
+        weights=(2, 4, 6),
+        signature=Signature(5),
+        output_axes=_axes(0, 1),
+        multiplied_input=_routed,
+        layer_input=_no_layer,
     ),
 )
 
