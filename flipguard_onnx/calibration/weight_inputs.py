@@ -8,7 +8,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import FunctionProto, GraphProto
 
-from ..graph.operators import Arrangement, Operand, Window
+from ..graph.operands import Arrangement, Operand, Window
 from ..graph.scopes import Use
 from ..graph.weights import Weight
 from ..quantization.error_feedback import Floats

@@ -133,7 +133,7 @@ def preprocessed(
             "(up to --max-memory and 1 GiB), since onnxruntime's quantizer loads it whole",
             path=source.path,
         )
-    converted_source = Output(folder / "given", None, external=False)
+    converted_source = Output(folder / "converted", None, external=False)
     proto = ModelProto()
     opset = OPSETS[integers.activations]
     proto.CopyFrom(converted(source, opset, find_weights(source.proto)[0]))
@@ -191,6 +191,15 @@ def _float_sums(main: GraphProto) -> list[str]:
     return [node.name for node in main.node if node.op_type == "Add" and is_float(node)]
 
 
+@dataclass(frozen=True)
+class _Guarded:
+    """The codes of a guarded weight, flat in canonical order."""
+
+    scheme: Scheme
+    grid: Grid
+    codes: Codes
+
+
 class StaticQdqWriter:
     """The float model with guarded weights, quantized whole.
 
@@ -226,12 +235,13 @@ class StaticQdqWriter:
         self._calibration = calibration
         self._standard_ops = standard_ops
         self._nearest = nearest
-        self._guarded: dict[str, tuple[Scheme, Grid, Codes]] = {}
+        self._guarded: dict[str, _Guarded] = {}
 
     def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
         if not self._nearest:
             self._float.add_weight(name, scheme, flips)
-        self._guarded[name] = scheme, flips.grid, flips.plain if self._nearest else flips.codes
+        codes = flips.plain if self._nearest else flips.codes
+        self._guarded[name] = _Guarded(scheme, flips.grid, codes)
 
     def save(self, metadata: dict[str, str]) -> None:
         self._float.save({})
@@ -250,8 +260,8 @@ class StaticQdqWriter:
         floats, made = (open_model(p, ours=True) for p in (self._float.output.path, result))
         weights = {weight.name: weight for weight in find_weights(floats.proto)[0]}
         checker = StaticGraphChecker(made, floats, self.output)
-        for name, (_, grid, codes) in self._guarded.items():
-            checker.weight(weights[name], grid, codes)
+        for name, guarded in self._guarded.items():
+            checker.weight(weights[name], guarded.grid, guarded.codes)
         checker.finish()
         self.integers = replace(
             self.integers, weight_only=checker.weight_only, floats=tuple(checker.floats)
@@ -269,7 +279,8 @@ class StaticQdqWriter:
             )
         emitter = Emitter(proto, self.output, self._standard_ops)
         for name, weight in left.items():
-            emitter.emit(weight, *self._guarded[name])
+            guarded = self._guarded[name]
+            emitter.emit(weight, guarded.scheme, guarded.grid, guarded.codes)
         emitter.finish()
 
 

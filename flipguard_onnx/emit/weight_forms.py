@@ -266,10 +266,9 @@ class _WeightCodes:
         if blocks.cols % blocks.size:
             padded_shape = self._add_integers("padded_shape", *whole_blocks)
             value = self._add_node("Reshape", [value, padded_shape])
-            limits = ("starts", 0), ("ends", blocks.cols), ("axes", 1)
-            value = self._add_node(
-                "Slice", [value, *(self._add_integers(*each) for each in limits)]
-            )
+            limits = {"starts": 0, "ends": blocks.cols, "axes": 1}
+            added = [self._add_integers(name, limit) for name, limit in limits.items()]
+            value = self._add_node("Slice", [value, *added])
         shape = (self._weight.shape[axis] for axis in self._weight.perm)
         value = self._add_node("Reshape", [value, self._add_integers("shape", *shape)])
         order = [self._weight.perm.index(axis) for axis in use.perm]

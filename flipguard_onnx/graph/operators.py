@@ -1,7 +1,7 @@
 """What the package knows of operators: `OPERATORS` has one row for each operator with weights.
 
-A row is plain data and functions of nodes and shapes; whoever needs to know something of an
-operator asks its row. To support another operator, add a row and a test.
+A row is plain data and functions of nodes and shapes (operands.py); whoever needs to know something
+of an operator asks its row. To support another operator, add a row and a test.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,8 @@ from math import prod
 
 from onnx import AttributeProto, NodeProto, TensorProto
 
+from . import operands
+from .operands import Axes, LayerInput, MultipliedInput, Operand, Shape
 from .traversal import attribute
 
 STANDARD = ("", "ai.onnx")  # names of the domain of the standard operators
@@ -23,14 +25,6 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 CHAIN = ("Identity", "Transpose", "Cast")  # a weight is followed through these
 
 VIEWS = ("Slice", "Split", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Flatten")
-
-SAMPLE_ROWS = 16  # inputs that a layer gets when it is run alone
-
-SAMPLE_MARGIN = 3  # places beyond the reach of a convolution's kernel, along every axis
-
-Axes = tuple[int, ...]
-
-Shape = tuple[int, ...]
 
 
 class WeightForm(StrEnum):
@@ -45,14 +39,6 @@ class WeightForm(StrEnum):
     GATHER = "gather"
 
 
-class Arrangement(StrEnum):
-    """Where the rows of an input are, one of which is multiplied with a row of the weight."""
-
-    ROWS = "rows"  # along the last axis
-    COLUMNS = "columns"  # along the last but one
-    PATCHES = "patches"  # under the kernel of a convolution
-
-
 @dataclass(frozen=True)
 class Signature:
     """What is read of a node, and so must be there.
@@ -65,59 +51,6 @@ class Signature:
 
     inputs: int
     attributes: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A weight as an operator reads it: input `index` of `node`.
-
-    shape: behind the Transpose nodes that lead there.
-    """
-
-    node: NodeProto
-    index: int
-    shape: Shape
-
-    def flag(self, name: str) -> bool:
-        """The value of an attribute that is 0 unless it is given."""
-        return bool(attribute(self.node, name, 0))
-
-
-@dataclass(frozen=True)
-class Window:
-    """How the kernel of a convolution moves over its input; all tuples have one entry per axis.
-
-    pads: before the input along each axis, then behind it; empty for none.
-    """
-
-    kernel: Shape
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[int, ...]
-    auto_pad: str
-    groups: int
-
-
-@dataclass(frozen=True)
-class MultipliedInput:
-    """The input of a node that a weight is multiplied with, by its index."""
-
-    index: int
-    arrangement: Arrangement
-    window: Window | None = None  # of PATCHES
-
-
-@dataclass(frozen=True)
-class LayerInput:
-    """The one input that varies when a node is run alone, with a shape that fits the weight.
-
-    elem_type: if it is not the weight's. output_rank: how many axes the result has.
-    """
-
-    index: int
-    shape: Shape
-    output_rank: int
-    elem_type: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,149 +100,6 @@ class Operator:
         return prod(shape[axis] for axis in axes) * groups
 
 
-# Which axes of a weight number output channels.
-
-
-def _axes(*axes: int) -> Callable[[NodeProto, int, int], Axes]:
-    """The same axes for every node."""
-    return lambda node, index, rank: axes
-
-
-def _all_but(contracted: int, rank: int) -> Axes:
-    return tuple(axis for axis in range(rank) if axis != contracted)
-
-
-def _matmul_axes(node: NodeProto, index: int, rank: int) -> Axes:
-    """All but the last axis of a left operand, and the last but one of a right operand."""
-    return _all_but(rank - 1 if index == 0 else max(rank - 2, 0), rank)
-
-
-def _fused_matmul_axes(node: NodeProto, index: int, rank: int) -> Axes:
-    """As MatMul, after transBatch moves the first axis to the last but one, and trans swaps these
-    two."""
-    side = "AB"[index]
-    rows = 0 if attribute(node, f"transBatch{side}", 0) else max(rank - 2, 0)
-    swapped = bool(attribute(node, f"trans{side}", 0))
-    return _all_but(rank - 1 if (index == 0) != swapped else rows, rank)
-
-
-def _gemm_axes(node: NodeProto, index: int, rank: int) -> Axes:
-    return (0,) if attribute(node, "transB", 0) else (1,)
-
-
-def _gather_axes(node: NodeProto, index: int, rank: int) -> Axes:
-    return (attribute(node, "axis", 0) % rank,)
-
-
-# What a weight is multiplied with.
-
-
-def _not_recorded(operand: Operand) -> str:
-    return f"inputs of {operand.node.op_type} are not recorded here"
-
-
-def _matmul_input(operand: Operand) -> MultipliedInput | str:
-    if len(operand.shape) != 2:
-        return _not_recorded(operand)
-    arrangement = Arrangement.ROWS if operand.index else Arrangement.COLUMNS
-    return MultipliedInput(1 - operand.index, arrangement)
-
-
-def _fused_matmul_input(operand: Operand) -> MultipliedInput | str:
-    other = 1 - operand.index
-    side = "AB"[other]
-    if len(operand.shape) != 2 or operand.flag(f"transBatch{side}"):
-        return _not_recorded(operand)
-    by_row = (other == 0) != operand.flag(f"trans{side}")
-    return MultipliedInput(other, Arrangement.ROWS if by_row else Arrangement.COLUMNS)
-
-
-def _gemm_input(operand: Operand) -> MultipliedInput:
-    by_column = operand.flag("transA")
-    return MultipliedInput(0, Arrangement.COLUMNS if by_column else Arrangement.ROWS)
-
-
-def _rows_of_first(operand: Operand) -> MultipliedInput:
-    return MultipliedInput(0, Arrangement.ROWS)
-
-
-def _conv_input(operand: Operand) -> MultipliedInput | str:
-    node, kernel = operand.node, operand.shape[2:]
-    pads = tuple(attribute(node, "pads", ()))
-    if min(pads, default=0) < 0:
-        return _not_recorded(operand)
-    ones = (1,) * len(kernel)
-    window = Window(
-        kernel,
-        tuple(attribute(node, "strides", ones)),
-        tuple(attribute(node, "dilations", ones)),
-        pads,
-        attribute(node, "auto_pad", b"NOTSET").decode(),
-        attribute(node, "group", 1),
-    )
-    return MultipliedInput(0, Arrangement.PATCHES, window)
-
-
-def _recurrent_input(operand: Operand) -> MultipliedInput | str:
-    if operand.index != 1:
-        return f"recurrent: {operand.node.op_type} multiplies it with its own state"
-    return _rows_of_first(operand)
-
-
-def _gathered(operand: Operand) -> str:
-    return "Gather picks rows: nothing is summed"
-
-
-def _routed(operand: Operand) -> str:
-    return "mixture of experts: a router decides which expert multiplies which input"
-
-
-# What varies when a node is run alone.
-
-
-def _no_layer(operand: Operand) -> None:
-    """Such a node is not run alone."""
-
-
-def _matmul_layer(operand: Operand) -> LayerInput:
-    *batch, rows, columns = operand.shape
-    matrix = (SAMPLE_ROWS, rows) if operand.index else (columns, SAMPLE_ROWS)
-    return LayerInput(1 - operand.index, (*batch, *matrix), len(operand.shape))
-
-
-def _fused_matmul_layer(operand: Operand) -> LayerInput | None:
-    if len(operand.shape) != 2:
-        return None
-    other = 1 - operand.index
-    (outputs,) = _fused_matmul_axes(operand.node, operand.index, 2)
-    inner = operand.shape[1 - outputs]
-    by_row = (other == 0) != operand.flag(f"trans{'AB'[other]}")
-    return LayerInput(other, (SAMPLE_ROWS, inner) if by_row else (inner, SAMPLE_ROWS), 2)
-
-
-def _gemm_layer(operand: Operand) -> LayerInput:
-    inner = operand.shape[1 if operand.flag("transB") else 0]
-    by_column = operand.flag("transA")
-    return LayerInput(0, (inner, SAMPLE_ROWS) if by_column else (SAMPLE_ROWS, inner), 2)
-
-
-def _conv_layer(operand: Operand, transposed: bool) -> LayerInput:
-    first, second, *kernel = operand.shape
-    dilations = attribute(operand.node, "dilations", (1,) * len(kernel))
-    places = (d * (k - 1) + 1 + SAMPLE_MARGIN for d, k in zip(dilations, kernel, strict=True))
-    channels = first if transposed else second * attribute(operand.node, "group", 1)
-    shape = (1, channels, *places)
-    return LayerInput(0, shape, len(shape))
-
-
-def _gather_layer(operand: Operand) -> LayerInput:
-    return LayerInput(1, (SAMPLE_ROWS,), len(operand.shape), TensorProto.INT64)
-
-
-def _attention_layer(operand: Operand) -> LayerInput:
-    return LayerInput(0, (1, SAMPLE_ROWS, operand.shape[0]), 3)
-
-
 _CONV = Signature(
     2,
     {
@@ -336,9 +126,9 @@ _recurrent = partial(
     Operator,
     weights=(1, 2),
     signature=Signature(3),
-    output_axes=_axes(0, 1),
-    multiplied_input=_recurrent_input,
-    layer_input=_no_layer,
+    output_axes=operands.fixed_axes(0, 1),
+    multiplied_input=operands.recurrent_input,
+    layer_input=operands.no_layer,
 )
 
 # A tensor that several operators read gets the layout of the one that comes first here.
@@ -347,9 +137,9 @@ OPERATORS = (
         "MatMul",
         weights=(1, 0),
         signature=Signature(2),
-        output_axes=_matmul_axes,
-        multiplied_input=_matmul_input,
-        layer_input=_matmul_layer,
+        output_axes=operands.matmul_axes,
+        multiplied_input=operands.matmul_input,
+        layer_input=operands.matmul_layer,
         four_bits=True,
         forms=(WeightForm.DEQUANTIZE, WeightForm.BNB4),
         static=True,
@@ -359,9 +149,9 @@ OPERATORS = (
         "Gemm",
         weights=(1,),
         signature=_GEMM,
-        output_axes=_gemm_axes,
-        multiplied_input=_gemm_input,
-        layer_input=_gemm_layer,
+        output_axes=operands.gemm_axes,
+        multiplied_input=operands.gemm_input,
+        layer_input=operands.gemm_layer,
         four_bits=True,
         forms=(WeightForm.DEQUANTIZE,),
         static=True,
@@ -371,9 +161,9 @@ OPERATORS = (
         "Conv",
         weights=(1,),
         signature=_CONV,
-        output_axes=_axes(0),
-        multiplied_input=_conv_input,
-        layer_input=partial(_conv_layer, transposed=False),
+        output_axes=operands.fixed_axes(0),
+        multiplied_input=operands.conv_input,
+        layer_input=partial(operands.conv_layer, transposed=False),
         static=True,
         convolution=True,
         requantized=True,
@@ -382,9 +172,9 @@ OPERATORS = (
         "ConvTranspose",
         weights=(1,),
         signature=_CONV,
-        output_axes=_axes(1),
-        multiplied_input=_not_recorded,
-        layer_input=partial(_conv_layer, transposed=True),
+        output_axes=operands.fixed_axes(1),
+        multiplied_input=operands.not_recorded,
+        layer_input=partial(operands.conv_layer, transposed=True),
         static=True,
         convolution=True,
         requantized=True,
@@ -397,9 +187,9 @@ OPERATORS = (
         "Gather",
         weights=(0,),
         signature=Signature(2, {"axis": AttributeProto.INT}),
-        output_axes=_gather_axes,
-        multiplied_input=_gathered,
-        layer_input=_gather_layer,
+        output_axes=operands.gather_axes,
+        multiplied_input=operands.gather_input,
+        layer_input=operands.gather_layer,
         forms=(WeightForm.GATHER,),
         weight_may_vary=True,
         behind_views=False,
@@ -409,9 +199,9 @@ OPERATORS = (
         domain=CONTRIB,
         weights=(1, 0),
         signature=_FUSED_MATMUL,
-        output_axes=_fused_matmul_axes,
-        multiplied_input=_fused_matmul_input,
-        layer_input=_fused_matmul_layer,
+        output_axes=operands.fused_matmul_axes,
+        multiplied_input=operands.fused_matmul_input,
+        layer_input=operands.fused_matmul_layer,
         four_bits=True,
         weight_may_vary=True,
     ),
@@ -420,18 +210,18 @@ OPERATORS = (
         domain=CONTRIB,
         weights=(1,),
         signature=Signature(2),
-        output_axes=_axes(1),
-        multiplied_input=_rows_of_first,
-        layer_input=_attention_layer,
+        output_axes=operands.fixed_axes(1),
+        multiplied_input=operands.rows_of_first,
+        layer_input=operands.attention_layer,
     ),
     Operator(
         "MoE",  # [experts, outputs, inputs] each
         domain=CONTRIB,
         weights=(2, 4, 6),
         signature=Signature(5),
-        output_axes=_axes(0, 1),
-        multiplied_input=_routed,
-        layer_input=_no_layer,
+        output_axes=operands.fixed_axes(0, 1),
+        multiplied_input=operands.experts_input,
+        layer_input=operands.no_layer,
     ),
 )
 
@@ -447,7 +237,7 @@ SIGNATURES = {
 
 _BY_NAME = {(operator.domain, operator.name): operator for operator in OPERATORS}
 
-_PRIORITY = {operator: place for place, operator in enumerate(OPERATORS)}
+_PRIORITY = {operator: row for row, operator in enumerate(OPERATORS)}
 
 
 def operator_of(node: NodeProto) -> Operator | None:
@@ -457,7 +247,7 @@ def operator_of(node: NodeProto) -> Operator | None:
 
 
 def priority(operator: Operator) -> int:
-    """The row's place in the table."""
+    """The number of an operator's row in the table."""
     return _PRIORITY[operator]
 
 

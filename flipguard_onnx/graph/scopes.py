@@ -119,15 +119,21 @@ class GraphIndex:
                         yield scope, node.output[0], attr.t, node
 
     def operators(self, scope: Scope, name: str) -> list[str]:
-        """The types of the nodes that read the value itself."""
+        """The types of the nodes that read a value, in alphabetical order, each once."""
         return sorted({node.op_type for _, node, _ in self._edges[id(scope), name]})
 
     def is_output(self, scope: Scope, name: str) -> bool:
-        """Whether the value, or one that merely renames or casts it, leaves its graph."""
+        """Whether a value is an output of its graph, itself or behind Identity, Transpose, Cast."""
         return (id(scope), name) in self._leaving
 
     def uses(self, scope: Scope, name: str, perm: tuple[int, ...], elem_type: int) -> Iterator[Use]:
-        """Where the value ends up, seen through Identity, Transpose and Cast."""
+        """The readers of a value; Identity, Transpose and Cast are followed to theirs.
+
+        Parameters
+        ----------
+        scope, name : the value
+        perm, elem_type : the order of its axes, and its type
+        """
         pending = [(iter(self._edges[id(scope), name]), perm, elem_type)]
         while pending:
             edges, perm, elem_type = pending[-1]
@@ -144,7 +150,7 @@ class GraphIndex:
     def _chained(
         self, node: NodeProto, perm: tuple[int, ...], elem_type: int
     ) -> tuple[tuple[int, ...], int] | None:
-        """Order of axes and type behind a node that changes only these; None behind others."""
+        """The order of axes and the type behind Identity, Transpose or Cast; else None."""
         if node.domain not in STANDARD:
             return None
         if node.op_type == "Identity":
@@ -169,7 +175,7 @@ class GraphIndex:
         return min(found, key=priority, default=None)
 
     def _passed_on(self, scope: Scope, node: NodeProto, index: int) -> list[Value]:
-        """The values that hold what this input holds, or a part or another shape of it."""
+        """The values that hold this input, a part of it, or it in another shape."""
         if function := self.functions.get((node.domain, node.op_type)):
             names = function.body.input
             return [(id(function), str(names[index]))] if index < len(names) else []
@@ -197,7 +203,11 @@ class GraphIndex:
         goals: Iterable[tuple[Value, Goal]],
         passed_on: Callable[[Scope, NodeProto, int], list[Value]],
     ) -> dict[Value, set[Goal]]:
-        """By value: the goals that it reaches; found backwards, each value once for each goal."""
+        """By value: the goals that it reaches.
+
+        goals: values with what is reached there. passed_on: the values to which a node passes on
+        an input. The search goes backwards from the goals, once through each value for each goal.
+        """
         sources: dict[Value, list[Value]] = defaultdict(list)
         for value, edges in self._edges.items():
             for scope, node, index in edges:

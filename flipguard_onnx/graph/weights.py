@@ -2,7 +2,7 @@
 
 A weight is a constant float tensor that reaches a weight input of an operator of `OPERATORS`,
 directly or through Identity, Transpose and Cast, in whatever graph, subgraph or model-local
-function. What else is constant and float is listed with the reason why it is left alone.
+function. Every other constant float tensor is listed with the reason why it is left alone.
 """
 
 from collections import defaultdict
@@ -24,15 +24,22 @@ from .scopes import GraphIndex, Scope, Use
 
 QUANTIZED = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
 
-SMALLEST = 64  # weights; the scales of a smaller tensor would outweigh what it saves
+SMALLEST = 64  # weights; the scales of a smaller tensor would take more than its codes save
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A constant tensor that can be guarded. `name` is unique in the model.
+    """A constant tensor that can be guarded.
 
-    node: the Constant node that holds it, None for an initializer.
-    operator: the one whose layout it has. rows: the stored axes that number its output channels.
+    Attributes
+    ----------
+    name : unique in the model
+    scope : the graph or function that it is in
+    tensor : its data
+    node : the Constant node that holds it, None for an initializer
+    operator : the operator whose layout it has
+    rows : the stored axes that number its output channels
+    uses : every place that reads it
     """
 
     name: str
@@ -92,11 +99,18 @@ def find_weights(
     exclude: tuple[str, ...] = (),
     partly: bool = False,
 ) -> tuple[list[Weight], list[Skipped]]:
-    """All weights of the model and all float tensors that are left alone.
+    """All weights of a model, and all tensors that are left alone although they could be weights.
 
-    include, exclude: shell patterns over tensor names; what fails them is skipped.
-    Raises UnsupportedModelError when most of the model's weights are quantized already, unless it
-    is `partly` quantized on purpose.
+    Parameters
+    ----------
+    proto : the model
+    include, exclude : shell patterns over tensor names; other tensors are skipped. An empty
+        `include` selects all
+    partly : accept a model most of whose weights are quantized already
+
+    Raises
+    ------
+    UnsupportedModelError : most of the weights are quantized already
     """
     index = GraphIndex(proto)
     weights: list[Weight] = []
@@ -120,13 +134,13 @@ def find_weights(
             skipped.append(Skipped(name, shape, SkipReason.QUANTIZED, detail))
         elif tensor.data_type in (*FLOATS, TensorProto.DOUBLE):
             first = _first_operator(uses)
-            reason = _why_not(tensor, uses, first, index.is_output(scope, plain_name))
+            reason, detail = _why_not(tensor, uses, first, index.is_output(scope, plain_name))
             if not reason and include and not any(fnmatchcase(name, p) for p in include):
-                reason = SkipReason.NOT_INCLUDED, ""
+                reason = SkipReason.NOT_INCLUDED
             if not reason and any(fnmatchcase(name, p) for p in exclude):
-                reason = SkipReason.EXCLUDED, ""
+                reason = SkipReason.EXCLUDED
             if reason:
-                skipped.append(Skipped(name, shape, *reason))
+                skipped.append(Skipped(name, shape, reason, detail))
             elif first and first.operator:
                 rows, operator = first.output_axes(), first.operator
                 weights.append(Weight(name, scope, tensor, node, operator, rows, uses))
@@ -154,8 +168,8 @@ def _first_operator(uses: tuple[Use, ...]) -> Use | None:
 
 def _why_not(
     tensor: TensorProto, uses: tuple[Use, ...], first: Use | None, is_output: bool
-) -> tuple[SkipReason, str] | None:
-    """The reason why a tensor is left alone, with its detail; None for a weight."""
+) -> tuple[SkipReason | None, str]:
+    """The reason why a tensor is left alone, with its detail; None and "" for a weight."""
     rank, size = len(tensor.dims), prod(tensor.dims)
     if rank < 2:
         return (SkipReason.ONE_AXIS if rank else SkipReason.SCALAR), ""
@@ -168,4 +182,4 @@ def _why_not(
         return SkipReason.TOO_SMALL, str(SMALLEST)
     if is_output:
         return SkipReason.GRAPH_OUTPUT, ""
-    return None
+    return None, ""

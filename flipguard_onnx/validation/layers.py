@@ -14,7 +14,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from ..emit.weight_forms import form_of
 from ..errors import ValidationError
-from ..graph.operators import Operand, WeightForm
+from ..graph.operands import Operand
+from ..graph.operators import WeightForm
 from ..graph.weights import Weight
 from ..io.model import Model, open_model
 from ..io.writer import Output

@@ -47,6 +47,19 @@ def fused_matmul(index=1, trans_a=0, trans_b=0, batch=()):
     )
 
 
+def fused_matmul_batch_first(trans_b):
+    """The weight's batch axis is not the first one: transBatchB moves it there."""
+    return contrib(
+        "FusedMatMul",
+        "x w",
+        {"x": [3, 5, 70]},
+        {"y": [3, 5, 33]},
+        {"w": weights((33, 3, 70) if trans_b else (70, 3, 33))},
+        transBatchB=1,
+        transB=trans_b,
+    )
+
+
 def attention(**attributes):
     return contrib(
         "Attention",
@@ -77,6 +90,11 @@ MODELS = {
     "fused_matmul_batched": (lambda: fused_matmul(batch=(3,)), {"w": (0, 2)}),
     "fused_matmul_batched_trans_b": (
         lambda: fused_matmul(trans_b=1, batch=(3,)),
+        {"w": (0, 1)},
+    ),
+    "fused_matmul_batched_batch_first": (lambda: fused_matmul_batch_first(0), {"w": (1, 2)}),
+    "fused_matmul_batched_batch_first_trans_b": (
+        lambda: fused_matmul_batch_first(1),
         {"w": (0, 1)},
     ),
     "attention": (attention, {"w": (1,)}),

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 import flipguard_onnx
 from flipguard_onnx import ValidationError
 from flipguard_onnx.emit.writers import QdqWriter
-from flipguard_onnx.graph.operators import SAMPLE_ROWS
+from flipguard_onnx.graph.operands import SAMPLE_ROWS
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.pipeline.plan import Format
