@@ -86,7 +86,7 @@ def test_all_matrices_are_guarded(tmp_path, file, scheme):
     }
     assert {t.scheme for t in report.tensors if t.op == "MatMul"} == {scheme}
     assert {t.scheme for t in report.tensors if t.op == "Gather"} <= {"int8"}
-    assert {s.reason for s in report.skipped} == {"1-D", "scalar"}
+    assert {s.text for s in report.skipped} == {"1-D", "scalar"}
     assert report.coverage > 0.97
     assert 0.1 < report.flips / report.weights < 0.4
     assert not matrices.keys() & constants(onnx.load(output)).keys()

@@ -8,6 +8,7 @@ import json
 import re
 import types
 from dataclasses import MISSING, fields, is_dataclass
+from enum import EnumType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from flipguard_onnx.reports.batch import BatchReport
@@ -48,6 +49,9 @@ def _as_written(found: dict[str, Any]) -> None:
         "coverage": {"type": "number"},
     }
     report["required"] += ["weights", "flips", "coverage"]
+    skipped = found["Skipped"]
+    del skipped["properties"]["detail"]  # part of the reason
+    skipped["required"].remove("detail")
     batch = found["BatchReport"]
     batch["properties"] |= {
         "code": {"type": "integer"},
@@ -97,6 +101,8 @@ def _type(hint: Any, found: dict[str, Any]) -> dict[str, Any]:
         return {}
     if hint is float:
         return {"type": ["number", "null"]}
+    if isinstance(hint, EnumType):
+        return {"type": "string"}
     if hint in PLAIN:
         return {"type": PLAIN[hint]}
     if is_dataclass(hint):

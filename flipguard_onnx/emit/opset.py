@@ -1,11 +1,13 @@
 """The opset that a written graph needs, and how the source gets there."""
 
 from dataclasses import replace
-from typing import Any
+
+from onnx import FunctionProto, ModelProto
 
 from .. import runtime
 from ..errors import UnsupportedModelError, ValidationError
 from ..graph.copies import IndexedModel
+from ..graph.operators import STANDARD, WeightForm
 from ..graph.weights import Weight
 from ..io.model import Model
 from ..quantization.schemes import Scheme
@@ -13,7 +15,13 @@ from .weight_forms import form_of
 
 
 def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: bool) -> int:
-    """The lowest version of the standard operators that has every form the weights will take."""
+    """The lowest opset that has every form the weights will take.
+
+    Parameters
+    ----------
+    weights, schemes : the weights, and the scheme of each
+    standard_ops : whether the forms do without contrib operators
+    """
     return max(
         opset_for(form_of(use, weight, scheme, standard_ops), scheme)
         for weight, scheme in zip(weights, schemes, strict=True)
@@ -24,23 +32,30 @@ def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: boo
 def inlined(source: Model, opset: int) -> Model:
     """The source, with its local functions expanded if they or the graph are older than `opset`.
 
-    onnx converts graphs and drops their functions. Raises UnsupportedModelError when it cannot.
+    They must be, since onnx drops the functions of a graph that it converts.
+
+    Raises
+    ------
+    UnsupportedModelError : onnx cannot expand them
     """
     functions = source.proto.functions
-    if not functions or all(_opset(part) >= opset for part in (source.proto, *functions)):
+    oldest = min([_opset(source.proto), *map(_opset, functions)])
+    if not functions or oldest >= opset:
         return source
     try:
         return replace(source, proto=runtime.inlined(source.proto))
     except (runtime.RemoteError, ValidationError) as error:
         raise UnsupportedModelError(
-            f"{source.path}: its local functions cannot be expanded: {error}"
+            "its local functions cannot be expanded: {found}", found=str(error), path=source.path
         ) from None
 
 
 def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel:
     """The source's graph at `opset` at least, with the same weights; `original` if it is.
 
-    Raises UnsupportedModelError when onnx cannot convert it.
+    Raises
+    ------
+    UnsupportedModelError : onnx cannot convert it, or not without losing a weight of `original`
     """
     if _opset(source.proto) >= opset:
         return original
@@ -48,22 +63,23 @@ def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel
         result = IndexedModel.of(runtime.converted(source.proto, opset))
         there = {weight.name for weight in result.weights}
         if lost := {weight.name for weight in original.weights} - there:
-            raise ValidationError(f"tensor {min(lost)!r} would no longer be a weight")
+            raise ValidationError("tensor {tensor!r} would no longer be a weight", tensor=min(lost))
         return result
     except (runtime.RemoteError, ValidationError) as error:
+        needed = f"opset {_opset(source.proto)} cannot be converted to {opset}"
         raise UnsupportedModelError(
-            f"{source.path}: opset {_opset(source.proto)} cannot be converted to {opset}, "
-            f"which this scheme needs: {error}"
+            f"{needed}, which this scheme needs: {{found}}", found=str(error), path=source.path
         ) from None
 
 
-def _opset(entity: Any) -> int:
-    versions = [o.version for o in entity.opset_import if o.domain in ("", "ai.onnx")]
-    return max(versions, default=1 << 31)  # a function without standard operators has no say
+def _opset(entity: ModelProto | FunctionProto) -> int:
+    """The version of the standard operators; above all others for a function without any."""
+    versions = [o.version for o in entity.opset_import if o.domain in STANDARD]
+    return max(versions, default=1 << 31)
 
 
-def opset_for(form: str, scheme: Scheme) -> int:
-    """The lowest version of the standard operators that has this form."""
-    if scheme.bits == 4 and form in ("dequantize", "folded"):
-        return 21  # blocks, and 4-bit integers as tensors
+def opset_for(form: WeightForm, scheme: Scheme) -> int:
+    """The lowest opset that has this form."""
+    if scheme.bits == 4 and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED):
+        return 21  # the first with scales per block, and with 4-bit integers as tensors
     return 7

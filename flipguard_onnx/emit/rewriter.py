@@ -6,13 +6,11 @@ from typing import Any
 import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from ..graph.operators import CHAIN
+from ..graph.operators import CHAIN, CONTRIB
 from ..graph.scopes import Scope
 from ..graph.traversal import bodies, graphs, output_names
 from ..io.writer import Output
 from ..quantization.arrays import raw_bytes
-
-CONTRIB = "com.microsoft"
 
 IR_VERSION = 4  # the first in which initializers need not be graph inputs
 
@@ -22,7 +20,12 @@ IR_VERSION_4_BIT = 10  # the first with 4-bit integer tensors
 class Rewriter:
     """Collects the edits of one model; `finish` carries them out.
 
-    New nodes depend on constants only, so they go to the front of their graph.
+    New nodes depend on constants only, and so they come first in their graph.
+
+    Parameters
+    ----------
+    proto : the model, which is edited
+    output : where the data of new constants is written
     """
 
     def __init__(self, proto: ModelProto, output: Output) -> None:
@@ -150,7 +153,7 @@ def _drop_unread_nodes(proto: ModelProto) -> None:
 
 
 def _import_what_is_used(proto: ModelProto) -> None:
-    """Import the contrib operators where they are used; ask for the IR that the tensors need."""
+    """Import the contrib operators where they are used; raise the IR version to what is needed."""
     in_graphs = any(node.domain == CONTRIB for graph in graphs(proto) for node in graph.node)
     if in_graphs and all(entry.domain != CONTRIB for entry in proto.opset_import):
         proto.opset_import.add(domain=CONTRIB, version=1)

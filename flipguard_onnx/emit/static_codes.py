@@ -1,4 +1,4 @@
-"""The graph that onnxruntime's static quantizer wrote, gone through constant by constant."""
+"""The graph that onnxruntime's static quantizer wrote, checked constant by constant."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto
 
 from ..errors import ValidationError
-from ..graph.operators import REQUANTIZED
+from ..graph.operators import operator_of
 from ..graph.scopes import Scope
 from ..graph.traversal import attribute, bodies, output_names
 from ..graph.weights import Weight
@@ -17,7 +17,7 @@ from ..quantization.arrays import raw_bytes
 from ..quantization.schemes import Codes, Grid
 from .rewriter import Rewriter
 
-ROUNDED = 0.5 * (1 + 1e-6)  # steps by which rounding to nearest may move a bias
+MAX_ROUNDING = 0.5 * (1 + 1e-6)  # steps by which rounding to nearest may move a bias
 
 NEGLIGIBLE = 1 / 256  # of the step to which a result is rounded anyway
 
@@ -27,8 +27,16 @@ Array = npt.NDArray[Any]
 class StaticGraphChecker:
     """Takes the guarded weights one by one, then judges all other constants.
 
-    weight_only: weights whose codes onnxruntime would change, and why. floats: other constants
-    that stay float.
+    Parameters
+    ----------
+    made : what the static quantizer wrote, which is edited
+    floats : the float model that it read
+    output : where the data of new constants is written
+
+    Attributes
+    ----------
+    weight_only : by name of a weight whose codes onnxruntime would change: why
+    floats : names of the other constants that stay float
     """
 
     def __init__(self, made: Model, floats: Model, output: Output) -> None:
@@ -46,7 +54,13 @@ class StaticGraphChecker:
         self._exact: dict[str, NodeProto] = {}  # of the guarded weights, by what they yield
 
     def weight(self, weight: Weight, grid: Grid, codes: Codes) -> None:
-        """Keep a guarded weight if it is as it must be, else put the float tensor back for now."""
+        """Keep a weight that has the guarded codes and scales; put any other back as floats.
+
+        Parameters
+        ----------
+        weight, grid : the weight in the float model, and its guarded scales
+        codes : the guarded ones, flat, in canonical order
+        """
         decoder = self._decoders.pop(weight.name, None)
         if decoder is None:
             self.weight_only[weight.name] = f"onnxruntime leaves this {weight.op} float"
@@ -65,11 +79,19 @@ class StaticGraphChecker:
         self._back_to_float(weight.name, decoder, reason)
 
     def finish(self) -> None:
-        """Judge biases and all other constants, after the weights."""
+        """Judge biases and all other constants, after the weights.
+
+        Raises
+        ------
+        ValidationError : a constant is not known to come from the float model
+        """
         readers = {name: node for node in self._graph.node for name in node.input}
         for name, decoder in self._decoders.items():
             if name not in self._originals:
-                raise ValidationError(f"tensor {decoder.input[0]!r}: made by onnxruntime, of what?")
+                raise ValidationError(
+                    "tensor {tensor!r}: onnxruntime made it of no tensor that is known",
+                    tensor=decoder.input[0],
+                )
             original = self._originals[name]
             if original.dims and self._array(decoder.input[0]).dtype == np.int32:
                 self._bias(name, decoder, readers[decoder.output[0]])
@@ -80,12 +102,13 @@ class StaticGraphChecker:
         _drop_unread_initializers(self._made.proto)
 
     def _bias(self, name: str, decoder: NodeProto, reader: NodeProto) -> None:
-        """Keep a bias that is held to half a step of the products, or to a small part of that of
-        the result; with any other falls the weight beside it.
+        """Keep a bias if rounding moves it by no more than half a step of the products, or by a
+        small part of a step of the result. If it moves further, neither the bias nor the weight
+        beside it runs in integers.
 
-        Where all codes of a channel are 0 the step of its products is arbitrary. onnxruntime
-        enlarges a weight's scale, and so changes its codes, until the bias fits; it was told not
-        to, and clips.
+        The step of a channel's products is input scale x weight scale; where all codes of the
+        channel are 0 it is arbitrary. By default onnxruntime enlarges the scale of a weight until
+        the bias fits into 32 bits, which changes the codes; it was told not to, so it clips.
         """
         beside = self._exact.get(reader.input[1])
         if beside:
@@ -94,12 +117,15 @@ class StaticGraphChecker:
             axes: tuple[int, ...] = tuple(range(codes.ndim))
             if self._array(beside.input[1]).size > 1:
                 axes = tuple(a for a in axes if a != attribute(beside, "axis", 1) % codes.ndim)
-            live = codes.any(axis=axes)
+            used = codes.any(axis=axes)
             wanted = self._floats.array(self._originals[name]).astype(np.float64)
-            most = np.where(live, ROUNDED * scale, 0) + 1e-6 * np.abs(wanted)
-            if np.all(np.abs(found * scale - wanted) <= np.maximum(most, self._negligible(reader))):
+            max_error = np.where(used, MAX_ROUNDING * scale, 0) + 1e-6 * np.abs(wanted)
+            max_error = np.maximum(max_error, self._negligible(reader))
+            if np.all(np.abs(found * scale - wanted) <= max_error):
                 stored = self._constants[decoder.input[0]]
-                del stored.dims[:-1]  # a Gemm's [1, N]: one scale for each of N wants [N]
+                del stored.dims[
+                    :-1
+                ]  # a Gemm's [1, N] becomes [N]: there is one scale for each of N
                 return
             weight = beside.input[0].removesuffix("_quantized")
             reason = "the bias beside it does not fit into 32 bits at the step of its products"
@@ -107,7 +133,8 @@ class StaticGraphChecker:
         self._back_to_float(name, decoder)
 
     def _negligible(self, node: NodeProto) -> float:
-        """What may be added to the node's result unseen; 0 where that is not quantized at once."""
+        """The largest error of the node's result that its rounding hides; 0 if it is not rounded
+        at once."""
         name, quantized = node.output[0], None
         while quantized is None:
             readers = [n for n in self._graph.node if name in n.input]
@@ -122,20 +149,22 @@ class StaticGraphChecker:
         return NEGLIGIBLE * float(self._array(quantized.input[1]).min())
 
     def _hold_floats(self) -> None:
-        """Keep onnxruntime's optimizer from rounding float weights and biases when it loads the
-        file, to int8 per tensor and to int32, because what they are multiplied with is quantized.
+        """Conv(x, w, b) -> Conv(x, w, DequantizeLinear(ones, b)), where w is float and x is not.
 
-        It passes by where the bias is not a constant; a DequantizeLinear is none, and this one
-        yields exactly the bias. Source: onnxruntime's WeightBiasQuantization.
+        When onnxruntime loads the file, its optimizer would round such a w to int8 per tensor and
+        b to int32, but only if b is a constant. The output of a DequantizeLinear is none, and this
+        one is exactly b. Source: onnxruntime's WeightBiasQuantization.
         """
         rewriter, scope = Rewriter(self._made.proto, self._output), Scope(self._graph)
         floats = {t.name: t for t in self._graph.initializer if t.data_type == TensorProto.FLOAT}
         for node in self._graph.node:
-            if node.op_type not in REQUANTIZED or node.input[1] not in floats:
+            operator = operator_of(node)
+            if not operator or not operator.requantized or node.input[1] not in floats:
                 continue
             name = node.input[2] if len(node.input) > 2 else ""
             if not name:
-                values = np.zeros(_outputs(node, floats[node.input[1]]), np.float32)
+                shape = tuple(floats[node.input[1]].dims)
+                values = np.zeros(operator.output_channels(node, shape), np.float32)
             elif name in self._originals and len(self._originals[name].dims) == 1:
                 values = self._floats.array(self._originals[name])
             else:
@@ -151,7 +180,10 @@ class StaticGraphChecker:
         rewriter.finish()
 
     def _back_to_float(self, name: str, decoder: NodeProto, reason: str | None = None) -> None:
-        """Let the readers of a decoder read the float tensor; `reason` for a guarded one."""
+        """Let the readers of a decoder read the float tensor.
+
+        reason: why, for a guarded weight; None for another constant.
+        """
         tensor = TensorProto()
         tensor.CopyFrom(self._originals[name])
         if reason is None:
@@ -168,14 +200,6 @@ class StaticGraphChecker:
 
     def _array(self, name: str) -> Array:
         return self._made.array(self._constants[name])
-
-
-def _outputs(node: NodeProto, weight: TensorProto) -> int:
-    """How many output channels a node of REQUANTIZED has."""
-    if node.op_type == "ConvTranspose":
-        return weight.dims[1] * int(attribute(node, "group", 1))
-    by_row = node.op_type == "Conv" or attribute(node, "transB", 0)
-    return weight.dims[0 if by_row else 1]
 
 
 def _drop_unread_initializers(proto: ModelProto) -> None:

@@ -1,14 +1,23 @@
 """Codes into the graph: each reader of a weight gets them in the form that onnxruntime runs best.
 
-dequantize  large at int4: DequantizeLinear -> MatMul or Gemm, which onnxruntime fuses into one
-            kernel
-bnb4        large at nf4, fp4: MatMulBnb4 in the place of MatMul
-gather      an embedding: the codes of the wanted rows are gathered, then dequantized
-folded      Cast and Mul by the scale (4 bits: after a codebook look-up and a Reshape): ordinary
-            nodes over constants, which onnxruntime folds when it loads the file. Float speed and
-            float memory, small file; DequantizeLinear here would run again at every inference,
-            and the kernel that it fuses into at 8 bits takes up to 1.7 times as long as float32
-            where many rows are multiplied at once (tools/latency.py)
+Before, a reader takes the float weight w. After, with s for the scales (one axis for whole rows of
+the weight, two for blocks of them):
+
+FOLDED      MatMul(x, w) -> MatMul(x, Mul(Cast(codes), s)), and at 4 bits
+                            MatMul(x, Reshape(Mul(Cast(blocks of codes), s)))
+            Ordinary nodes over constants, which onnxruntime computes once, when it loads the file:
+            a small file that runs at the speed and in the memory of floats. DequantizeLinear in
+            their place would run again at every inference, and the kernel that it fuses into at
+            8 bits takes up to 1.7 times as long as float32 where many rows are multiplied at once
+            (tools/latency.py).
+DEQUANTIZE  MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, s))
+            Large matrices at int4, read by MatMul or Gemm: onnxruntime fuses the two into one
+            kernel, so the weight stays in 4 bits in memory.
+BNB4        MatMul(x, w) -> MatMulBnb4(x, codes, s)
+            Large matrices at nf4 and fp4, likewise.
+GATHER      Gather(w, i) -> Mul(Cast(Gather(codes, i)), Gather(s, i)), and at 4 bits
+                            GatherBlockQuantized(codes, i, s)
+            Embeddings: only the rows that are looked up are dequantized.
 """
 
 from collections.abc import Callable
@@ -18,41 +27,49 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from ..graph.operators import FOUR_BIT_OPS
+from ..graph.operators import CONTRIB, WeightForm
 from ..graph.scopes import Use
 from ..graph.weights import Weight
 from ..io.writer import Output
 from ..quantization.arrays import contiguous
 from ..quantization.schemes import Codebook, Grid, Scheme
-from .rewriter import CONTRIB, Rewriter, remove_named
+from .rewriter import Rewriter, remove_named
 
-PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory, at the cost of time
+MIN_PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory, at the cost of time
 
 PAIRS = 1 << 18  # of codes that are packed at a time, so that they stay in the cache
 
-STRIP = 64  # rows, and their multiples: what a cache line holds of a turned matrix
+STRIP = 64  # rows, and their multiples: what a cache line holds of a transposed matrix
 
 Array = npt.NDArray[Any]
 
 
-def form_of(use: Use, weight: Weight, scheme: Scheme, standard_ops: bool) -> str:
-    """How this reader gets the weight: "dequantize", "bnb4", "gather" or "folded"."""
-    rank = len(weight.shape)
-    if not use.direct or use.output_axes() != weight.rows:
-        return "folded"
-    fits_kernel = rank == 2 and use.index == 1 and use.op in FOUR_BIT_OPS
-    if fits_kernel and scheme.bits == 4 and weight.size >= PACKED:
-        if not isinstance(scheme, Codebook):
+def form_of(use: Use, weight: Weight, scheme: Scheme, standard_ops: bool) -> WeightForm:
+    """The form in which this reader gets the weight.
+
+    Parameters
+    ----------
+    use, weight : one of the weight's readers
+    scheme : that of the weight
+    standard_ops : whether to do without contrib operators
+    """
+    if not use.direct or use.operator is None or use.output_axes() != weight.rows:
+        return WeightForm.FOLDED
+    rank, forms = len(weight.shape), use.operator.forms
+    is_book = isinstance(scheme, Codebook)
+    if scheme.bits == 4 and weight.size >= MIN_PACKED and rank == 2 and use.index == 1:
+        if WeightForm.DEQUANTIZE in forms and not is_book:
             fuses = use.elem_type != TensorProto.BFLOAT16 and use.scope is weight.scope
-            return "dequantize" if fuses else "folded"
-        if use.op == "MatMul" and use.elem_type == TensorProto.FLOAT and not standard_ops:
-            return "bnb4"
-    if use.op == "Gather" and weight.rows == (0,) and use.perm == tuple(range(rank)):
-        if scheme.bits == 8:
-            return "gather"
-        if not isinstance(scheme, Codebook) and rank == 2 and not standard_ops:
-            return "gather"
-    return "folded"
+            return WeightForm.DEQUANTIZE if fuses else WeightForm.FOLDED
+        is_float = use.elem_type == TensorProto.FLOAT
+        if WeightForm.BNB4 in forms and is_book and is_float and not standard_ops:
+            return WeightForm.BNB4
+    by_row = weight.rows == (0,) and use.perm == tuple(range(rank))
+    if WeightForm.GATHER in forms and by_row:
+        block_quantized = not is_book and rank == 2 and not standard_ops
+        if scheme.bits == 8 or block_quantized:
+            return WeightForm.GATHER
+    return WeightForm.FOLDED
 
 
 class Emitter:
@@ -66,21 +83,28 @@ class Emitter:
     def emit(
         self, weight: Weight, scheme: Scheme, grid: Grid, codes: npt.NDArray[np.int8]
     ) -> tuple[str, ...]:
-        """Replace the weight at every reader; returns the forms that they got.
+        """Replace the weight at every reader.
 
-        codes: flat, in canonical order.
+        Parameters
+        ----------
+        weight, scheme, grid : the weight, its scheme, and its scales in blocks
+        codes : flat, in canonical order
+
+        Returns
+        -------
+        The names of the forms that the readers got, each once.
         """
-        forms = _Forms(self._rewriter, weight, scheme, grid, codes)
-        names = [form_of(use, weight, scheme, self._standard_ops) for use in weight.uses]
-        for name, use in zip(names, weight.uses, strict=True):
-            getattr(forms, name)(use)
+        codes_of = _WeightCodes(self._rewriter, weight, scheme, grid, codes)
+        forms = [form_of(use, weight, scheme, self._standard_ops) for use in weight.uses]
+        for form, use in zip(forms, weight.uses, strict=True):
+            codes_of.write(form, use)
         if weight.node is None:
             self._rewriter.remove_initializer(weight.scope, weight.tensor.name)
-        return tuple(sorted(set(names)))
+        return tuple(sorted({form.value for form in forms}))
 
 
-class _Forms:
-    """The forms of one weight; what two readers can share is stored once."""
+class _WeightCodes:
+    """Writes the codes of one weight, in several forms; what readers can share is stored once."""
 
     def __init__(
         self, rewriter: Rewriter, weight: Weight, scheme: Scheme, grid: Grid, codes: Array
@@ -90,32 +114,47 @@ class _Forms:
         self._scheme = scheme
         self._grid = grid
         self._blocks = grid.blocks
-        self._values = codes
+        self._codes = codes
         self._shared: dict[tuple[Any, ...], Any] = {}
+        self._writers: dict[WeightForm, Callable[[Use], None]] = {
+            WeightForm.FOLDED: self._write_folded,
+            WeightForm.DEQUANTIZE: self._write_dequantize,
+            WeightForm.BNB4: self._write_bnb4,
+            WeightForm.GATHER: self._write_gather,
+        }
 
-    def dequantize(self, use: Use) -> None:
-        """DequantizeLinear, one per reader; a transposed Gemm operand is turned round."""
-        inputs = self._once(("dequantize", use.elem_type), lambda: self._dequantized(use))
-        use.node.input[use.index] = self._node(
+    def write(self, form: WeightForm, use: Use) -> None:
+        """Let one reader read the codes in this form."""
+        self._writers[form](use)
+
+    def _write_dequantize(self, use: Use) -> None:
+        """MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, scales)), Gemm likewise.
+
+        codes: [inputs, outputs], scales: [blocks, outputs]; a Gemm with transB = 1 loses that.
+        The DequantizeLinear is the reader's own, since onnxruntime fuses one with each reader.
+        """
+        inputs = self._once(("dequantize", use.elem_type), lambda: self._matrix_and_scales(use))
+        use.node.input[use.index] = self._add_node(
             "DequantizeLinear", inputs, axis=0, block_size=self._blocks.size
         )
-        if use.op == "Gemm":
-            remove_named(use.node.attribute, "transB")
+        remove_named(use.node.attribute, "transB")
 
-    def _dequantized(self, use: Use) -> list[str]:
-        matrix = self._values.reshape([self._weight.shape[a] for a in self._weight.perm]).T
-        scale: Array = self._grid.scale.reshape(self._blocks.rows, self._blocks.per_row).T
-        scale = scale.astype(helper.tensor_dtype_to_np_dtype(use.elem_type))
-        return [self._codes(matrix), self._constant("scale", scale)]
+    def _matrix_and_scales(self, use: Use) -> list[str]:
+        matrix = self._codes.reshape([self._weight.shape[a] for a in self._weight.perm]).T
+        scales = self._block_scales().T.astype(helper.tensor_dtype_to_np_dtype(use.elem_type))
+        return [self._add_codes(matrix), self._add_constant("scale", scales)]
 
-    def bnb4(self, use: Use) -> None:
-        """MatMulBnb4."""
+    def _write_bnb4(self, use: Use) -> None:
+        """MatMul(x, w) -> MatMulBnb4(x, codes, scales).
+
+        codes: packed, flat, by output; scales: flat, one per block.
+        """
         scheme, node = self._scheme, use.node
         assert isinstance(scheme, Codebook)
 
         def stored() -> list[str]:
-            codes = self._constant("quantized", pack(self._values, True, scheme.stored))
-            return [codes, self._constant("scale", self._grid.scale)]
+            codes = self._add_constant("quantized", pack(self._codes, True, scheme.stored))
+            return [codes, self._add_constant("scale", self._grid.scale)]
 
         outputs, contracted = (self._weight.shape[axis] for axis in self._weight.perm)
         product = helper.make_node(
@@ -132,20 +171,21 @@ class _Forms:
         )
         self._rewriter.replace(use.scope, node, [product])
 
-    def gather(self, use: Use) -> None:
-        """Gather rows of codes and of scales, then dequantize only those."""
+    def _write_gather(self, use: Use) -> None:
+        """Gather(w, i) -> the looked up rows of codes, times their scales."""
         table = self._once(
-            ("gather",), lambda: self._codes(self._values.reshape(self._weight.shape))
+            ("gather",), lambda: self._add_codes(self._codes.reshape(self._weight.shape))
         )
-        nodes = self._gather_4_bits(use, table) if self._scheme.bits == 4 else None
-        self._rewriter.replace(use.scope, use.node, nodes or self._gather_8_bits(use, table))
+        four_bits = self._scheme.bits == 4
+        nodes = self._gather_4_bits(use, table) if four_bits else self._gather_8_bits(use, table)
+        self._rewriter.replace(use.scope, use.node, nodes)
 
     def _gather_4_bits(self, use: Use, table: str) -> list[NodeProto]:
-        dtype = helper.tensor_dtype_to_np_dtype(use.elem_type)
-        scale = self._grid.scale.reshape(self._blocks.rows, self._blocks.per_row).astype(dtype)
+        """Gather(w, i) -> GatherBlockQuantized(codes, i, scales); scales: [rows, blocks]."""
+        scales = self._block_scales().astype(helper.tensor_dtype_to_np_dtype(use.elem_type))
         node = helper.make_node(
             "GatherBlockQuantized",
-            [table, use.node.input[1], self._constant("scale", scale)],
+            [table, use.node.input[1], self._add_constant("scale", scales)],
             [use.node.output[0]],
             name=use.node.name,
             domain=CONTRIB,
@@ -156,13 +196,19 @@ class _Forms:
         return [node]
 
     def _gather_8_bits(self, use: Use, table: str) -> list[NodeProto]:
+        """Gather(w, i) -> Mul(Cast(Gather(codes, i)), Gather(scales, i)).
+
+        One scale for the whole tensor is not gathered. In 16 bits, a Cast follows.
+        """
         indices, result = use.node.input[1], use.node.output[0]
         rows, floats = (self._rewriter.fresh(f"{result}_{part}") for part in ("codes", "cast"))
         nodes = [
             helper.make_node("Gather", [table, indices], [rows], name=use.node.name, axis=0),
             helper.make_node("Cast", [rows], [floats], to=TensorProto.FLOAT),
         ]
-        scale = self._once(("scale",), lambda: self._constant("scale", self._broadcast_scale()))
+        scale = self._once(
+            ("scale",), lambda: self._add_constant("scale", self._broadcast_scales())
+        )
         if self._blocks.rows > 1:
             row_scale = self._rewriter.fresh(f"{result}_scale")
             nodes.append(helper.make_node("Gather", [scale, indices], [row_scale], axis=0))
@@ -174,54 +220,67 @@ class _Forms:
             nodes.append(helper.make_node("Cast", [product], [result], to=use.elem_type))
         return nodes
 
-    def folded(self, use: Use) -> None:
-        """Constants all the way to the operand."""
+    def _write_folded(self, use: Use) -> None:
+        """Reader(w) -> Reader(constants and nodes that yield what the codes stand for)."""
 
-        def value() -> str:
-            make = self._folded_8_bits if self._scheme.bits == 8 else self._folded_4_bits
-            result = make(use)
+        def decoded() -> str:
+            fold = self._fold_8_bits if self._scheme.bits == 8 else self._fold_4_bits
+            value = fold(use)
             if use.elem_type != TensorProto.FLOAT:
-                result = self._node("Cast", [result], to=use.elem_type)
-            return result
+                value = self._add_node("Cast", [value], to=use.elem_type)
+            return value
 
         key = ("folded", use.perm, use.elem_type)
-        use.node.input[use.index] = self._once(key, value)
+        use.node.input[use.index] = self._once(key, decoded)
 
-    def _folded_8_bits(self, use: Use) -> str:
-        codes = self._codes(self._weight.stored(self._values).transpose(use.perm))
-        scale = self._broadcast_scale()
-        if scale.ndim:
-            scale = scale.transpose(use.perm)
-        floats = self._node("Cast", [codes], to=TensorProto.FLOAT)
-        return self._node("Mul", [floats, self._constant("scale", scale)])
+    def _fold_8_bits(self, use: Use) -> str:
+        """w -> Mul(Cast(codes), scales), both with the operand's axes."""
+        codes = self._add_codes(self._weight.stored(self._codes).transpose(use.perm))
+        scales = self._broadcast_scales()
+        if scales.ndim:
+            scales = scales.transpose(use.perm)
+        floats = self._add_node("Cast", [codes], to=TensorProto.FLOAT)
+        return self._add_node("Mul", [floats, self._add_constant("scale", scales)])
 
-    def _folded_4_bits(self, use: Use) -> str:
+    def _fold_4_bits(self, use: Use) -> str:
+        """w -> Transpose(Reshape(Slice(Reshape(Mul(value(codes), scales))))).
+
+        codes: [blocks, block_size], scales: [blocks, 1]; value: Cast to float, or for a codebook
+        Gather(codebook, codes). The inner Reshape and the Slice, which drop the padding of each
+        row's last block, and the Transpose are there only if they change something.
+        """
         blocks = self._blocks
         whole_blocks = (blocks.rows, blocks.per_row * blocks.size)
         padded = np.zeros(whole_blocks, np.int8)
-        padded[:, : blocks.cols] = self._values.reshape(blocks.rows, blocks.cols)
-        codes = self._codes(padded.reshape(blocks.count, blocks.size))
+        padded[:, : blocks.cols] = self._codes.reshape(blocks.rows, blocks.cols)
+        codes = self._add_codes(padded.reshape(blocks.count, blocks.size))
         if isinstance(self._scheme, Codebook):
-            index = self._node("Cast", [codes], to=TensorProto.INT32)
+            index = self._add_node("Cast", [codes], to=TensorProto.INT32)
             book = np.empty(16, np.float32)
             book[self._scheme.stored] = self._scheme.levels
-            value = self._node("Gather", [self._constant("codebook", book), index])
+            value = self._add_node("Gather", [self._add_constant("codebook", book), index])
         else:
-            value = self._node("Cast", [codes], to=TensorProto.FLOAT)
-        scale = self._constant("scale", self._grid.scale.reshape(-1, 1))
-        value = self._node("Mul", [value, scale])
+            value = self._add_node("Cast", [codes], to=TensorProto.FLOAT)
+        scales = self._add_constant("scale", self._grid.scale.reshape(-1, 1))
+        value = self._add_node("Mul", [value, scales])
         if blocks.cols % blocks.size:
-            value = self._node("Reshape", [value, self._integers("padded_shape", *whole_blocks)])
-            limits = ("starts", 0), ("ends", blocks.cols), ("axes", 1)
-            value = self._node("Slice", [value, *(self._integers(n, v) for n, v in limits)])
+            padded_shape = self._add_integers("padded_shape", *whole_blocks)
+            value = self._add_node("Reshape", [value, padded_shape])
+            limits = {"starts": 0, "ends": blocks.cols, "axes": 1}
+            added = [self._add_integers(name, limit) for name, limit in limits.items()]
+            value = self._add_node("Slice", [value, *added])
         shape = (self._weight.shape[axis] for axis in self._weight.perm)
-        value = self._node("Reshape", [value, self._integers("shape", *shape)])
+        value = self._add_node("Reshape", [value, self._add_integers("shape", *shape)])
         order = [self._weight.perm.index(axis) for axis in use.perm]
         if order != sorted(order):
-            value = self._node("Transpose", [value], perm=order)
+            value = self._add_node("Transpose", [value], perm=order)
         return value
 
-    def _broadcast_scale(self) -> Array:
+    def _block_scales(self) -> Array:
+        """The scales, [rows, blocks of a row]."""
+        return self._grid.scale.reshape(self._blocks.rows, self._blocks.per_row)
+
+    def _broadcast_scales(self) -> Array:
         """The scales of whole rows in a shape that broadcasts against the stored tensor."""
         if self._blocks.rows == 1:
             return self._grid.scale.reshape(())
@@ -229,51 +288,63 @@ class _Forms:
         ones = [1] * (len(self._weight.shape) - len(rows))
         return self._grid.scale.reshape(rows + ones).transpose(np.argsort(self._weight.perm))
 
-    def _codes(self, codes: Array) -> str:
-        """Integer codes: a byte each at 8 bits, two to a byte at 4."""
+    def _add_codes(self, codes: Array) -> str:
+        """Add integer codes: a byte each at 8 bits, two to a byte at 4."""
         if self._scheme.bits == 8:
-            return self._constant("quantized", codes)
-        data_type, names = TensorProto.INT4, None
+            return self._add_constant("quantized", codes)
+        data_type, stored_codes = TensorProto.INT4, None
         if isinstance(self._scheme, Codebook):
-            data_type, names = TensorProto.UINT4, self._scheme.stored
-        packed = pack(codes, False, names)
+            data_type, stored_codes = TensorProto.UINT4, self._scheme.stored
+        packed = pack(codes, False, stored_codes)
         name = f"{self._weight.tensor_name}_quantized"
         return self._rewriter.tensor(self._weight.scope, name, data_type, codes.shape, packed.data)
 
-    def _constant(self, suffix: str, values: Array) -> str:
+    def _add_constant(self, suffix: str, values: Array) -> str:
         name = f"{self._weight.tensor_name}_{suffix}"
         return self._rewriter.constant(self._weight.scope, name, values)
 
-    def _integers(self, suffix: str, *values: int) -> str:
-        return self._constant(suffix, np.array(values, np.int64))
+    def _add_integers(self, suffix: str, *values: int) -> str:
+        return self._add_constant(suffix, np.array(values, np.int64))
 
-    def _node(self, op: str, inputs: list[str], **attributes: Any) -> str:
+    def _add_node(self, op: str, inputs: list[str], **attributes: Any) -> str:
         name = f"{self._weight.tensor_name}_{op}_Output"
         return self._rewriter.node(self._weight.scope, op, inputs, name, **attributes)
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What `make` returns, made at the first call with this key."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
 
 
-def pack(codes: Array, high_first: bool, names: Array | None = None) -> Array:
-    """4-bit codes (int8, of any layout), two to a byte, in C order; uint8, flat.
+def pack(codes: Array, high_first: bool, stored_codes: Array | None = None) -> Array:
+    """Put 4-bit codes two to a byte, in C order.
 
-    MatMulBnb4 wants the first in the high nibble, ONNX in the low. names: what to write for codes
-    0 to 15; without it, a code is written as its low four bits.
+    Parameters
+    ----------
+    codes : int8, in any memory layout
+    high_first : whether the first of two is in the high four bits, which MatMulBnb4 wants; ONNX
+        wants it in the low
+    stored_codes : what to write for codes 0 to 15; without it, a code is written as its low four
+        bits
+
+    Returns
+    -------
+    uint8, flat
     """
-    nibbles = np.arange(256) & 15 if names is None else names[np.arange(256) & 15].astype(int)
+    nibbles = np.arange(256) & 15
+    if stored_codes is not None:
+        nibbles = stored_codes[nibbles].astype(int)
     first, second = nibbles[None, :], nibbles[:, None]  # of a pair, whose second byte is the high
     bytes_of = ((first << 4 | second) if high_first else (first | second << 4)).astype(np.uint8)
     packed = np.empty(-(-codes.size // 2), np.uint8)
-    each = codes.size // len(codes)
-    step = max(PAIRS // each // STRIP, 1) * STRIP
+    row_size = codes.size // len(codes)
+    step = max(PAIRS // row_size // STRIP, 1) * STRIP
     for start in range(0, len(codes), step):
-        some = contiguous(codes[start : start + step]).reshape(-1)
-        if some.size % 2:
-            some = np.append(some, np.int8(0))
-        begin = start * each // 2
-        into = packed[begin : begin + some.size // 2]
-        bytes_of.take(some.view("<u2"), out=into, mode="clip")  # the default copies
+        strip = contiguous(codes[start : start + step]).reshape(-1)
+        if strip.size % 2:
+            strip = np.append(strip, np.int8(0))
+        begin = start * row_size // 2
+        target = packed[begin : begin + strip.size // 2]
+        bytes_of.take(strip.view("<u2"), out=target, mode="clip")  # the default copies
     return packed

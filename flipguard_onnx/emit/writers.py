@@ -1,4 +1,4 @@
-"""The models that a run writes, each a copy of the source that takes the weights one by one."""
+"""Writers of models: each copies the source and takes the guarded weights one by one."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -18,17 +18,34 @@ from .weight_forms import Emitter
 
 
 class ModelWriter(Protocol):
-    """Takes the guarded tensors by name, ignores those that it does not have, writes the model."""
+    """Takes the guarded weights, then writes the model.
+
+    output: where it is written.
+    """
 
     output: Output
 
-    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None: ...
+    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
+        """Take one weight, by its name; a weight that the model does not have is ignored."""
 
-    def save(self, metadata: dict[str, str]) -> None: ...
+    def save(self, metadata: dict[str, str]) -> None:
+        """Write the model, with these entries in its metadata."""
 
 
 class QdqWriter:
-    """A graph with codes: the guarded ones, or those of plain rounding."""
+    """Writes a graph with codes.
+
+    Parameters
+    ----------
+    source, prepared : the model, and its graph at the opset that is written
+    output : where it is written
+    standard_ops : whether to do without contrib operators
+    nearest : take the codes of rounding to nearest instead of the guarded ones
+
+    Attributes
+    ----------
+    forms : by name of a weight: the forms that its readers got, as `Emitter.emit` returns them
+    """
 
     def __init__(
         self,
@@ -36,18 +53,18 @@ class QdqWriter:
         graph: IndexedModel,
         output: Output,
         standard_ops: bool,
-        plain: bool = False,
+        nearest: bool = False,
     ) -> None:
         self.output = output
         self._source = source
-        self._plain = plain
+        self._nearest = nearest
         self._proto, self._weights = graph.copy()
         self._emitter = Emitter(self._proto, output, standard_ops)
-        self.forms: dict[str, tuple[str, ...]] = {}  # by weight: what `qdq.form_of` chose
+        self.forms: dict[str, tuple[str, ...]] = {}
 
     def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
         if weight := self._weights.get(name):
-            codes = flips.nearest if self._plain else flips.codes
+            codes = flips.nearest if self._nearest else flips.codes
             self.forms[name] = self._emitter.emit(weight, scheme, flips.grid, codes)
 
     def save(self, metadata: dict[str, str]) -> None:
@@ -56,7 +73,14 @@ class QdqWriter:
 
 
 class FloatWriter:
-    """The same graph with other float weights; `values` picks them from the QuantizedTensor."""
+    """Writes the same graph with other float weights.
+
+    Parameters
+    ----------
+    source : the model
+    output : where it is written
+    values : returns the weights, flat and in canonical order, of a guarded tensor
+    """
 
     def __init__(
         self,

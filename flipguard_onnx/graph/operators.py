@@ -1,60 +1,258 @@
-"""What the tool knows of every operator."""
+"""What the package knows of operators: `OPERATORS` has one row for each operator with weights.
 
-from onnx import AttributeProto, TensorProto
+A row is plain data and functions of nodes and shapes (operands.py); whoever needs to know something
+of an operator asks its row. To support another operator, add a row and a test.
+"""
 
-FOUR_BIT_OPS = ("MatMul", "Gemm")
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from math import prod
 
-WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+from onnx import AttributeProto, NodeProto, TensorProto
 
-CONVOLUTIONS = ("Conv", "ConvTranspose")
+from . import operands
+from .operands import Axes, LayerInput, MultipliedInput, Operand, Shape
+from .traversal import attribute
 
-REQUANTIZED = ("Conv", "ConvTranspose", "Gemm")  # by onnxruntime, when it loads a QDQ graph
+STANDARD = ("", "ai.onnx")  # names of the domain of the standard operators
 
-# Weight inputs by operator; the order decides whose layout a shared tensor gets.
-ROLES = {
-    "MatMul": (1, 0),
-    "Gemm": (1,),
-    "Conv": (1,),
-    "ConvTranspose": (1,),
-    "LSTM": (1, 2),
-    "GRU": (1, 2),
-    "RNN": (1, 2),
-    "Gather": (0,),
-}
-
-CHAIN = ("Identity", "Transpose", "Cast")  # a weight is followed through these
-
-STANDARD = ("", "ai.onnx")  # domains of the standard operators
-
-VIEWS = ("Slice", "Split", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Flatten")
+CONTRIB = "com.microsoft"
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
-# What is read of the standard operators: at least so many inputs, and attributes of these types.
-INPUTS = {
-    "MatMul": 2,
-    "Gemm": 2,
-    "Conv": 2,
-    "ConvTranspose": 2,
-    "LSTM": 3,
-    "GRU": 3,
-    "RNN": 3,
-    "Gather": 2,
-    "BatchNormalization": 5,
-    **dict.fromkeys(("Identity", "Transpose", "Cast", "Slice", "Split", "Concat"), 1),
-    **dict.fromkeys(("Unsqueeze", "Squeeze", "Reshape", "Flatten"), 1),
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), 2),
-    "Constant": 0,
+CHAIN = ("Identity", "Transpose", "Cast")  # a weight is followed through these
+
+VIEWS = ("Slice", "Split", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Flatten")
+
+
+class WeightForm(StrEnum):
+    """How a reader gets the codes of a weight; emit/weight_forms.py writes them.
+
+    Every operator can read the form FOLDED, constants that become floats when the file is loaded.
+    """
+
+    FOLDED = "folded"
+    DEQUANTIZE = "dequantize"
+    BNB4 = "bnb4"
+    GATHER = "gather"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What is read of a node, and so must be there.
+
+    Attributes
+    ----------
+    inputs : how many inputs it has at least
+    attributes : the type of each attribute that is read, if the node has it
+    """
+
+    inputs: int
+    attributes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """One operator with weights.
+
+    Attributes
+    ----------
+    name : its op_type, unique in the table
+    domain : "" for the standard operators
+    weights : indices of the inputs that are weights
+    signature : what is read of its nodes
+    output_axes : the axes of a weight that number output channels, given the node, the index of
+        the input and the number of axes
+    multiplied_input : what a weight is multiplied with, or the reason why that is not recorded
+    layer_input : what varies when a node is run alone, or None if that is not done
+    four_bits : whether its weights may get 4 bits; if not they get 8 under every scheme
+    forms : the forms of weights that it reads other than FOLDED
+    static : whether onnxruntime's static quantizer quantizes it
+    convolution : whether it is a convolution
+    requantized : whether onnxruntime, when it loads a QDQ graph, rounds float weights of it anew
+    channels_per_group : whether the output channels of its weight are those of one group
+    weight_may_vary : whether an activation is usual where a weight could be
+    behind_views : whether it has weights behind nodes of VIEWS and behind calls of functions, too
+    """
+
+    name: str
+    weights: tuple[int, ...]
+    signature: Signature
+    output_axes: Callable[[NodeProto, int, int], Axes]
+    multiplied_input: Callable[[Operand], MultipliedInput | str]
+    layer_input: Callable[[Operand], LayerInput | None]
+    domain: str = ""
+    four_bits: bool = False
+    forms: tuple[WeightForm, ...] = ()
+    static: bool = False
+    convolution: bool = False
+    requantized: bool = False
+    channels_per_group: bool = False
+    weight_may_vary: bool = False
+    behind_views: bool = True
+
+    def output_channels(self, node: NodeProto, shape: Shape) -> int:
+        """How many output channels a node has whose (first) weight has this shape."""
+        axes = self.output_axes(node, self.weights[0], len(shape))
+        groups = int(attribute(node, "group", 1)) if self.channels_per_group else 1
+        return prod(shape[axis] for axis in axes) * groups
+
+
+_CONV = Signature(
+    2,
+    {
+        **dict.fromkeys(("strides", "dilations", "pads"), AttributeProto.INTS),
+        "group": AttributeProto.INT,
+        "auto_pad": AttributeProto.STRING,
+    },
+)
+
+_GEMM = Signature(
+    2,
+    {
+        **dict.fromkeys(("transA", "transB"), AttributeProto.INT),
+        **dict.fromkeys(("alpha", "beta"), AttributeProto.FLOAT),
+    },
+)
+
+_FUSED_MATMUL = Signature(
+    2,
+    dict.fromkeys(("transA", "transB", "transBatchA", "transBatchB"), AttributeProto.INT),
+)
+
+_recurrent = partial(
+    Operator,
+    weights=(1, 2),
+    signature=Signature(3),
+    output_axes=operands.fixed_axes(0, 1),
+    multiplied_input=operands.recurrent_input,
+    layer_input=operands.no_layer,
+)
+
+# A tensor that several operators read gets the layout of the one that comes first here.
+OPERATORS = (
+    Operator(
+        "MatMul",
+        weights=(1, 0),
+        signature=Signature(2),
+        output_axes=operands.matmul_axes,
+        multiplied_input=operands.matmul_input,
+        layer_input=operands.matmul_layer,
+        four_bits=True,
+        forms=(WeightForm.DEQUANTIZE, WeightForm.BNB4),
+        static=True,
+        weight_may_vary=True,
+    ),
+    Operator(
+        "Gemm",
+        weights=(1,),
+        signature=_GEMM,
+        output_axes=operands.gemm_axes,
+        multiplied_input=operands.gemm_input,
+        layer_input=operands.gemm_layer,
+        four_bits=True,
+        forms=(WeightForm.DEQUANTIZE,),
+        static=True,
+        requantized=True,
+    ),
+    Operator(
+        "Conv",
+        weights=(1,),
+        signature=_CONV,
+        output_axes=operands.fixed_axes(0),
+        multiplied_input=operands.conv_input,
+        layer_input=partial(operands.conv_layer, transposed=False),
+        static=True,
+        convolution=True,
+        requantized=True,
+    ),
+    Operator(
+        "ConvTranspose",
+        weights=(1,),
+        signature=_CONV,
+        output_axes=operands.fixed_axes(1),
+        multiplied_input=operands.not_recorded,
+        layer_input=partial(operands.conv_layer, transposed=True),
+        static=True,
+        convolution=True,
+        requantized=True,
+        channels_per_group=True,
+    ),
+    _recurrent("LSTM"),
+    _recurrent("GRU"),
+    _recurrent("RNN"),
+    Operator(
+        "Gather",
+        weights=(0,),
+        signature=Signature(2, {"axis": AttributeProto.INT}),
+        output_axes=operands.gather_axes,
+        multiplied_input=operands.gather_input,
+        layer_input=operands.gather_layer,
+        forms=(WeightForm.GATHER,),
+        weight_may_vary=True,
+        behind_views=False,
+    ),
+    Operator(
+        "FusedMatMul",
+        domain=CONTRIB,
+        weights=(1, 0),
+        signature=_FUSED_MATMUL,
+        output_axes=operands.fused_matmul_axes,
+        multiplied_input=operands.fused_matmul_input,
+        layer_input=operands.fused_matmul_layer,
+        four_bits=True,
+        weight_may_vary=True,
+    ),
+    Operator(
+        "Attention",  # the weight is that of Q, K and V side by side: [hidden, 3 * hidden]
+        domain=CONTRIB,
+        weights=(1,),
+        signature=Signature(2),
+        output_axes=operands.fixed_axes(1),
+        multiplied_input=operands.rows_of_first,
+        layer_input=operands.attention_layer,
+    ),
+    Operator(
+        "MoE",  # [experts, outputs, inputs] each
+        domain=CONTRIB,
+        weights=(2, 4, 6),
+        signature=Signature(5),
+        output_axes=operands.fixed_axes(0, 1),
+        multiplied_input=operands.experts_input,
+        layer_input=operands.no_layer,
+    ),
+)
+
+# Other standard operators of which something is read.
+SIGNATURES = {
+    **dict.fromkeys((*CHAIN, *VIEWS), Signature(1)),
+    "Transpose": Signature(1, {"perm": AttributeProto.INTS}),
+    "Cast": Signature(1, {"to": AttributeProto.INT}),
+    "Constant": Signature(0, {"value": AttributeProto.TENSOR}),
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), Signature(2)),
+    "BatchNormalization": Signature(5),
 }
 
-ATTRIBUTES = {
-    **dict.fromkeys(("perm", "strides", "dilations", "pads"), AttributeProto.INTS),
-    **dict.fromkeys(("axis", "to", "transA", "transB", "group"), AttributeProto.INT),
-    **dict.fromkeys(("alpha", "beta"), AttributeProto.FLOAT),
-    "auto_pad": AttributeProto.STRING,
-    "value": AttributeProto.TENSOR,
-}
+_BY_NAME = {(operator.domain, operator.name): operator for operator in OPERATORS}
 
-HOLDERS = {"alpha": ("Gemm",), "beta": ("Gemm",), "axis": ("Gather",), "value": ("Constant",)}
+_PRIORITY = {operator: row for row, operator in enumerate(OPERATORS)}
 
-DATA = {"MatMul": 0, "Gemm": 0, "Conv": 0, "ConvTranspose": 0, "Gather": 1}  # input that varies
+
+def operator_of(node: NodeProto) -> Operator | None:
+    """The row of the node's operator, None where it is not in the table."""
+    domain = "" if node.domain in STANDARD else node.domain
+    return _BY_NAME.get((domain, node.op_type))
+
+
+def priority(operator: Operator) -> int:
+    """The number of an operator's row in the table."""
+    return _PRIORITY[operator]
+
+
+def signature_of(node: NodeProto) -> Signature | None:
+    """What is read of the node, None for nothing."""
+    if operator := operator_of(node):
+        return operator.signature
+    return SIGNATURES.get(node.op_type) if node.domain in STANDARD else None

@@ -3,13 +3,16 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-from .operators import CHAIN, FLOATS, ROLES, STANDARD, VIEWS
+from .operators import CHAIN, FLOATS, STANDARD, VIEWS, Operator, operator_of, priority
 from .traversal import attribute, output_names, subgraphs
 
 Value = tuple[int, str]  # the id of the scope that defines it, and its name
+
+Goal = TypeVar("Goal")
 
 
 @dataclass(frozen=True)
@@ -30,40 +33,37 @@ class Scope:
 
 @dataclass(frozen=True)
 class Use:
-    """One place that reads a weight: input `index` of `node`, an operator of kind `op`.
+    """One place that reads a weight: input `index` of `node`.
 
-    perm: the operand's axes in terms of the stored tensor's. elem_type: the operand's type.
-    direct: the operand is the weight itself, not a slice or reshaping of it, nor the argument of a
-    function. op "" is any other reader, which is handed the dequantized tensor.
+    Attributes
+    ----------
+    operator : the operator whose weight this is, which may come behind the node; None for any
+        other reader, which gets the dequantized tensor
+    perm : for each axis of the operand the axis of the stored tensor that it is
+    elem_type : the operand's type
+    direct : whether the node itself is that operator, and not one that slices or reshapes the
+        weight, or hands it to a function
     """
 
     scope: Scope
     node: NodeProto
     index: int
-    op: str
+    operator: Operator | None
     perm: tuple[int, ...]
     elem_type: int
     direct: bool = True
 
+    @property
+    def op(self) -> str:
+        """The operator's name, "" without one."""
+        return self.operator.name if self.operator else ""
+
     def output_axes(self) -> tuple[int, ...]:
         """The stored tensor's axes that number output channels, in the order of the operand."""
-        rank = len(self.perm)
-        if not self.direct:
+        if not self.direct or self.operator is None:
             return (0,)
-        if self.op == "MatMul":
-            contracted = rank - 1 if self.index == 0 else max(rank - 2, 0)
-            axes: tuple[int, ...] = tuple(a for a in range(rank) if a != contracted)
-        elif self.op == "Gemm":
-            axes = (0,) if attribute(self.node, "transB", 0) else (1,)
-        elif self.op == "ConvTranspose":
-            axes = (1,)
-        elif self.op in ("LSTM", "GRU", "RNN"):
-            axes = (0, 1)
-        elif self.op == "Gather":
-            axes = (attribute(self.node, "axis", 0) % rank,)
-        else:
-            axes = (0,)
-        return tuple(self.perm[a] for a in axes)
+        axes = self.operator.output_axes(self.node, self.index, len(self.perm))
+        return tuple(self.perm[axis] for axis in axes)
 
 
 class GraphIndex:
@@ -80,8 +80,8 @@ class GraphIndex:
         self._enter(proto.graph, None)
         for scope in self.scopes:
             self._connect(scope)
-        self._roles = self._reaching(self._weighted(), self._passed_on)
-        self._leaving = self._reaching(((value, "") for value in self._outputs), self._renamed)
+        self._weight_of = self._reaching(self._weight_inputs(), self._passed_on)
+        self._leaving = self._reaching(((value, None) for value in self._outputs), self._renamed)
 
     def _enter(self, body: GraphProto | FunctionProto, parent: Scope | None) -> Scope:
         scope = Scope(body, parent)
@@ -119,15 +119,21 @@ class GraphIndex:
                         yield scope, node.output[0], attr.t, node
 
     def operators(self, scope: Scope, name: str) -> list[str]:
-        """The types of the nodes that read the value itself."""
+        """The types of the nodes that read a value, in alphabetical order, each once."""
         return sorted({node.op_type for _, node, _ in self._edges[id(scope), name]})
 
     def is_output(self, scope: Scope, name: str) -> bool:
-        """Whether the value, or one that merely renames or casts it, leaves its graph."""
+        """Whether a value is an output of its graph, itself or behind Identity, Transpose, Cast."""
         return (id(scope), name) in self._leaving
 
     def uses(self, scope: Scope, name: str, perm: tuple[int, ...], elem_type: int) -> Iterator[Use]:
-        """Where the value ends up, seen through Identity, Transpose and Cast."""
+        """The readers of a value; Identity, Transpose and Cast are followed to theirs.
+
+        Parameters
+        ----------
+        scope, name : the value
+        perm, elem_type : the order of its axes, and its type
+        """
         pending = [(iter(self._edges[id(scope), name]), perm, elem_type)]
         while pending:
             edges, perm, elem_type = pending[-1]
@@ -137,14 +143,14 @@ class GraphIndex:
             elif chained := self._chained(node, perm, elem_type):
                 pending.append((iter(self._edges[id(reader), node.output[0]]), *chained))
             else:
-                direct = node.domain in STANDARD and node.op_type not in VIEWS
-                op = self._role(reader, node, index)
-                yield Use(reader, node, index, op, perm, elem_type, direct)
+                operator = self._operator(reader, node, index)
+                direct = operator_of(node) is not None
+                yield Use(reader, node, index, operator, perm, elem_type, direct)
 
     def _chained(
         self, node: NodeProto, perm: tuple[int, ...], elem_type: int
     ) -> tuple[tuple[int, ...], int] | None:
-        """Order of axes and type behind a node that changes only these; None behind others."""
+        """The order of axes and the type behind Identity, Transpose or Cast; else None."""
         if node.domain not in STANDARD:
             return None
         if node.op_type == "Identity":
@@ -160,16 +166,16 @@ class GraphIndex:
             return perm, attribute(node, "to", 0)
         return None
 
-    def _role(self, scope: Scope, node: NodeProto, index: int) -> str:
-        """The weighted operator that this input serves, itself or behind views and functions."""
-        if node.op_type in ROLES and node.domain in STANDARD:
-            return node.op_type if index in ROLES[node.op_type] else ""
-        behind = (self._roles.get(key, set()) for key in self._passed_on(scope, node, index))
-        ops = set().union(*behind) - {"Gather"}
-        return min(ops, key=list(ROLES).index, default="")
+    def _operator(self, scope: Scope, node: NodeProto, index: int) -> Operator | None:
+        """The operator whose weight this input is: the node's, or one behind views and calls."""
+        if operator := operator_of(node):
+            return operator if index in operator.weights else None
+        behind = (self._weight_of.get(key, set()) for key in self._passed_on(scope, node, index))
+        found = (operator for operator in set().union(*behind) if operator.behind_views)
+        return min(found, key=priority, default=None)
 
     def _passed_on(self, scope: Scope, node: NodeProto, index: int) -> list[Value]:
-        """The values that hold what this input holds, or a part or another shape of it."""
+        """The values that hold this input, a part of it, or it in another shape."""
         if function := self.functions.get((node.domain, node.op_type)):
             names = function.body.input
             return [(id(function), str(names[index]))] if index < len(names) else []
@@ -184,25 +190,30 @@ class GraphIndex:
         is_chain = node.op_type in CHAIN and node.domain in STANDARD
         return [(id(scope), node.output[0])] if is_chain else []
 
-    def _weighted(self) -> Iterator[tuple[Value, str]]:
-        """Every value that an operator of ROLES reads as its weight, with that operator."""
+    def _weight_inputs(self) -> Iterator[tuple[Value, Operator]]:
+        """Every value that an operator reads as its weight, with that operator."""
         for value, edges in self._edges.items():
             for _, node, index in edges:
-                if node.domain in STANDARD and index in ROLES.get(node.op_type, ()):
-                    yield value, node.op_type
+                operator = operator_of(node)
+                if operator and index in operator.weights:
+                    yield value, operator
 
     def _reaching(
         self,
-        goals: Iterable[tuple[Value, str]],
+        goals: Iterable[tuple[Value, Goal]],
         passed_on: Callable[[Scope, NodeProto, int], list[Value]],
-    ) -> dict[Value, set[str]]:
-        """By value: the goals that it reaches; found backwards, each value once for each goal."""
+    ) -> dict[Value, set[Goal]]:
+        """By value: the goals that it reaches.
+
+        goals: values with what is reached there. passed_on: the values to which a node passes on
+        an input. The search goes backwards from the goals, once through each value for each goal.
+        """
         sources: dict[Value, list[Value]] = defaultdict(list)
         for value, edges in self._edges.items():
             for scope, node, index in edges:
                 for target in passed_on(scope, node, index):
                     sources[target].append(value)
-        reached: dict[Value, set[str]] = defaultdict(set)
+        reached: dict[Value, set[Goal]] = defaultdict(set)
         pending = list(goals)
         while pending:
             value, goal = pending.pop()
@@ -212,7 +223,7 @@ class GraphIndex:
         return reached
 
     def computed(self) -> Iterator[tuple[str, str]]:
-        """Weight inputs that no constant reaches, with their operators."""
+        """Weights that no constant reaches, by name, with the names of their operators."""
         constant = {(id(scope), name) for scope, name, _, _ in self.constants()}
         makers = {
             (id(scope), name): (scope, node)
@@ -237,10 +248,10 @@ class GraphIndex:
 
         for scope in self.scopes:
             for node in scope.body.node:
-                if node.op_type in ("MatMul", "Gather") or node.op_type not in ROLES:
+                operator = operator_of(node)
+                if operator is None or operator.weight_may_vary:
                     continue
-                if node.domain not in STANDARD:
-                    continue
-                for index in ROLES[node.op_type]:
-                    if not is_constant(scope, node.input[index]):
-                        yield node.input[index], node.op_type
+                for index in operator.weights:
+                    name = node.input[index] if index < len(node.input) else ""
+                    if name and not is_constant(scope, name):
+                        yield name, operator.name

@@ -1,8 +1,8 @@
 """Find the weights of a model: what each is, how its rows lie, and every place that reads it.
 
-A weight is a constant float tensor that reaches the weight input of an operator of `ROLES`,
+A weight is a constant float tensor that reaches a weight input of an operator of `OPERATORS`,
 directly or through Identity, Transpose and Cast, in whatever graph, subgraph or model-local
-function. What else is constant and float is listed with the reason why it is left alone.
+function. Every other constant float tensor is listed with the reason why it is left alone.
 """
 
 from collections import defaultdict
@@ -17,30 +17,42 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from ..errors import UnsupportedModelError
 from ..quantization.layout import Layout
 from ..quantization.schemes import Blocks
-from ..reports.scan import Skipped
-from .operators import FLOATS, ROLES
+from ..reports.scan import Skipped, SkipReason
+from .operators import FLOATS, Operator, priority
 from .scopes import GraphIndex, Scope, Use
 
 QUANTIZED = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
 
-SMALLEST = 64  # weights; the scales of a smaller tensor would outweigh what it saves
+SMALLEST = 64  # weights; the scales of a smaller tensor would take more than its codes save
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A constant tensor that can be guarded. `name` is unique in the model.
+    """A constant tensor that can be guarded.
 
-    node: the Constant node that holds it, None for an initializer.
-    op: the operator whose layout it has. rows: the stored axes that number its output channels.
+    Attributes
+    ----------
+    name : unique in the model
+    scope : the graph or function that it is in
+    tensor : its data
+    node : the Constant node that holds it, None for an initializer
+    operator : the operator whose layout it has
+    rows : the stored axes that number its output channels
+    uses : every place that reads it
     """
 
     name: str
     scope: Scope
     tensor: TensorProto
     node: NodeProto | None
-    op: str
+    operator: Operator
     rows: tuple[int, ...]
     uses: tuple[Use, ...]
+
+    @property
+    def op(self) -> str:
+        """The operator's name."""
+        return self.operator.name
 
     @property
     def tensor_name(self) -> str:
@@ -87,71 +99,87 @@ def find_weights(
     exclude: tuple[str, ...] = (),
     partly: bool = False,
 ) -> tuple[list[Weight], list[Skipped]]:
-    """All weights of the model and all float tensors that are left alone.
+    """All weights of a model, and all tensors that are left alone although they could be weights.
 
-    include, exclude: shell patterns over tensor names; what fails them is skipped.
-    Raises UnsupportedModelError when most of the model's weights are quantized already, unless it
-    is `partly` quantized on purpose.
+    Parameters
+    ----------
+    proto : the model
+    include, exclude : shell patterns over tensor names; other tensors are skipped. An empty
+        `include` selects all
+    partly : accept a model most of whose weights are quantized already
+
+    Raises
+    ------
+    UnsupportedModelError : most of the weights are quantized already
     """
-    reader = GraphIndex(proto)
+    index = GraphIndex(proto)
     weights: list[Weight] = []
     skipped: list[Skipped] = []
     quantized: dict[str, int] = defaultdict(int)
     seen: dict[str, int] = defaultdict(int)
     names: set[str] = set()
-    for scope, plain_name, tensor, node in reader.constants():
+    for scope, plain_name, tensor, node in index.constants():
         name = plain_name
         while name in names:
             seen[plain_name] += 1
             name = f"{plain_name}#{seen[plain_name] + 1}"
         names.add(name)
         shape = tuple(tensor.dims)
-        uses = tuple(reader.uses(scope, plain_name, tuple(range(len(shape))), tensor.data_type))
+        uses = tuple(index.uses(scope, plain_name, tuple(range(len(shape))), tensor.data_type))
         if tensor.data_type in QUANTIZED and prod(shape) >= SMALLEST and len(shape) > 1:
-            operators = ", ".join(reader.operators(scope, plain_name)) or "nothing"
+            operators = ", ".join(index.operators(scope, plain_name)) or "nothing"
             quantized[operators] += prod(shape)
             kind = TensorProto.DataType.Name(tensor.data_type)
-            skipped.append(Skipped(name, shape, f"already quantized ({kind}, feeds {operators})"))
+            detail = f"{kind}, feeds {operators}"
+            skipped.append(Skipped(name, shape, SkipReason.QUANTIZED, detail))
         elif tensor.data_type in (*FLOATS, TensorProto.DOUBLE):
-            roles = sorted((use for use in uses if use.op), key=_priority)
-            reason = _why_not(tensor, uses, roles, reader.is_output(scope, plain_name))
+            first = _first_operator(uses)
+            reason, detail = _why_not(tensor, uses, first, index.is_output(scope, plain_name))
             if not reason and include and not any(fnmatchcase(name, p) for p in include):
-                reason = "not selected by --include"
+                reason = SkipReason.NOT_INCLUDED
             if not reason and any(fnmatchcase(name, p) for p in exclude):
-                reason = "excluded by --exclude"
+                reason = SkipReason.EXCLUDED
             if reason:
-                skipped.append(Skipped(name, shape, reason))
-            else:
-                op, rows = roles[0].op, roles[0].output_axes()
-                weights.append(Weight(name, scope, tensor, node, op, rows, uses))
-    for name, op in reader.computed():
-        skipped.append(Skipped(name, (), f"not constant (weight of {op})"))
+                skipped.append(Skipped(name, shape, reason, detail))
+            elif first and first.operator:
+                rows, operator = first.output_axes(), first.operator
+                weights.append(Weight(name, scope, tensor, node, operator, rows, uses))
+    for name, op in index.computed():
+        skipped.append(Skipped(name, (), SkipReason.NOT_CONSTANT, op))
     if not partly and sum(quantized.values()) > sum(weight.size for weight in weights):
         readers = ", ".join(sorted(quantized))
         raise UnsupportedModelError(
-            f"already quantized: {sum(quantized.values()):,} weights are integers (read by "
-            f"{readers}); allowed: a float model, so guard the one that this was made from"
+            "already quantized: {found}",
+            found=f"{sum(quantized.values()):,} weights are integers (read by {readers})",
+            allowed="a float model, so guard the one that this was made from",
         )
     return weights, skipped
 
 
-def _priority(use: Use) -> tuple[bool, int]:
-    return not use.direct, list(ROLES).index(use.op)
+def _first_operator(uses: tuple[Use, ...]) -> Use | None:
+    """The use whose layout the tensor gets: a direct one, then by the order of `OPERATORS`."""
+
+    def rank(use: Use) -> tuple[bool, int]:
+        assert use.operator
+        return not use.direct, priority(use.operator)
+
+    return min((use for use in uses if use.operator), key=rank, default=None)
 
 
 def _why_not(
-    tensor: TensorProto, uses: tuple[Use, ...], roles: list[Use], is_output: bool
-) -> str | None:
+    tensor: TensorProto, uses: tuple[Use, ...], first: Use | None, is_output: bool
+) -> tuple[SkipReason | None, str]:
+    """The reason why a tensor is left alone, with its detail; None and "" for a weight."""
     rank, size = len(tensor.dims), prod(tensor.dims)
     if rank < 2:
-        return "1-D" if rank else "scalar"
-    if not roles:
+        return (SkipReason.ONE_AXIS if rank else SkipReason.SCALAR), ""
+    if first is None:
         readers = sorted({use.node.op_type for use in uses})
-        return f"feeds {', '.join(readers) or 'nothing'}, no weighted operator"
+        return SkipReason.NO_OPERATOR, ", ".join(readers) or "nothing"
     if tensor.data_type not in FLOATS:
-        return f"unsupported type {TensorProto.DataType.Name(tensor.data_type)}"
+        return SkipReason.TYPE, TensorProto.DataType.Name(tensor.data_type)
     if size < SMALLEST:
-        return f"too small (fewer than {SMALLEST} weights)"
+        return SkipReason.TOO_SMALL, str(SMALLEST)
     if is_output:
-        return "is a graph output"
-    return None
+        return SkipReason.GRAPH_OUTPUT, ""
+    return None, ""

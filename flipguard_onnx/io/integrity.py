@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from ..errors import ModelError, UnsupportedModelError
-from ..graph.operators import ATTRIBUTES, HOLDERS, INPUTS
+from ..graph.operators import signature_of
 from ..graph.traversal import subgraphs
 from .external_data import BITS, byte_size, element_count, entry
 
@@ -286,19 +286,20 @@ def _check_node(node: NodeProto) -> None:
             found=twice,
             **where,
         )
-    if node.domain not in ("", "ai.onnx") or node.op_type not in INPUTS:
+    signature = signature_of(node)
+    if signature is None:
         return
-    if len(node.input) < INPUTS[node.op_type] or not node.output or not node.output[0]:
+    if len(node.input) < signature.inputs or not node.output or not node.output[0]:
         raise ModelError(
             "node {node!r} ({op_type}) has {found} inputs and {outputs} outputs",
             found=len(node.input),
             outputs=len(node.output),
-            allowed=f"at least {INPUTS[node.op_type]} and 1",
+            allowed=f"at least {signature.inputs} and 1",
             **where,
         )
     for attribute in node.attribute:
-        wanted = ATTRIBUTES.get(attribute.name)
-        if wanted is None or node.op_type not in HOLDERS.get(attribute.name, INPUTS):
+        wanted = signature.attributes.get(attribute.name)
+        if wanted is None:
             continue
         if attribute.ref_attr_name:
             raise UnsupportedModelError(

@@ -172,7 +172,7 @@ def _writers(
         for kind in ("qdq", "plain") if validator else ("qdq",):
             output = run.output(folder, kind)
             writers[kind] = StaticQdqWriter(
-                model, graph, output, calibration, standard_ops, plain=kind == "plain"
+                model, graph, output, calibration, standard_ops, nearest=kind == "plain"
             )
     elif validator or "qdq" in run.targets:
         writers["qdq"] = QdqWriter(model, graph, run.output(folder, "qdq"), standard_ops)

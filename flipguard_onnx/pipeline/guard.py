@@ -11,7 +11,7 @@ from ..calibration.inputs import feeds_sha256
 from ..calibration.moments import Moments, record
 from ..calibration.samples import Samples
 from ..detection.scan import scan_weights
-from ..emit.static_qdq import Calibration, preprocessed
+from ..emit.static_qdq import Calibration, preprocessed, require_reachable
 from ..errors import DriftError
 from ..io.model import open_model
 from ..progress import Progress
@@ -167,8 +167,9 @@ def calibrate(prepared: Prepared, samples: Samples, options: GuardOptions) -> Ca
     """What onnxruntime's static quantizer is told; None where activations stay float."""
     if not options.activations:
         return None
+    require_reachable(prepared.model, prepared.plain_weights)
     asked = ActivationQuantization(options.activations, options.symmetric, options.calibration)
-    return Calibration.of(asked, options.granularity == "channel", prepared.plain_weights, samples)
+    return Calibration.of(asked, options.granularity == "channel", samples)
 
 
 def record_moments(run: Run, prepared: Prepared, samples: Samples) -> Moments:

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from ..emit.opset import converted, inlined, needed_opset
 from ..errors import OptionError, UnsupportedModelError
 from ..graph.copies import IndexedModel
-from ..graph.operators import FOUR_BIT_OPS
 from ..graph.weights import Weight, find_weights
 from ..io.model import Model
 from ..quantization.schemes import SCHEMES, Blocks, Codebook, Scheme
@@ -110,7 +109,7 @@ def scheme_for(weight: Weight, scheme: Scheme) -> Scheme:
     do embeddings (Gather), unless a MatMul shares them: at 4 bits they cost a language model about
     as much accuracy as all its other layers together, and nf4, fp4 have no operator to gather by.
     """
-    return scheme if weight.op in FOUR_BIT_OPS else SCHEMES["int8"]
+    return scheme if weight.operator.four_bits else SCHEMES["int8"]
 
 
 def require_weights(model: Model, options: GuardOptions) -> tuple[list[Weight], list[Skipped]]:
@@ -120,6 +119,6 @@ def require_weights(model: Model, options: GuardOptions) -> tuple[list[Weight], 
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{model.path}: {error}") from None
     if not weights:
-        reasons = sorted({tensor.reason for tensor in skipped}) or ["no float tensors"]
+        reasons = sorted({tensor.text for tensor in skipped}) or ["no float tensors"]
         raise UnsupportedModelError(f"{model.path}: nothing to guard: {'; '.join(reasons[:3])}")
     return weights, skipped

@@ -2,10 +2,27 @@
 
 import math
 from dataclasses import dataclass, field
+from enum import Enum
 from math import prod
 from typing import Any, Literal
 
 from .serialize import FORMAT, jsonable
+
+
+class SkipReason(Enum):
+    """Why a tensor is not guarded, in words; {} stands for the detail."""
+
+    SCALAR = "scalar"
+    ONE_AXIS = "1-D"
+    NO_OPERATOR = "feeds {}, no weighted operator"
+    TYPE = "unsupported type {}"
+    TOO_SMALL = "too small (fewer than {} weights)"
+    GRAPH_OUTPUT = "is a graph output"
+    NOT_INCLUDED = "not selected by --include"
+    EXCLUDED = "excluded by --exclude"
+    QUANTIZED = "already quantized ({})"
+    NOT_CONSTANT = "not constant (weight of {})"
+    NOT_JUDGED = "{}"  # by a scan, whose verdict is the detail
 
 
 @dataclass(frozen=True)
@@ -14,12 +31,27 @@ class Skipped:
 
     name: str
     shape: tuple[int, ...]
-    reason: str
+    reason: SkipReason
+    detail: str = ""
+
+    @property
+    def text(self) -> str:
+        """The reason in words, with its detail."""
+        return self.reason.value.format(self.detail)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it has too few axes for a weight; there are many such tensors."""
+        return self.reason in (SkipReason.SCALAR, SkipReason.ONE_AXIS)
 
     @property
     def size(self) -> int:
         """How many values it has; 0 for one that is computed."""
-        return prod(self.shape) if self.shape or self.reason == "scalar" else 0
+        return prod(self.shape) if self.reason is not SkipReason.NOT_CONSTANT else 0
+
+    def as_json(self) -> dict[str, Any]:
+        """What a report says of it."""
+        return {"name": self.name, "shape": self.shape, "reason": self.text}
 
 
 LEVELS = ("clean", "suspicious", "aligned")  # in ascending order; beside them: NOT_JUDGED

@@ -2,15 +2,18 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 FORMAT = 1  # of the reports; raised when a field is removed or changes its meaning
 
 
 def jsonable(result: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON types; numbers that are not finite become None."""
-    converted = _converted(asdict(result))
+    """The fields of a dataclass as JSON types; numbers that are not finite become None.
+
+    A dataclass inside it may have a method `as_json`, which returns the fields to write.
+    """
+    converted = _converted(result)
     assert isinstance(converted, dict)
     return converted
 
@@ -21,6 +24,10 @@ def dumped(value: Any) -> str:
 
 
 def _converted(value: Any) -> Any:
+    if hasattr(value, "as_json"):
+        value = value.as_json()
+    elif is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, dict):
         return {key: _converted(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -191,12 +191,12 @@ def bars(
 def skipped_section(skipped: Sequence[Skipped]) -> Section:
     """The tensors that are not guarded, by reason; 1-D ones and scalars are only counted."""
     rows = []
-    ordered = sorted(skipped, key=lambda tensor: tensor.reason)
-    for reason, members in groupby(ordered, key=lambda tensor: tensor.reason):
+    ordered = sorted(skipped, key=lambda tensor: tensor.text)
+    for reason, members in groupby(ordered, key=lambda tensor: tensor.text):
         found = list(members)
         values = sum(tensor.size for tensor in found)
         rows.append((reason, f"{len(found):,}", f"{values:,}"))
-        if reason not in ("1-D", "scalar"):
+        if not found[0].is_vector:
             rows += [
                 (f"— {t.name} {'x'.join(map(str, t.shape))}", "", f"{t.size:,}") for t in found
             ]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ..errors import printable
 from .batch import BatchReport, ModelOutcome
 from .guard import ActivationQuantization, GuardReport, Inspection, Tensor, coverage
-from .scan import NOT_JUDGED, Alignment, Budget, Scan, ScannedTensor, Skipped, Verdict
+from .scan import NOT_JUDGED, Alignment, Budget, Scan, ScannedTensor, Skipped, SkipReason, Verdict
 from .validation import Drift, Validation, Verification, pooled
 from .words import SCAN_TERMS, megabytes, percent, plural, policy_in_words, scheme_in_words
 
@@ -199,7 +199,7 @@ def render_scan(scan: Scan) -> str:
         rows = [(t.name, t.verdict.grids[0], *_alignment_cells(_named(t))) for t in alarming]
         lines += [*table(("tensor", *head), rows), ""]
     reasons = [
-        Skipped(t.name, t.shape, t.verdict.reason)
+        Skipped(t.name, t.shape, SkipReason.NOT_JUDGED, t.verdict.reason)
         for t in scan.tensors
         if t.verdict.level == NOT_JUDGED
     ]
@@ -363,12 +363,12 @@ def skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
     """A line per reason; with `names` also one per tensor, except for 1-D ones and scalars."""
     reasons: dict[str, list[Skipped]] = defaultdict(list)
     for tensor in skipped:
-        reasons[tensor.reason].append(tensor)
+        reasons[tensor.text].append(tensor)
     lines = []
     for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
         values = plural(sum(t.size for t in members), "value")
         lines.append(f"skipped   {plural(len(members), 'tensor')}, {values}: {reason}")
-        if names and reason not in ("1-D", "scalar"):
+        if names and not members[0].is_vector:
             lines += [f"{INDENT}{t.name}  {'x'.join(map(str, t.shape))}" for t in members]
     return lines
 

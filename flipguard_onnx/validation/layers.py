@@ -1,8 +1,8 @@
 """Single layers of a model that is too large to run, as a small model of their own.
 
-A layer is an operator with a weight, and whatever leads from constants to it. It is cut out of the
-original and out of what was written under the same names, so that the two run, and are compared,
-as whole models are.
+A layer is a node with a weight, and the nodes and constants that lead to it. It is cut out of the
+original and, by the same names, out of each model that was written; the small models are then
+run and compared as whole ones are.
 """
 
 from collections import defaultdict
@@ -14,28 +14,29 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from ..emit.weight_forms import form_of
 from ..errors import ValidationError
-from ..graph.operators import DATA
-from ..graph.scopes import Use
-from ..graph.traversal import attribute
+from ..graph.operands import Operand
+from ..graph.operators import WeightForm
 from ..graph.weights import Weight
 from ..io.model import Model, open_model
 from ..io.writer import Output
 from ..quantization.schemes import Scheme
 
-WEIGHTS = 1 << 26  # in all layers together; more only where the smallest of a kind is larger
+MAX_WEIGHTS = 1 << 26  # in all layers together, unless the smallest of each kind have more
 
-EACH = 3  # layers of a kind
+LAYERS_PER_KIND = 3
 
-ROWS = 16  # of inputs for a layer
-
-PLACES = 3  # beyond the reach of a convolution's kernel, along every axis
-
-Origin = NodeProto | TensorProto
+Origin = NodeProto | TensorProto  # what a value comes from
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What to cut out: from `input`, which is given values of that type and shape, to `output`."""
+    """What to cut out: all that leads from the value `input` to the value `output`.
+
+    Attributes
+    ----------
+    input, input_type, shape : the value that becomes the input of the small model
+    output, output_type, output_rank : the value that becomes its output
+    """
 
     input: str
     input_type: int
@@ -50,9 +51,17 @@ def sample(
 ) -> list[Layer]:
     """Some layers of every kind (operator, scheme, form in which the codes are written).
 
-    Raises ValidationError when no layer can be run alone.
+    Parameters
+    ----------
+    source : the original
+    weights, schemes : its weights, and the scheme of each
+    standard_ops : whether the codes are written without contrib operators
+
+    Raises
+    ------
+    ValidationError : no layer can be run alone
     """
-    kinds: dict[tuple[str, str, str], list[tuple[Weight, Layer]]] = defaultdict(list)
+    kinds: dict[tuple[str, str, WeightForm], list[tuple[Weight, Layer]]] = defaultdict(list)
     origins = _origins(source.proto.graph)
     for weight, scheme in zip(weights, schemes, strict=True):
         layer = _layer(source.proto.graph, weight, origins)
@@ -64,13 +73,14 @@ def sample(
         weight, layer = min(found, key=lambda pair: pair[0].size)
         chosen[weight.name] = weight.size, layer
     for found in kinds.values():
-        for weight, layer in found[:: max(len(found) // EACH, 1)][:EACH]:
-            if sum(size for size, _ in chosen.values()) + weight.size <= WEIGHTS:
+        for weight, layer in found[:: max(len(found) // LAYERS_PER_KIND, 1)][:LAYERS_PER_KIND]:
+            if sum(size for size, _ in chosen.values()) + weight.size <= MAX_WEIGHTS:
                 chosen[weight.name] = weight.size, layer
     if not chosen:
         raise ValidationError(
-            f"{source.path}: too large to run whole, and no layer of it can be run alone; "
-            "give it more with --max-memory, or --no-validate"
+            "too large to run whole, and no layer of it can be run alone; "
+            "give it more with --max-memory, or --no-validate",
+            path=source.path,
         )
     return [layer for _, layer in chosen.values()]
 
@@ -78,7 +88,9 @@ def sample(
 def cut_out(model: Model, layers: Iterable[Layer], folder: Path) -> Model:
     """A model of these layers side by side, written into a new folder.
 
-    Raises ValidationError when the model does not have them.
+    Raises
+    ------
+    ValidationError : the model does not have the values that a layer needs
     """
     proto = ModelProto()
     proto.CopyFrom(model.proto)
@@ -87,8 +99,8 @@ def cut_out(model: Model, layers: Iterable[Layer], folder: Path) -> Model:
     constants: dict[str, TensorProto] = {}
     del graph.input[:], graph.output[:], graph.value_info[:]
     for number, layer in enumerate(layers):
-        given = f"flipguard.input.{number}"
-        graph.input.append(helper.make_tensor_value_info(given, layer.input_type, layer.shape))
+        fed = f"flipguard.input.{number}"
+        graph.input.append(helper.make_tensor_value_info(fed, layer.input_type, layer.shape))
         open_dims = [None] * layer.output_rank
         graph.output.append(
             helper.make_tensor_value_info(layer.output, layer.output_type, open_dims)
@@ -99,9 +111,9 @@ def cut_out(model: Model, layers: Iterable[Layer], folder: Path) -> Model:
             elif isinstance(part, NodeProto):
                 nodes[id(part)] = copy = NodeProto()
                 copy.CopyFrom(part)
-                copy.input[:] = [given if name == layer.input else name for name in part.input]
+                copy.input[:] = [fed if name == layer.input else name for name in part.input]
             else:
-                raise ValidationError(f"{model.path}: value {part!r} is not there")
+                raise ValidationError("value {found!r} is not there", found=part, path=model.path)
     ordered = [nodes[id(node)] for node in model.proto.graph.node if id(node) in nodes]
     graph.input.extend(value for value in model.proto.graph.input if value.name in constants)
     del graph.node[:], graph.initializer[:]
@@ -115,55 +127,38 @@ def cut_out(model: Model, layers: Iterable[Layer], folder: Path) -> Model:
 def _layer(graph: GraphProto, weight: Weight, origins: dict[str, Origin]) -> Layer | None:
     """The layer of a weight with a single reader, where one input varies and no other is large."""
     use = weight.uses[0]
-    if len(weight.uses) > 1 or not use.direct or use.op not in DATA or use.scope.body is not graph:
+    if len(weight.uses) > 1 or not use.direct or not use.operator or use.scope.body is not graph:
         return None
     if weight.name != weight.tensor_name:
         return None
     if use.elem_type == TensorProto.BFLOAT16:  # onnxruntime does not take it from numpy
         return None
-    given = use.node.input[1 - use.index if use.op == "MatMul" else DATA[use.op]]
-    for part in _leading_to(use.node.output[0], given, origins):
+    operand = Operand(use.node, use.index, tuple(weight.shape[axis] for axis in use.perm))
+    varying = use.operator.layer_input(operand)
+    if varying is None:
+        return None
+    name, output = use.node.input[varying.index], use.node.output[0]
+    for part in _leading_to(output, name, origins):
         if isinstance(part, str):
             return None
         if isinstance(part, TensorProto) and len(part.dims) > 1 and part is not weight.tensor:
             return None
-    input_type = TensorProto.INT64 if use.op == "Gather" else use.elem_type
-    shape, output = _shape(use, weight), use.node.output[0]
-    rank = len(weight.shape) if use.op == "Gather" else len(shape)
-    return Layer(given, input_type, shape, output, use.elem_type, rank)
-
-
-def _shape(use: Use, weight: Weight) -> tuple[int, ...]:
-    """That of an input for the operator."""
-    dims = tuple(weight.shape[axis] for axis in use.perm)
-    node = use.node
-    if use.op == "Gather":
-        return (ROWS,)
-    if use.op == "MatMul":
-        batch, last = dims[:-2], (ROWS, dims[-2]) if use.index else (dims[-1], ROWS)
-        return (*batch, *last)
-    if use.op == "Gemm":
-        inner = dims[1] if attribute(node, "transB", 0) else dims[0]
-        return (inner, ROWS) if attribute(node, "transA", 0) else (ROWS, inner)
-    kernel = dims[2:]
-    dilations = attribute(node, "dilations", (1,) * len(kernel))
-    places = (d * (k - 1) + 1 + PLACES for d, k in zip(dilations, kernel, strict=True))
-    channels = dims[0] if use.op == "ConvTranspose" else dims[1] * attribute(node, "group", 1)
-    return (1, channels, *places)
+    input_type = varying.elem_type or use.elem_type
+    return Layer(name, input_type, varying.shape, output, use.elem_type, varying.output_rank)
 
 
 def _origins(graph: GraphProto) -> dict[str, Origin]:
-    """What every value of a graph comes from, its inputs aside."""
+    """By name of a value: the node or initializer it comes from; graph inputs are left out."""
     origins: dict[str, Origin] = {tensor.name: tensor for tensor in graph.initializer}
     return origins | {name: node for node in graph.node for name in node.output}
 
 
-def _leading_to(output: str, given: str, origins: dict[str, Origin]) -> Iterator[Origin | str]:
-    """The nodes and constants from which `output` is computed, once `given` is there.
+def _leading_to(output: str, fed: str, origins: dict[str, Origin]) -> Iterator[Origin | str]:
+    """The nodes and constants from which `output` is computed when the value `fed` is there.
 
-    A name stands for a value that is neither.
+    Yields the name of a value that is neither, a graph input.
     """
-    pending, seen = [output], {"", given}
+    pending, seen = [output], {"", fed}
     while pending:
         name = pending.pop()
         if name in seen:

@@ -138,7 +138,7 @@ class Validator:
             for kind in ("plain", "decoded")
         )
         return {
-            "plain": QdqWriter(self.source, self.graph, nearest, self.standard_ops, plain=True),
+            "plain": QdqWriter(self.source, self.graph, nearest, self.standard_ops, nearest=True),
             "decoded": FloatWriter(self.source, self.original_graph, decoded, decoded_values),
         }
 

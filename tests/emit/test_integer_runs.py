@@ -5,9 +5,9 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import numpy_helper
-from test_static import convolution, initializers
 
 import flipguard_onnx
+from tests.emit.test_static_qdq import convolution, initializers
 from tests.helpers.samples import F, model, node, save, weights
 from tests.test_real_models import downloaded
 

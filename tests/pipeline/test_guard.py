@@ -216,7 +216,7 @@ def test_include_and_exclude(tmp_path):
     assert sorted(names) == ["a", "b"]
     report = guarded(tmp_path, SAMPLES["nested"](), include=("a",))
     assert [t.name for t in report.tensors] == ["a"]
-    assert {t.reason for t in report.skipped} == {"not selected by --include"}
+    assert {t.text for t in report.skipped} == {"not selected by --include"}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -12,7 +12,15 @@ from click.testing import CliRunner
 from flipguard_onnx import guard, scan
 from flipguard_onnx.cli.commands import main
 from flipguard_onnx.reports.html import guard_html, scan_html
-from flipguard_onnx.reports.scan import Alignment, Budget, Scan, ScannedTensor, Skipped, Verdict
+from flipguard_onnx.reports.scan import (
+    Alignment,
+    Budget,
+    Scan,
+    ScannedTensor,
+    Skipped,
+    SkipReason,
+    Verdict,
+)
 from flipguard_onnx.reports.svg import SHADES, bars, heat_map
 from flipguard_onnx.reports.words import percent
 from tests.helpers.samples import matmul, save, weights
@@ -50,7 +58,10 @@ def a_scan(count, attacked=()):
         )
         for i in range(count)
     )
-    skipped = (Skipped("bias", (8,), "1-D"), Skipped(f"{EVIL}.pos", (1, 8, 8), "feeds Add"))
+    skipped = (
+        Skipped("bias", (8,), SkipReason.ONE_AXIS),
+        Skipped(f"{EVIL}.pos", (1, 8, 8), SkipReason.NO_OPERATOR, "Add"),
+    )
     pooled = tuple(alignment(g, 9999, 0.3 * bool(attacked and g == "int4")) for g in GRIDS)
     verdict = aligned if attacked else clean
     return Scan("0", f"{EVIL}.onnx", "ab" * 32, {}, 10**6, verdict, pooled, tensors, skipped, 1.0)

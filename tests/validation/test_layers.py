@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 import flipguard_onnx
 from flipguard_onnx import ValidationError
 from flipguard_onnx.emit.writers import QdqWriter
+from flipguard_onnx.graph.operands import SAMPLE_ROWS
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.pipeline.plan import Format
@@ -69,7 +70,7 @@ def test_layers_of_every_kind_are_validated(tmp_path, too_large, scheme, emit, d
     validation = report.validation
     outputs = {drift.output for drift in validation.guarded_exact}
     assert {"h0", "row", "y"} < outputs
-    assert len(outputs & {"h1", "h2", "h3", "h4"}) == sampled.EACH
+    assert len(outputs & {"h1", "h2", "h3", "h4"}) == sampled.LAYERS_PER_KIND
     assert validation.layers == len(outputs)
     assert all(0 < drift.relative_l2 < 0.4 for drift in validation.guarded_exact)
     assert bool(validation.moved) == (emit != "qdq")
@@ -94,12 +95,12 @@ def test_the_small_model_is_the_layer(tmp_path):
     proto = onnx.load(cut.path)
     assert [n.op_type for n in proto.graph.node] == ["Gather"]
     (given,) = proto.graph.input
-    assert [dim.dim_value for dim in given.type.tensor_type.shape.dim] == [sampled.ROWS]
+    assert [dim.dim_value for dim in given.type.tensor_type.shape.dim] == [SAMPLE_ROWS]
     assert np.array_equal(cut.array(cut.proto.graph.initializer[0]), weights((40, 48)))
 
 
 def test_no_more_weights_than_allowed_but_one_layer_of_every_kind(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampled, "WEIGHTS", 1)
+    monkeypatch.setattr(sampled, "MAX_WEIGHTS", 1)
     _, layers = pick(language_model(), tmp_path)
     assert [layer.output for layer in layers] == ["h0", "h1", "row", "y"]
 
@@ -119,7 +120,7 @@ def test_a_corrupted_layer_is_caught_and_nothing_is_left(tmp_path, too_large, mo
             codes[:2] = codes[1::-1] + 1
             super().add_weight(name, scheme, replace(flips, codes=codes))
 
-    monkeypatch.setattr("flipguard_onnx.pipeline.Quantized", Faulty)
+    monkeypatch.setattr("flipguard_onnx.pipeline.guard.QdqWriter", Faulty)
     source = save(language_model(), tmp_path)
     with pytest.raises(ValidationError, match="from what the codes stand for"):
         flipguard_onnx.guard(source, seed=1)
