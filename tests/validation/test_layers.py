@@ -13,7 +13,8 @@ from flipguard_onnx.emit.writers import QdqWriter
 from flipguard_onnx.graph.operands import SAMPLE_ROWS
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import open_model
-from flipguard_onnx.pipeline.plan import Format
+from flipguard_onnx.pipeline.options import GuardOptions
+from flipguard_onnx.pipeline.plan import plan_weights
 from flipguard_onnx.validation import layers as sampled
 from flipguard_onnx.validation.validator import Validator
 from tests.helpers.samples import SAMPLES, gather, model, node, save, weights
@@ -48,8 +49,8 @@ def too_large(monkeypatch):
     """Whatever is guarded is taken for larger than memory."""
     whole = Validator.of
 
-    def cut(source, prepared, weights, schemes, standard_ops, most, folder):
-        return whole(source, prepared, weights, schemes, standard_ops, 0, folder)
+    def cut(*arguments, max_bytes, **options):
+        return whole(*arguments, max_bytes=0, **options)
 
     monkeypatch.setattr(Validator, "of", cut)
 
@@ -57,7 +58,7 @@ def too_large(monkeypatch):
 def pick(proto, tmp_path, scheme="int8"):
     source = open_model(save(proto, tmp_path))
     found = find_weights(source.proto)[0]
-    kinds = [kind for kind, _ in Format(scheme).plans(found)]
+    kinds = [plan.scheme for plan in plan_weights(found, GuardOptions(scheme=scheme))]
     return source, sampled.sample(source, found, kinds, False)
 
 
@@ -120,7 +121,7 @@ def test_a_corrupted_layer_is_caught_and_nothing_is_left(tmp_path, too_large, mo
             codes[:2] = codes[1::-1] + 1
             super().add_weight(name, scheme, replace(flips, codes=codes))
 
-    monkeypatch.setattr("flipguard_onnx.pipeline.guard.QdqWriter", Faulty)
+    monkeypatch.setattr("flipguard_onnx.pipeline.draw.QdqWriter", Faulty)
     source = save(language_model(), tmp_path)
     with pytest.raises(ValidationError, match="from what the codes stand for"):
         flipguard_onnx.guard(source, seed=1)
