@@ -74,7 +74,7 @@ def test_inspect_loads_neither_kernels_nor_onnxruntime():
 
 
 def test_every_module_loads_without_the_extras():
-    """Imported where they are used: at the top of the two modules that exist for them, else inside."""
+    """They are imported inside functions, but for the two modules that exist for one of them."""
     code = (
         "import importlib, pkgutil, sys\n"
         "for name in ('onnxruntime', 'cyclonedx', 'distributed'):\n"

@@ -16,10 +16,9 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from flipguard_onnx import __version__, verify
-from tests.conftest import SCHEMA
-from tests.helpers.command import names
+from tests.helpers.attacked import FOLDER as ATTACKED
+from tests.helpers.command import SCHEMA, names
 from tests.helpers.samples import matmul, save
-from tools.attacks.measure import FOLDER as ATTACKED
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
