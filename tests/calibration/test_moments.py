@@ -9,17 +9,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from click.testing import CliRunner
 from onnx import TensorProto, helper
 
 import flipguard_onnx
 from flipguard_onnx import SchemeError, UnsupportedModelError
+from flipguard_onnx.calibration import moments
 from flipguard_onnx.calibration.moments import MomentRecorder
 from flipguard_onnx.calibration.synthetic import input_range, synthetic_feeds
-from flipguard_onnx.cli.commands import main
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.quantization.error_feedback import InputMoments
+from tests.helpers.command import call
 from tests.helpers.samples import SAMPLES, matmul, model, node, save, weights
 
 F = TensorProto.FLOAT
@@ -317,7 +317,7 @@ def test_auto_takes_the_data_if_there_is_any_and_is_off_for_other_policies(tmp_p
 
 
 def test_what_takes_too_long_is_off_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("flipguard_onnx.activations.LONGEST", 1e-9)
+    monkeypatch.setattr(moments, "LONGEST", 1e-9)
     report = guard(tmp_path, matmul())
     assert report.preserve == "off"
     assert "preserve  off: it would take about 0 min; --preserve synthetic" in report.render()
@@ -390,9 +390,8 @@ def test_patterns_keep_weights_at_8_bits(tmp_path):
         {"y": (F, ["n", 64])},
         {"first": weights((64, 64)), "second": weights((64, 64), 1)},
     )
-    source = save(proto, tmp_path)
-    options = [str(source), "--scheme", "nf4", "--int8", "fir*"]
-    result = CliRunner().invoke(main, [*options, "-o", str(tmp_path / "out.onnx")])
+    options = ("--scheme", "nf4", "--int8", "fir*", "-o", tmp_path / "out.onnx")
+    result = call(save(proto, tmp_path), *options)
     assert result.exit_code == 0, result.output
     stored = {t.name: t.data_type for t in onnx.load(tmp_path / "out.onnx").graph.initializer}
     assert stored["first_quantized"] == TensorProto.INT8

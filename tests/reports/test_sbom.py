@@ -101,7 +101,7 @@ def test_what_is_asked_for_in_vain(tmp_path, monkeypatch):
     source = save(matmul(), tmp_path)
     assert "for one model" in one_line(call(tmp_path, "--sbom", tmp_path / "b.json"))
     assert "is no report" in one_line(call(source, "--sbom", source))
-    monkeypatch.delitem(sys.modules, "flipguard_onnx.sbom", raising=False)
+    monkeypatch.delitem(sys.modules, "flipguard_onnx.reports.sbom", raising=False)
     monkeypatch.setitem(sys.modules, "cyclonedx.model", None)
     message = one_line(call(source, "--sbom", tmp_path / "b.json"))
     assert message.endswith("not installed; --sbom needs flipguard-onnx[sbom]\n")
