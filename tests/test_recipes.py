@@ -114,7 +114,8 @@ def test_pre_commit(tmp_path):
 
     shutil.copy(ATTACKED / "mlp-clean.onnx", project)
     (project / "mlp-clean.flipguard-int8.onnx").write_text("what guard wrote")
-    assert "Passed" in commit(0)
+    assert "flipguard-onnx scan" in (passed := commit(0))
+    assert passed.splitlines()[-1].endswith("Passed")
     shutil.copy(ATTACKED / "mlp-standard-int4.onnx", project)
     output = commit(1)
     assert "Failed" in output
