@@ -1,9 +1,8 @@
-import doctest
 from math import inf, nan
 
 import pytest
 
-from flipguard_onnx import OptionError, der, metrics
+from flipguard_onnx import OptionError, der
 
 STARCODER_1B = 63.3, (14.8, 19.8, 26.5, 22.2)
 PHI_2 = 99.47, (56.8, 41.4)
@@ -57,7 +56,3 @@ def test_out_of_range(change, message):
     }
     with pytest.raises(OptionError, match=message):
         der(**fine | change)
-
-
-def test_example():
-    assert doctest.testmod(metrics).failed == 0

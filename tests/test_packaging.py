@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flipguard_onnx import __version__
 from tests.helpers.samples import matmul, save
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,8 @@ def test_what_is_in_the_wheel_and_the_sdist(built):
     assert {"flipguard_onnx/py.typed", "flipguard_onnx/report.schema.json"} <= package
     with zipfile.ZipFile(built[0]) as wheel:
         assert {name for name in wheel.namelist() if ".dist-info/" not in name} == package
+        [metadata] = [name for name in wheel.namelist() if name.endswith("/METADATA")]
+        assert f"\nVersion: {__version__}\n" in wheel.read(metadata).decode()
     with tarfile.open(built[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert package | {"README.md", "SECURITY.md", "docs/guide.md"} <= names
@@ -64,7 +67,7 @@ def test_the_commands_are_there(installed, tmp_path):
     for command in (["flipguard-onnx"], ["python", "-m", "flipguard_onnx"]):
         program = installed / "bin" / command[0]
         result = run(program, *command[1:], "--version", cwd=tmp_path)
-        assert result.stdout.startswith("flipguard-onnx, version ")
+        assert result.stdout == f"flipguard-onnx, version {__version__}\n"
     where = "import flipguard_onnx; print(flipguard_onnx.__file__)"
     found = run(installed / "bin" / "python", "-c", where, cwd=tmp_path).stdout
     assert found.startswith(str(installed))

@@ -6,7 +6,6 @@ They are downloaded by `python tools/fetch_models.py`; what is not there is skip
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -19,7 +18,6 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import flipguard_onnx
 from flipguard_onnx.calibration.inputs import made_up_feeds
-from flipguard_onnx.cli.commands import main
 from flipguard_onnx.emit import weight_forms as qdq
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import file_sha256, open_model
@@ -27,18 +25,8 @@ from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor
 from flipguard_onnx.quantization.schemes import SCHEMES
 from tests.helpers import oracles
-from tools.fetch_models import MODELS, path_of
-
-
-def downloaded(name):
-    path = path_of(name)
-    if not path.exists():
-        pytest.skip(f"{path.name} is not there; python tools/fetch_models.py {name}")
-    return path
-
-
-FLOAT_MODELS = [m.name for m in MODELS if not m.prequantized]
-INTEGER_MODELS = [m.name for m in MODELS if m.prequantized]
+from tests.helpers.command import call, one_line
+from tests.helpers.real import FLOAT_MODELS, INTEGER_MODELS, downloaded
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -59,10 +47,7 @@ def test_guarded_in_every_scheme(tmp_path, name, scheme):
 
 @pytest.mark.parametrize("name", INTEGER_MODELS)
 def test_quantized_models_are_refused_in_one_line(name):
-    result = CliRunner().invoke(main, ["inspect", str(downloaded(name))])
-    assert result.exit_code == 2
-    assert "already quantized" in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert "already quantized" in one_line(call("inspect", downloaded(name)))
 
 
 def plain(weight, values, scheme, flat=False):

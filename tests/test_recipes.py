@@ -16,10 +16,9 @@ from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 
 from flipguard_onnx import __version__, verify
-from tests.conftest import SCHEMA
-from tests.helpers.command import names
+from tests.helpers.attacked import FOLDER as ATTACKED
+from tests.helpers.command import SCHEMA, names
 from tests.helpers.samples import matmul, save
-from tools.attacks.measure import FOLDER as ATTACKED
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -115,7 +114,8 @@ def test_pre_commit(tmp_path):
 
     shutil.copy(ATTACKED / "mlp-clean.onnx", project)
     (project / "mlp-clean.flipguard-int8.onnx").write_text("what guard wrote")
-    assert "Passed" in commit(0)
+    assert "flipguard-onnx scan" in (passed := commit(0))
+    assert passed.splitlines()[-1].endswith("Passed")
     shutil.copy(ATTACKED / "mlp-standard-int4.onnx", project)
     output = commit(1)
     assert "Failed" in output

@@ -19,10 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import onnx
-from onnx import TensorProto, helper
-
+from tests.helpers.large import save_large
 from tools.fetch_models import path_of
 
 OURS = {
@@ -56,7 +53,6 @@ THEIRS = {  # scheme -> name, and what takes `source` to `target` with or withou
     ),
 }
 EVERY = 0.02  # seconds between two looks at the memory
-WRITTEN = 512  # rows of made-up weights at a time
 
 
 @dataclass(frozen=True)
@@ -117,36 +113,6 @@ def cpu_seconds(pid: int) -> float:
     return sum(map(int, fields[11:15])) / 100
 
 
-def make_big(path: Path, layers: int, width: int) -> None:
-    """A chain of MatMul with external data, written without holding it in memory."""
-    nodes, tensors, value = [], [], "x"
-    with path.with_name(f"{path.name}.data").open("wb") as data:
-        for number in range(layers):
-            tensor = TensorProto(name=f"w{number}", data_type=TensorProto.FLOAT)
-            tensor.dims.extend((width, width))
-            tensor.data_location = TensorProto.EXTERNAL
-            place = {"location": data.name.rpartition("/")[2], "offset": data.tell()}
-            for key, entry in (place | {"length": 4 * width * width}).items():
-                tensor.external_data.add(key=key, value=str(entry))
-            rng = np.random.default_rng(number)
-            for start in range(0, width, WRITTEN):
-                rows = min(WRITTEN, width - start)
-                values = rng.standard_normal((rows, width), dtype=np.float32)
-                values /= np.float32(width**0.5)
-                data.write(values.data)
-            tensors.append(tensor)
-            nodes.append(helper.make_node("MatMul", [value, tensor.name], [f"h{number}"]))
-            value = f"h{number}"
-    given, result = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width])
-        for name in ("x", value)
-    )
-    graph = helper.make_graph(nodes, "big", [given], [result], tensors)
-    opset = [helper.make_opsetid("", 21)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
-    os.sync()  # or the first run pays for the writing
-
-
 def measure(source: Path, schemes: list[str], repeat: int, folder: Path, alone: bool) -> None:
     """Print the table of one model."""
     external = source.with_name(f"{source.name}.data").exists()
@@ -195,7 +161,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             source = Path(folder) / "big.onnx"
             if name == "big":
-                make_big(source, arguments.layers, arguments.width)
+                save_large(source, arguments.layers, arguments.width)
+                os.sync()  # or the first run pays for the writing
             else:
                 source = path_of(name)
             measure(source, arguments.schemes, arguments.repeat, Path(folder), arguments.alone)

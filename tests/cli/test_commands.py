@@ -8,8 +8,11 @@ import numpy as np
 import onnx
 import pytest
 
+from flipguard_onnx import __version__
 from tests.helpers.command import call, one_line
 from tests.helpers.samples import SAMPLES, matmul, save
+
+FAST = ("--no-validate", "--preserve", "off")
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def sample(tmp_path):
 def test_the_model_alone_is_guarded_to_int8_beside_it(sample):
     result = call(sample)
     assert result.exit_code == 0, result.output
-    assert sample.with_name("model.flipguard-int8.onnx").exists()
+    onnx.checker.check_model(sample.with_name("model.flipguard-int8.onnx"))
     assert "guarded   12,288 weights in 3 tensors, 100.00% of all" in result.stdout
     assert "valid     on 8 inputs" in result.stdout
 
@@ -44,14 +47,19 @@ def test_inspect_writes_no_model(sample, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_inspect_predicts_the_size(tmp_path):
-    source = save(matmul((512, 256)), tmp_path)
-    for scheme in ("int8", "int4", "nf4"):
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp4"])
+def test_inspect_predicts_the_size(tmp_path, scheme):
+    """All but nodes, names and metadata, which are no longer for a large weight."""
+    overheads = []
+    for rows in (256, 1024):
+        source, output = save(matmul((rows, 256)), tmp_path), tmp_path / "out.onnx"
         call("inspect", source, "--scheme", scheme, "--report", tmp_path / "r.json")
-        expected = json.loads((tmp_path / "r.json").read_text())["output_bytes"]
-        assert call(source, "--scheme", scheme, "-o", tmp_path / "o.onnx", "--force").exit_code == 0
-        written = (tmp_path / "o.onnx").stat().st_size
-        assert abs(expected - written) < 2500
+        predicted = json.loads((tmp_path / "r.json").read_text())["output_bytes"]
+        options = ("--scheme", scheme, "-o", output, "--seed", 1, "--force", *FAST)
+        assert call(source, *options).exit_code == 0
+        overheads.append(output.stat().st_size - predicted)
+    assert 400 < overheads[0] < 900
+    assert abs(overheads[1] - overheads[0]) < 10
 
 
 def test_verify(sample, tmp_path):
@@ -61,8 +69,7 @@ def test_verify(sample, tmp_path):
     assert "recorded as made from this original" in result.stdout
     assert "rounded to nearest at fp4" in result.stdout
     result = call("verify", sample, tmp_path / "out.onnx", "--max-drift", "0.05")
-    assert result.exit_code == 1
-    assert "the outputs drift by" in result.stderr
+    assert "the outputs drift by" in one_line(result, 1)
 
 
 def test_bad_files_get_one_line_and_exit_code_2(tmp_path):
@@ -88,7 +95,9 @@ def test_failed_validation_is_exit_code_1_and_leaves_nothing(sample, tmp_path):
 
 
 def test_bad_options_get_exit_code_2(sample):
-    assert call("guard", sample, "--scheme", "int3").exit_code == 2
+    result = call("guard", sample, "--scheme", "int3")
+    assert result.exit_code == 2
+    assert "Invalid value for '--scheme': 'int3' is not one of 'int8', 'int4'" in result.stderr
     assert "tau is 0.0" in one_line(call("guard", sample, "--tau", 0))
     assert "block size is 48" in one_line(call(sample, "--scheme", "nf4", "--block-size", 48))
 
@@ -132,28 +141,6 @@ def test_nan_is_refused_unless_excluded(tmp_path):
     assert call(path, "--quiet", "--exclude", "outer", "--no-validate").exit_code == 0
 
 
-def test_help_imports_neither_numba_nor_onnxruntime():
-    code = (
-        "import sys; sys.argv = ['flipguard-onnx', '--help']\n"
-        "from flipguard_onnx.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "assert not {'numba', 'onnxruntime', 'onnx', 'numpy'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-def test_inspect_imports_neither_numba_nor_onnxruntime(sample):
-    code = (
-        f"import sys; sys.argv = ['flipguard-onnx', 'inspect', {str(sample)!r}]\n"
-        "from flipguard_onnx.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as e: assert e.code == 0\n"
-        "assert not {'numba', 'onnxruntime'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
 def test_version_and_module():
     result = subprocess.run(
         [sys.executable, "-m", "flipguard_onnx", "--version"],
@@ -161,4 +148,4 @@ def test_version_and_module():
         capture_output=True,
         text=True,
     )
-    assert result.stdout.startswith("flipguard-onnx, version ")
+    assert result.stdout == f"flipguard-onnx, version {__version__}\n"

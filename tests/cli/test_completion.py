@@ -14,7 +14,12 @@ import pytest
 BASH = shutil.which("bash")
 BIN = Path(sys.executable).parent
 
-pytestmark = pytest.mark.skipif(not BASH or not (BIN / "flipguard-onnx").exists(), reason="no bash")
+pytestmark = [
+    pytest.mark.skipif(not BASH, reason="needs bash"),
+    pytest.mark.skipif(
+        not (BIN / "flipguard-onnx").exists(), reason="needs the package to be installed"
+    ),
+]
 
 
 class Terminal:

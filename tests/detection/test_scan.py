@@ -28,15 +28,15 @@ from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from flipguard_onnx.reports.sarif import sarif
+from tests.helpers.attacked import FOLDER, MANIFEST
 from tests.helpers.samples import model, save
-from tools.attacks.measure import FOLDER
-from tools.scan_bench import MODELS, NAMES
 
 CPU = get_backend("cpu")
 SHAPE = (384, 256)
 UNBIASED = Policy()
-MANIFEST = json.loads((MODELS / "attacks" / "manifest.json").read_text())
-ON_CODES = [e for e in MANIFEST if e["schemes"] and e["attacker"] != "rounding"]
+MODELS = FOLDER.parent
+NAMES = {"int8": "int8 channel", "int8_tensor": "int8 tensor"}  # those of the manifest
+ON_CODES = [e for e in MANIFEST.values() if e["schemes"] and e["attacker"] != "rounding"]
 
 
 def honest(seed=0, shape=SHAPE):

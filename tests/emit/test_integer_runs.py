@@ -8,8 +8,8 @@ from onnx import numpy_helper
 
 import flipguard_onnx
 from tests.emit.test_static_qdq import convolution, initializers
+from tests.helpers.real import downloaded
 from tests.helpers.samples import F, model, node, save, weights
-from tests.test_real_models import downloaded
 
 SHAPE = [1, 8, 6, 6]
 TINY = 1e-12  # of the other channels' weights: any bias overflows beside it

@@ -1,7 +1,5 @@
 """Activations in integers: the codes are the guarded ones, whatever onnxruntime makes of it."""
 
-import json
-
 import numpy as np
 import onnx
 import pytest
@@ -20,11 +18,10 @@ from flipguard_onnx.reports.guard import ActivationQuantization
 from flipguard_onnx.reports.validation import Drift, Validation
 from flipguard_onnx.validation.drift import require_useful
 from tests.helpers import oracles
+from tests.helpers.attacked import FOLDER, MANIFEST, classifier_rates
 from tests.helpers.command import call, names, one_line
 from tests.helpers.samples import F, model, node, save, weights
-from tools.attacks.measure import FOLDER, rates
 
-MANIFEST = {entry["name"]: entry for entry in json.loads((FOLDER / "manifest.json").read_text())}
 TYPES = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8, "int16": QuantType.QInt16}
 CALIBRATED_ON = 64  # images
 
@@ -104,8 +101,9 @@ def test_no_attack_wakes_up_in_integers(tmp_path, digits, name, granularity, act
     source = FOLDER / entry["file"]
     per_channel = granularity == "channel"
     plain_static(source, tmp_path / "plain.onnx", feeds, activations, per_channel=per_channel)
-    assert rates(tmp_path / "plain.onnx", entry)["attack"] > 0.95, "the control: it is an attack"
-    before = rates(source, entry)
+    plain = classifier_rates(tmp_path / "plain.onnx")
+    assert plain["attack"] > 0.95, "the control: it is an attack"
+    before = classifier_rates(source)
     for given in (data, None):
         output = tmp_path / f"{given is None}.onnx"
         report = flipguard_onnx.guard(
@@ -116,7 +114,7 @@ def test_no_attack_wakes_up_in_integers(tmp_path, digits, name, granularity, act
             seed=1,
             output=output,
         )
-        after = rates(output, entry)
+        after = classifier_rates(output)
         assert after["attack"] <= before["attack"] + 0.02
         assert after["accuracy"] >= 0.97 * before["accuracy"]
         assert report.integers.weight_only == {}

@@ -1,17 +1,38 @@
 """Calling the command line, and what is in a folder while it works and afterwards."""
 
 import fcntl
+import json
 import os
+from contextlib import suppress
+from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
+import jsonschema
 from click.testing import CliRunner
 
 from flipguard_onnx.cli.commands import main
 from flipguard_onnx.io.publish import LOCK, WORKSPACE
 
+SCHEMA = json.loads((files("flipguard_onnx") / "report.schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
 
 def call(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
+    """Run the command line; the JSON reports that it writes must follow their schema."""
+    arguments = [str(a) for a in arguments]
+    result = CliRunner().invoke(main, arguments)
+    written = [result.stdout] if ("--format", "json") in pairwise(arguments) else []
+    for option, value in pairwise(arguments):
+        if option == "--report":
+            with suppress(OSError, UnicodeDecodeError):
+                written.append(Path(value).read_text())
+    for text in written:
+        with suppress(json.JSONDecodeError):
+            report = json.loads(text)
+            if "kind" in report:  # SARIF is none of ours
+                VALIDATOR.validate(report)
+    return result
 
 
 def one_line(result, code=2):

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import replace
+import secrets
+import sys
 
 import numpy as np
 import onnx
@@ -18,9 +19,9 @@ from flipguard_onnx import (
     UnsupportedModelError,
     ValidationError,
 )
-from flipguard_onnx.emit.writers import QdqWriter
 from flipguard_onnx.reports.validation import pooled
 from tests.helpers import oracles
+from tests.helpers.command import names, workspaces
 from tests.helpers.samples import SAMPLES, matmul, model, node, save, weights
 
 SCHEMES = ("int8", "int4", "nf4", "fp4")
@@ -206,7 +207,7 @@ def test_external_data_in_and_out(tmp_path, sample):
 def test_a_model_in_memory(tmp_path):
     report = flipguard_onnx.guard(matmul(), output=tmp_path / "out.onnx")
     assert report.validation.feeds == 8
-    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+    assert names(tmp_path) == ["out.onnx"]
     with pytest.raises(OptionError, match="output must be given"):
         flipguard_onnx.guard(matmul())
 
@@ -227,7 +228,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path, value):
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(bad, "w"))
     with pytest.raises(ModelError, match=r"tensor 'w' holds 1 values that are NaN or infinite"):
         guarded(tmp_path, proto)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert names(tmp_path) == ["model.onnx"]
 
 
 def test_outputs_are_not_overwritten_without_force(tmp_path):
@@ -265,31 +266,37 @@ def test_the_inputs_data_file_is_not_overwritten(tmp_path):
         flipguard_onnx.guard(source, data=tmp_path / "x.npz", output=tmp_path / "x.npz", force=True)
 
 
-def test_a_corrupted_output_is_caught_and_nothing_is_left(tmp_path, monkeypatch):
-    """One code at the wrong place, as a faulty packing would leave it."""
+def test_a_corrupted_output_is_caught_and_nothing_is_left(tmp_path):
+    """Two rows of codes change places between writing and validation, as by a faulty packing."""
+    corrupted = []
 
-    class Faulty(QdqWriter):
-        def add_weight(self, name, scheme, flips):
-            codes = flips.codes.copy()
-            codes[:2] = codes[1::-1] + 1
-            super().add_weight(name, scheme, replace(flips, codes=codes))
+    def corrupt(stage, done, _):
+        if stage == "validating" and not done:
+            [folder] = workspaces(tmp_path)
+            [path] = folder.rglob("out.onnx")
+            proto = onnx.load(path)
+            [tensor] = [t for t in proto.graph.initializer if t.name == "w_quantized"]
+            codes = numpy_helper.to_array(tensor)[[1, 0, *range(2, 70)]]
+            tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
+            onnx.save(proto, path)
+            corrupted.append(path)
 
-    monkeypatch.setattr("flipguard_onnx.pipeline.draw.QdqWriter", Faulty)
-    with pytest.raises(ValidationError, match="from what the codes stand for"):
-        guarded(tmp_path, matmul())
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    with pytest.raises(ValidationError, match=r"'y' differs by .* from what the codes stand"):
+        guarded(tmp_path, matmul(), progress=corrupt)
+    assert len(corrupted) == 1
+    assert names(tmp_path) == ["model.onnx"]
 
 
 def test_drift_beyond_the_bound_is_caught_and_nothing_is_left(tmp_path):
     with pytest.raises(ValidationError, match="the outputs drift by"):
         guarded(tmp_path, matmul(), max_drift=0.1)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert names(tmp_path) == ["model.onnx"]
 
 
 def test_a_draw_that_drifts_too_far_is_drawn_again(tmp_path, monkeypatch):
     """Between the smallest and the largest drift of three draws lies a bound that some fail."""
-    seeds = iter([1, 2, 3] * 2)
-    monkeypatch.setattr("flipguard_onnx.pipeline.options.secrets.randbits", lambda _: next(seeds))
+    seeds = iter([1, 2, 3])
+    monkeypatch.setattr(secrets, "randbits", lambda _: next(seeds))
     proto = SAMPLES["gather"]()
     ratio = {}
     for seed in (1, 2, 3):
@@ -306,7 +313,7 @@ def test_a_draw_that_drifts_too_far_is_drawn_again(tmp_path, monkeypatch):
 
 
 def test_without_validation_no_runtime_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ValidationError, match=r"install flipguard-onnx\[cpu\]"):
         guarded(tmp_path, matmul())
     assert guarded(tmp_path, matmul(), validate=False).validation is None

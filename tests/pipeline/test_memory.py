@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.whole_runs import make_big
+from tests.helpers.large import save_large
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 640 << 20  # bytes
@@ -48,7 +48,7 @@ def larger_than_memory(request, tmp_path_factory):
     """A scheme, and a model of so many square matrices."""
     scheme, *size = request.param
     path = tmp_path_factory.mktemp("big") / "big.onnx"
-    make_big(path, *size)
+    save_large(path, *size)
     assert path.with_name("big.onnx.data").stat().st_size > LIMIT
     yield scheme, path
     path.with_name("big.onnx.data").unlink()

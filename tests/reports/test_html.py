@@ -7,10 +7,8 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 
 from flipguard_onnx import guard, scan
-from flipguard_onnx.cli.commands import main
 from flipguard_onnx.reports.html import guard_html, scan_html
 from flipguard_onnx.reports.scan import (
     Alignment,
@@ -23,8 +21,9 @@ from flipguard_onnx.reports.scan import (
 )
 from flipguard_onnx.reports.svg import SHADES, bars, heat_map
 from flipguard_onnx.reports.words import percent
+from tests.helpers.attacked import FOLDER
+from tests.helpers.command import call, one_line
 from tests.helpers.samples import matmul, save, weights
-from tools.attacks.measure import FOLDER
 
 GRIDS = ("int8 channel", "int8 tensor", "int4", "nf4", "fp4")
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -76,7 +75,9 @@ def test_one_file_that_names_no_address():
 def test_names_are_data():
     html = scan_html(a_scan(3))
     assert "<img" not in html
-    assert html.count("&lt;/script&gt;&lt;img src=x") >= 5  # heading, three layers, a skipped one
+    assert (
+        html.count("&lt;/script&gt;&lt;img src=x") == 6
+    )  # title, heading, three layers, a skipped one
 
 
 def test_names_are_shown_in_the_order_in_which_they_are_written(tmp_path):
@@ -131,8 +132,8 @@ def guarded(tmp_path_factory):
     """The page of a guard, as the command line writes it."""
     folder = tmp_path_factory.mktemp("guarded")
     source = FOLDER / "mlp-standard-int4.onnx"
-    options = ["--scheme", "int4", "--seed", "1", "-o", folder / "out.onnx"]
-    result = CliRunner().invoke(main, [str(o) for o in [source, *options, "--html", folder / "p"]])
+    options = ("--scheme", "int4", "--seed", 1, "-o", folder / "out.onnx")
+    result = call(source, *options, "--html", folder / "p")
     assert result.exit_code == 0, result.output
     return (folder / "p").read_text(), result.stdout
 
@@ -151,15 +152,14 @@ def test_the_page_of_a_guard(guarded):
 
 
 def test_html_is_for_one_model(tmp_path):
-    models = [str(FOLDER / f"mlp-{name}.onnx") for name in ("clean", "standard-int4")]
-    result = CliRunner().invoke(main, ["guard", *models, "--html", str(tmp_path / "p")])
-    assert result.exit_code == 2
-    assert "--html is for one model" in result.output
+    models = [FOLDER / f"mlp-{name}.onnx" for name in ("clean", "standard-int4")]
+    message = one_line(call("guard", *models, "--html", tmp_path / "p"))
+    assert message == ("flipguard-onnx: --html is for one model; --report has all of them\n")
 
 
 def test_a_scan_from_the_command_line(tmp_path):
-    command = ["scan", str(FOLDER / "mlp-clean.onnx"), "--format", "html"]
-    result = CliRunner().invoke(main, [*command, "--report", str(tmp_path / "p.html")])
+    command = ("scan", FOLDER / "mlp-clean.onnx", "--format", "html")
+    result = call(*command, "--report", tmp_path / "p.html")
     assert result.exit_code == 0
     assert '<div class="verdict good"><b>clean</b>' in (tmp_path / "p.html").read_text()
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="needs torch")
+pytest.importorskip("sklearn", reason="needs scikit-learn")
 
 from tools.attacks import digits, language_model, measure  # noqa: E402
 from tools.attacks.attack import make_boxes, rows_of, scheme_for, widen  # noqa: E402

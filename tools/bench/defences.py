@@ -14,7 +14,8 @@ from onnx import TensorProto, compose, helper, numpy_helper
 
 from flipguard_onnx import guard
 from flipguard_onnx.graph.weights import Weight, find_weights
-from flipguard_onnx.pipeline.plan import Format
+from flipguard_onnx.pipeline.options import GuardOptions
+from flipguard_onnx.pipeline.plan import WeightPlan
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.schemes import Grid, Scheme
 from tools.attacks.simulate import NEAREST
@@ -109,8 +110,11 @@ class Case:
 
     def grids(self) -> Iterator[tuple[Scheme, Grid, np.ndarray]]:
         """Scheme, grid and float32 values of every weight, flat in its canonical order."""
+        name, granularity = self.format
+        options = GuardOptions(scheme=name, granularity=granularity)
         for weight in self.found:
-            scheme, blocks = Format(*self.format).plan(weight)
+            plan = WeightPlan.of(weight, options)
+            scheme, blocks = plan.scheme, plan.blocks
             values = weight.canonical(self.weights[weight.name])
             floats = values.astype(np.float32)
             yield scheme, scheme.fit(floats, blocks, values.dtype, CPU), floats

@@ -22,7 +22,8 @@ from onnx import helper
 
 from flipguard_onnx.calibration.weight_inputs import WeightInput, weight_input
 from flipguard_onnx.graph.weights import Weight
-from flipguard_onnx.pipeline.plan import Format
+from flipguard_onnx.pipeline.options import GuardOptions
+from flipguard_onnx.pipeline.plan import WeightPlan
 from flipguard_onnx.quantization.kernels import get_backend
 from tools.attacks import digits, prompts
 from tools.attacks.digits import SAMPLES, TOGETHER
@@ -67,7 +68,9 @@ def _efrap(case: Case, target: Path, seed: int) -> int:
 
 def _levels(case: Case, weight: Weight) -> tuple[np.ndarray, np.ndarray]:
     """The nearest level of every weight, and the next nearest."""
-    scheme, blocks = Format(*case.format).plan(weight)
+    name, granularity = case.format
+    plan = WeightPlan.of(weight, GuardOptions(scheme=name, granularity=granularity))
+    scheme, blocks = plan.scheme, plan.blocks
     values, backend = weight.canonical(case.weights[weight.name]), get_backend("cpu")
     floats = values.astype(np.float32)
     grid = scheme.fit(floats, blocks, values.dtype, backend)

@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
-from tools import rivals
-from tools.attacks.measure import FOLDER
-from tools.bench.rivals import RIVALS, SAMPLES, efrap, samples
-from tools.bench.rows import evaluate
+torch = pytest.importorskip("torch", reason="needs torch")
+pytest.importorskip("sklearn", reason="needs scikit-learn")
+
+from tools import rivals  # noqa: E402
+from tools.attacks.measure import FOLDER  # noqa: E402
+from tools.bench.rivals import RIVALS, SAMPLES, efrap, samples  # noqa: E402
+from tools.bench.rows import evaluate  # noqa: E402
 
 MANIFEST = {entry["name"]: entry for entry in json.loads((FOLDER / "manifest.json").read_text())}
 

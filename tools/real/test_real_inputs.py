@@ -1,17 +1,23 @@
 """The inputs are what they claim to be, and the bench measures what guard() does by itself."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import flipguard_onnx
-from tools import real_inputs
-from tools.attacks.measure import session
-from tools.bench.remembered import remembered
-from tools.fetch_models import path_of
-from tools.real import samples
-from tools.real.subjects import LINE, SUBJECTS, Subject, decoded
+for library in ("blingfire", "kaldi_native_fbank", "sklearn"):
+    pytest.importorskip(library, reason=f"needs {library}")
+if not shutil.which("espeak-ng"):
+    pytest.skip("needs espeak-ng", allow_module_level=True)
+
+import flipguard_onnx  # noqa: E402
+from tools import real_inputs  # noqa: E402
+from tools.attacks.measure import session  # noqa: E402
+from tools.bench.remembered import remembered  # noqa: E402
+from tools.fetch_models import path_of  # noqa: E402
+from tools.real import samples  # noqa: E402
+from tools.real.subjects import LINE, SUBJECTS, Subject, decoded  # noqa: E402
 
 KNOWN = {subject.name: subject for subject in SUBJECTS}
 

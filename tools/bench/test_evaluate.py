@@ -198,8 +198,9 @@ def test_command_line(tmp_path, capsys):
     assert capsys.readouterr().out == table.read_text()
     assert evaluate.main(["--load", str(figures), "--defences", "none"]) == 0
     assert "topk-20" not in capsys.readouterr().out
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         evaluate.main(["--models", "nothing-like-that"])
+    assert "nothing to do: no model" in capsys.readouterr().err
 
 
 def test_rows_of_another_bench_are_refused(tmp_path, attacked):

@@ -1,0 +1,1 @@
+"""Tools for developing flipguard-onnx; README.md says what each is for."""
