@@ -79,7 +79,7 @@ def test_every_architecture_is_there_from_both_exporters():
 def test_all_matrices_are_guarded(tmp_path, file, scheme):
     output = tmp_path / "out.onnx"
     report = flipguard_onnx.guard(FOLDER / file, scheme, output=output, seed=1)
-    assert report.validation is not None
+    assert [drift.output for drift in report.validation.guarded_exact] == ["logits"]
     matrices, wanted = original(file)
     assert {t.name: t.shape for t in report.tensors} == {
         name: tuple(tensor.dims) for name, tensor in matrices.items()
@@ -88,7 +88,7 @@ def test_all_matrices_are_guarded(tmp_path, file, scheme):
     assert {t.scheme for t in report.tensors if t.op == "Gather"} <= {"int8"}
     assert {s.text for s in report.skipped} == {"1-D", "scalar"}
     assert report.coverage > 0.97
-    assert 0.1 < report.flips / report.weights < 0.4
+    assert 0.2 < report.flips / report.weights < 0.4
     assert not matrices.keys() & constants(onnx.load(output)).keys()
     error = np.abs(logits(output) - wanted).mean() / wanted.std()
     assert 0 < error < NOISE[scheme]

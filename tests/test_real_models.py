@@ -37,7 +37,8 @@ def test_guarded_in_every_scheme(tmp_path, name, scheme):
     output = tmp_path / "out.onnx"
     preserve = "auto" if scheme == "int4" else "off"  # one scheme is enough for the statistics
     report = flipguard_onnx.guard(source, scheme, preserve=preserve, output=output)
-    assert report.validation is not None
+    outputs = [each.name for each in onnx.load(source).graph.output]
+    assert [drift.output for drift in report.validation.guarded_exact] == outputs
     assert report.coverage > 0.98
     assert 0.1 < report.flips / report.weights < 0.4
     assert output.stat().st_size < 0.45 * source.stat().st_size
