@@ -24,7 +24,7 @@ from .prequantized import most_are_levels, most_repeat
 
 MIN_WEIGHTS = 1000  # fewer prove nothing
 
-SUSPICIOUS = 0.0025  # share of the weights; see README for how these were chosen
+SUSPICIOUS = 0.0025  # share of the weights; docs/scan.md says how these were chosen
 
 ALIGNED = 0.01  # how much more it takes for the verdict "aligned"
 
@@ -33,10 +33,10 @@ NOISE = 0.6  # / sqrt(weights): the strength that may be chance
 ECHO = 0.15  # of the strongest grid's strength; others share some of its boundaries
 
 TOO_FEW = Verdict(
-    NOT_JUDGED, f"fewer than {MIN_WEIGHTS} weights that count (judged with the others)"
+    NOT_JUDGED, f"fewer than {MIN_WEIGHTS} weights to judge by (counted with the others)"
 )
 
-ON_GRID = Verdict(NOT_JUDGED, "the weights lie on a grid already, as after quantization")
+ON_GRID = Verdict(NOT_JUDGED, "the weights already lie on a grid, as after quantization")
 
 GUARDED = (
     "according to its metadata flipguard-onnx has moved weights of this file across boundaries, "
@@ -164,7 +164,7 @@ def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
         return TOO_FEW
     found = [a for a in alignments if a.strength > _chance(a)]
     if not found:
-        return Verdict("clean", "no grid's boundaries attract its weights")
+        return Verdict("clean", "the weights do not gather at the boundaries of any grid")
     # a peak, measured against the fixed placebos, tells apart grids with the same blocks
     found = [a for a in found if a.peak > _chance(a)] or found
     found.sort(key=lambda a: -a.strength)
@@ -173,7 +173,7 @@ def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
     return Verdict(
         "aligned" if first.strength > ALIGNED + _chance(first) else "suspicious",
         f"{first.strength:.1%} of the weights stand {distance} half-gaps from the boundaries of "
-        f"{first.grid} where only that grid explains it",
+        f"{first.grid}, which no other grid explains",
         tuple(a.grid for a in found if a.strength > ECHO * first.strength),
         first.strength,
     )
@@ -198,9 +198,9 @@ def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdic
     share = sum(t.weights for t in alarming) / sum(t.weights for t in tensors)
     return Verdict(
         max((v.level for v in verdicts if v.alarming), key=LEVELS.index),
-        f"{len(alarming)} of {len(tensors)} tensors, {share:.1%} of the weights, stand where only "
-        f"the boundaries of {' and '.join(grids)} explain it: an attack, or quantization-aware "
-        "training, which may do the same",
+        f"in {len(alarming)} of {len(tensors)} tensors ({share:.1%} of the weights), weights "
+        f"gather at the boundaries of {' and '.join(grids)} and of no other grid: the mark of an attack, "
+        "or of quantization-aware training",
         grids,
         max(verdict.strength for verdict in verdicts),
     )

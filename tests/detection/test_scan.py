@@ -125,7 +125,7 @@ def test_shifted_float16_weights_are_found_too(tmp_path):
 def test_weights_on_a_grid_are_not_judged(tmp_path, name):
     result = scanned(tmp_path, decoded(name, honest()))
     assert result.verdict.level == "not judged"
-    assert "lie on a grid already" in result.verdict.reason
+    assert "already lie on a grid" in result.verdict.reason
     assert result.alignments == ()
 
 
