@@ -1,9 +1,11 @@
 """Run guard() in forked processes, kill them all, and print what they leave, as JSON.
 
-    python tests/killed.py SOURCE TARGET random 100   kill -9 at 100 random moments
-    python tests/killed.py SOURCE TARGET kill         kill -9 before each file operation
-    python tests/killed.py SOURCE TARGET terminate    SIGTERM there, and at the next two again
-    python tests/killed.py SOURCE TARGET race 20      four runs at once, 20 times
+python tests/helpers/killed.py SOURCE TARGET MODE [COUNT]
+
+    random 100   kill -9 at 100 random moments
+    kill         kill -9 before each file operation
+    terminate    SIGTERM there, and at the next two again
+    race 20      four runs at once, 20 times
 
 Starting Python takes a second and a fork a tenth of it. Every other time the target is absent, else
 it is the output of seed 1; that of seed 2 is to be written.
