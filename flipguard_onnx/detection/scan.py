@@ -199,8 +199,8 @@ def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdic
     return Verdict(
         max((v.level for v in verdicts if v.alarming), key=LEVELS.index),
         f"in {len(alarming)} of {len(tensors)} tensors ({share:.1%} of the weights), weights "
-        f"gather at the boundaries of {' and '.join(grids)} and of no other grid: the mark of an attack, "
-        "or of quantization-aware training",
+        f"gather at the boundaries of {' and '.join(grids)} and of no other grid: the mark of an "
+        "attack, or of quantization-aware training",
         grids,
         max(verdict.strength for verdict in verdicts),
     )

@@ -147,7 +147,8 @@ def test_real_models_in_integers(tmp_path, name, weight_only):
     report = flipguard_onnx.guard(downloaded(name), activations="uint8", seed=1, output=path)
     assert len(report.integers.weight_only) == weight_only
     assert report.coverage > 0.98
-    assert report.validation is not None
+    outputs = [value.name for value in onnx.load(path).graph.output]
+    assert [drift.output for drift in report.validation.guarded_exact] == outputs
     assert sum(report.outputs.values()) < 0.3 * report.input_bytes
     codes = {v.tobytes() for v in initializers(path).values() if v.dtype == np.int8}
     found = weights_that_run(path)

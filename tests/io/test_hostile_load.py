@@ -318,6 +318,7 @@ def test_a_name_of_a_megabyte_is_cut(tmp_path):
     result = call("inspect", written(proto, tmp_path))
     assert result.exit_code == 0
     assert len(result.stdout) < 2000
+    assert "w…" in result.stdout
 
 
 def test_a_name_in_an_error_of_onnxruntime(tmp_path):
