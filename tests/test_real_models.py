@@ -132,7 +132,7 @@ def test_4_bit_codes_equal_onnxruntimes(scheme):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_onnxruntimes_tools_turn_the_moved_model_into_our_codes(tmp_path, monkeypatch, scheme):
     """The float model that we write, put through onnxruntime's own quantizer of that format."""
-    monkeypatch.setattr(qdq, "PACKED", 0)  # all in the kernels' layouts, which are theirs
+    monkeypatch.setattr(qdq, "MIN_PACKED", 0)  # all in the kernels' layouts, which are theirs
     moved, output = tmp_path / "out-float.onnx", tmp_path / "out.onnx"
     flipguard_onnx.guard(downloaded("fsmn_vad"), scheme, output=output, emit="both")
     theirs = tmp_path / "theirs.onnx"

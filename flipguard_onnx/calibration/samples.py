@@ -20,11 +20,13 @@ Array = npt.NDArray[Any]
 class Found:
     """Samples, and the outputs of the original for each of them, in the order of its outputs.
 
-    problem: why no samples were found, or that the outputs for these are not all finite.
+    names: of the outputs. problem: why no samples were found, or that the outputs for these are not
+    all finite.
     """
 
     feeds: list[Feed]
     outputs: list[list[Array]]
+    names: list[str]
     problem: str = ""
 
 
@@ -43,6 +45,7 @@ class Samples:
     def __init__(self, source: Model, data: Path | None) -> None:
         self.source = source
         self.data = data
+        self._failure: ValidationError | None = None
 
     @cached_property
     def session(self) -> runtime.Session:
@@ -78,12 +81,29 @@ class Samples:
             f"({self.found.problem}); give real ones with --data, or --no-validate"
         )
 
-    @cached_property
+    @property
     def found(self) -> Found:
-        """The samples, whatever the original makes of them; no feeds where it runs on none."""
+        """The samples, whatever the original makes of them; no feeds where it runs on none.
+
+        Raises ValidationError, each time anew, where the original cannot be run at all.
+        """
+        if self._failure:
+            raise self._failure
+        try:
+            return self._searched
+        except ValidationError as error:
+            self._failure = error
+            raise
+
+    def release(self) -> None:
+        """Free the memory of the loaded original, once its outputs are known."""
+        self.__dict__.pop("session", None)
+
+    @cached_property
+    def _searched(self) -> Found:
         if self.data:
             return self._run(self.given)
-        best = Found([], [], NONE_FIT)
+        best = Found([], [], [], NONE_FIT)
         for feeds in made_up_feeds(self.source.proto, self.source.size):
             found = self._run(feeds)
             if found.feeds and not found.problem:
@@ -95,11 +115,12 @@ class Samples:
         try:
             outputs = [self.session.run(None, feed) for feed in feeds]
         except RunError as error:
-            return Found([], [], f"does not run: {error}" if self.data else str(error))
-        for name, values in zip(self.session.outputs, zip(*outputs, strict=True), strict=True):
+            return Found([], [], [], f"does not run: {error}" if self.data else str(error))
+        names = self.session.outputs
+        for name, values in zip(names, zip(*outputs, strict=True), strict=True):
             if not all(map(finite, values)):
-                return Found(feeds, outputs, f"output {name!r} holds NaN or infinity")
-        return Found(feeds, outputs)
+                return Found(feeds, outputs, names, f"output {name!r} holds NaN or infinity")
+        return Found(feeds, outputs, names)
 
 
 def finite(values: Array) -> bool:

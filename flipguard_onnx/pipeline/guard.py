@@ -125,7 +125,7 @@ def inspect(
     >>> from flipguard_onnx import inspect
     >>> found = inspect("models/silero_vad.onnx", "int8")
     >>> len(found.tensors), found.tensors[0].op
-    (14, 'Conv')
+    (16, 'Conv')
     """
     options = GuardOptions(
         scheme=scheme,

@@ -119,7 +119,7 @@ def measure(samples: Samples, probe: SensitivityProbe) -> dict[str, float]:
     """
     found = samples.require()
     feeds, expected = found.feeds[:FEEDS], found.outputs[:FEEDS]
-    names = samples.session.outputs
+    names = found.names
     session = open_session(probe.output.path, exact=True, size=2 * samples.source.size)
     costs = {}
     for name, switch in probe.switches.items():

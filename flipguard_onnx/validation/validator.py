@@ -38,8 +38,8 @@ class ModelRunner:
 
     def __init__(self, samples: Samples) -> None:
         found = samples.require()
-        self.feeds, self.expected = found.feeds, found.outputs
-        self.names = samples.session.outputs
+        self.feeds, self.expected, self.names = found.feeds, found.outputs, found.names
+        samples.release()
         types = {tensor.data_type for tensor in tensors(samples.source.proto)}
         coarse = types & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
         self._infidelity = INFIDELITY_16_BIT if coarse else INFIDELITY

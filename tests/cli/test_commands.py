@@ -58,7 +58,7 @@ def test_inspect_predicts_the_size(tmp_path, scheme):
         options = ("--scheme", scheme, "-o", output, "--seed", 1, "--force", *FAST)
         assert call(source, *options).exit_code == 0
         overheads.append(output.stat().st_size - predicted)
-    assert 400 < overheads[0] < 900
+    assert 800 < overheads[0] < 1500  # the record of the options is about 500 of them
     assert abs(overheads[1] - overheads[0]) < 10
 
 

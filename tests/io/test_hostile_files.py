@@ -488,6 +488,7 @@ def test_metadata_that_lies_changes_nothing(tmp_path):
     for key, value in (
         ("flipguard.input_sha256", "0" * 64),
         ("flipguard.scheme", "../../etc"),
+        ("flipguard.options", '{"scheme": "../../etc"}'),
         ("flipguard.block_size", "-5"),
         ("flipguard.seed", "x\x1b[2J"),
     ):

@@ -75,7 +75,12 @@ def test_one_file_that_names_no_address():
 def test_names_are_data():
     html = scan_html(a_scan(3))
     assert "<img" not in html
-    shown = ("the title", "the heading", *3 * ["a layer"], "a skipped tensor")
+    shown = (
+        "the title",
+        "the heading",
+        *3 * ["a layer, in a picture", "in the table"],
+        "a skipped tensor",
+    )
     assert html.count("&lt;/script&gt;&lt;img src=x") == len(shown)
 
 
@@ -141,7 +146,7 @@ def test_the_page_of_a_guard(guarded):
     html, text = guarded
     assert html.startswith("<!doctype html>")
     assert '<div class="verdict good"><b>guarded</b> 84,480 weights in 3 tensors at int4' in html
-    assert '<div class="verdict bad"><b>input aligned</b> 3 of 3 tensors' in html
+    assert '<div class="verdict bad"><b>input aligned</b> in 3 of 3 tensors' in html
     drift = re.search(r"the outputs drift from the original's by ([\d.]+)", text)[1]
     assert f"drift from the original&#39;s by {float(drift):.4f} (relative L2)" in html
     embedded = json.loads(re.search(r'id="histograms">(.*?)</script>', html)[1])

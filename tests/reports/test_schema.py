@@ -82,7 +82,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     result = call(save(proto, tmp_path), "--policy", "none", "--report", report)
     assert result.exit_code == 0, result.output
     [row] = [line.split() for line in result.stdout.splitlines() if line.startswith("y ")][:1]
-    assert row[1:] == ["plain", "0.00000", "1.000000", "0", "inf", "100.0%"]
+    assert row[1:] == ["nearest", "0.00000", "1.000000", "0", "inf", "100.0%"]
     [drift] = json.loads(report.read_text())["validation"]["plain_exact"]
     assert drift["relative_l2"] == 0
     assert drift["sqnr_db"] is None
