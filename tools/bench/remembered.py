@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from flipguard_onnx.calibration import moments as activations
+from flipguard_onnx.calibration import moments
 from flipguard_onnx.pipeline import guard as pipeline
 
 
@@ -14,13 +14,13 @@ def remembered() -> Iterator[None]:
 
     They depend on neither scheme nor seed, and take most of the time.
     """
-    made: dict[str, activations.MomentRecorder] = {}
-    original = activations.MomentRecorder
+    made: dict[str, moments.MomentRecorder] = {}
+    original = moments.MomentRecorder
 
-    def make(source, weights, folder, max_bytes, data):
-        key = f"{source.sha256} {[w.name for w in weights]} {data}"
+    def make(samples, weights, folder, max_bytes):
+        key = f"{samples.source.sha256} {[w.name for w in weights]} {samples.data}"
         if key not in made:
-            made[key] = original(source, weights, folder, max_bytes, data)
+            made[key] = original(samples, weights, folder, max_bytes)
         return made[key]
 
     scans = {}
@@ -33,7 +33,7 @@ def remembered() -> Iterator[None]:
         return scans[key]
 
     with (
-        patch.object(activations, "MomentRecorder", make),
+        patch.object(moments, "MomentRecorder", make),
         patch.object(pipeline, "scan_weights", scan_once),
     ):
         yield
