@@ -36,8 +36,6 @@ from .writers import FloatWriter, guarded_values, save
 
 OPSETS = {"int8": 13, "uint8": 13, "int16": 21}  # the first with QuantizeLinear to each type
 
-CALIBRATIONS = ("minmax", "entropy", "percentile")
-
 WEIGHTED = tuple(operator.name for operator in OPERATORS if operator.static)
 
 # Products, activation functions, normalizations and most sums (see _float_sums) stay float:

@@ -12,7 +12,6 @@ from ..graph.copies import IndexedModel
 from ..io.model import Model, open_model
 from ..io.publish import workspace
 from ..reports.validation import Verification
-from ..validation.drift import MAX_DRIFT
 from ..validation.validator import Validator
 from .guard import guard
 from .options import GuardOptions, StrPath
@@ -26,7 +25,7 @@ def verify(
     *,
     data: StrPath | None = None,
     max_memory: int | None = None,
-    max_drift: float = MAX_DRIFT,
+    max_drift: float = GuardOptions.max_drift,
 ) -> Verification:
     """Validate any model against the one that it was made from.
 

@@ -11,7 +11,6 @@ from ..errors import DriftError, ValidationError
 from ..reports.guard import ActivationQuantization
 from ..reports.validation import Drift, Validation, drift_bound, drift_factor, pooled
 
-MAX_DRIFT = 3.0  # unbiased draws double the squared error of a weight: 1.41 times in relative L2
 LOGITS = range(2, 1_000_000)  # sizes of a last axis over which argmax is compared
 
 Array = npt.NDArray[Any]
