@@ -272,8 +272,10 @@ def budget(values: npt.NDArray[Any], quantized: QuantizedTensor, policy: Policy)
     weights = values.astype(np.float32, copy=False)
     grid = quantized.grid
     if policy.name == "unbiased":
+        assert quantized.drawn is not None
+        drawn = quantized.drawn.astype(np.float32, copy=False)
         limit = np.float32((1 - policy.tau) / 2)
-        sums = grid.rounding_error_sums(weights, limit, get_scan_kernels())
+        sums = grid.rounding_error_sums(drawn, limit, get_scan_kernels())
         _, _, total, stuck, variance = sums.tolist()
         return Budget(total, stuck, math.sqrt(variance), _magnitude(weights))
     total, left = (

@@ -44,6 +44,7 @@ class Part:
             whole.grid.part(self.block_numbers, self.blocks),
             whole.nearest[self.weights],
             whole.codes[self.weights],
+            None,
             None if whole.guarded is None else whole.guarded[self.weights],
         )
 
@@ -103,7 +104,7 @@ def quantize_weight(
     ----------
     array : the tensor as it is stored, of shape `layout.shape`
     blocks : how its canonical matrix is cut
-    keep_moved : whether the result has the moved weights
+    keep_moved : whether moved weights are wanted, see `quantize_tensor`
     inspect_part : called with the flat weights of every part and the result for them, for several
         parts at a time
     on_part_done : called for every part in order, with its size in bytes and what `inspect_part`
@@ -138,6 +139,7 @@ def quantize_weight(
                 key,
                 kernels,
                 inputs,
+                moved=keep_moved,
                 first=part.weights.start,
                 extremes=extremes,
             )
@@ -156,7 +158,7 @@ def quantize_weight(
             grids.append(grid)
             gains.append(gain)
     grids = grids[: blocks.count]  # parts of one block all have the same grid
-    return QuantizedTensor(Grid.joined(grids, blocks), nearest, codes, moved, gains[-1])
+    return QuantizedTensor(Grid.joined(grids, blocks), nearest, codes, None, moved, gains[-1])
 
 
 def stored_values(

@@ -69,14 +69,17 @@ class QuantizedTensor:
     grid : the levels
     nearest : int8, the codes of rounding to the nearest level
     codes : int8, the guarded codes
-    guarded : the weights in their own type, moved so that the scheme's quantizer yields `codes`;
-        None if they are not wanted
+    drawn : the weights in their own type as they were drawn: as they are, except where the
+        quantizer's grid would have clipped some
+    guarded : the weights, moved so that the scheme's quantizer yields `codes`; None if they are not
+        wanted
     gain : squared error of the products with error feedback / without; None if it was not tried
     """
 
     grid: Grid
     nearest: Codes
     codes: Codes
+    drawn: npt.NDArray[Any] | None
     guarded: npt.NDArray[Any] | None
     gain: float | None = None
 
@@ -112,6 +115,7 @@ def quantize_tensor(
     kernels: Kernels,
     inputs: InputMoments | None = None,
     *,
+    moved: bool = True,
     first: int = 0,
     extremes: Extremes | None = None,
 ) -> QuantizedTensor:
@@ -127,6 +131,8 @@ def quantize_tensor(
     key : of the tensor's random stream, see `tensor_key`
     inputs : what the tensor is multiplied with. The policy "unbiased" then also draws with error
         feedback, and keeps that draw if it changes the tensor's products less.
+    moved : whether weights are wanted that the scheme's quantizer turns into the codes. If so, its
+        grid is used, else one that clips no weight
     first : of a part, the number of its first weight in the tensor
     extremes : of a part of a block, the extremes of the whole block; by default those of `values`
 
@@ -139,26 +145,46 @@ def quantize_tensor(
     whole = extremes or found
     if not sound(np.concatenate([*found, *whole]), values.dtype).all():
         raise unsound(name, values)
+    random = RandomDraw(key, np.uint64(first), np.float32((1 - policy.tau) / 2))
+    if policy.name == "unbiased" and not moved:
+        grid = scheme.unclipped(whole, blocks, values.dtype)
+        nearest, codes, gain = _draw(values, grid, inputs, random, kernels)
+        return QuantizedTensor(grid, nearest, codes, values, None, gain)
+    drawn, gain = values, None
+    if policy.name == "unbiased":
+        drawn = scheme.without_clipping(values, blocks, whole, random._replace(key=~key))
+        if drawn is not values:
+            found = whole = blocks.extremes(drawn, kernels)
     grid = scheme.grid(whole, blocks, values.dtype)
     if policy.name == "none":
         nearest = grid.encode(values, kernels)
-        return QuantizedTensor(grid, nearest, nearest, values)
-    gain = None
+        return QuantizedTensor(grid, nearest, nearest, values, values)
     if policy.name == "topk":
         margins = grid.analyze(values, kernels)
         nearest = margins.codes
         wanted = np.where(_topk(grid, margins, policy.ratio), margins.neighbours, nearest)
     else:
-        random = RandomDraw(key, np.uint64(first), np.float32((1 - policy.tau) / 2))
-        nearest, wanted = grid.draw(values, random, kernels)
-        if inputs:
-            fed = draw_with_feedback(values, grid, inputs, random, kernels)
-            gain = _gain(values, grid, inputs, fed, wanted)
-            wanted = fed if gain is not None and gain < 1 else wanted
-    guarded, codes = grid.move_weights(values, nearest, wanted, kernels)
-    checked = grid.check(values, guarded, nearest, codes, kernels)
+        nearest, wanted, gain = _draw(drawn, grid, inputs, random, kernels)
+    guarded, codes = grid.move_weights(drawn, nearest, wanted, kernels)
+    checked = grid.check(drawn, guarded, nearest, codes, kernels)
     require_invariants(name, checked, scheme, grid, values.dtype, found, whole)
-    return QuantizedTensor(grid, nearest, codes, guarded, gain)
+    return QuantizedTensor(grid, nearest, codes, drawn, guarded, gain)
+
+
+def _draw(
+    values: npt.NDArray[Any],
+    grid: Grid,
+    inputs: InputMoments | None,
+    random: RandomDraw,
+    kernels: Kernels,
+) -> tuple[Codes, Codes, float | None]:
+    """Nearest codes, drawn codes, and the gain of error feedback, which is used if it is one."""
+    nearest, codes = grid.draw(values, random, kernels)
+    if not inputs:
+        return nearest, codes, None
+    fed = draw_with_feedback(values, grid, inputs, random, kernels)
+    gain = _gain(values, grid, inputs, fed, codes)
+    return nearest, fed if gain is not None and gain < 1 else codes, gain
 
 
 def sound(values: npt.NDArray[Any], storage: np.dtype[Any]) -> Mask:

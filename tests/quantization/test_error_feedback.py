@@ -80,8 +80,10 @@ def oracle(form, weights, inputs):
             if abs(weights[row, column]) >= absmax[row, column]:
                 value = decoded[row, column]
             else:
-                value = left[column]
                 known = levels[:, row, column]
+                weight = weights[row, column]
+                room = max(min(weight - known.min(), known.max() - weight), 0)
+                value = weight + np.clip(left[column] - weight, -room, room)
                 distance = np.abs(known - value)
                 nearest = int(np.argmin(distance))
                 beyond = [

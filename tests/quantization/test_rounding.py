@@ -82,8 +82,8 @@ def test_flips_keep_the_grid_and_every_unselected_weight(form, dtype, policy):
     np.testing.assert_array_equal(refitted.codes, result.codes)
     crossed = result.codes != result.nearest
     assert result.count == np.count_nonzero(crossed) > 0
-    np.testing.assert_array_equal(bits(guarded)[~crossed], bits(weights)[~crossed])
-    neighbours = margins_of(result, weights).neighbours
+    np.testing.assert_array_equal(bits(guarded)[~crossed], bits(result.drawn)[~crossed])
+    neighbours = margins_of(result, result.drawn).neighbours
     np.testing.assert_array_equal(result.codes[crossed], neighbours[crossed])
 
 

@@ -54,6 +54,8 @@ _step = _inline(scalar.step)
 
 _error = _inline(scalar.error)
 
+_within_grid = _inline(scalar.within_grid)
+
 _take_over = _inline(scalar.take_over)
 
 
@@ -312,8 +314,10 @@ def draw_with_feedback(weights, scales, levels, panel, random, codes, errors):
             b = _block_of(i, weights)
             weight = _value(patterns[i], weights.form)
             free = abs(weight) < absmax[b]
-            target = weight + np.float32(due[k]) if free else weight
-            position = _position(target, operand[b], rule, levels)
+            position = _position(weight, operand[b], rule, levels)
+            if free:
+                change = _within_grid(np.float32(due[k]), position, scale[b], levels)
+                position = _position(weight + change, operand[b], rule, levels)
             code = _code(position, rule, levels)
             if free:
                 offset = _offset(position, code, rule, levels)

@@ -53,6 +53,8 @@ _step = _device(scalar.step)
 
 _error = _device(scalar.error)
 
+_within_grid = _device(scalar.within_grid)
+
 _take_over = _device(scalar.take_over)
 
 
@@ -298,8 +300,10 @@ def draw_with_feedback(
             due = np.float64(carried[row, k])
             for j in range(k):
                 due = _take_over(due, errors[row, first + j], factors[group, j, k])
-            target = weight + np.float32(due) if free else weight
-            position = _position(target, scales.operand[b], rule, levels)
+            position = _position(weight, scales.operand[b], rule, levels)
+            if free:
+                change = _within_grid(np.float32(due), position, scales.scale[b], levels)
+                position = _position(weight + change, scales.operand[b], rule, levels)
             code = _code(position, rule, levels)
             if free:
                 noise = _uniform(_state(random.key, random.first + np.uint64(i)))

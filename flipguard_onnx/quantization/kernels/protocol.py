@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from . import scalar
 from .scalar import Levels
 
 Codes = npt.NDArray[np.int8]
@@ -65,6 +66,11 @@ class RandomDraw(NamedTuple):
     key: np.uint64
     first: np.uint64
     limit: np.float32
+
+    def uniform(self, weights: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """The numbers in [0, 1) that the stream has for these weights, counted from `first`."""
+        states = scalar.state(self.key, self.first + weights.astype(np.uint64))  # type: ignore[no-untyped-call]
+        return scalar.uniform(states)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Panel(NamedTuple):

@@ -207,6 +207,14 @@ def error(weight, code, scale, rule, levels):
     return np.float32(np.float64(weight) - np.float64(level) * np.float64(scale))
 
 
+def within_grid(due, position, scale, levels):
+    """What a weight makes up for of the errors before it: at most its distance from the nearer end
+    of the grid. Beyond an end there is no level, and the mean of the draw would not be the target.
+    """
+    room = min(position - levels.lowest, levels.highest - position) * abs(scale)
+    return min(max(due, -room), room)
+
+
 def take_over(total, error, factor):
     """What a later column takes over: `total` from the columns before, plus the share `factor` of
     this one's error; float64.

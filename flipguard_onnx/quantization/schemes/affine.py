@@ -1,14 +1,18 @@
 """Affine grids, symmetric: level = code * scale, one scale per block."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from ..kernels import scalar
-from ..kernels.protocol import Extremes
-from .blocks import Blocks, Codes, Floats
-from .grid import Grid, Margins, Scheme, finite_reciprocal
+from ..kernels.protocol import Extremes, RandomDraw
+from .blocks import Blocks, Codes, Floats, Values
+from .grid import Grid, Margins, Scheme, finite_reciprocal, not_below
+
+Doubles = npt.NDArray[np.float64]
 
 NO_TABLE = np.empty(0, np.float32)
 
@@ -56,6 +60,14 @@ class Int8(Scheme):
         levels = integers(scalar.DIVIDE_HALF_EVEN, lowest, 127)
         return AffineGrid(blocks, scale=scale, operand=scale, absmax=absmax, levels=levels)
 
+    def unclipped(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
+        """A scale that was rounded down puts the extremes beyond 127: it is rounded up."""
+        grid = self.grid(extremes, blocks, storage)
+        exact = 2 * grid.absmax.astype(np.float64) / 254
+        scale = np.where(grid.absmax > 0, not_below(exact, storage), grid.scale)
+        levels = integers(scalar.DIVIDE_HALF_EVEN, -127, 127)
+        return AffineGrid(blocks, scale, operand=scale, absmax=_all_free(grid), levels=levels)
+
 
 @dataclass(frozen=True)
 class Int4(Scheme):
@@ -78,3 +90,78 @@ class Int4(Scheme):
         absmax = np.where(usable, np.abs(extreme), np.float32(0))
         levels = integers(scalar.MULTIPLY_HALF_AWAY, -8, 7)
         return AffineGrid(blocks, scale=scale, operand=operand, absmax=absmax, levels=levels)
+
+    def unclipped(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
+        """The quantizer's grid clips what lies beyond 7 steps opposite to the extreme.
+
+        scale = -sign(extreme) * max(abs(extreme) / 8, abs(opposite extreme) / 7).
+        """
+        clipping = self.grid(extremes, blocks, storage)
+        longer, shorter, sign = _ends(extremes)
+        exact = np.minimum(np.maximum(longer / 8, shorter / 7), _largest(storage) / 8)
+        scale = np.where(clipping.absmax > 0, -sign * not_below(exact, storage), clipping.scale)
+        return replace(
+            clipping,
+            scale=scale,
+            operand=np.where(clipping.absmax > 0, finite_reciprocal(scale)[0], clipping.operand),
+            absmax=_all_free(clipping),
+        )
+
+    def without_clipping(
+        self, values: Values, blocks: Blocks, extremes: Extremes, random: RandomDraw
+    ) -> Values:
+        """In blocks that the quantizer's grid would clip, which end is the one at -8 is drawn.
+
+        Let E and O be the magnitudes of the extreme and of the opposite one, O > 7/8 E. With the
+        step s = (E + O) / 15, the end with E is the long one, 8 steps, with the probability
+        p = E / s - 7, and the end with O else; the other end is 7 steps. Of the weights beyond 7
+        steps those at the short end become 7 steps, and those at the long one, w, 7 s + (w - 7 s)
+        / (probability of that end), so that their mean over the ends is w; E or O becomes 8 s and
+        so sets the scale.
+        """
+        longer, shorter, sign = _ends(extremes)
+        clipped = (shorter > longer * 7 / 8) & (
+            self.grid(extremes, blocks, values.dtype).absmax > 0
+        )
+        if not clipped.any():
+            return values
+        exact = np.minimum((longer + shorter) / 15, _largest(values.dtype) / 8)
+        step = np.where(clipped, not_below(exact, values.dtype), np.inf)
+        weights = values.astype(np.float64)
+        beyond = np.flatnonzero(np.abs(weights) > 7 * blocks.spread(step.astype(np.float32)))
+        block = blocks.number_of(beyond)
+        step, chance = step[block], np.where(clipped, longer / step - 7, 0)[block]
+        long_at_extreme = random.uniform(blocks.first_weight(block)) < chance
+        at_extreme = np.sign(weights[beyond]) == sign[block]
+        chance = np.where(at_extreme, chance, 1 - chance)
+        magnitude = np.abs(weights[beyond])
+        with np.errstate(divide="ignore"):  # an end that is never the long one
+            stretched = np.minimum(7 * step + (magnitude - 7 * step) / chance, 8 * step)
+        is_end = magnitude == np.where(at_extreme, longer[block], shorter[block])
+        magnitude = np.where(
+            at_extreme == long_at_extreme, np.where(is_end, 8 * step, stretched), 7 * step
+        )
+        moved = values.copy()
+        moved[beyond] = np.sign(weights[beyond]) * magnitude
+        return moved
+
+
+def _ends(extremes: Extremes) -> tuple[Doubles, Doubles, Doubles]:
+    """Of every block: magnitude of the extreme, of the largest weight opposite, the extreme's sign.
+
+    Of two extremes, the negative one counts.
+    """
+    negative = -np.minimum(extremes.lowest, 0).astype(np.float64)
+    positive = np.maximum(extremes.highest, 0).astype(np.float64)
+    sign = np.where(positive > negative, 1.0, -1.0)
+    return np.maximum(negative, positive), np.minimum(negative, positive), sign
+
+
+def _largest(storage: np.dtype[Any]) -> float:
+    """The largest number of a type."""
+    return float(ml_dtypes.finfo(storage).max)  # type: ignore[no-untyped-call]
+
+
+def _all_free(grid: Grid) -> Floats:
+    """The bound below which weights may move, where none sets the scale; 0 where none may move."""
+    return np.where(grid.absmax > 0, np.float32(np.inf), np.float32(0))

@@ -75,6 +75,14 @@ class Blocks:
         """Weights in float32 as `ScanKernels` read them."""
         return FloatWeights(read_only(values), self.cols, self.size)
 
+    def number_of(self, weights: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Numbers of the blocks that the weights with these numbers are in."""
+        return weights // self.cols * self.per_row + weights % self.cols // self.size
+
+    def first_weight(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Numbers of the first weights of the blocks with these numbers."""
+        return numbers // self.per_row * self.cols + numbers % self.per_row * self.size
+
     def spread(self, per_block: Floats) -> Floats:
         """Repeat one value per block to one value per weight, shape [rows * cols]."""
         rows = np.repeat(per_block.reshape(self.rows, self.per_row), self.size, axis=1)

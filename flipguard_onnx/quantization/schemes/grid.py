@@ -57,7 +57,8 @@ class Grid(ABC):
     blocks : how the tensor is cut
     scale : float32, as it is stored: rounded to the weights' own type already
     operand : float32, what the quantizer divides or multiplies by
-    absmax : float32; weights of that magnitude set the scale and never move
+    absmax : float32; weights of that magnitude set the scale and never move. Infinite in
+        `unclipped` grids, which do not depend on where the weights end up
     levels : the levels in units of the scale, and how a weight is rounded to one
     """
 
@@ -217,7 +218,40 @@ class Scheme(ABC):
 
     @abstractmethod
     def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> Grid:
-        """The grid over weights of which only the extremes of every block are known."""
+        """The grid that the quantizer would lay over weights with these extremes in every block."""
+
+    def unclipped(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> Grid:
+        """The grid nearest to that on which every weight is a level or between two.
+
+        Only then can the mean of a draw be the weight, whatever the weight is.
+        """
+        return self.grid(extremes, blocks, storage)
+
+    def without_clipping(
+        self, values: Values, blocks: Blocks, extremes: Extremes, random: RandomDraw
+    ) -> Values:
+        """Weights none of which the quantizer's own grid clips, with the given ones as their mean.
+
+        For weights that are quantized again elsewhere, where the grid cannot be chosen.
+
+        Parameters
+        ----------
+        extremes : of every block of the weights
+        random : the stream, of which every block uses the number of its first weight
+        """
+        return values
+
+
+def not_below(exact: npt.NDArray[np.float64], storage: np.dtype[Any]) -> Floats:
+    """Magnitudes rounded to a type; upwards, where a type is so coarse that it shows.
+
+    float32 is not: a position beyond the last level by 1e-5 of a step counts as on it.
+    """
+    rounded = exact.astype(storage)
+    if storage != np.float32:
+        above = np.nextafter(rounded, storage.type(np.inf))
+        rounded = np.where(rounded.astype(np.float64) < exact, above, rounded)
+    return rounded.astype(np.float32)
 
 
 def finite_reciprocal(values: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
