@@ -13,7 +13,7 @@ from ..calibration.moments import Moments
 from ..detection.alignment import budget
 from ..emit.static_qdq import Calibration, StaticQdqWriter
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, guarded_values
-from ..errors import ModelError
+from ..errors import ModelError, ValidationError
 from ..io.model import Model
 from ..progress import Progress, meter
 from ..quantization.chunks import quantize_weight
@@ -27,6 +27,11 @@ from ..validation.drift import require_useful
 from ..validation.validator import Validator
 from .plan import Prepared, WeightPlan
 from .run import Run
+
+
+# Share of the rounding errors of nearest rounding that may be left to choose. Codes are drawn without
+# bias; moved weights of 16 bits are too coarse to reach every level, and set their scales themselves.
+MAX_CHOSEN, MAX_CHOSEN_MOVED = 0.01, 0.1
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,35 @@ def quantize(
     )
     advance = meter(run.progress, "guarding", prepared.nbytes)
     tensors = [quantizer.quantize(plan, writers.values(), advance) for plan in prepared.weights]
+    if quantizer.policy == Policy("unbiased", tau=1.0):
+        require_unbiased(tensors, MAX_CHOSEN_MOVED if quantizer.moved else MAX_CHOSEN)
     guarded = writers.get("qdq")
     if isinstance(guarded, QdqWriter) and "qdq" in run.targets:
         tensors = [replace(tensor, forms=guarded.forms[tensor.name]) for tensor in tensors]
     return Draw(seed, number, writers, folder, tuple(tensors), run.progress)
+
+
+def require_unbiased(tensors: Iterable[Tensor], limit: float) -> None:
+    """Require that a draw has left an attacker next to nothing to choose.
+
+    Parameters
+    ----------
+    tensors : with their budgets
+    limit : share of nearest rounding's errors that may be left
+
+    Raises
+    ------
+    ValidationError : naming the tensors
+    """
+    shares = {t.name: t.budget.chosen / (t.budget.nearest or 1.0) for t in tensors if t.budget}
+    if left := {name: share for name, share in shares.items() if not share <= limit}:
+        raise ValidationError(
+            "of {tensor}: up to {found} of the rounding errors could still be chosen by whoever "
+            "prepared the model",
+            tensor=", ".join(map(repr, left)),
+            found=f"{max(left.values()):.1%}",
+            allowed=f"{limit:.0%} (--exclude leaves a tensor as it is)",
+        )
 
 
 @dataclass(frozen=True)

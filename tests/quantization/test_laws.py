@@ -96,3 +96,54 @@ def test_an_all_zero_block_stays_as_it_is(form, dtype, policy):
     assert not result.grid.decode(result.codes)[zeros].any()
     np.testing.assert_array_equal(result.codes[zeros], result.nearest[zeros])
     assert not result.guarded[zeros].astype(np.float32).any()
+
+
+def awkward(dtype):
+    """Rows of one sign, rows whose ends are about equal, one with half of its weights at an end."""
+    weights = np.random.default_rng(0).standard_normal((8, 96))
+    weights[0], weights[1] = np.abs(weights[0]), -np.abs(weights[1])
+    weights[2] = np.clip(4 * weights[2], -1, 1)
+    weights[3] *= 1e-3
+    weights[4, ::2], weights[4, 1::2] = 0.99, -1
+    weights[5, 1::2] = np.linspace(0.875, 1, 48)
+    weights[5, ::32] = -1  # the clip attack: an extreme, and half of the weights opposite to it
+    return weights.astype(dtype)
+
+
+LEFT = {  # gaps by which floats of 16 bits may be off
+    ("int8", np.float16): 0.11,
+    ("int8", ml_dtypes.bfloat16): 0.25,
+    ("int4", ml_dtypes.bfloat16): 0.06,
+}
+
+
+def bias_and_noise(form, weights, copies, moved, inputs=None):
+    """Mean error of every weight over `copies` draws, and their deviation, in gaps.
+
+    The draws are those of as many copies of the rows.
+    """
+    scheme, tiled = SCHEMES[form.split("-")[0]], np.tile(weights, (copies, 1))
+    blocks, flat = Blocks(*CUTS[form](*tiled.shape)), tiled.reshape(-1)
+    result = quantize_tensor(
+        "w", flat, scheme, blocks, Policy(), tensor_key(1, "w"), CPU, inputs, moved=moved
+    )
+    decoded = result.grid.decode(result.codes).astype(np.float64)
+    errors = (decoded - flat.astype(np.float64)) / np.abs(blocks.spread(result.grid.scale))
+    errors = errors.reshape(copies, -1)
+    return errors.mean(axis=0), errors.std(axis=0)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["codes", "floats"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("form", CUTS)
+def test_the_mean_of_the_draws_is_the_weight(form, dtype, moved):
+    """For every weight, extremes included: nothing is left for an attacker to choose.
+
+    Save for floats of 16 bits, the extremes of whose int8 rows are rounded by the quantizer's own
+    scale, and some of which are too coarse to reach the level that was drawn.
+    """
+    weights, copies = awkward(dtype), 4000
+    bias, noise = bias_and_noise(form, weights, copies, moved)
+    left = LEFT.get((form.split("-")[0], dtype), 1e-3) if moved else 1e-3
+    assert np.all(np.abs(bias) <= left + 4.5 * noise / np.sqrt(copies))
+    assert noise.max() < 1.01 / 2  # of two levels that are a gap apart
