@@ -71,9 +71,10 @@ class SensitivityProbe:
     def __init__(self, source: Model, graph: IndexedModel, folder: Path, max_bytes: int) -> None:
         if source.size > max_bytes:
             raise UnsupportedModelError(
-                f"{source.path}: int8 share takes runs of the whole model, which has "
-                f"{source.size / 2**20:,.1f} MiB; allowed: up to --max-memory, "
-                f"{max_bytes >> 20:,} MiB"
+                "int8 share takes runs of the whole model, which has {found:,.1f} MiB",
+                path=source.path,
+                found=source.size / 2**20,
+                allowed=f"up to --max-memory, {max_bytes >> 20:,} MiB",
             )
         self.output = Output(folder, None, external=True)
         self._source = source

@@ -115,5 +115,5 @@ def _open(model: StrPath | onnx.ModelProto, output: StrPath | None, stack: ExitS
     try:
         path.write_bytes(model.SerializeToString())
     except ValueError as error:
-        raise ModelError(f"the ModelProto cannot be serialized: {error}") from None
+        raise ModelError("the ModelProto cannot be serialized: {found}", found=str(error)) from None
     return open_model(path)
