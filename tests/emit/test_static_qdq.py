@@ -382,7 +382,7 @@ def test_a_model_larger_than_the_memory_is_refused(tmp_path):
     w = weights((1024, 512))
     nodes = [node("MatMul", "x w", "y")]
     source = save(model(nodes, {"x": (F, [1, 1024])}, {"y": (F, [1, 512])}, {"w": w}), tmp_path)
-    with pytest.raises(UnsupportedModelError, match="allowed with --activations: 1,048,576"):
+    with pytest.raises(UnsupportedModelError, match="allowed: up to 1,048,576"):
         flipguard_onnx.guard(
             source, activations="uint8", max_memory=1, output=tmp_path / "out.onnx"
         )
