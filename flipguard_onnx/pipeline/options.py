@@ -284,6 +284,14 @@ class GuardOptions:
             if name not in HERE_ONLY
         }
 
+    def changed(self) -> tuple[str, ...]:
+        """The names of the options of the record that differ from their defaults."""
+        return tuple(
+            name
+            for name, default, _ in described()
+            if name not in HERE_ONLY and getattr(self, name) != default
+        )
+
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """The options of a record, others at their defaults. Raises OptionError for what fits none.
