@@ -231,11 +231,11 @@ class StaticQdqWriter:
         self._nearest = nearest
         self._guarded: dict[str, _Guarded] = {}
 
-    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
+    def add_weight(self, name: str, scheme: Scheme, quantized: QuantizedTensor) -> None:
         if not self._nearest:
-            self._float.add_weight(name, scheme, flips)
-        codes = flips.nearest if self._nearest else flips.codes
-        self._guarded[name] = _Guarded(scheme, flips.grid, codes)
+            self._float.add_weight(name, scheme, quantized)
+        codes = quantized.nearest if self._nearest else quantized.codes
+        self._guarded[name] = _Guarded(scheme, quantized.grid, codes)
 
     def save(self, metadata: dict[str, str]) -> None:
         self._float.save({})

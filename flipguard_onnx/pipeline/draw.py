@@ -82,11 +82,11 @@ def quantize(
     number: int,
 ) -> Draw:
     """Quantize every weight under this seed and put it into every model that the run writes."""
-    options, folder = run.options, run.folder / str(number)
+    folder = run.folder / str(number)
     writers = _writers(run, prepared, calibration, validator, folder)
     quantizer = WeightQuantizer(
         prepared.model,
-        Policy(options.policy, options.tau, options.ratio),
+        run.policy,
         seed,
         run.kernels,
         moments,
