@@ -169,7 +169,9 @@ def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
                     name = entry.filename.removesuffix(".npy")
                     arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
     except _UNREADABLE as error:
-        raise ModelError(f"not a readable .npz file ({first_line(error)})", path=path) from None
+        raise ModelError(
+            "not a readable .npz file ({found})", path=path, found=first_line(error)
+        ) from None
     return arrays
 
 

@@ -98,14 +98,15 @@ class MomentRecorder:
         """A feed that the model accepts, and how many rows each of the inputs gets."""
         if not self._samples.accepted:
             raise UnsupportedModelError(
-                f"the model does not run on these inputs: {self._samples.found.problem}"
+                "the model does not run on these inputs: {found}",
+                found=self._samples.found.problem,
             )
         feed = self._samples.accepted[0]
         try:
             values = self._run(feed, self._all_inputs)
         except RunError as error:
             raise UnsupportedModelError(
-                f"the model does not run on these inputs: {error}"
+                "the model does not run on these inputs: {found}", found=str(error)
             ) from None
         rng = np.random.default_rng(SEED)
         rows = {each: each.rows(values[each.value], MAX_ROWS, rng) for each in self._all_inputs}

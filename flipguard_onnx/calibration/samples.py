@@ -75,10 +75,12 @@ class Samples:
         if self.found.feeds and not self.found.problem:
             return self.found
         if self.data:
-            raise ValidationError(f"{self.source.path.name}: {self.found.problem}")
+            raise ValidationError(self.found.problem, path=self.source.path.name)
         raise ValidationError(
-            f"{self.source.path}: the original does not run on made-up inputs "
-            f"({self.found.problem}); give real ones with --data, or --no-validate"
+            "the original does not run on made-up inputs ({found}); give real ones with --data, or "
+            "--no-validate",
+            path=self.source.path,
+            found=self.found.problem,
         )
 
     @property

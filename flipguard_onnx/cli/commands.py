@@ -123,7 +123,7 @@ def guard(
             publish(result, report, quiet)
         elif html or sbom:
             option = "--html" if html else "--sbom"
-            raise OptionError(f"{option} is for one model; --report has all of them")
+            raise OptionError("{option} is for one model; --report has all of them", option=option)
         else:
             from .. import guard_many
 

@@ -33,12 +33,14 @@ def configured(
     options = {name: _options(group.commands[name]) for name in group.commands}
     everywhere = {key: option for own in options.values() for key, option in own.items()}
     top = {key: value for key, value in table.items() if key not in options}
-    settings = _checked(top, everywhere, f"{file}: ")
+    settings = _checked(top, everywhere, file, "")
     for name in options:
         own = table.get(name, {})
         if not isinstance(own, dict):
-            raise OptionError(f"{file}: {name} is {own!r}; allowed: a table")
-        checked = _checked(own, options[name], f"{file}: {name}.")
+            raise OptionError(
+                "{key} is {found!r}", path=file, found=own, allowed="a table", key=name
+            )
+        checked = _checked(own, options[name], file, f"{name}.")
         settings |= checked if name == command else {}
     return file, settings
 
@@ -56,13 +58,15 @@ def _read(file: Path) -> tuple[Path, dict[str, Any]]:
     try:
         table: Any = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise OptionError(f"{file}: cannot be read: {error.strerror}") from None
+        raise OptionError("cannot be read: {found}", path=file, found=error.strerror) from None
     except (ValueError, RecursionError) as error:
-        raise OptionError(f"{file}: is no TOML: {first_line(error)}") from None
+        raise OptionError("is no TOML: {found}", path=file, found=first_line(error)) from None
     for key in ("tool", TABLE) if file.name == PYPROJECT else ():
         table = table.get(key, {})
         if not isinstance(table, dict):
-            raise OptionError(f"{file}: {key} is {table!r}; allowed: a table")
+            raise OptionError(
+                "{key} is {found!r}", path=file, found=table, allowed="a table", key=key
+            )
     return file, table
 
 
@@ -73,25 +77,26 @@ def _options(command: click.Command) -> dict[str, click.Option]:
 
 
 def _checked(
-    table: Mapping[str, Any], options: Mapping[str, click.Option], place: str
+    table: Mapping[str, Any], options: Mapping[str, click.Option], file: Path | None, place: str
 ) -> dict[str, Any]:
     """Values by the name under which click knows the option."""
     settings = {}
     for key, value in table.items():
+        where: dict[str, Any] = {"path": file, "key": place + key}
         if key == "seed":
-            raise OptionError(f"{place}seed comes from no file: who knows it can prepare a model")
+            raise OptionError("{key} comes from no file: who knows it can prepare a model", **where)
         if key not in options:
-            raise OptionError(f"{place}{key} is unknown; allowed: {', '.join(sorted(options))}")
+            raise OptionError("{key} is unknown", allowed=", ".join(sorted(options)), **where)
         option = options[key]
         types, allowed = _type(option)
         items = value if option.multiple and isinstance(value, list) else [value]
         if option.multiple is not isinstance(value, list) or {type(v) for v in items} - types:
-            raise OptionError(f"{place}{key} is {value!r}; allowed: {allowed}")
+            raise OptionError("{key} is {found!r}", found=value, allowed=allowed, **where)
         try:
             for item in items:
                 option.type.convert(item, option, None)
         except click.BadParameter as error:
-            raise OptionError(f"{place}{key}: {error.message}") from None
+            raise OptionError("{key}: {found}", found=error.message, **where) from None
         switches_off = option.is_flag and option.flag_value is False
         settings[option.name or key] = not value if switches_off else value
     return settings

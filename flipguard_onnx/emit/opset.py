@@ -66,9 +66,12 @@ def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel
             raise ValidationError("tensor {tensor!r} would no longer be a weight", tensor=min(lost))
         return result
     except (runtime.RemoteError, ValidationError) as error:
-        needed = f"opset {_opset(source.proto)} cannot be converted to {opset}"
         raise UnsupportedModelError(
-            f"{needed}, which this scheme needs: {{found}}", found=str(error), path=source.path
+            "opset {old} cannot be converted to {new}, which this scheme needs: {found}",
+            path=source.path,
+            found=str(error),
+            old=_opset(source.proto),
+            new=opset,
         ) from None
 
 

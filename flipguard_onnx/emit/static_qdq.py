@@ -100,10 +100,9 @@ def require_reachable(source: Model, weights: Sequence[Weight]) -> None:
     uses = (use for weight in weights for use in weight.uses if use.scope.body is main)
     if not any(use.operator and use.operator.static for use in uses):
         raise UnsupportedModelError(
-            f"no weight feeds {', '.join(WEIGHTED)} in the main graph, and in "
-            "subgraphs onnxruntime's static quantizer does not reach any",
+            f"no weight feeds {', '.join(WEIGHTED)} in the main graph, and in subgraphs "
+            "onnxruntime's static quantizer does not reach any; go without --activations",
             path=source.path,
-            allowed="to go without --activations",
         )
 
 
@@ -125,9 +124,10 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
     max_bytes = min(max_bytes, INLINE_LIMIT)
     if source.size > max_bytes:
         raise UnsupportedModelError(
-            f"has {source.size:,} bytes; allowed with --activations: {max_bytes:,} "
-            "(up to --max-memory and 1 GiB), since onnxruntime's quantizer loads it whole",
+            "has {found:,} bytes, which onnxruntime's quantizer would load whole",
             path=source.path,
+            found=source.size,
+            allowed=f"up to {max_bytes:,} with --activations (--max-memory, and 1 GiB)",
         )
     converted_source = Output(folder / "converted", None, external=False)
     proto = ModelProto()
@@ -231,11 +231,11 @@ class StaticQdqWriter:
         self._nearest = nearest
         self._guarded: dict[str, _Guarded] = {}
 
-    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
+    def add_weight(self, name: str, scheme: Scheme, quantized: QuantizedTensor) -> None:
         if not self._nearest:
-            self._float.add_weight(name, scheme, flips)
-        codes = flips.nearest if self._nearest else flips.codes
-        self._guarded[name] = _Guarded(scheme, flips.grid, codes)
+            self._float.add_weight(name, scheme, quantized)
+        codes = quantized.nearest if self._nearest else quantized.codes
+        self._guarded[name] = _Guarded(scheme, quantized.grid, codes)
 
     def save(self, metadata: dict[str, str]) -> None:
         self._float.save({})

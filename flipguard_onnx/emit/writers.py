@@ -25,7 +25,7 @@ class ModelWriter(Protocol):
 
     output: Output
 
-    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
+    def add_weight(self, name: str, scheme: Scheme, quantized: QuantizedTensor) -> None:
         """Take one weight, by its name; a weight that the model does not have is ignored."""
 
     def save(self, metadata: dict[str, str]) -> None:
@@ -62,10 +62,10 @@ class QdqWriter:
         self._emitter = Emitter(self._proto, output, standard_ops)
         self.forms: dict[str, tuple[str, ...]] = {}
 
-    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
+    def add_weight(self, name: str, scheme: Scheme, quantized: QuantizedTensor) -> None:
         if weight := self._weights.get(name):
-            codes = flips.nearest if self._nearest else flips.codes
-            self.forms[name] = self._emitter.emit(weight, scheme, flips.grid, codes)
+            codes = quantized.nearest if self._nearest else quantized.codes
+            self.forms[name] = self._emitter.emit(weight, scheme, quantized.grid, codes)
 
     def save(self, metadata: dict[str, str]) -> None:
         self._emitter.finish()
@@ -94,27 +94,27 @@ class FloatWriter:
         self._values = values
         self._proto, self._weights = graph.copy()
 
-    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
+    def add_weight(self, name: str, scheme: Scheme, quantized: QuantizedTensor) -> None:
         weight = self._weights.get(name)
         if not weight:
             return
         dtype = onnx.helper.tensor_dtype_to_np_dtype(weight.tensor.data_type)
-        values = stored_values(weight.layout, flips, self._values, dtype)
+        values = stored_values(weight.layout, quantized, self._values, dtype)
         self.output.store(weight.tensor, raw_bytes(values), inline=weight.node is not None)
 
     def save(self, metadata: dict[str, str]) -> None:
         save(self._proto, self.output, self._source, metadata)
 
 
-def guarded_values(flips: QuantizedTensor) -> npt.NDArray[Any]:
+def guarded_values(quantized: QuantizedTensor) -> npt.NDArray[Any]:
     """Float weights from which the user's own quantizer makes the guarded codes."""
-    assert flips.guarded is not None
-    return flips.guarded
+    assert quantized.guarded is not None
+    return quantized.guarded
 
 
-def decoded_values(flips: QuantizedTensor) -> npt.NDArray[Any]:
+def decoded_values(quantized: QuantizedTensor) -> npt.NDArray[Any]:
     """What the guarded codes stand for."""
-    return flips.grid.decode(flips.codes)
+    return quantized.grid.decode(quantized.codes)
 
 
 def save(proto: ModelProto, output: Output, source: Model, metadata: dict[str, str]) -> None:

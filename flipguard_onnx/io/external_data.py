@@ -55,11 +55,11 @@ def require_regular(path: Path) -> None:
     try:
         status = path.stat()
     except OSError as error:
-        raise ModelError(f"cannot be read: {error.strerror}") from None
+        raise ModelError("cannot be read: {found}", found=error.strerror) from None
     except ValueError as error:  # a null character in the path
-        raise ModelError(f"cannot be read: {error}") from None
+        raise ModelError("cannot be read: {found}", found=str(error)) from None
     if stat.S_ISDIR(status.st_mode):
-        raise ModelError(f"cannot be read: {os.strerror(errno.EISDIR)}")
+        raise ModelError("cannot be read: {found}", found=os.strerror(errno.EISDIR))
     if not stat.S_ISREG(status.st_mode):
         raise ModelError("cannot be read: not a regular file")
     if status.st_size > LARGEST_FILE:
@@ -111,8 +111,8 @@ def data_file(model: Path, tensor: TensorProto) -> Path:
         return ModelError(problem, tensor=tensor.name, found=location, allowed=allowed)
 
     def missing(reason: str) -> ModelError:
-        problem = f"tensor {{tensor!r}} needs the data file {{found!r}}: {reason}"
-        return ModelError(problem, tensor=tensor.name, found=location)
+        problem = "tensor {tensor!r} needs the data file {found!r}: {reason}"
+        return ModelError(problem, tensor=tensor.name, found=location, reason=reason)
 
     inside = "a file under the model's folder"
     if not location or Path(location).is_absolute() or ".." in Path(location).parts:
@@ -195,9 +195,10 @@ def _number(tensor: TensorProto, key: str, default: int) -> int:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise ModelError(
-            f"tensor {{tensor!r}} has the {key} {{found!r}}",
+            "tensor {tensor!r} has the {key} {found!r}",
             tensor=tensor.name,
             found=text[:30],
+            key=key,
             allowed="a number from 0 on",
         )
     return int(text)

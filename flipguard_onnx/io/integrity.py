@@ -135,14 +135,16 @@ def _check_tensor(tensor: TensorProto, inline_location: str) -> None:
     if tensor.data_location == TensorProto.EXTERNAL and not is_detached:
         if fields or type_field == "string_data":
             raise ModelError(
-                f"tensor {{tensor!r}} of {type_name} has external data and {{found}}",
+                "tensor {tensor!r} of {elem_type} has external data and {found}",
                 tensor=name,
+                elem_type=type_name,
                 found=" and ".join(fields) or "strings",
             )
         return
     if len(fields) > 1 or fields not in ([], ["raw_data"], [type_field]):
         raise ModelError(
-            f"tensor {{tensor!r}} of {type_name} has its values in {{found}}",
+            "tensor {tensor!r} of {elem_type} has its values in {found}",
+            elem_type=type_name,
             tensor=name,
             found=" and ".join(fields),
         )
@@ -150,7 +152,8 @@ def _check_tensor(tensor: TensorProto, inline_location: str) -> None:
         needed, found, unit = byte_size(tensor), raw_bytes, "bytes"
         if type_field == "string_data":
             raise ModelError(
-                f"tensor {{tensor!r}} of {type_name} has its values in {{found}}",
+                "tensor {tensor!r} of {elem_type} has its values in {found}",
+                elem_type=type_name,
                 tensor=name,
                 found="raw_data",
             )
@@ -161,9 +164,13 @@ def _check_tensor(tensor: TensorProto, inline_location: str) -> None:
         found, unit = len(getattr(tensor, type_field)), f"values in {type_field}"
     if needed != found:
         raise ModelError(
-            f"tensor {{tensor!r}} of {type_name} and shape {tensor.dims[:8]} needs {needed} "
-            f"{unit}; found: {{found}}",
+            "tensor {tensor!r} of {elem_type} and shape {shape} needs {needed} {unit}; "
+            "found: {found}",
             tensor=name,
+            elem_type=type_name,
+            shape=tensor.dims[:8],
+            needed=needed,
+            unit=unit,
             found=found,
         )
 

@@ -124,7 +124,7 @@ def open_model(path: str | os.PathLike[str], digests: bool = True) -> Model:
         digested = sorted(files.items()) if digests else []
         data_sha256 = {location: file_sha256(file) for location, file in digested}
     except OSError as error:
-        raise ModelError(f"cannot be read: {error.strerror}", path=path) from None
+        raise ModelError("cannot be read: {found}", path=path, found=error.strerror) from None
     except DecodeError:
         raise ModelError("not an ONNX model (its protobuf does not parse)", path=path) from None
     except (ModelError, UnsupportedModelError) as error:

@@ -70,7 +70,9 @@ def workspace(folder: Path) -> Iterator[Path]:
             sweep(folder)
             yield _claimed(folder, stack)
     except OSError as error:
-        raise ModelError(f"cannot be written: {error.strerror or error}", path=folder) from None
+        raise ModelError(
+            "cannot be written: {found}", path=folder, found=error.strerror or str(error)
+        ) from None
 
 
 def sweep(folder: Path) -> None:
@@ -102,7 +104,7 @@ def check_target(target: Path, inputs: Iterable[Path], force: bool) -> None:
             if os.path.lexists(file) and not force:
                 raise ModelError("exists already; --force overwrites it", path=file)
     except OSError as error:
-        raise ModelError(f"cannot be written: {error.strerror}", path=target) from None
+        raise ModelError("cannot be written: {found}", path=target, found=error.strerror) from None
 
 
 def publish(files: Sequence[Finished], force: bool, lock_seconds: float = LOCK_SECONDS) -> None:

@@ -122,7 +122,7 @@ def find_models(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
             continue
         inside = sorted(_models_in(path))
         if not inside:
-            raise ModelError(f"{path}: no .onnx file in this folder")
+            raise ModelError("no .onnx file in this folder", path=path)
         found += [(file, file.relative_to(path)) for file in inside]
     return found
 
@@ -153,7 +153,7 @@ def run(job: Job) -> ModelOutcome:
 
 def _models_in(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
-        raise ModelError(f"{error.filename}: cannot be searched: {error.strerror}")
+        raise ModelError("cannot be searched: {found}", path=error.filename, found=error.strerror)
 
     for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not WORKSPACE.fullmatch(name)]
@@ -171,7 +171,10 @@ def _require_distinct(jobs: Sequence[Job]) -> None:
             place = os.path.join(os.path.realpath(output.parent), output.name)
             if place in owners:
                 raise ModelError(
-                    f"{owners[place]} and {job.model}: both would be written to {output}"
+                    "{other} and {found}: both would be written to {output}",
+                    other=owners[place],
+                    found=job.model,
+                    output=output,
                 )
             owners[place] = job.model
 
@@ -181,7 +184,7 @@ def _make(folders: Iterable[Path]) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ModelError(f"{folder}: cannot be made: {error.strerror}") from None
+            raise ModelError("cannot be made: {found}", path=folder, found=error.strerror) from None
 
 
 def _refused(jobs: Sequence[Job]) -> dict[int, ModelOutcome]:

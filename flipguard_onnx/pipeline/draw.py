@@ -28,9 +28,8 @@ from ..validation.validator import Validator
 from .plan import Prepared, WeightPlan
 from .run import Run
 
-
-# Share of the rounding errors of nearest rounding that may be left to choose. Codes are drawn without
-# bias; moved weights of 16 bits are too coarse to reach every level, and set their scales themselves.
+# Share of nearest rounding's errors that may be left to choose. Codes are drawn without bias; moved
+# weights of 16 bits are too coarse to reach every level, and set their scales themselves.
 MAX_CHOSEN, MAX_CHOSEN_MOVED = 0.01, 0.1
 
 
@@ -87,11 +86,11 @@ def quantize(
     number: int,
 ) -> Draw:
     """Quantize every weight under this seed and put it into every model that the run writes."""
-    options, folder = run.options, run.folder / str(number)
+    folder = run.folder / str(number)
     writers = _writers(run, prepared, calibration, validator, folder)
     quantizer = WeightQuantizer(
         prepared.model,
-        Policy(options.policy, options.tau, options.ratio),
+        run.policy,
         seed,
         run.kernels,
         moments,

@@ -227,6 +227,7 @@ def describe(
         input_data_sha256=source.data_sha256,
         input_bytes=source.size,
         options=options.record(),
+        changed_options=options.changed(),
         scheme=options.scheme,
         granularity=options.granularity,
         block_size=options.blocks,

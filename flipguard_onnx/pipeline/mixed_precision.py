@@ -25,7 +25,7 @@ from ..io.writer import Output
 from ..progress import meter
 from ..quantization.arrays import raw_bytes
 from ..quantization.chunks import stored_values
-from ..quantization.rounding import Policy, QuantizedTensor
+from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Scheme
 from ..reports.validation import pooled
 from ..runtime.session import open_session
@@ -49,8 +49,7 @@ def choose_precision(
     probe = SensitivityProbe(
         prepared.model, prepared.graph, run.folder / "switched", options.max_bytes
     )
-    policy = Policy(options.policy, options.tau, options.ratio)
-    quantizer = WeightQuantizer(prepared.model, policy, seed, run.kernels, moments, moved=False)
+    quantizer = WeightQuantizer(prepared.model, run.policy, seed, run.kernels, moments, moved=False)
     advance = meter(run.progress, "measuring 4 bits", prepared.nbytes)
     for plan in prepared.weights:
         if plan.scheme.bits == 4:
@@ -71,9 +70,10 @@ class SensitivityProbe:
     def __init__(self, source: Model, graph: IndexedModel, folder: Path, max_bytes: int) -> None:
         if source.size > max_bytes:
             raise UnsupportedModelError(
-                f"{source.path}: int8 share takes runs of the whole model, which has "
-                f"{source.size / 2**20:,.1f} MiB; allowed: up to --max-memory, "
-                f"{max_bytes >> 20:,} MiB"
+                "int8 share takes runs of the whole model, which has {found:,.1f} MiB",
+                path=source.path,
+                found=source.size / 2**20,
+                allowed=f"up to --max-memory, {max_bytes >> 20:,} MiB",
             )
         self.output = Output(folder, None, external=True)
         self._source = source
@@ -81,7 +81,7 @@ class SensitivityProbe:
         self.switches: dict[str, str] = {}  # by weight
         self.off: Feed = {}  # every switch at 0
 
-    def add_weight(self, name: str, scheme: Scheme, flips: QuantizedTensor) -> None:
+    def add_weight(self, name: str, scheme: Scheme, quantized: QuantizedTensor) -> None:
         """Weights at 4 bits alone, and of those the main graph's initializers."""
         weight, graph = self._weights[name], self._proto.graph
         tensor = weight.tensor
@@ -90,7 +90,7 @@ class SensitivityProbe:
         if tensor.data_type not in FED:
             return
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        drawn = stored_values(weight.layout, flips, decoded_values, dtype)
+        drawn = stored_values(weight.layout, quantized, decoded_values, dtype)
         original = self._source.array(tensor)
         switch, change, changed, unchanged = (
             f"flipguard.{len(self.off)}.{part}"

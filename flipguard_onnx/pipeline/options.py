@@ -229,14 +229,16 @@ class GuardOptions:
             raise SchemeError("int8 share is for int4, nf4 and fp4: int8 has all weights at 8 bits")
         if self.preserve in ("synthetic", "data") and self.policy != "unbiased":
             raise SchemeError(
-                f"preserve {self.preserve!r} is for the unbiased policy, not {self.policy!r}"
+                "preserve {preserve!r} is for the unbiased policy, not {found!r}",
+                found=self.policy,
+                preserve=self.preserve,
             )
         if self.preserve == "data" and not self.data:
             raise OptionError("preserve 'data' needs inputs: give --data")
         if self.symmetric and self.activations is None:
             raise OptionError("symmetric goes with activations")
         if self.activations is not None and self.scheme != "int8":
-            raise SchemeError(f"activations go with scheme int8, not {self.scheme!r}")
+            raise SchemeError("activations go with scheme int8, not {found!r}", found=self.scheme)
         if self.activations is not None and self.emit == "float":
             raise OptionError("activations go with emit 'qdq' or 'both', not 'float'")
 
@@ -281,6 +283,14 @@ class GuardOptions:
             for name, value in self.keywords().items()
             if name not in HERE_ONLY
         }
+
+    def changed(self) -> tuple[str, ...]:
+        """The names of the options of the record that differ from their defaults."""
+        return tuple(
+            name
+            for name, default, _ in described()
+            if name not in HERE_ONLY and getattr(self, name) != default
+        )
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:

@@ -117,8 +117,10 @@ def require_weights(model: Model, options: GuardOptions) -> tuple[list[Weight], 
     try:
         weights, skipped = find_weights(model.proto, options.include, options.exclude)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{model.path}: {error}") from None
+        raise error.at(model.path) from None
     if not weights:
         reasons = sorted({tensor.text for tensor in skipped}) or ["no float tensors"]
-        raise UnsupportedModelError(f"{model.path}: nothing to guard: {'; '.join(reasons[:3])}")
+        raise UnsupportedModelError(
+            "nothing to guard: {found}", path=model.path, found="; ".join(reasons[:3])
+        )
     return weights, skipped

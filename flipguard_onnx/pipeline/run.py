@@ -14,6 +14,7 @@ from ..io.writer import Output
 from ..progress import Progress
 from ..quantization.kernels import compiling, get_backend
 from ..quantization.kernels.protocol import Kernels
+from ..quantization.rounding import Policy
 from ..runtime import require_openable
 from .options import GuardOptions, StrPath, output_paths
 
@@ -46,6 +47,11 @@ class Run:
         """A temporary folder beside the outputs; there is none before it is asked for."""
         beside = next(iter(self.targets.values())).parent
         return self._stack.enter_context(workspace(beside))
+
+    @property
+    def policy(self) -> Policy:
+        """How codes are chosen."""
+        return Policy(self.options.policy, self.options.tau, self.options.ratio)
 
     def output(self, folder: Path, kind: str) -> Output:
         """A model to be written below `folder`, under its final name if it is to be published."""
@@ -115,5 +121,5 @@ def _open(model: StrPath | onnx.ModelProto, output: StrPath | None, stack: ExitS
     try:
         path.write_bytes(model.SerializeToString())
     except ValueError as error:
-        raise ModelError(f"the ModelProto cannot be serialized: {error}") from None
+        raise ModelError("the ModelProto cannot be serialized: {found}", found=str(error)) from None
     return open_model(path)

@@ -114,8 +114,10 @@ def recorded_options(model: Model) -> GuardOptions:
         options = GuardOptions.from_record(json.loads(metadata["flipguard.options"]))
     except (ValueError, TypeError, AttributeError, RecursionError, FlipguardError) as error:
         raise ModelError(
-            f"{model.path}: its record of options cannot be read: {error}; allowed: as "
-            "flipguard-onnx writes it, or none (--scheme ignores it)"
+            "its record of options cannot be read: {found}",
+            path=model.path,
+            found=str(error),
+            allowed="as flipguard-onnx writes it, or none (--scheme ignores it)",
         ) from None
     return replace(options, int8=tuple(metadata.get("flipguard.int8", "").split()), int8_share=0.0)
 

@@ -209,10 +209,10 @@ def unsound(name: str, values: npt.NDArray[Any]) -> ModelError:
         for start in range(0, flat.size, STRIP)
     )
     return ModelError(
-        "tensor {tensor!r} holds {found} values that are NaN or infinite, or beyond "
-        f"{largest_sound(values.dtype):.4g}",
+        "tensor {tensor!r} holds {found} values that are NaN or infinite, or beyond {bound:.4g}",
         tensor=name,
         found=count,
+        bound=float(largest_sound(values.dtype)),
         allowed="others (--exclude leaves a tensor as it is)",
     )
 

@@ -143,6 +143,7 @@ class GuardReport:
     input_data_sha256 : of its external data files, by their names
     input_bytes : size of the model, data files included
     options : every option of the run as it was asked for, by its name in guard()
+    changed_options : the names of those that differ from their defaults
     scheme : "int8", "int4", "nf4" or "fp4"
     granularity : how many weights share an int8 scale: "channel" or "tensor"
     block_size : weights per scale at 4 bits; None at int8
@@ -179,6 +180,7 @@ class GuardReport:
     input_data_sha256: dict[str, str]
     input_bytes: int
     options: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    changed_options: tuple[str, ...] = field(default=(), kw_only=True)
     scheme: str
     granularity: str
     block_size: int | None

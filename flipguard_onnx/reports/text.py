@@ -22,7 +22,7 @@ SLOW_4_BIT = (
 SLOW_16_BIT = "onnxruntime runs 16-bit activations in float on the CPU, which is slower"
 
 # options of guard() that no other line of the report shows
-OPTION_DEFAULTS = {"include": (), "exclude": (), "standard_ops": False, "max_memory": 1024}
+NOT_SHOWN_ELSEWHERE = ("include", "exclude", "standard_ops", "max_memory")
 
 
 # inspect()
@@ -91,13 +91,13 @@ def render_guard(report: GuardReport) -> str:
 def _option_lines(report: GuardReport) -> list[str]:
     """The options that differ from their defaults and that no other line shows."""
     shown = []
-    for name, default in OPTION_DEFAULTS.items():
-        value = report.options.get(name, default)
-        if isinstance(default, tuple):
-            shown += [f"--{name} {pattern}" for pattern in value]
-        elif value != default:
-            flag = f"--{name.replace('_', '-')}"
-            shown.append(flag if value is True else f"{flag} {value}")
+    for name in NOT_SHOWN_ELSEWHERE:
+        if name in report.changed_options:
+            value, flag = report.options[name], f"--{name.replace('_', '-')}"
+            if isinstance(value, list):
+                shown += [f"{flag} {pattern}" for pattern in value]
+            else:
+                shown.append(flag if value is True else f"{flag} {value}")
     return [f"options   {' '.join(shown)}"] if shown else []
 
 

@@ -99,7 +99,7 @@ class Child:
                     return read(answer)
             except UnsendableError as error:
                 self.forgotten += forgotten
-                raise ValidationError(f"cannot be run: {error}") from None
+                raise ValidationError("cannot be run: {found}", found=str(error)) from None
             except TimeoutError:
                 self._end()
                 raise ValidationError(
@@ -247,7 +247,7 @@ def open_session(path: Path, exact: bool, size: int, child: Child = shared_child
     try:
         return Session(path, exact, size, child)
     except RemoteError as error:
-        raise ValidationError(f"does not load: {error}", path=path.name) from None
+        raise ValidationError("does not load: {found}", path=path.name, found=str(error)) from None
     except ValidationError as error:
         raise error.at(path.name) from None
 
@@ -318,7 +318,7 @@ def quantize_static(
     try:
         shared_child.ask("quantize", arguments, size, _nothing, arrays)
     except (RemoteError, ValidationError) as error:
-        raise ValidationError(f"onnxruntime's static quantizer: {error}") from None
+        raise ValidationError("onnxruntime's static quantizer: {found}", found=str(error)) from None
 
 
 def _paths(path: Path, result: Path) -> dict[str, Any]:

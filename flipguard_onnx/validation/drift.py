@@ -21,9 +21,12 @@ def require_useful(validation: Validation, integers: ActivationQuantization) -> 
     drift = pooled(validation.guarded_default)
     if not drift < 1:
         raise DriftError(
-            f"with {integers.activations} activations the outputs drift by {drift:.4f} (relative "
-            "L2) from the original's; allowed: below 1, which zeros have; real inputs (--data) or "
-            "another --calibration may help"
+            "with {activations} activations the outputs drift by {found:.4f} (relative L2) from "
+            "the original's",
+            found=drift,
+            activations=integers.activations,
+            allowed="below 1, which zeros have; real inputs (--data) or another --calibration may "
+            "help",
         )
 
 
@@ -32,8 +35,9 @@ def judge(nearest: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) 
     factor, bound = drift_factor(nearest, max_drift), drift_bound(nearest, max_drift)
     if not pooled(guarded) <= bound:
         raise DriftError(
-            f"the outputs drift by {pooled(guarded):.4f} (relative L2) from the original's; "
-            f"allowed: {bound:.4f}, {factor:.2f} times plain quantization's"
+            "the outputs drift by {found:.4f} (relative L2) from the original's",
+            found=pooled(guarded),
+            allowed=f"{bound:.4f}, {factor:.2f} times plain quantization's",
         )
 
 
@@ -47,7 +51,10 @@ def drifts(
         for wanted, found in pairs:
             if np.shape(wanted) != np.shape(found):
                 raise ValidationError(
-                    f"output {name!r} has shape {np.shape(found)}; allowed: {np.shape(wanted)}"
+                    "output {tensor!r} has shape {found}",
+                    tensor=name,
+                    found=np.shape(found),
+                    allowed=str(np.shape(wanted)),
                 )
         results.append(_drift(name, pairs))
     return tuple(results)

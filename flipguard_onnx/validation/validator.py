@@ -50,7 +50,9 @@ class ModelRunner:
         """Drift of the model at `path` from the original, per output."""
         names, outputs = self._run(path, exact)
         if names != self.names:
-            raise ValidationError(f"{path.name}: outputs are {names}; allowed: {self.names}")
+            raise ValidationError(
+                "outputs are {found}", path=path.name, found=names, allowed=str(self.names)
+            )
         return drifts(names, self.expected, outputs)
 
     def require_equal(self, decoded: Path, path: Path) -> None:
@@ -61,8 +63,11 @@ class ModelRunner:
             is_float = np.issubdtype(wanted[0][index].dtype, np.floating)
             if is_float and drift.relative_l2 > self._infidelity:
                 raise ValidationError(
-                    f"output {drift.output!r} differs by {drift.relative_l2:.2e} (relative L2) "
-                    f"from what the codes stand for; allowed: {self._infidelity:.0e}"
+                    "output {tensor!r} differs by {found:.2e} (relative L2) from what the codes "
+                    "stand for",
+                    tensor=drift.output,
+                    found=drift.relative_l2,
+                    allowed=f"{self._infidelity:.0e}",
                 )
 
     def _run(self, path: Path, exact: bool) -> tuple[list[str], list[list[Array]]]:
@@ -76,10 +81,14 @@ class ModelRunner:
         try:
             outputs = [session.run(None, feed) for feed in self.feeds]
         except RunError as error:
-            raise ValidationError(f"{path.name}: does not run: {error}") from None
+            raise ValidationError(
+                "does not run: {found}", path=path.name, found=str(error)
+            ) from None
         for name, values in zip(session.outputs, zip(*outputs, strict=True), strict=True):
             if not all(map(finite, values)):
-                raise ValidationError(f"{path.name}: output {name!r} holds NaN or infinity")
+                raise ValidationError(
+                    "output {tensor!r} holds NaN or infinity", path=path.name, tensor=name
+                )
         return session.outputs, outputs
 
 
@@ -189,4 +198,4 @@ def check_model(path: Path, source: Model) -> None:
     """onnx.checker must accept the file, unless it does not accept the original either."""
     problem = runtime.check(path, source.size)
     if problem and not runtime.check(source.path, source.size):
-        raise ValidationError(f"{path.name}: onnx.checker: {problem}")
+        raise ValidationError("onnx.checker: {found}", path=path.name, found=problem)

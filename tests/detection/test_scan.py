@@ -9,11 +9,9 @@ import jsonschema
 import ml_dtypes
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from onnx import helper
 
 import flipguard_onnx
-from flipguard_onnx.cli.commands import main
 from flipguard_onnx.detection.alignment import (
     FACTORS,
     FIXED,
@@ -29,6 +27,7 @@ from flipguard_onnx.quantization.rounding import Policy, quantize_tensor
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from flipguard_onnx.reports.sarif import sarif
 from tests.helpers.attacked import FOLDER, MANIFEST
+from tests.helpers.command import call
 from tests.helpers.samples import model, save
 
 CPU = get_backend("cpu")
@@ -37,6 +36,14 @@ UNBIASED = Policy()
 MODELS = FOLDER.parent
 NAMES = {"int8": "int8 channel", "int8_tensor": "int8 tensor"}  # those of the manifest
 ON_CODES = [e for e in MANIFEST.values() if e["schemes"] and e["attacker"] != "rounding"]
+FAINT = {  # attacks that move so few weights, or so little, that they are only suspicious
+    "mlp-random-int4",
+    "mlp-random-nf4",
+    "lm-code-random-int4",
+    "lm-code-standard-fp4",
+    "lm-injection-standard-fp4",
+    "lm-refusal-standard-fp4",
+}
 
 
 def honest(seed=0, shape=SHAPE):
@@ -84,10 +91,6 @@ def matmuls(**tensors):
 def scanned(folder, *values):
     tensors = {f"w{i}": each for i, each in enumerate(values)}
     return flipguard_onnx.scan(save(matmuls(**tensors), folder))
-
-
-def call(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -185,7 +188,7 @@ def test_too_few_weights(tmp_path):
 @pytest.mark.parametrize("entry", ON_CODES, ids=lambda entry: entry["name"])
 def test_attacks_on_the_codes_are_found_and_their_schemes_named(entry):
     verdict = flipguard_onnx.scan(FOLDER / entry["file"]).verdict
-    assert verdict.alarming
+    assert verdict.level == ("suspicious" if entry["name"] in FAINT else "aligned")
     assert {NAMES.get(scheme, scheme) for scheme in entry["schemes"]} <= set(verdict.grids)
 
 
@@ -305,8 +308,9 @@ def test_a_quantized_model_is_not_judged(tmp_path):
     flipguard_onnx.guard(source, preserve="off", output=tmp_path / "q.onnx")
     result = call("scan", tmp_path / "q.onnx", "--fail-on", "never")
     assert result.exit_code == 2
-    assert "not judged" in result.stdout
-    assert "already quantized" in result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[1] == "scan      not judged"
+    assert lines[2].startswith("          already quantized: 98,304 weights are integers")
 
 
 def test_nan_is_refused_by_name(tmp_path):
@@ -321,7 +325,8 @@ def test_nan_is_refused_by_name(tmp_path):
 def test_text_shows_the_verdict_and_the_tensor(aligned):
     lines = call("scan", aligned).stdout.splitlines()
     assert "scan      aligned, int8 channel" in lines
-    assert any(line.startswith("w       int8 channel") for line in lines)
+    [row] = [line for line in lines if line.startswith("w ")]
+    assert row.split()[1:3] == ["int8", "channel"]
 
 
 def test_json(aligned, tmp_path):

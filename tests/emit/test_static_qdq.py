@@ -323,16 +323,25 @@ def test_settings_reach_onnxruntime_and_the_file(tmp_path, calibration, symmetri
     assert again.exit_code == 0, again.output
 
 
-def test_calibrations_differ(tmp_path):
+def test_minmax_covers_the_whole_range_and_percentile_does_not(tmp_path):
     source = save(convolution(weights((16,), 1)), tmp_path)
-    found = set()
-    for calibration in ("minmax", "entropy", "percentile"):
+    x = np.random.default_rng(0).standard_normal((6, 1, 8, 6, 6)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    found = {}
+    for calibration in ("minmax", "percentile"):
         output = tmp_path / f"{calibration}.onnx"
         flipguard_onnx.guard(
-            source, activations="uint8", calibration=calibration, seed=1, output=output
+            source,
+            activations="uint8",
+            calibration=calibration,
+            data=tmp_path / "x.npz",
+            seed=1,
+            output=output,
         )
-        found.add(decoders(output)["b"][1].tobytes())
-    assert len(found) > 1
+        [first] = [n for n in onnx.load(output).graph.node if n.input[0] == "x"]
+        found[calibration] = float(initializers(output)[first.input[1]])
+    np.testing.assert_allclose(found["minmax"], np.ptp(x) / 255, rtol=1e-6)
+    assert 0.99 * found["minmax"] < found["percentile"] < found["minmax"]
 
 
 def test_a_folder_of_inputs_is_all_of_its_files(tmp_path):
@@ -382,7 +391,7 @@ def test_a_model_larger_than_the_memory_is_refused(tmp_path):
     w = weights((1024, 512))
     nodes = [node("MatMul", "x w", "y")]
     source = save(model(nodes, {"x": (F, [1, 1024])}, {"y": (F, [1, 512])}, {"w": w}), tmp_path)
-    with pytest.raises(UnsupportedModelError, match="allowed with --activations: 1,048,576"):
+    with pytest.raises(UnsupportedModelError, match="allowed: up to 1,048,576"):
         flipguard_onnx.guard(
             source, activations="uint8", max_memory=1, output=tmp_path / "out.onnx"
         )

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
+from flipguard_onnx.quantization.rounding import largest_sound
 from tests.helpers import naive
 
 FLOATS = [np.float32, np.float16]
@@ -98,4 +99,5 @@ def tensors(draw):
     wild = st.floats(allow_nan=False, allow_infinity=False, **limits)
     chosen = draw(st.lists(st.one_of(tame, wild), max_size=min(20, weights.size)))
     weights.flat[: len(chosen)] = chosen
-    return clipped(weights, dtype)
+    limit = float(largest_sound(np.dtype(dtype)))
+    return np.clip(weights, -limit, limit).astype(dtype)

@@ -20,7 +20,6 @@ from flipguard_onnx import DeviceError, GuardOptions, ModelError, guard, guard_m
 from flipguard_onnx.io.publish import LOCK
 from flipguard_onnx.pipeline import batch as fleet
 from flipguard_onnx.pipeline.batch import find_models, model_seed
-from flipguard_onnx.runtime import pool as workers
 from flipguard_onnx.runtime.pool import Lost, core_shares, on_dask
 from tests.helpers.command import call, held, names, one_line, workspaces
 from tests.helpers.samples import SAMPLES, matmul, model, node, save, weights
@@ -334,11 +333,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "pigeon://x", "nonsense"])
-def test_a_scheduler_that_is_not_there(models, tmp_path, monkeypatch, address):
+def test_a_scheduler_that_is_not_there(address):
     pytest.importorskip("distributed")
-    monkeypatch.setattr(workers, "CONNECT_SECONDS", 1)
     with pytest.raises(DeviceError, match=f"scheduler '{address}' cannot be used: "):
-        guard_many([models], tmp_path / "out", scheduler=address, **FAST)
+        list(on_dask(str, [1], address, connect_seconds=1))
 
 
 @pytest.fixture(scope="module")

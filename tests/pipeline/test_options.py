@@ -127,6 +127,8 @@ def test_a_record_gives_back_the_options():
     record = json.loads(json.dumps(NOT_DEFAULT.record()))
     assert GuardOptions.from_record(record) == NOT_DEFAULT
     assert not {"data", "force", "seed"} & record.keys()
+    assert GuardOptions(data="x.npz", seed=1, force=True).changed() == ()
+    assert GuardOptions(max_drift=3, exclude=["c"]).changed() == ("exclude",)
     with pytest.raises(OptionError, match="the record has the option 'evil', unknown"):
         GuardOptions.from_record(record | {"evil": 1})
 

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from flipguard_onnx import guard
+from flipguard_onnx import GuardOptions, guard
 from flipguard_onnx.reports.scan import Budget
 from flipguard_onnx.reports.words import percent
 from tests.helpers.samples import matmul, save
@@ -20,13 +20,13 @@ def report(tmp_path_factory):
 
 
 def test_options_are_shown_where_they_differ_from_the_defaults(report):
-    defaults = {"include": [], "exclude": (), "standard_ops": False, "max_memory": 1024}
-    for options in ({}, defaults, {"force": True}):
-        assert "options" not in replace(report, options=options).render()
-    options = {"include": ("a*", "b"), "exclude": ["c"], "standard_ops": True, "max_memory": 64}
+    assert report.changed_options == ("scheme", "preserve")  # other lines show them
+    assert "options" not in report.render()
+    asked = GuardOptions(include=("a*", "b"), exclude=("c",), standard_ops=True, max_memory=64)
+    changed = replace(report, options=asked.record(), changed_options=asked.changed())
     shown = "options   --include a* --include b --exclude c --standard-ops --max-memory 64\n"
-    assert shown in replace(report, options=options).render()
-    assert replace(report, options=options).to_dict()["options"]["include"] == ["a*", "b"]
+    assert shown in changed.render()
+    assert changed.to_dict()["options"]["include"] == ["a*", "b"]
 
 
 def test_the_budget_is_a_share_of_the_weights(report):

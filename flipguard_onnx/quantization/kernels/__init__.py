@@ -36,10 +36,10 @@ def get_backend(device: str = "auto") -> Kernels:
     DeviceError : the device is unknown or not there
     """
     if device not in DEVICES:
-        raise DeviceError(f"device {device!r} is unknown", allowed=", ".join(DEVICES))
+        raise DeviceError("device {found!r} is unknown", found=device, allowed=", ".join(DEVICES))
     missing = None if device == "cpu" else what_cuda_lacks()
     if device == "cuda" and missing:
-        raise DeviceError(f"device 'cuda' is not usable: {missing}")
+        raise DeviceError("device 'cuda' is not usable: {found}", found=missing)
     return _cpu_kernels() if device == "cpu" or missing else _cuda_kernels()
 
 

@@ -22,41 +22,41 @@ PIECE = 4096  # weights; a multiple of every block size that is not a whole row,
 MAX_STEPS = 8  # values of the storage type that a flipped weight may be moved on to
 
 # Python's error model would test every divisor for 0; inlined, a rule is a constant of the loop
-_inline = numba.njit(error_model="numpy", forceinline=True)
+inline = numba.njit(error_model="numpy", forceinline=True)
 
-_kernel = numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+kernel = numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 
-_value = _inline(scalar.value)
+_value = inline(scalar.value)
 
-_pattern = _inline(scalar.pattern)
+_pattern = inline(scalar.pattern)
 
-_next_pattern = _inline(scalar.next_pattern)
+_next_pattern = inline(scalar.next_pattern)
 
-_ordered = _inline(scalar.ordered)
+_ordered = inline(scalar.ordered)
 
-_position = _inline(scalar.position)
+_position = inline(scalar.position)
 
-_code = _inline(scalar.code)
+_code = inline(scalar.code)
 
-_offset = _inline(scalar.offset)
+_offset = inline(scalar.offset)
 
-_edge = _inline(scalar.edge)
+_edge = inline(scalar.edge)
 
-_lands = _inline(scalar.lands)
+_lands = inline(scalar.lands)
 
-_just_past = _inline(scalar.just_past)
+_just_past = inline(scalar.just_past)
 
-_state = _inline(scalar.state)
+_state = inline(scalar.state)
 
-_uniform = _inline(scalar.uniform)
+_uniform = inline(scalar.uniform)
 
-_step = _inline(scalar.step)
+_step = inline(scalar.step)
 
-_error = _inline(scalar.error)
+_error = inline(scalar.error)
 
-_within_grid = _inline(scalar.within_grid)
+_within_grid = inline(scalar.within_grid)
 
-_take_over = _inline(scalar.take_over)
+_take_over = inline(scalar.take_over)
 
 
 class Share(NamedTuple):
@@ -68,36 +68,36 @@ class Share(NamedTuple):
     stop: int
 
 
-@_inline
+@inline
 def _blocks_per_row(cut):
     return (cut.cols + cut.block_size - 1) // cut.block_size
 
 
-@_inline
+@inline
 def _pieces_per_block(cut):
     return (cut.block_size + PIECE - 1) // PIECE
 
 
-@_inline
+@inline
 def _pieces_per_share(cut):
     return max(1, PIECE // cut.block_size)
 
 
-@_inline
-def _pieces(size, cut):
+@inline
+def piece_count(size, cut):
     """Pieces of a tensor of `size` weights; `cut` is anything with `cols` and `block_size`."""
     return size // cut.cols * _blocks_per_row(cut) * _pieces_per_block(cut)
 
 
-@_inline
-def _shares(size, cut):
+@inline
+def share_count(size, cut):
     """Shares of a tensor."""
     per_share = _pieces_per_share(cut)
-    return (_pieces(size, cut) + per_share - 1) // per_share
+    return (piece_count(size, cut) + per_share - 1) // per_share
 
 
-@_inline
-def _span(piece, cut):
+@inline
+def piece_span(piece, cut):
     """The block of a piece, and start and stop of its weights."""
     per_block, per_row = _pieces_per_block(cut), _blocks_per_row(cut)
     block = piece // per_block
@@ -108,21 +108,21 @@ def _span(piece, cut):
     return block, start, min(start + PIECE, stop)
 
 
-@_inline
+@inline
 def _block_of(i, cut):
     """Number of the block that weight `i` belongs to."""
     return (i // cut.cols) * _blocks_per_row(cut) + (i % cut.cols) // cut.block_size
 
 
-@_inline
-def _share(number, size, cut):
+@inline
+def nth_share(number, size, cut):
     """The share of that number."""
     first = number * _pieces_per_share(cut)
-    stop = min(first + _pieces_per_share(cut), _pieces(size, cut))
-    return Share(first, stop, _span(first, cut)[1], _span(stop - 1, cut)[2])
+    stop = min(first + _pieces_per_share(cut), piece_count(size, cut))
+    return Share(first, stop, piece_span(first, cut)[1], piece_span(stop - 1, cut)[2])
 
 
-@_inline
+@inline
 def _floats(patterns, form):
     """The float32 that the bit patterns stand for: a view, or a copy."""
     if form == scalar.FLOAT32:
@@ -137,12 +137,12 @@ def _floats(patterns, form):
     return values
 
 
-@_inline
+@inline
 def _piece_extremes(values, share, cut, keys):
     """Smallest and largest value of every piece of a share, as integers in the same order."""
     words = values.view(np.int32)
     for piece in range(share.first_piece, share.stop_piece):
-        _, start, stop = _span(piece, cut)
+        _, start, stop = piece_span(piece, cut)
         part = words[start - share.start : stop - share.start]
         low, high = np.int32(2**31 - 1), np.int32(-(2**31))
         for i in range(part.size):
@@ -152,7 +152,7 @@ def _piece_extremes(values, share, cut, keys):
         keys[piece, 0], keys[piece, 1] = low, high
 
 
-@_inline
+@inline
 def _merge(keys, per_block, found):
     """Extremes of the blocks from those of their pieces."""
     merged = keys.reshape(-1, per_block, 2)
@@ -165,14 +165,14 @@ def _merge(keys, per_block, found):
         found.highest[b] = np.int32(_ordered(high)).view(np.float32)
 
 
-@_inline
+@inline
 def _positions(rule, values, operand, absmax, levels, positions, free):
     for i in range(values.size):
         positions[i] = _position(values[i], operand, rule, levels)
         free[i] = abs(values[i]) < absmax
 
 
-@_inline
+@inline
 def _round(rule, positions, free, levels, codes, offsets):
     for i in range(positions.size):
         code = _code(positions[i], rule, levels)
@@ -181,13 +181,13 @@ def _round(rule, positions, free, levels, codes, offsets):
         offsets[i] = offset if free[i] else scalar.ZERO
 
 
-@_inline
-def _margins(values, share, cut, scales, levels, codes, offsets):
+@inline
+def share_margins(values, share, cut, scales, levels, codes, offsets):
     """Codes and offsets of one share; for every rule loops compiled for it alone."""
     positions = np.empty(values.size, np.float32)
     free = np.empty(values.size, np.bool_)
     for piece in range(share.first_piece, share.stop_piece):
-        b, start, stop = _span(piece, cut)
+        b, start, stop = piece_span(piece, cut)
         part = slice(start - share.start, stop - share.start)
         some, into, inner = values[part], positions[part], free[part]
         operand, absmax = scales.operand[b], scales.absmax[b]
@@ -203,52 +203,52 @@ def _margins(values, share, cut, scales, levels, codes, offsets):
         _round(scalar.COUNT_PIVOTS, positions, free, levels, codes, offsets)
 
 
-@_kernel
+@kernel
 def extremes(weights, found):
     patterns = weights.patterns
-    keys = np.empty((_pieces(patterns.size, weights), 2), np.int32)
-    for s in numba.prange(_shares(patterns.size, weights)):
-        share = _share(s, patterns.size, weights)
+    keys = np.empty((piece_count(patterns.size, weights), 2), np.int32)
+    for s in numba.prange(share_count(patterns.size, weights)):
+        share = nth_share(s, patterns.size, weights)
         values = _floats(patterns[share.start : share.stop], weights.form)
         _piece_extremes(values, share, weights, keys)
     _merge(keys, _pieces_per_block(weights), found)
 
 
-@_kernel
+@kernel
 def analyze(weights, scales, levels, codes, offsets):
     patterns = weights.patterns
-    for s in numba.prange(_shares(patterns.size, weights)):
-        share = _share(s, patterns.size, weights)
+    for s in numba.prange(share_count(patterns.size, weights)):
+        share = nth_share(s, patterns.size, weights)
         here = slice(share.start, share.stop)
         values = _floats(patterns[here], weights.form)
-        _margins(values, share, weights, scales, levels, codes[here], offsets[here])
+        share_margins(values, share, weights, scales, levels, codes[here], offsets[here])
 
 
-@_kernel
+@kernel
 def draw(weights, scales, levels, random, nearest, codes):
     patterns = weights.patterns
-    for s in numba.prange(_shares(patterns.size, weights)):
-        share = _share(s, patterns.size, weights)
+    for s in numba.prange(share_count(patterns.size, weights)):
+        share = nth_share(s, patterns.size, weights)
         here = slice(share.start, share.stop)
         values = _floats(patterns[here], weights.form)
         rounded, drawn, offsets = nearest[here], codes[here], np.empty_like(values)
-        _margins(values, share, weights, scales, levels, rounded, offsets)
+        share_margins(values, share, weights, scales, levels, rounded, offsets)
         state = _state(random.key, random.first + np.uint64(share.start))
         for i in range(drawn.size):
             drawn[i] = rounded[i] + _step(offsets[i], random.limit, _uniform(state))
             state += scalar.GAMMA
 
 
-@_kernel
+@kernel
 def move_weights(weights, scales, levels, nearest, codes):
     patterns = weights.patterns
     operand, scale, absmax = scales
     rule = levels.rule
-    for s in numba.prange(_shares(patterns.size, weights)):
+    for s in numba.prange(share_count(patterns.size, weights)):
         chosen = np.empty(PIECE, np.int64)
-        share = _share(s, patterns.size, weights)
+        share = nth_share(s, patterns.size, weights)
         for piece in range(share.first_piece, share.stop_piece):
-            b, start, stop = _span(piece, weights)
+            b, start, stop = piece_span(piece, weights)
             count = 0
             for i in range(start, stop):  # a list, as no processor foresees who will be on it
                 chosen[count] = i
@@ -273,20 +273,20 @@ def move_weights(weights, scales, levels, nearest, codes):
                     codes[i] = nearest[i]
 
 
-@_kernel
+@kernel
 def check(before, after, scales, levels, nearest, codes, found, faults):
     earlier = before.patterns
     patterns = after.patterns
-    keys = np.empty((_pieces(patterns.size, after), 2), np.int32)
+    keys = np.empty((piece_count(patterns.size, after), 2), np.int32)
     wrong = np.int64(0)
     moved = np.int64(0)
-    for s in numba.prange(_shares(patterns.size, after)):
-        share = _share(s, patterns.size, after)
+    for s in numba.prange(share_count(patterns.size, after)):
+        share = nth_share(s, patterns.size, after)
         here = slice(share.start, share.stop)
         values = _floats(patterns[here], after.form)
         _piece_extremes(values, share, after, keys)
         encoded, offsets = np.empty(values.size, np.int8), np.empty_like(values)
-        _margins(values, share, after, scales, levels, encoded, offsets)
+        share_margins(values, share, after, scales, levels, encoded, offsets)
         was, now = earlier[here], patterns[here]
         rounded, stated = nearest[here], codes[here]
         for i in range(now.size):
@@ -297,7 +297,7 @@ def check(before, after, scales, levels, nearest, codes, found, faults):
     _merge(keys, _pieces_per_block(after), found)
 
 
-@_kernel
+@kernel
 def draw_with_feedback(weights, scales, levels, panel, random, codes, errors):
     patterns = weights.patterns
     operand, scale, absmax = scales

@@ -6,15 +6,24 @@ import numba
 import numpy as np
 
 from . import scalar
-from .cpu import PIECE, _inline, _kernel, _margins, _pieces, _share, _shares, _span
+from .cpu import (
+    PIECE,
+    inline,
+    kernel,
+    nth_share,
+    piece_count,
+    piece_span,
+    share_count,
+    share_margins,
+)
 
 CELLS = 1024
 
 ONE, TWO = np.float32(1.0), np.float32(2.0)
 
-_position = _inline(scalar.position)
+_position = inline(scalar.position)
 
-_error = _inline(scalar.error)
+_error = inline(scalar.error)
 
 
 @cache
@@ -50,7 +59,7 @@ def _distance(position, levels):
     return 1.0 - 2.0 * abs(float(scalar.offset(position, code, levels.rule, levels)))
 
 
-@_inline
+@inline
 def _bins(rule, positions, factor, segments, last, bins):
     """The bin, from 0 to `last`, of every position times the factor."""
     ends, intercepts, slopes, starts = segments
@@ -71,16 +80,16 @@ def survey(weights, scales, levels, limit, factors, counts):
     _survey(weights, scales, levels, limit, factors, segments, counts)
 
 
-@_kernel
+@kernel
 def _survey(weights, scales, levels, limit, factors, segments, counts):
     values, operand, absmax = weights.values, scales.operand, scales.absmax
-    pieces = _pieces(values.size, weights)
+    pieces = piece_count(values.size, weights)
     runs, grids, width = counts.shape
     for run in numba.prange(runs):
         kept = np.empty(PIECE, np.float32)
         bins = np.empty(PIECE, np.int32)
         for piece in range(pieces * run // runs, pieces * (run + 1) // runs):
-            b, start, stop = _span(piece, weights)
+            b, start, stop = piece_span(piece, weights)
             below = limit * absmax[b]
             count = 0
             for weight in values[start:stop]:
@@ -97,7 +106,7 @@ def _survey(weights, scales, levels, limit, factors, segments, counts):
                     into[bins[i]] += 1
 
 
-@_inline
+@inline
 def _absolute_errors(rule, values, codes, scale, levels, errors):
     for i in range(values.size):
         errors[i] = abs(_error(values[i], codes[i], scale, rule, levels))
@@ -112,19 +121,19 @@ def _sum(values):
     return total
 
 
-@_kernel
+@kernel
 def rounding_error_sums(weights, scales, levels, limit, sums):
     scale, size = scales.scale, weights.values.size
-    shares = _shares(size, weights)
+    shares = share_count(size, weights)
     parts = np.empty((shares, 5), np.float64)
     for s in numba.prange(shares):
-        share = _share(s, size, weights)
+        share = nth_share(s, size, weights)
         values = weights.values[share.start : share.stop]
         codes, offsets = np.empty(values.size, np.int8), np.empty_like(values)
-        _margins(values, share, weights, scales, levels, codes, offsets)
+        share_margins(values, share, weights, scales, levels, codes, offsets)
         errors, variances = np.empty(values.size, np.float64), np.empty(values.size, np.float64)
         for piece in range(share.first_piece, share.stop_piece):
-            b, start, stop = _span(piece, weights)
+            b, start, stop = piece_span(piece, weights)
             part = slice(start - share.start, stop - share.start)
             some, chosen, into = values[part], codes[part], errors[part]
             if levels.rule == scalar.COUNT_PIVOTS:
@@ -153,7 +162,7 @@ def rounding_error_sums(weights, scales, levels, limit, sums):
         sums[column] = total
 
 
-@_kernel
+@kernel
 def largest_two(weights, first, second):
     values, cols, block_size = weights
     blocks_per_row = (cols + block_size - 1) // block_size
