@@ -1,5 +1,6 @@
 """One draw: every weight is quantized once and put into every model that the run writes."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -7,6 +8,7 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from ..calibration.moments import Moments
@@ -21,12 +23,16 @@ from ..quantization.error_feedback import InputMoments
 from ..quantization.kernels.protocol import Kernels
 from ..quantization.rounding import Policy, QuantizedTensor, tensor_key
 from ..reports.guard import ActivationQuantization, Tensor
-from ..reports.scan import Budget
+from ..reports.scan import Budget, Skipped, SkipReason
 from ..reports.validation import Validation
-from ..validation.drift import require_useful
 from ..validation.validator import Validator
+from .options import GuardOptions
 from .plan import Prepared, WeightPlan
 from .run import Run
+
+FLOAT = "float"  # the scheme of a weight that stays as it is
+
+MAX_PRODUCT_ERROR = 1.0  # of a weight's products, relative to how much they vary
 
 # Share of nearest rounding's errors that may be left to choose. Codes are drawn without bias; moved
 # weights of 16 bits are too coarse to reach every level, and set their scales themselves.
@@ -38,7 +44,8 @@ class Draw:
     """The result of one draw.
 
     seed: of its random streams. number: 1 for the first draw of a run. writers: the models being
-    written, by kind; folder: where. tensors: what became of every weight.
+    written, by kind; folder: where. tensors: what became of every weight; kept: those that stay
+    float, since quantization would wipe them out.
     """
 
     seed: int
@@ -46,6 +53,7 @@ class Draw:
     writers: dict[str, ModelWriter]
     folder: Path
     tensors: tuple[Tensor, ...]
+    kept: tuple[Skipped, ...]
     progress: Progress
 
     @property
@@ -70,8 +78,6 @@ class Draw:
         self.progress("validating", 0, 1)
         files = {kind: writer.output.path for kind, writer in self.writers.items()}
         validation = validator.compare(files, self.folder)
-        if self.activations:
-            require_useful(validation, self.activations)
         self.progress("validating", 1, 1)
         return validation
 
@@ -95,15 +101,22 @@ def quantize(
         run.kernels,
         moments,
         moved=calibration is not None or "float" in writers,
+        options=run.options,
     )
     advance = meter(run.progress, "guarding", prepared.nbytes)
-    tensors = [quantizer.quantize(plan, writers.values(), advance) for plan in prepared.weights]
+    found = [quantizer.quantize(plan, writers.values(), advance) for plan in prepared.weights]
+    tensors = [tensor for tensor in found if tensor.scheme != FLOAT]
+    kept = tuple(
+        Skipped(tensor.name, tensor.shape, SkipReason.COLLAPSES, tensor.fallback or "")
+        for tensor in found
+        if tensor.scheme == FLOAT
+    )
     if quantizer.policy == Policy("unbiased", tau=1.0):
         require_unbiased(tensors, MAX_CHOSEN_MOVED if quantizer.moved else MAX_CHOSEN)
     guarded = writers.get("qdq")
     if isinstance(guarded, QdqWriter) and "qdq" in run.targets:
         tensors = [replace(tensor, forms=guarded.forms[tensor.name]) for tensor in tensors]
-    return Draw(seed, number, writers, folder, tuple(tensors), run.progress)
+    return Draw(seed, number, writers, folder, tuple(tensors), kept, run.progress)
 
 
 def require_unbiased(tensors: Iterable[Tensor], limit: float) -> None:
@@ -133,7 +146,8 @@ def require_unbiased(tensors: Iterable[Tensor], limit: float) -> None:
 class WeightQuantizer:
     """Quantizes weights of a model, one after the other.
 
-    moved: whether somebody wants the float weights that yield the chosen codes.
+    moved: whether somebody wants the float weights that yield the chosen codes. options: those of
+    the run.
     """
 
     model: Model
@@ -142,20 +156,48 @@ class WeightQuantizer:
     kernels: Kernels
     moments: Moments
     moved: bool
+    options: GuardOptions
 
     def quantize(
         self, plan: WeightPlan, writers: Iterable[ModelWriter], advance: Callable[[int], None]
     ) -> Tensor:
-        """Quantize one weight and put it into the models; `advance` is told the bytes done."""
+        """Quantize one weight and put it into the models; `advance` is told the bytes done.
+
+        A weight whose products would be lost in rounding errors gets a finer plan; where there is
+        none it stays float, and is put into no model.
+        """
+        quantized, tensor = self._draw(plan, advance)
+        fallback = None
+        while tensor.product_error is not None and tensor.product_error > MAX_PRODUCT_ERROR:
+            lost = f"at {tensor.scheme} its products would be off by {tensor.product_error:.0%}"
+            if self.moved or self.options.on_collapse == "refuse":
+                raise ValidationError(
+                    "{tensor!r}: {lost}",
+                    tensor=tensor.name,
+                    lost=lost,
+                    allowed=f"up to {MAX_PRODUCT_ERROR:.0%} (--exclude leaves a tensor as it is)",
+                )
+            fallback = fallback or lost
+            finer = plan.finer(self.options)
+            if finer is None:
+                return replace(tensor, scheme=FLOAT, fallback=fallback)
+            quantized, tensor = self._draw(plan := finer, lambda _: None)
+        for writer in writers:
+            writer.add_weight(tensor.name, plan.scheme, quantized)
+        return replace(tensor, fallback=fallback)
+
+    def _draw(
+        self, plan: WeightPlan, advance: Callable[[int], None]
+    ) -> tuple[QuantizedTensor, Tensor]:
         weight = plan.weight
         inputs = self.moments.of(weight)
-        budgets: list[Budget] = []
+        accounts: list[Account] = []
 
-        def account(values: npt.NDArray[Any], quantized: QuantizedTensor) -> Budget:
-            return budget(values, quantized, self.policy)
+        def account(values: npt.NDArray[Any], quantized: QuantizedTensor) -> Account:
+            return Account.of(values, quantized, self.policy)
 
-        def done(count: int, found: Budget) -> None:
-            budgets.append(found)
+        def done(count: int, found: Account) -> None:
+            accounts.append(found)
             advance(count)
 
         try:
@@ -175,16 +217,50 @@ class WeightQuantizer:
             )
         except ModelError as error:
             raise error.at(self.model.path) from None
-        for writer in writers:
-            writer.add_weight(weight.name, plan.scheme, quantized)
-        return replace(
+        total = reduce(add, accounts)
+        tensor = replace(
             plan.described(),
             flips=quantized.count,
             furthest=quantized.furthest,
             gain=quantized.gain,
             unfed=inputs if isinstance(inputs, str) else None,
-            budget=reduce(add, budgets),
+            weight_error=total.weight_error,
+            product_error=quantized.product_error,
+            budget=total.budget,
         )
+        return quantized, tensor
+
+
+@dataclass(frozen=True)
+class Account:
+    """What became of some weights.
+
+    squared_errors, squares: sums over their changes and over the weights themselves.
+    """
+
+    budget: Budget
+    squared_errors: float
+    squares: float
+
+    @classmethod
+    def of(cls, values: npt.NDArray[Any], quantized: QuantizedTensor, policy: Policy) -> "Account":
+        """Of flat weights [n] in canonical order."""
+        weights = values.astype(np.float32)
+        errors = quantized.grid.decode(quantized.codes) - weights
+        squares = (float(x.astype(np.float64) @ x) for x in (errors, weights))
+        return cls(budget(values, quantized, policy), *squares)
+
+    def __add__(self, other: "Account") -> "Account":
+        return Account(
+            self.budget + other.budget,
+            self.squared_errors + other.squared_errors,
+            self.squares + other.squares,
+        )
+
+    @property
+    def weight_error(self) -> float:
+        """Relative L2 of the change."""
+        return math.sqrt(self.squared_errors / self.squares) if self.squares else 0.0
 
 
 def _writers(

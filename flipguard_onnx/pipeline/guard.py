@@ -244,7 +244,7 @@ def describe(
         device=run.kernels.device,
         device_note=what_cuda_lacks() if on_auto else None,
         tensors=draw.tensors,
-        skipped=prepared.skipped,
+        skipped=(*prepared.skipped, *draw.kept),
         scan=scan,
         integers=draw.activations,
     )

@@ -49,7 +49,9 @@ def choose_precision(
     probe = SensitivityProbe(
         prepared.model, prepared.graph, run.folder / "switched", options.max_bytes
     )
-    quantizer = WeightQuantizer(prepared.model, run.policy, seed, run.kernels, moments, moved=False)
+    quantizer = WeightQuantizer(
+        prepared.model, run.policy, seed, run.kernels, moments, moved=False, options=options
+    )
     advance = meter(run.progress, "measuring 4 bits", prepared.nbytes)
     for plan in prepared.weights:
         if plan.scheme.bits == 4:

@@ -93,6 +93,8 @@ class GuardOptions:
     int8 : shell patterns over the names of weights that stay at 8 bits under a 4-bit scheme
     int8_share : keep, besides, the most sensitive weights at 8 bits, up to this share of the
         weights at 4 bits; 0 <= int8_share < 1
+    on_collapse : what becomes of a tensor whose products would be lost in rounding errors: "keep"
+        gives it the cheapest form that keeps it, int8 or else floats; "refuse" writes nothing
     max_drift : allowed drift of the outputs from the original's, as a multiple of the drift that
         rounding to nearest causes
     validate : run the result with onnxruntime before it appears at the output
@@ -199,6 +201,13 @@ class GuardOptions:
         "Keep the most sensitive tensors at 8 bits, up to this share of the weights (0.25).",
         range=Range(0, 1, high_open=True),
         metavar="SHARE",
+    )
+    on_collapse: str = _option(
+        "keep",
+        "Accuracy",
+        "A tensor whose products would be lost in rounding errors gets int8, or stays float; or "
+        "refuse to write.",
+        choices=("keep", "refuse"),
     )
     max_drift: float = _option(
         3.0,  # unbiased draws double a weight's squared error: 1.41 times in relative L2
@@ -326,6 +335,7 @@ class GuardKeywords(TypedDict, total=False):
     data: StrPath | None
     int8: tuple[str, ...]
     int8_share: float
+    on_collapse: str
     max_drift: float
     validate: bool
     max_memory: int

@@ -35,6 +35,14 @@ class WeightPlan:
         size = options.block_size or scheme.block_size
         return cls(weight, scheme, weight.blocks(size, flat=isinstance(scheme, Codebook)))
 
+    def finer(self, options: GuardOptions) -> "WeightPlan | None":
+        """The next plan that loses less: int8 per output channel; None if this is it."""
+        int8 = replace(
+            options, scheme="int8", block_size=None, int8_share=0.0, granularity="channel"
+        )
+        plan = WeightPlan.of(self.weight, int8)
+        return None if plan == self else plan
+
     def described(self) -> Tensor:
         """What a report says of the weight before anything is drawn."""
         weight = self.weight

@@ -22,6 +22,8 @@ from .layout import Layout
 from .rounding import Policy, QuantizedTensor, quantize_tensor, unsound
 from .schemes import Blocks, Grid, Scheme
 
+OnProducts = tuple[float | None, float | None]  # gain and product error of a tensor
+
 PART_SIZE = 1 << 21  # weights that all threads together work on at a time
 
 
@@ -127,7 +129,7 @@ def quantize_weight(
     nearest, codes = np.empty(layout.size, np.int8), np.empty(layout.size, np.int8)
     moved = np.empty(layout.size, values.dtype) if keep_moved else None
 
-    def quantize_part(part: Part) -> tuple[Grid, float | None, Any]:
+    def quantize_part(part: Part) -> tuple[Grid, OnProducts, Any]:
         flat = contiguous(values[part.index]).reshape(-1)
         try:
             quantized = quantize_tensor(
@@ -148,17 +150,17 @@ def quantize_weight(
         nearest[part.weights], codes[part.weights] = quantized.nearest, quantized.codes
         if moved is not None:
             moved[part.weights] = quantized.guarded
-        return quantized.grid, quantized.gain, inspect_part(flat, quantized)
+        on_products = quantized.gain, quantized.product_error
+        return quantized.grid, on_products, inspect_part(flat, quantized)
 
-    grids, gains = [], []
+    grids = []
     cut = list(parts(layout, blocks, size))
     with closing(side_by_side(quantize_part, cut, kernels)) as results:
-        for part, (grid, gain, inspected) in zip(cut, results, strict=True):
+        for part, (grid, on_products, inspected) in zip(cut, results, strict=True):
             on_part_done(part.blocks.rows * part.blocks.cols * values.itemsize, inspected)
             grids.append(grid)
-            gains.append(gain)
     grids = grids[: blocks.count]  # parts of one block all have the same grid
-    return QuantizedTensor(Grid.joined(grids, blocks), nearest, codes, None, moved, gains[-1])
+    return QuantizedTensor(Grid.joined(grids, blocks), nearest, codes, None, moved, *on_products)
 
 
 def stored_values(

@@ -14,7 +14,7 @@ strictly upper triangular, column k is drawn from w_k + sum over j < k of (w_j -
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,16 @@ DAMPING = 0.05  # of the mean of H's diagonal is added to the diagonal
 PANEL = 128  # columns of a panel; what one passes on to the next is one matrix product
 
 Floats = npt.NDArray[np.float32]
+
+
+class Products(NamedTuple):
+    """How large products with some inputs are; infinite or NaN where they overflow.
+
+    power: their mean square. variance: of each row's, from input to input, on average.
+    """
+
+    power: float
+    variance: float
 
 
 @dataclass(frozen=True)
@@ -52,15 +62,15 @@ class InputMoments:
         """Per span: the order of its columns, and A^T in that order; both for every group."""
         return [_factored(hessian) for hessian in self.hessians]
 
-    def error(self, errors: Floats) -> float:
-        """Mean squared change of the products with `fresh` when the weights change by `errors`.
-
-        Infinite or NaN where that overflows.
-        """
+    def products(self, weights: Floats) -> Products:
+        """Size of the products of weights [n], or of their errors, with `fresh`."""
         groups, _, columns = self.fresh.shape
-        rows = errors.reshape(groups, -1, columns)
+        rows = weights.reshape(groups, -1, columns)
         with np.errstate(over="ignore", invalid="ignore"):
-            return float(np.mean(np.square(rows @ self.fresh.transpose(0, 2, 1))))
+            products = rows @ self.fresh.transpose(0, 2, 1)
+            power = float(np.mean(np.square(products)))
+            products -= products.mean(axis=2, keepdims=True)
+            return Products(power, float(np.mean(np.square(products))))
 
 
 def draw_with_feedback(

@@ -23,6 +23,10 @@ POLICIES = ("unbiased", "topk", "none")
 
 STRIP = 1 << 18  # values that are counted at a time
 
+CONSTANT = 1e-9  # share of their power below which the variance of products is rounding
+
+NO_PRODUCTS = None, None  # gain and relative error without inputs
+
 TINY = float(np.finfo(np.float32).tiny)
 
 Mask = npt.NDArray[np.bool_]
@@ -74,6 +78,8 @@ class QuantizedTensor:
     guarded : the weights, moved so that the scheme's quantizer yields `codes`; None if they are not
         wanted
     gain : squared error of the products with error feedback / without; None if it was not tried
+    product_error : by how much the products with fresh inputs are off, relative to how much they
+        vary from input to input (root mean squares); None without inputs, or where they do not vary
     """
 
     grid: Grid
@@ -82,6 +88,7 @@ class QuantizedTensor:
     drawn: npt.NDArray[Any] | None
     guarded: npt.NDArray[Any] | None
     gain: float | None = None
+    product_error: float | None = None
 
     @property
     def furthest(self) -> int:
@@ -148,9 +155,9 @@ def quantize_tensor(
     random = RandomDraw(key, np.uint64(first), np.float32((1 - policy.tau) / 2))
     if policy.name == "unbiased" and not moved:
         grid = scheme.unclipped(whole, blocks, values.dtype)
-        nearest, codes, gain = _draw(values, grid, inputs, random, kernels)
-        return QuantizedTensor(grid, nearest, codes, values, None, gain)
-    drawn, gain = values, None
+        nearest, codes, on_products = _draw(values, values, grid, inputs, random, kernels)
+        return QuantizedTensor(grid, nearest, codes, values, None, *on_products)
+    drawn, on_products = values, NO_PRODUCTS
     if policy.name == "unbiased":
         drawn = scheme.without_clipping(values, blocks, whole, random._replace(key=~key))
         if drawn is not values:
@@ -164,27 +171,39 @@ def quantize_tensor(
         nearest = margins.codes
         wanted = np.where(_topk(grid, margins, policy.ratio), margins.neighbours, nearest)
     else:
-        nearest, wanted, gain = _draw(drawn, grid, inputs, random, kernels)
+        nearest, wanted, on_products = _draw(values, drawn, grid, inputs, random, kernels)
     guarded, codes = grid.move_weights(drawn, nearest, wanted, kernels)
     checked = grid.check(drawn, guarded, nearest, codes, kernels)
     require_invariants(name, checked, scheme, grid, values.dtype, found, whole)
-    return QuantizedTensor(grid, nearest, codes, drawn, guarded, gain)
+    return QuantizedTensor(grid, nearest, codes, drawn, guarded, *on_products)
 
 
 def _draw(
     values: npt.NDArray[Any],
+    drawn: npt.NDArray[Any],
     grid: Grid,
     inputs: InputMoments | None,
     random: RandomDraw,
     kernels: Kernels,
-) -> tuple[Codes, Codes, float | None]:
-    """Nearest codes, drawn codes, and the gain of error feedback, which is used if it is one."""
-    nearest, codes = grid.draw(values, random, kernels)
+) -> tuple[Codes, Codes, tuple[float | None, float | None]]:
+    """Nearest codes, drawn codes, and what these do to the products: gain and relative error.
+
+    Codes are drawn for the weights `drawn`, which have `values` as their mean. Error feedback is
+    used where it gains something.
+    """
+    nearest, codes = grid.draw(drawn, random, kernels)
     if not inputs:
-        return nearest, codes, None
-    fed = draw_with_feedback(values, grid, inputs, random, kernels)
-    gain = _gain(values, grid, inputs, fed, codes)
-    return nearest, fed if gain is not None and gain < 1 else codes, gain
+        return nearest, codes, NO_PRODUCTS
+    fed = draw_with_feedback(drawn, grid, inputs, random, kernels)
+    weights = values.astype(np.float32)
+    before, after = (inputs.products(weights - grid.decode(c)) for c in (codes, fed))
+    gain = after.power / max(before.power, TINY)
+    helps = gain < 1
+    wanted, change = inputs.products(weights), after if helps else before
+    relative = None
+    if wanted.variance > CONSTANT * wanted.power and math.isfinite(change.variance):
+        relative = math.sqrt(change.variance / wanted.variance)
+    return nearest, fed if helps else codes, (gain if math.isfinite(gain) else None, relative)
 
 
 def sound(values: npt.NDArray[Any], storage: np.dtype[Any]) -> Mask:
@@ -215,17 +234,6 @@ def unsound(name: str, values: npt.NDArray[Any]) -> ModelError:
         bound=float(largest_sound(values.dtype)),
         allowed="others (--exclude leaves a tensor as it is)",
     )
-
-
-def _gain(
-    values: npt.NDArray[Any], grid: Grid, inputs: InputMoments, fed: Codes, drawn: Codes
-) -> float | None:
-    """Squared error of the products with error feedback / without; None where they overflow."""
-    with_feedback, without = (
-        inputs.error(values.astype(np.float32) - grid.decode(codes)) for codes in (fed, drawn)
-    )
-    gain = with_feedback / max(without, TINY)
-    return gain if math.isfinite(gain) else None
 
 
 def _topk(grid: Grid, margins: Margins, ratio: float) -> Mask:

@@ -63,6 +63,10 @@ class Tensor:
     gain : squared error of the layer's products with error feedback / with independent draws, on
         the inputs of `GuardReport.preserve`; feedback was used where this is below 1
     unfed : why error feedback was not tried
+    weight_error : relative L2 of the change of the weights
+    product_error : by how much the layer's products with those inputs are off, relative to how much
+        they vary from input to input (root mean squares)
+    fallback : why it has another scheme than the one asked for
     budget : how much rounding error an attacker could choose, and what is left after the guard if
         the draws are independent
     forms : how its readers get it in a quantized graph with float activations: "folded" (decoded to
@@ -79,6 +83,9 @@ class Tensor:
     furthest: int | None = None
     gain: float | None = None
     unfed: str | None = None
+    weight_error: float | None = None
+    product_error: float | None = None
+    fallback: str | None = None
     budget: Budget | None = None
     forms: tuple[str, ...] = ()
 

@@ -57,6 +57,8 @@ DRIFT = {
     "relative L2": "length of the difference from the original's output / length of that output",
     "max error": "largest difference of a value",
     "same top-1": "how often the largest value of the last axis is at the same place",
+    "KL, nats": "divergence of the softmax from the original's, over a vocabulary: by this much the "
+    "log perplexity grows",
 }
 
 
@@ -234,7 +236,7 @@ def _drift_section(validation: Validation) -> Section:
             [(p.output, p.relative_l2, g.relative_l2) for p, g in outputs],
             ("rounded to nearest", "guarded"),
         ),
-        ("output", "run", "relative L2", "cosine", "max error", "same top-1"),
+        ("output", "run", "relative L2", "cosine", "max error", "same top-1", "KL, nats"),
         tuple(
             (
                 drift.output,
@@ -243,6 +245,7 @@ def _drift_section(validation: Validation) -> Section:
                 f"{drift.cosine:.6f}",
                 f"{drift.max_abs:.3g}",
                 "" if drift.top1 is None else percent(drift.top1),
+                "" if drift.kl is None else f"{drift.kl:.4f}",
             )
             for run, drifts in runs
             for drift in drifts

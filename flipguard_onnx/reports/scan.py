@@ -22,6 +22,7 @@ class SkipReason(Enum):
     EXCLUDED = "excluded by --exclude"
     QUANTIZED = "already quantized ({})"
     NOT_CONSTANT = "not constant (weight of {})"
+    COLLAPSES = "left float: {}"
     NOT_JUDGED = "{}"  # by a scan, whose verdict is the detail
 
 

@@ -7,7 +7,7 @@ from ..errors import printable
 from .batch import BatchReport, ModelOutcome
 from .guard import ActivationQuantization, GuardReport, Inspection, Tensor, coverage
 from .scan import NOT_JUDGED, Alignment, Budget, Scan, ScannedTensor, Skipped, SkipReason, Verdict
-from .validation import Drift, Validation, Verification, pooled
+from .validation import MAX_KL, MAX_RELATIVE_L2, Drift, Validation, Verification, pooled
 from .words import SCAN_TERMS, megabytes, percent, plural, policy_in_words, scheme_in_words
 
 CELL = 120  # characters of a name in a table
@@ -333,7 +333,13 @@ def _validation_lines(validation: Validation) -> list[str]:
         f"{pooled(validation.guarded_exact):.5f} (relative L2);",
         f"{INDENT}rounding to nearest: {pooled(validation.plain_exact):.5f}; "
         f"allowed: up to {validation.allowed:.5f} (--max-drift {validation.max_drift:g}, more for "
-        "outputs of few values)",
+        f"outputs of few values, at most {MAX_RELATIVE_L2:g})",
+    ]
+    lines += [
+        f"{INDENT}{drift.output}: {drift.kl:.4f} nats (KL divergence) from the original's "
+        f"distributions; allowed: up to {MAX_KL:g}"
+        for drift in validation.guarded_exact
+        if drift.kl is not None
     ]
     if fused:
         lines.append(

@@ -11,6 +11,10 @@ SMALL_SAMPLE = 8.0  # n output values widen the bound by 1 + 8 / sqrt(n)
 
 DRIFT_FLOOR = 1e-3  # relative L2 below which drift is not judged
 
+MAX_RELATIVE_L2 = 0.8  # above which a model has lost its function, however far nearest rounding is
+
+MAX_KL = 1.0  # nats above which a language model has
+
 
 @dataclass(frozen=True)
 class Drift:
@@ -28,6 +32,9 @@ class Drift:
     sqnr_db : -20 log10(relative_l2), in decibels
     top1 : share of equal argmax over the last axis, None where that means nothing; for integers
         the share of equal values
+    kl : mean Kullback-Leibler divergence of the softmax of x from that of y over the last axis, in
+        nats: by this much the model's log perplexity grows. None where that axis has fewer than
+        1,000 values, too few for a vocabulary
     """
 
     output: str
@@ -37,6 +44,7 @@ class Drift:
     relative_l2: float
     sqnr_db: float
     top1: float | None
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,8 @@ def drift_factor(nearest: Sequence[Drift], max_drift: float) -> float:
 
 def drift_bound(nearest: Sequence[Drift], max_drift: float) -> float:
     """The pooled relative L2 that is allowed, where nearest rounding drifts like this."""
-    return drift_factor(nearest, max_drift) * max(pooled(nearest), DRIFT_FLOOR)
+    relative = drift_factor(nearest, max_drift) * max(pooled(nearest), DRIFT_FLOOR)
+    return min(relative, MAX_RELATIVE_L2)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,8 @@ class Int4(Scheme):
         clipping = self.grid(extremes, blocks, storage)
         longer, shorter, sign = _ends(extremes)
         exact = np.minimum(np.maximum(longer / 8, shorter / 7), _largest(storage) / 8)
-        scale = np.where(clipping.absmax > 0, -sign * not_below(exact, storage), clipping.scale)
+        signed = (-sign * not_below(exact, storage)).astype(np.float32)
+        scale = np.where(clipping.absmax > 0, signed, clipping.scale)
         return replace(
             clipping,
             scale=scale,
