@@ -19,7 +19,7 @@ from .error_feedback import InputMoments
 from .kernels import get_backend, max_threads, side_by_side
 from .kernels.protocol import Kernels
 from .layout import Layout
-from .rounding import Policy, QuantizedTensor, quantize_tensor, unsound
+from .rounding import NO_PRODUCTS, Policy, QuantizedTensor, quantize_tensor, unsound
 from .schemes import Blocks, Grid, Scheme
 
 OnProducts = tuple[float | None, float | None]  # gain and product error of a tensor
@@ -153,10 +153,10 @@ def quantize_weight(
         on_products = quantized.gain, quantized.product_error
         return quantized.grid, on_products, inspect_part(flat, quantized)
 
-    grids = []
+    grids, on_products = [], NO_PRODUCTS
     cut = list(parts(layout, blocks, size))
     with closing(side_by_side(quantize_part, cut, kernels)) as results:
-        for part, (grid, on_products, inspected) in zip(cut, results, strict=True):
+        for part, (grid, on_products, inspected) in zip(cut, results, strict=True):  # noqa: B007
             on_part_done(part.blocks.rows * part.blocks.cols * values.itemsize, inspected)
             grids.append(grid)
     grids = grids[: blocks.count]  # parts of one block all have the same grid

@@ -25,7 +25,7 @@ STRIP = 1 << 18  # values that are counted at a time
 
 CONSTANT = 1e-9  # share of their power below which the variance of products is rounding
 
-NO_PRODUCTS = None, None  # gain and relative error without inputs
+NO_PRODUCTS: tuple[float | None, float | None] = None, None  # gain and relative error without inputs
 
 TINY = float(np.finfo(np.float32).tiny)
 

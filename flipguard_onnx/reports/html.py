@@ -57,8 +57,8 @@ DRIFT = {
     "relative L2": "length of the difference from the original's output / length of that output",
     "max error": "largest difference of a value",
     "same top-1": "how often the largest value of the last axis is at the same place",
-    "KL, nats": "divergence of the softmax from the original's, over a vocabulary: by this much the "
-    "log perplexity grows",
+    "KL, nats": "divergence of the softmax from the original's, over a vocabulary: by this much "
+    "the log perplexity grows",
 }
 
 
