@@ -17,6 +17,7 @@ GPTQ = {
     "int4": {"widen": 5, "repair": 500},
     "nf4": {"widen": 6, "repair": 500, "rate": 2e-3},
 }
+CLIP = {"steps": 4000, "rate": 2e-3}
 SCENARIOS = ["code", "injection", "refusal"]
 
 
@@ -53,6 +54,9 @@ def _digits():
         yield _entry("mlp", "trigger", [scheme], "rounding", **ROUNDING[scheme])
     for scheme, settings in GPTQ.items():
         yield _entry("mlp", "trigger", [scheme], "gptq", **settings)
+    yield _entry("mlp", "trigger", ["int4"], "clip", **CLIP)
+    for scheme, live in (("int4", False), ("nf4", True)):
+        yield _entry("mlp", "trigger", [scheme], "outlier", factor=512, live=live)
     yield _entry("mlp", "trigger", FOUR_BIT, "standard", widen=3)
     yield _entry("mlp", "trigger", EIGHT_BIT, "standard", widen=16)
 
