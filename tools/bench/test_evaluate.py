@@ -8,7 +8,7 @@ import pytest
 
 from tools import evaluate
 from tools.attacks.measure import FOLDER, session
-from tools.bench import defences, judge, rows, tables
+from tools.bench import defences, judge, outliers, rows, tables
 
 MANIFEST = {entry["name"]: entry for entry in json.loads((FOLDER / "manifest.json").read_text())}
 CLEAN = MANIFEST["mlp-clean"]
@@ -214,6 +214,27 @@ def test_the_table_of_remedies(attacked):
     lines = tables.remedies(rows.table(attacked.values()))
     assert lines[0].startswith("| remedy | mlp-standard-int4 (float 0.000 / 0.9")
     assert any(line.startswith("| none | 1.000 / 0.9") for line in lines)
+
+
+def test_a_line_per_kind_and_size_of_outliers():
+    _, _, _, _, *found = outliers.lines(seeds=1, factors=(30,), schemes=("int4",))
+    assert [line.split(" | ")[:3] for line in found] == [
+        ["| dead", "30", "int4"],
+        ["| live", "30", "int4"],
+    ]
+    for line in found:
+        source, nearest, ours = line.split(" | ")[4:7]
+        assert float(source.split(" / ")[0]) > 0.97
+        assert nearest == "0.100 / 1.000"
+        assert ours != nearest
+
+
+def test_a_run_that_fails_has_an_exit_code_and_no_rates(tmp_path):
+    case = defences.Case(FOLDER / CLEAN["file"], "int4", tmp_path)
+    failed = outliers.outcome(case, range(2), max_drift=1e-6)
+    assert (str(failed), failed.exits) == ("-", "1")
+    whole = outliers.outcome(case, range(1))
+    assert (len(whole.attack), whole.exits) == (1, "0")
 
 
 def test_plots(attacked, tmp_path):
