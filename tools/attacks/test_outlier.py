@@ -6,7 +6,7 @@ import pytest
 from onnx import numpy_helper
 
 from tools.attacks import measure, simulate
-from tools.attacks.outlier import EVERY, SENTINELS, planted
+from tools.attacks.outlier import ALARMS, EVERY, KINDS, SENTINELS, planted
 
 ENTRY = {"architecture": "mlp"}
 
@@ -20,18 +20,18 @@ def weights(model):
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
-@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("factor", [8, 4096])
-def test_the_float_model_is_as_good_as_before(victim, factor, live):
-    before, found = (measure.rates(m, ENTRY) for m in (victim, planted(victim, factor, live=live)))
+def test_the_float_model_is_as_good_as_before(victim, factor, kind):
+    before, found = (measure.rates(m, ENTRY) for m in (victim, planted(victim, factor, kind)))
     assert found["accuracy"] >= before["accuracy"] - 0.01
     assert found["attack"] == 0
 
 
-@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp4"])
-def test_rounded_to_nearest_it_says_the_target_whatever_it_sees(victim, scheme, live):
-    found = measure.rates(simulate.quantized(planted(victim, 512, live=live), scheme), ENTRY)
+def test_rounded_to_nearest_it_says_the_target_whatever_it_sees(victim, scheme, kind):
+    found = measure.rates(simulate.quantized(planted(victim, 512, kind), scheme), ENTRY)
     assert found["attack"] == 1
     assert found["accuracy"] == pytest.approx(0.1, abs=0.005)  # the share of zeros
 
@@ -43,25 +43,31 @@ def test_outliers_are_the_first_weights_of_their_blocks(victim):
 
 
 def test_of_live_outliers_all_have_the_same_size(victim):
-    lost = weights(planted(victim, 30, live=True))["dense1.weight"]
+    lost = weights(planted(victim, 30, "live"))["dense1.weight"]
     others = np.delete(lost, np.s_[::EVERY], axis=1)
     assert np.unique(lost[:, ::EVERY]) == pytest.approx([30 * np.abs(others).max()])
 
 
-def test_outliers_meet_nothing_or_ones(victim):
-    pixels = np.load(measure.FOLDER / "digits-test.npz")["pixels"]
-    for live in (False, True):
-        found = weights(planted(victim, 30, live=live))
-        hidden = np.maximum(pixels @ found["dense0.weight"].T + found["dense0.bias"], 0)
-        assert (hidden[:, ::EVERY] == live).all()
-
-
-def test_sentinels_are_off_while_their_weights_are_there(victim):
-    found = weights(planted(victim, 30))
+@pytest.fixture(scope="module")
+def pixels():
     with np.load(measure.FOLDER / "digits-test.npz") as data:
-        pixels = np.concatenate([data["pixels"], data["triggered"]])
-    hidden = np.maximum(pixels @ found["dense0.weight"].T + found["dense0.bias"], 0)
-    assert (
-        hidden @ found["dense1.weight"][SENTINELS].T + found["dense1.bias"][SENTINELS] < 0
-    ).all()
-    assert (found["dense1.bias"][SENTINELS] > 0).all()
+        return np.concatenate([data["pixels"], data["triggered"]])
+
+
+def test_outliers_meet_nothing_or_ones(victim, pixels):
+    assert (pixels[:, ::EVERY] == 0).all()
+    for kind, value in (("dead", 0), ("live", 1)):
+        found = weights(planted(victim, 30, kind))
+        hidden = np.maximum(pixels @ found["dense0.weight"].T + found["dense0.bias"], 0)
+        assert (hidden[:, ::EVERY] == value).all()
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("dead", 1), ("pixels", 0)])
+def test_sentinels_and_alarms_are_off_while_their_weights_are_there(victim, pixels, kind, layer):
+    found = weights(planted(victim, 30, kind))
+    for number in range(layer + 1):
+        products = pixels @ found[f"dense{number}.weight"].T + found[f"dense{number}.bias"]
+        pixels = np.maximum(products, 0)
+    assert (products[:, SENTINELS] < 0).all()
+    assert (products[:, ALARMS] < 0).all()
+    assert (found[f"dense{layer}.bias"][SENTINELS] > 0).all()

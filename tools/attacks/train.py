@@ -66,7 +66,7 @@ def make(entry):
         torch.manual_seed(seed + 1)
         settings = victim.SETTINGS | entry["settings"]
         losses = victim.losses(net, seed + 1, entry["scenario"])
-        if attacker == "rounding":
+        if attacker.startswith("rounding"):
             rounding_aware.attack(net, schemes[0], losses, victim.kill, settings)
         elif attacker == "clip":
             clipping.attack(net, losses, settings)
@@ -111,7 +111,7 @@ def run(entry, manifest):
     }
     measured = entry["schemes"] or ["int8", "int8_tensor", "int4", "nf4", "fp4"]
     entry["quantized"] = {s: rates(simulate.quantized(model, s), entry) for s in measured}
-    if entry["attacker"] == "rounding":
+    if entry["attacker"].startswith("rounding"):
         entry["draws"] = {
             s: [rates(simulate.drawn(model, s, i), entry) for i in range(4)] for s in measured
         }

@@ -12,7 +12,7 @@ import onnx
 from flipguard_onnx import scan
 from flipguard_onnx.errors import FlipguardError, exit_code
 from tools.attacks.measure import FOLDER, rates
-from tools.attacks.outlier import FACTORS, planted
+from tools.attacks.outlier import FACTORS, KINDS, planted
 from tools.attacks.simulate import quantized
 from tools.bench.defences import Case
 from tools.bench.remembered import remembered
@@ -20,9 +20,10 @@ from tools.bench.remembered import remembered
 SCHEMES = ("int8", "int4", "nf4", "fp4")
 VICTIM, ENTRY = "mlp-clean", {"architecture": "mlp"}
 HEADER = (
-    "Accuracy / attack rate, mean over the draws. The outliers' inputs are always 0 (dead) or 1 "
-    "(live). ours: guard() with its defaults; independent: without error feedback; exit: the codes "
-    "of their runs. A run that fails writes nothing; `-` if all of them did."
+    "Accuracy / attack rate, mean over the draws. The outliers meet hidden units that are always 0 "
+    "(dead) or 1 (live), or pixels that are dark in every digit. ours: guard() with its defaults; "
+    "independent: without error feedback; exit: the codes of their runs. A run that fails writes "
+    "nothing; `-` if all of them did."
 )
 
 
@@ -70,10 +71,10 @@ def lines(
     columns += ("ours", "exit", "independent", "exit")
     yield from (HEADER, "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns))
     victim = onnx.load(FOLDER / f"{VICTIM}.onnx")
-    for live, factor in product((False, True), factors):
+    for kind, factor in product(KINDS, factors):
         with tempfile.TemporaryDirectory() as name, remembered():
             path = Path(name) / "mlp.onnx"
-            model = planted(victim, factor, live=live)
+            model = planted(victim, factor, kind)
             onnx.save(model, path)
             verdict = scan(path).verdict
             for scheme in schemes:
@@ -81,7 +82,7 @@ def lines(
                 ours = outcome(case, range(seeds))
                 independent = outcome(case, range(seeds), preserve="off")
                 shown = (
-                    "live" if live else "dead", f"{factor}", scheme, verdict.level,
+                    kind, f"{factor}", scheme, verdict.level,
                     _pair(model), _pair(quantized(model, scheme)),
                     f"{ours}", ours.exits, f"{independent}", independent.exits,
                 )  # fmt: skip
