@@ -60,6 +60,7 @@ class FlipguardError(Exception):
         self.found = found
         self.allowed = allowed
         self.details = details
+        self.advice = ""
 
     def at(self, path: str | os.PathLike[str]) -> Self:
         """Add the file that the error is about, unless it has one; returns the error itself."""
@@ -67,12 +68,18 @@ class FlipguardError(Exception):
             self.path = os.fspath(path)
         return self
 
+    def advise(self, advice: str) -> Self:
+        """Add what may help; returns the error itself."""
+        self.advice = advice
+        return self
+
     def __str__(self) -> str:
         problem = str(self.args[0])
         if self.tensor is not None or self.found is not None or self.details:
             problem = problem.format(tensor=self.tensor, found=self.found, **self.details)
         head = "" if self.path is None else f"{self.path}: "
-        return head + problem + (f"; allowed: {self.allowed}" if self.allowed else "")
+        allowed = f"; allowed: {self.allowed}" if self.allowed else ""
+        return head + problem + allowed + (f"; {self.advice}" if self.advice else "")
 
 
 class ModelError(FlipguardError):

@@ -30,9 +30,11 @@ from .options import GuardOptions
 from .plan import Prepared, WeightPlan
 from .run import Run
 
+WORST = 3  # tensors that an advice names
+
 FLOAT = "float"  # the scheme of a weight that stays as it is
 
-MAX_PRODUCT_ERROR = 1.0  # of a weight's products, relative to how much they vary
+MAX_PRODUCT_ERROR = 0.35  # see `Products.error`; honest weights stay below 0.25
 
 # Share of nearest rounding's errors that may be left to choose. Codes are drawn without bias; moved
 # weights of 16 bits are too coarse to reach every level, and set their scales themselves.
@@ -61,6 +63,27 @@ class Draw:
         """How activations are quantized, if they are; in full once the models are saved."""
         guarded = self.writers.get("qdq")
         return guarded.integers if isinstance(guarded, StaticQdqWriter) else None
+
+    def advice(self, inputs: str) -> str:
+        """Where the largest errors are and which options may help.
+
+        inputs : those on which errors were fed forward, "off" if they were not
+        """
+        worst = sorted(self.tensors, key=lambda t: -(t.product_error or t.weight_error or 0))
+        named = ", ".join(
+            f"{t.name!r} ({t.scheme}, {t.product_error or t.weight_error or 0:.0%})"
+            for t in worst[:WORST]
+        )
+        options = (
+            ["--int8-share 0.25", "--int8 NAME"]
+            if any(tensor.scheme != "int8" for tensor in self.tensors)
+            else ["--exclude NAME"]
+        )
+        if inputs == "off":
+            options.append("--preserve synthetic")
+        if inputs != "data":
+            options.append("--data with real inputs")
+        return f"the largest errors are in {named}; what may help: {', '.join(options)}"
 
     def save(self, metadata: dict[str, str]) -> None:
         """Finish the models, each with these entries in its metadata."""

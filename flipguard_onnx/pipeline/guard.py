@@ -81,9 +81,9 @@ def guard(
             try:
                 validation = draw.validate(validator)
                 break
-            except DriftError:
+            except DriftError as error:
                 if number == len(seeds):
-                    raise
+                    raise error.advise(draw.advice(moments.inputs)) from None
         sizes, digests = run.publish({kind: w.output for kind, w in draw.writers.items()})
     return replace(
         report,

@@ -66,6 +66,7 @@ def render_guard(report: GuardReport) -> str:
         *_option_lines(report),
         *([f"device    {report.device}: {report.device_note}"] if report.device_note else []),
         *([f"int8      {report.at_8_bits}"] if report.at_8_bits else []),
+        *_collapse_lines(report),
         *_feedback_lines(report),
         *(_activation_lines(report.integers, report.tensors) if report.integers else []),
         *([f"speed     {SLOW_4_BIT}"] if any(t.packed for t in report.tensors) else []),
@@ -99,6 +100,15 @@ def _option_lines(report: GuardReport) -> list[str]:
             else:
                 shown.append(flag if value is True else f"{flag} {value}")
     return [f"options   {' '.join(shown)}"] if shown else []
+
+
+def _collapse_lines(report: GuardReport) -> list[str]:
+    """The tensors that got another form, since they would have been lost in rounding errors."""
+    forms = [(t.name, t.scheme, t.fallback) for t in report.tensors if t.fallback]
+    forms += [
+        (s.name, "float", s.detail) for s in report.skipped if s.reason is SkipReason.COLLAPSES
+    ]
+    return [f"collapse  {printable(n, CELL)}: {form}, since {why}" for n, form, why in forms]
 
 
 def _feedback_lines(report: GuardReport) -> list[str]:
