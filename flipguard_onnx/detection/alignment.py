@@ -120,12 +120,13 @@ class Tally:
     """Weights of one or more tensors, counted on one grid and its placebos.
 
     counts: [grids, BINS], by distance to the nearest boundary. sums: float64 [6], those of
-    `ScanKernels.rounding_error_sums` and the sum of all magnitudes. outliers: of every block,
-    largest / second largest magnitude.
+    `ScanKernels.rounding_error_sums` and the sum of all magnitudes. damage: float64 [5], the sums
+    of `ScanKernels.damage`. outliers: of every block, largest / second largest magnitude.
     """
 
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
+    damage: npt.NDArray[np.float64]
     outliers: npt.NDArray[np.float64]
     repetition: Repetition
 
@@ -133,6 +134,7 @@ class Tally:
         return Tally(
             self.counts + other.counts,
             self.sums + other.sums,
+            self.damage + other.damage,
             np.concatenate([self.outliers, other.outliers]),
             self.repetition + other.repetition,
         )
@@ -213,11 +215,12 @@ def tally(weights: Floats, smoothed: Floats, repetition: Repetition, grid: Grid)
     counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
     grid.survey(smoothed, LIMIT, FACTORS, counts, kernels)
     sums = np.append(grid.rounding_error_sums(weights, np.float32(0), kernels), _magnitude(weights))
+    damage = grid.damage(weights, kernels)
     first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
     kernels.largest_two(grid.blocks.float_weights(weights), first, second)
     used = second > 0
     outliers = first[used].astype(np.float64) / second[used]
-    return Tally(counts.sum(axis=0, dtype=np.int64), sums, outliers, repetition)
+    return Tally(counts.sum(axis=0, dtype=np.int64), sums, damage, outliers, repetition)
 
 
 def without_lattice(values: npt.NDArray[Any]) -> Floats:
@@ -250,6 +253,7 @@ def alignment(name: str, tally: Tally) -> Alignment:
     peak, peak_bin = _excess(shares[0], shares[FIXED], PEAK_BINS)
     edge, _ = _excess(shares[0], shares[DRAWN], BINS // 10, 2)
     nonzero, lost, error, stuck, variance, total = tally.sums
+    runs, losses, free, above, mirrored = tally.damage
     return Alignment(
         grid=name,
         weights=counted,
@@ -263,6 +267,9 @@ def alignment(name: str, tally: Tally) -> Alignment:
         edge=edge,
         collapse=float(lost / max(nonzero, 1)),
         outlier=float(np.median(tally.outliers)) if tally.outliers.size else 1.0,
+        loss=float(losses / max(runs, 1)),
+        clipped=float(above / max(free, 1)),
+        mirrored=float(mirrored / max(free, 1)),
         budget=Budget(float(error), float(stuck), float(np.sqrt(variance)), float(total)),
     )
 

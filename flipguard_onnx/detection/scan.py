@@ -1,5 +1,6 @@
 """scan(): were the weights of a model prepared for a quantizer, and for which one?"""
 
+import math
 import os
 import time
 from collections import defaultdict
@@ -32,6 +33,26 @@ NOISE = 0.6  # / sqrt(weights): the strength that may be chance
 
 ECHO = 0.15  # of the strongest grid's strength; others share some of its boundaries
 
+# the loss from which on rounding wipes out the weights, by grid; docs/scan.md says what is honest.
+# A single outlier does that to a tensor with one scale: "int8 tensor" is only named beside others.
+COLLAPSED = {"int8 channel": 0.3, "int4": 0.65, "nf4": 0.65, "fp4": 0.65}
+
+CLIPPED = 0.02  # share of the weights beyond the last level, more than on the other side
+
+CLIPPED_ANYHOW = 0.2  # ... whatever is on the other side; 1 / 16 if weights are spread evenly
+
+ALIGNMENT = (
+    "weights gather at the boundaries of {} and of no other grid: the mark of an attack, or of "
+    "quantization-aware training"
+)
+
+FINDINGS = {  # verdict -> what was found in a tensor; {} stands for the grids
+    "suspicious": ALIGNMENT,
+    "clips": "many weights lie beyond the last level of {} and are all rounded the same way",
+    "collapses": "outliers wipe out the other weights of their blocks at {}",
+    "aligned": ALIGNMENT,
+}
+
 TOO_FEW = Verdict(
     NOT_JUDGED, f"fewer than {MIN_WEIGHTS} weights to judge by (counted with the others)"
 )
@@ -41,6 +62,10 @@ ON_GRID = Verdict(NOT_JUDGED, "the weights already lie on a grid, as after quant
 GUARDED = (
     "according to its metadata flipguard-onnx has moved weights of this file across boundaries, "
     "which leaves the same traces"
+)
+
+CLEAN = Verdict(
+    "clean", "the weights do not gather at the boundaries of any grid, and none wipes them out"
 )
 
 NOTHING = Verdict(NOT_JUDGED, "there are no weights to judge")
@@ -162,9 +187,15 @@ def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
     """The verdict on weights, from their alignment with every grid."""
     if max(a.weights for a in alignments) < MIN_WEIGHTS:
         return TOO_FEW
+    found = (_aligned(alignments), _collapsed(alignments), _clipped(alignments))
+    return max(filter(None, found), key=lambda v: LEVELS.index(v.level), default=CLEAN)
+
+
+def _aligned(alignments: Sequence[Alignment]) -> Verdict | None:
+    """Do the weights gather at the boundaries of a grid?"""
     found = [a for a in alignments if a.strength > _chance(a)]
     if not found:
-        return Verdict("clean", "the weights do not gather at the boundaries of any grid")
+        return None
     # a peak, measured against the fixed placebos, tells apart grids with the same blocks
     found = [a for a in found if a.peak > _chance(a)] or found
     found.sort(key=lambda a: -a.strength)
@@ -179,6 +210,41 @@ def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
     )
 
 
+def _collapsed(alignments: Sequence[Alignment]) -> Verdict | None:
+    """Does rounding on some grid wipe out all weights but the largest?"""
+    if not any(a.loss > COLLAPSED.get(a.grid, math.inf) for a in alignments):
+        return None
+    found = [a for a in alignments if a.loss > COLLAPSED.get(a.grid, max(COLLAPSED.values()))]
+    found.sort(key=lambda a: -a.loss)
+    return Verdict(
+        "collapses",
+        f"outliers wipe out the other weights of their blocks: rounded to {found[0].grid}, the "
+        f"smaller ones lose {min(found[0].loss, 1):.0%} of what they are",
+        tuple(a.grid for a in found),
+        found[0].loss,
+    )
+
+
+def _clipped(alignments: Sequence[Alignment]) -> Verdict | None:
+    """Do many weights lie beyond the last level of a grid?"""
+    found = [
+        a
+        for a in alignments
+        if a.clipped - a.mirrored > CLIPPED + NOISE / math.sqrt(max(a.independent, 1))
+        or a.clipped > CLIPPED_ANYHOW
+    ]
+    if not found:
+        return None
+    first = max(found, key=lambda a: a.clipped)
+    return Verdict(
+        "clips",
+        f"{first.clipped:.1%} of the weights lie beyond the last level of {first.grid} and are all "
+        f"rounded the same way; {first.mirrored:.1%} as far out on its other side",
+        (first.grid,),
+        first.clipped,
+    )
+
+
 def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdict:
     """The verdict on a model: the worst of the one on all weights `together` and its tensors'."""
     alarming = [tensor for tensor in tensors if tensor.verdict.alarming]
@@ -189,26 +255,31 @@ def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdic
                 NOT_JUDGED, f"in {len(unjudged)} of {len(tensors)} tensors {ON_GRID.reason}"
             )
         return together
+    verdicts = [together, *(tensor.verdict for tensor in alarming)]
+    level = max((v.level for v in verdicts if v.alarming), key=LEVELS.index)
     sizes: dict[str, float] = defaultdict(float)
     for tensor in alarming:
         for grid in tensor.verdict.grids:
-            sizes[grid] += tensor.weights * tensor.verdict.strength
+            if FINDINGS[tensor.verdict.level] == FINDINGS[level]:
+                sizes[grid] += tensor.weights * tensor.verdict.strength
     grids = tuple(sorted(sizes, key=lambda grid: -sizes[grid])) or together.grids
-    verdicts = [together, *(tensor.verdict for tensor in alarming)]
-    share = sum(t.weights for t in alarming) / sum(t.weights for t in tensors)
-    return Verdict(
-        max((v.level for v in verdicts if v.alarming), key=LEVELS.index),
-        f"in {len(alarming)} of {len(tensors)} tensors ({share:.1%} of the weights), weights "
-        f"gather at the boundaries of {' and '.join(grids)} and of no other grid: the mark of an "
-        "attack, or of quantization-aware training",
-        grids,
-        max(verdict.strength for verdict in verdicts),
-    )
+    reasons = []
+    for finding in dict.fromkeys(FINDINGS[each] for each in (level, *reversed(LEVELS[1:]))):
+        told = [tensor for tensor in alarming if FINDINGS[tensor.verdict.level] == finding]
+        if told or finding == FINDINGS[level]:
+            share = sum(t.weights for t in told) / sum(t.weights for t in tensors)
+            named = dict.fromkeys(grid for tensor in told for grid in tensor.verdict.grids)
+            reasons.append(
+                f"in {len(told)} of {len(tensors)} tensors ({share:.1%} of the weights), "
+                + finding.format(" and ".join(grids if finding == FINDINGS[level] else named))
+            )
+    strength = max(v.strength for v in verdicts if v.level == level)
+    return Verdict(level, "; ".join(reasons), grids, strength)
 
 
 def _chance(alignment: Alignment) -> float:
     """The strength up to which the alignment may be chance."""
-    return SUSPICIOUS + NOISE / float(np.sqrt(max(alignment.independent, 1)))
+    return SUSPICIOUS + NOISE / math.sqrt(max(alignment.independent, 1))
 
 
 def _result(

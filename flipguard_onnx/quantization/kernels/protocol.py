@@ -202,5 +202,21 @@ class ScanKernels(Protocol):
         their magnitude; sum |e|; the part of it that no draw moves; sum Var e.
         """
 
+    def damage(
+        self,
+        weights: FloatWeights,
+        scales: Scales,
+        levels: Levels,
+        sums: npt.NDArray[np.float64],
+    ) -> None:
+        """Add up what rounding to nearest does to the weights that do not set the scale.
+
+        Blocks are divided into runs of at most 32 weights. The loss of a run is the relative L2
+        error sqrt(sum e^2 / sum w^2) of its weights w, without the largest eighth of them.
+        sums: float64 [5]: how many runs have weights other than 0 beside that eighth; sum of their
+        losses; how many weights, in all runs, neither are 0 nor set the scale; how many of these
+        lie above the highest level; how many below the negative of that.
+        """
+
     def largest_two(self, weights: FloatWeights, first: Floats, second: Floats) -> None:
         """Find the largest two magnitudes of every block, float32 [blocks] each."""

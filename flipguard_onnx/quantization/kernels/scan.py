@@ -10,6 +10,10 @@ from .cpu import PIECE, _inline, _kernel, _margins, _pieces, _share, _shares, _s
 
 CELLS = 1024
 
+RUN = 32  # weights whose losses are judged together, at most
+
+LARGEST = 8  # the largest 1 / LARGEST of a run count as its outliers
+
 ONE, TWO = np.float32(1.0), np.float32(2.0)
 
 _position = _inline(scalar.position)
@@ -147,6 +151,60 @@ def rounding_error_sums(weights, scales, levels, limit, sums):
         parts[s, 0], parts[s, 1] = used, lost
         parts[s, 2], parts[s, 3], parts[s, 4] = total, stuck, variance
     for column in range(5):  # plain loops: an array expression would wake all threads each time
+        total = 0.0
+        for s in range(shares):
+            total += parts[s, column]
+        sums[column] = total
+
+
+@_inline
+def _quantile(values, count):
+    """The smallest of the largest `count` magnitudes; infinite if `count` is 0."""
+    top = np.zeros(RUN // LARGEST, np.float32)
+    for value in values:
+        magnitude = abs(value)
+        if count and magnitude > top[0]:
+            place = 0
+            while place + 1 < count and top[place + 1] < magnitude:
+                top[place] = top[place + 1]
+                place += 1
+            top[place] = magnitude
+    return top[0] if count else np.float32(np.inf)
+
+
+@_kernel
+def damage(weights, scales, levels, sums):
+    scale, absmax, size = scales.scale, scales.absmax, weights.values.size
+    shares = _shares(size, weights)
+    parts = np.zeros((shares, 5), np.float64)
+    for s in numba.prange(shares):
+        share = _share(s, size, weights)
+        values = weights.values[share.start : share.stop]
+        codes, offsets = np.empty(values.size, np.int8), np.empty_like(values)
+        _margins(values, share, weights, scales, levels, codes, offsets)
+        runs, losses, free, above, mirrored = 0, 0.0, 0, 0, 0
+        for piece in range(share.first_piece, share.stop_piece):
+            b, start, stop = _span(piece, weights)
+            for first in range(start - share.start, stop - share.start, RUN):
+                run = values[first : min(first + RUN, stop - share.start)]
+                limit = _quantile(run, run.size // LARGEST)
+                lost, power = 0.0, 0.0
+                for i in range(run.size):
+                    weight = run[i]
+                    if weight != 0 and abs(weight) < absmax[b]:
+                        free += 1
+                        above += weight / scale[b] > levels.highest
+                        mirrored += weight / scale[b] < -levels.highest
+                    if abs(weight) < limit:
+                        error = _error(weight, codes[first + i], scale[b], levels.rule, levels)
+                        lost += np.float64(error) ** 2
+                        power += np.float64(weight) ** 2
+                if power > 0:
+                    runs += 1
+                    losses += np.sqrt(lost / power)
+        parts[s, 0], parts[s, 1] = runs, losses
+        parts[s, 2], parts[s, 3], parts[s, 4] = free, above, mirrored
+    for column in range(5):
         total = 0.0
         for s in range(shares):
             total += parts[s, column]

@@ -175,6 +175,15 @@ class Grid(ABC):
         kernels.rounding_error_sums(values, self.scales, self.levels, limit, sums)
         return sums
 
+    def damage(self, weights: Floats, kernels: ScanKernels) -> npt.NDArray[np.float64]:
+        """Sums over what rounding does to small and to clipped weights, [5].
+
+        See `ScanKernels.damage`.
+        """
+        sums = np.empty(5)
+        kernels.damage(self.blocks.float_weights(weights), self.scales, self.levels, sums)
+        return sums
+
     @abstractmethod
     def decode(self, codes: Codes) -> Floats:
         """The values that the codes stand for, float32 [n]."""
