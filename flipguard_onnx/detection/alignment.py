@@ -119,14 +119,13 @@ class Repetition:
 class Tally:
     """Weights of one or more tensors, counted on one grid and its placebos.
 
-    counts: [grids, BINS], by distance to the nearest boundary. sums: float64 [6], those of
-    `ScanKernels.rounding_error_sums` and the sum of all magnitudes. damage: float64 [5], the sums
-    of `ScanKernels.damage`. outliers: of every block, largest / second largest magnitude.
+    counts: [grids, BINS], by distance to the nearest boundary. sums: float64 [11], those of
+    `ScanKernels.rounding_error_sums` and the sum of all magnitudes. outliers: of every block,
+    largest / second largest magnitude.
     """
 
     counts: npt.NDArray[np.int64]
     sums: npt.NDArray[np.float64]
-    damage: npt.NDArray[np.float64]
     outliers: npt.NDArray[np.float64]
     repetition: Repetition
 
@@ -134,7 +133,6 @@ class Tally:
         return Tally(
             self.counts + other.counts,
             self.sums + other.sums,
-            self.damage + other.damage,
             np.concatenate([self.outliers, other.outliers]),
             self.repetition + other.repetition,
         )
@@ -189,11 +187,20 @@ class Sample:
         return scheme.fit(self.values, blocks, self.values.dtype, get_backend("cpu"))
 
 
-def tallies(sample: Sample) -> dict[str, Tally]:
-    """Count one tensor on each of GRIDS."""
+def tallies(sample: Sample, spread: Floats | None = None) -> dict[str, Tally]:
+    """Count one tensor on each of GRIDS.
+
+    Parameters
+    ----------
+    spread : its weights, where they are on a grid, as `Lattice.spread` makes them
+    """
     weights = sample.values.astype(np.float32)
     smoothed = without_lattice(sample.values)
-    repetition = Repetition.among(smoothed)
+    if spread is None:
+        repetition = Repetition.among(smoothed)
+    else:
+        smoothed = np.where(spread != weights, spread, smoothed)
+        repetition = Repetition.among(weights)
     found = {}
     for name, (scheme, flat) in GRIDS.items():
         grid = sample.grid(SCHEMES[scheme], flat)
@@ -215,12 +222,11 @@ def tally(weights: Floats, smoothed: Floats, repetition: Repetition, grid: Grid)
     counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
     grid.survey(smoothed, LIMIT, FACTORS, counts, kernels)
     sums = np.append(grid.rounding_error_sums(weights, np.float32(0), kernels), _magnitude(weights))
-    damage = grid.damage(weights, kernels)
     first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
     kernels.largest_two(grid.blocks.float_weights(weights), first, second)
     used = second > 0
     outliers = first[used].astype(np.float64) / second[used]
-    return Tally(counts.sum(axis=0, dtype=np.int64), sums, damage, outliers, repetition)
+    return Tally(counts.sum(axis=0, dtype=np.int64), sums, outliers, repetition)
 
 
 def without_lattice(values: npt.NDArray[Any]) -> Floats:
@@ -252,8 +258,8 @@ def alignment(name: str, tally: Tally) -> Alignment:
     expected = shares[DRAWN].mean(axis=0)
     peak, peak_bin = _excess(shares[0], shares[FIXED], PEAK_BINS)
     edge, _ = _excess(shares[0], shares[DRAWN], BINS // 10, 2)
-    nonzero, lost, error, stuck, variance, total = tally.sums
-    runs, losses, free, above, mirrored = tally.damage
+    nonzero, lost, error, stuck, variance = tally.sums[:5]
+    runs, losses, free, above, mirrored, total = tally.sums[5:]
     return Alignment(
         grid=name,
         weights=counted,
@@ -281,7 +287,7 @@ def budget(values: npt.NDArray[Any], quantized: QuantizedTensor, policy: Policy)
     if policy.name == "unbiased":
         limit = np.float32((1 - policy.tau) / 2)
         sums = grid.rounding_error_sums(weights, limit, get_scan_kernels())
-        _, _, total, stuck, variance = sums.tolist()
+        _, _, total, stuck, variance = sums[:5].tolist()
         return Budget(total, stuck, math.sqrt(variance), _magnitude(weights))
     total, left = (
         float(np.abs(grid.decode(codes).astype(np.float64) - weights).sum())

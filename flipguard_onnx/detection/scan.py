@@ -21,7 +21,7 @@ from ..progress import Progress
 from ..quantization.rounding import unsound
 from ..reports.scan import LEVELS, NOT_JUDGED, Alignment, Scan, ScannedTensor, Skipped, Verdict
 from .alignment import Sample, Tally, alignment, sample_size, tallies
-from .prequantized import most_are_levels, most_repeat
+from .prequantized import find_lattice, most_are_levels, most_repeat, on_codebook
 
 MIN_WEIGHTS = 1000  # fewer prove nothing
 
@@ -172,12 +172,17 @@ def examine(
     sample = Sample.take(array, weight.layout, max_weights, rng)
     if not np.isfinite([sample.lowest, sample.highest]).all():
         raise unsound(weight.name, array)
-    by_grid = tallies(sample)
-    alignments = tuple(alignment(name, tally) for name, tally in by_grid.items())
-    verdict = tensor_verdict(alignments)
     floats = sample.values.astype(np.float32)
     cols = weight.blocks(None, flat=False).cols
-    if most_are_levels(by_grid.values()) or most_repeat(floats, cols):
+    lattice = find_lattice(floats, cols)
+    if lattice and on_codebook(sample, floats):
+        lattice = None
+    by_grid = tallies(sample, lattice.spread(floats) if lattice else None)
+    alignments = tuple(alignment(name, tally) for name, tally in by_grid.items())
+    verdict = tensor_verdict(alignments)
+    if lattice and not verdict.alarming:
+        verdict, by_grid = Verdict(NOT_JUDGED, f"{ON_GRID.reason}: {lattice.text}"), {}
+    elif not lattice and (most_are_levels(by_grid.values()) or most_repeat(floats, cols)):
         verdict, by_grid = ON_GRID, {}
     shape, size = weight.shape, weight.size
     return ScannedTensor(weight.name, weight.op, shape, size, verdict, alignments), by_grid
@@ -187,8 +192,9 @@ def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
     """The verdict on weights, from their alignment with every grid."""
     if max(a.weights for a in alignments) < MIN_WEIGHTS:
         return TOO_FEW
-    found = (_aligned(alignments), _collapsed(alignments), _clipped(alignments))
-    return max(filter(None, found), key=lambda v: LEVELS.index(v.level), default=CLEAN)
+    found = [v for v in (_aligned(alignments), _collapsed(alignments), _clipped(alignments)) if v]
+    found.sort(key=lambda v: -LEVELS.index(v.level))
+    return replace(found[0], reason="; ".join(v.reason for v in found)) if found else CLEAN
 
 
 def _aligned(alignments: Sequence[Alignment]) -> Verdict | None:
@@ -248,12 +254,11 @@ def _clipped(alignments: Sequence[Alignment]) -> Verdict | None:
 def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdict:
     """The verdict on a model: the worst of the one on all weights `together` and its tensors'."""
     alarming = [tensor for tensor in tensors if tensor.verdict.alarming]
-    unjudged = [tensor for tensor in tensors if tensor.verdict is ON_GRID]
+    unjudged = [tensor for tensor in tensors if tensor.verdict.reason.startswith(ON_GRID.reason)]
     if not alarming and not together.alarming:
         if sum(t.weights for t in unjudged) * 2 > sum(t.weights for t in tensors):
-            return Verdict(
-                NOT_JUDGED, f"in {len(unjudged)} of {len(tensors)} tensors {ON_GRID.reason}"
-            )
+            reason = max(unjudged, key=lambda t: t.weights).verdict.reason
+            return Verdict(NOT_JUDGED, f"in {len(unjudged)} of {len(tensors)} tensors {reason}")
         return together
     verdicts = [together, *(tensor.verdict for tensor in alarming)]
     level = max((v.level for v in verdicts if v.alarming), key=LEVELS.index)

@@ -53,7 +53,7 @@ def parameters(function):
 )
 def test_kernels_have_the_methods_of_their_protocol(kernels, protocol):
     expected = methods(protocol)
-    assert len(expected) == (6 if protocol is Kernels else 4)
+    assert len(expected) == (6 if protocol is Kernels else 3)
     assert {name: parameters(getattr(kernels, name)) for name in expected} == expected
 
 
