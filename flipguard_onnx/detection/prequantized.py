@@ -21,7 +21,7 @@ LOOKS = 256  # runs of a tensor that are looked at first
 
 LEVELS = 256  # of a lattice, at most
 
-VALUES = 8  # different ones that a run on a lattice has at least
+VALUES = 4  # different ones that a run on a lattice has at least
 
 SLACK = 0.05  # root mean square distance of weights from their lattice, in steps, at most
 

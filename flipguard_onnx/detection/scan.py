@@ -31,6 +31,8 @@ ALIGNED = 0.01  # how much more it takes for the verdict "aligned"
 
 NOISE = 0.6  # / sqrt(weights): the strength that may be chance
 
+SHIFTED = 0.03  # largest difference to the placebos of weights that a lattice has blurred
+
 ECHO = 0.15  # of the strongest grid's strength; others share some of its boundaries
 
 # the loss from which on rounding wipes out the weights, by grid; docs/scan.md says what is honest.
@@ -181,7 +183,9 @@ def examine(
     alignments = tuple(alignment(name, tally) for name, tally in by_grid.items())
     verdict = tensor_verdict(alignments)
     if lattice and not verdict.alarming:
-        verdict, by_grid = Verdict(NOT_JUDGED, f"{ON_GRID.reason}: {lattice.text}"), {}
+        found = f"{ON_GRID.reason}: {lattice.text}"
+        verdict = _blurred(alignments, found) or Verdict(NOT_JUDGED, found)
+        by_grid = by_grid if verdict.alarming else {}
     elif not lattice and (most_are_levels(by_grid.values()) or most_repeat(floats, cols)):
         verdict, by_grid = ON_GRID, {}
     shape, size = weight.shape, weight.size
@@ -213,6 +217,20 @@ def _aligned(alignments: Sequence[Alignment]) -> Verdict | None:
         f"{first.grid}, which no other grid explains",
         tuple(a.grid for a in found if a.strength > ECHO * first.strength),
         first.strength,
+    )
+
+
+def _blurred(alignments: Sequence[Alignment], found: str) -> Verdict | None:
+    """Do weights gather at boundaries that are on a lattice, on which no peak is sharp?"""
+    first = max(alignments, key=lambda a: a.shift)
+    if first.weights < MIN_WEIGHTS or first.shift < SHIFTED + _chance(first):
+        return None
+    return Verdict(
+        "suspicious",
+        f"{found}; but {first.shift:.1%} of them stand elsewhere between the boundaries of "
+        f"{first.grid} than that explains",
+        (first.grid,),
+        first.shift,
     )
 
 
