@@ -307,7 +307,7 @@ def decoded(names: list[str]) -> None:
 
 
 def _decoded_row(name: str, source: Model, pairs: list[tuple[Weight, Values]]) -> None:
-    """The verdicts on weights in every format; tensors whose rows it does not divide stay."""
+    """The verdicts on the weights in every format that divides their rows."""
     cells = [judge(source, pairs, len(pairs)).title]
     for size, decode in FORMATS.values():
         changed = []
@@ -315,8 +315,8 @@ def _decoded_row(name: str, source: Model, pairs: list[tuple[Weight, Values]]) -
             rows = values.reshape(weight.blocks(None, flat=False).rows, -1)
             if rows.shape[1] % size == 0:
                 rows = decode(rows.astype(np.float32)).astype(values.dtype)
-            changed.append((weight, rows.reshape(-1)))
-        cells.append(judge(source, changed, len(pairs)).title)
+                changed.append((weight, rows.reshape(-1)))
+        cells.append(judge(source, changed, len(pairs)).title if changed else "-")
     print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
