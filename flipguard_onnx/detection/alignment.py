@@ -119,7 +119,7 @@ class Repetition:
 class Tally:
     """Weights of one or more tensors, counted on one grid and its placebos.
 
-    counts: [grids, BINS], by distance to the nearest boundary. sums: float64 [6], those of
+    counts: [grids, BINS], by distance to the nearest boundary. sums: float64 [11], those of
     `ScanKernels.rounding_error_sums` and the sum of all magnitudes. outliers: of every block,
     largest / second largest magnitude.
     """
@@ -187,11 +187,20 @@ class Sample:
         return scheme.fit(self.values, blocks, self.values.dtype, get_backend("cpu"))
 
 
-def tallies(sample: Sample) -> dict[str, Tally]:
-    """Count one tensor on each of GRIDS."""
+def tallies(sample: Sample, spread: Floats | None = None) -> dict[str, Tally]:
+    """Count one tensor on each of GRIDS.
+
+    Parameters
+    ----------
+    spread : its weights, where they are on a grid, as `Lattice.spread` makes them
+    """
     weights = sample.values.astype(np.float32)
     smoothed = without_lattice(sample.values)
-    repetition = Repetition.among(smoothed)
+    if spread is None:
+        repetition = Repetition.among(smoothed)
+    else:
+        smoothed = np.where(spread != weights, spread, smoothed)
+        repetition = Repetition.among(weights)
     found = {}
     for name, (scheme, flat) in GRIDS.items():
         grid = sample.grid(SCHEMES[scheme], flat)
@@ -249,7 +258,8 @@ def alignment(name: str, tally: Tally) -> Alignment:
     expected = shares[DRAWN].mean(axis=0)
     peak, peak_bin = _excess(shares[0], shares[FIXED], PEAK_BINS)
     edge, _ = _excess(shares[0], shares[DRAWN], BINS // 10, 2)
-    nonzero, lost, error, stuck, variance, total = tally.sums
+    nonzero, lost, error, stuck, variance = tally.sums[:5]
+    runs, losses, free, above, mirrored, total = tally.sums[5:]
     return Alignment(
         grid=name,
         weights=counted,
@@ -263,6 +273,9 @@ def alignment(name: str, tally: Tally) -> Alignment:
         edge=edge,
         collapse=float(lost / max(nonzero, 1)),
         outlier=float(np.median(tally.outliers)) if tally.outliers.size else 1.0,
+        loss=float(losses / max(runs, 1)),
+        clipped=float(above / max(free, 1)),
+        mirrored=float(mirrored / max(free, 1)),
         budget=Budget(float(error), float(stuck), float(np.sqrt(variance)), float(total)),
     )
 
@@ -276,7 +289,7 @@ def budget(values: npt.NDArray[Any], quantized: QuantizedTensor, policy: Policy)
         drawn = quantized.drawn.astype(np.float32, copy=False)
         limit = np.float32((1 - policy.tau) / 2)
         sums = grid.rounding_error_sums(drawn, limit, get_scan_kernels())
-        _, _, total, stuck, variance = sums.tolist()
+        _, _, total, stuck, variance = sums[:5].tolist()
         return Budget(total, stuck, math.sqrt(variance), _magnitude(weights))
     total, left = (
         float(np.abs(grid.decode(codes).astype(np.float64) - weights).sum())

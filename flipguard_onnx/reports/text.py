@@ -232,6 +232,8 @@ def _alignment_cells(alignment: Alignment) -> tuple[str, ...]:
         f"{alignment.edge:.2%}",
         f"{alignment.collapse:.1%}",
         f"x{alignment.outlier:.2f}",
+        f"{alignment.loss:.2f}",
+        f"{alignment.clipped:.1%}",
     )
 
 
@@ -371,8 +373,7 @@ def _drift_cells(drift: Drift) -> tuple[str, ...]:
 
 def verdict_lines(verdict: Verdict) -> list[str]:
     """The level and the grids, and below them the reason."""
-    grids = f", {' and '.join(verdict.grids)}" if verdict.grids else ""
-    return [f"scan      {verdict.level}{grids}", f"{INDENT}{verdict.reason}"]
+    return [f"scan      {verdict.title}", f"{INDENT}{verdict.reason}"]
 
 
 def skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
