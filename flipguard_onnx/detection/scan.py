@@ -15,10 +15,20 @@ import numpy.typing as npt
 from .. import __version__
 from ..errors import ModelError, UnsupportedModelError
 from ..graph.weights import Weight, find_weights
-from ..io.model import Model, open_model
+from ..io.model import Model
+from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.rounding import unsound
-from ..reports.scan import LEVELS, NOT_JUDGED, Alignment, Scan, ScannedTensor, Skipped, Verdict
+from ..reports.scan import (
+    LEVELS,
+    NOT_JUDGED,
+    Alignment,
+    Scan,
+    ScannedTensor,
+    Skipped,
+    SkipReason,
+    Verdict,
+)
 from .alignment import Sample, Tally, alignment, sample_size, tallies
 from .prequantized import most_are_levels, most_repeat
 
@@ -31,6 +41,10 @@ ALIGNED = 0.01  # how much more it takes for the verdict "aligned"
 NOISE = 0.6  # / sqrt(weights): the strength that may be chance
 
 ECHO = 0.15  # of the strongest grid's strength; others share some of its boundaries
+
+JUDGED = 0.99  # share of the weights that it takes for the verdict "clean"
+
+NAMED = 5  # tensors in a reason
 
 TOO_FEW = Verdict(
     NOT_JUDGED, f"fewer than {MIN_WEIGHTS} weights to judge by (counted with the others)"
@@ -77,9 +91,9 @@ def scan(model: str | os.PathLike[str], *, progress: Progress | None = None) -> 
     16
     """
     started = time.perf_counter()
-    source = open_model(model)
+    source = open_folded(model)
     try:
-        weights, skipped = find_weights(source.proto)
+        weights, skipped = find_weights(source.proto, unfolded=source.unfolded)
     except UnsupportedModelError as error:
         seconds = time.perf_counter() - started
         return _result(source, Verdict(NOT_JUDGED, str(error)), (), (), (), seconds)
@@ -120,6 +134,8 @@ def conclude(
         together = tuple(alignment(grid, tally) for grid, tally in sums.items())
     tensors = tuple(tensor for tensor, _ in examined)
     verdict = model_verdict(tensor_verdict(together) if together else NOTHING, tensors)
+    if verdict.level == "clean":
+        verdict = not_judged_completely(tensors, skipped) or verdict
     if any(entry.key == "flipguard.version" for entry in source.proto.metadata_props):
         verdict = replace(verdict, reason=f"{verdict.reason}; {GUARDED}")
     return _result(source, verdict, together, tensors, skipped, seconds)
@@ -203,6 +219,25 @@ def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdic
         "attack, or of quantization-aware training",
         grids,
         max(verdict.strength for verdict in verdicts),
+    )
+
+
+def not_judged_completely(
+    tensors: Sequence[ScannedTensor], skipped: Sequence[Skipped]
+) -> Verdict | None:
+    """The verdict where too few of the weights were judged for "clean"; None otherwise."""
+    left = [(t.name, t.weights) for t in tensors if t.verdict is ON_GRID]
+    left += [(s.name, s.size) for s in skipped if s.unguarded or s.reason is SkipReason.QUANTIZED]
+    missing = sum(size for _, size in left)
+    total = missing + sum(t.weights for t in tensors if t.verdict is not ON_GRID)
+    if missing <= (1 - JUDGED) * total:
+        return None
+    left.sort(key=lambda each: -each[1])
+    names = ", ".join(name for name, _ in left[:NAMED]) + ", ..." * (len(left) > NAMED)
+    return Verdict(
+        NOT_JUDGED,
+        f"not judged completely: nothing stands out, but {missing / total:.1%} of the weights "
+        f"could not be judged ({names})",
     )
 
 
