@@ -38,6 +38,8 @@ SCALES_SHARE = 8  # codes have at least so many elements for each of their scale
 
 PARTS = tuple(op for op in VIEWS if op != "Concat")
 
+MAX_LOOKS = 10_000_000  # at values behind others, so that no graph takes for ever
+
 CONSTANT_IF = "an If with a constant condition returns it"
 
 Axes = tuple[int | None, ...]  # for each axis of a value that of the stored tensor; None is added
@@ -93,6 +95,7 @@ class ConstantValues:
         self._layouts: dict[Value, Layout] = {}
         self._known: set[Value] = set()
         self._order: dict[int, int] = {}  # by constant node: its place in an order to compute them
+        self._looked_at = 0  # values, in search of what expressions are made from
         self._propagate(varying)
 
     def _needed(self) -> tuple[dict[int, set[Value]], set[int]]:
@@ -290,9 +293,13 @@ class ConstantValues:
 
     def _holds_weights(self, value: Value) -> bool:
         """Whether constants of some size are behind it, other than codes with their scales."""
-        if any(map(self._in_function, self.behind([value]) & self._known)):
+        if self._looked_at > MAX_LOOKS:
             return True
-        sizes = [(t.data_type in QUANTIZED, _size(t)) for t in self.sources([value])]
+        behind = self.behind([value])
+        self._looked_at += len(behind)
+        if any(map(self._in_function, behind & self._known)):
+            return True
+        sizes = [(t.data_type in QUANTIZED, _size(t)) for t in self._sources(behind)]
         codes = max((size for is_code, size in sizes if is_code), default=0)
         others = sum(size for _, size in sizes) - codes
         are_codes = codes >= SMALLEST and others * SCALES_SHARE <= codes
@@ -326,10 +333,12 @@ class ConstantValues:
                             found.append(self.unfolded(value, CONSTANT_IF))
         return [each for each in found if each.size >= SMALLEST]
 
-    def unfolded(self, value: Value, reason: str, size: int = 0) -> Unfolded:
+    def unfolded(self, value: Value, reason: str) -> Unfolded:
         """What a report says of an expression that could not be evaluated."""
-        sources = self.sources([value])
-        size = max(sum(map(_size, sources)), size)
+        behind = self.behind([value]) if self._looked_at <= MAX_LOOKS else set()
+        self._looked_at += len(behind)
+        sources = self._sources(behind)
+        size = sum(map(_size, sources)) if behind else SMALLEST
         return Unfolded(value[1], reason, frozenset(t.name for t in sources), size)
 
     # What an expression is made from.
@@ -358,11 +367,11 @@ class ConstantValues:
                     pending.extend(self._needs[id(node)])
         return seen
 
-    def sources(self, values: Iterable[Value]) -> list[TensorProto]:
-        """The constants from which these are computed, those in subgraphs and attributes too."""
+    def _sources(self, values: set[Value]) -> list[TensorProto]:
+        """The constants among these values, and those inside the nodes that make them."""
         found: list[TensorProto] = []
         done: set[int] = set()
-        for value in sorted(self.behind(values), key=lambda value: value[1]):
+        for value in sorted(values, key=lambda value: value[1]):
             node = self._makers.get(value)
             if value in self._tensors:
                 found.append(self._tensors[value])
@@ -446,11 +455,9 @@ class ConstantValues:
                 body.node.extend(kept)
             if isinstance(body, GraphProto):
                 there = {tensor.name for tensor in body.initializer}
-                for name in constants & there:
-                    if readers[name] > 0:
-                        continue
-                    _remove_named(body.initializer, name)
-                    _remove_named(body.input, name)
+                gone = {name for name in constants & there if readers[name] <= 0}
+                _remove_named(body.initializer, gone)
+                _remove_named(body.input, gone)
 
 
 def _is_shape(node: NodeProto) -> bool:
@@ -471,9 +478,9 @@ def _unused(name: str, names: set[str]) -> str:
     return name
 
 
-def _remove_named(fields: Any, name: str) -> None:
-    for place in reversed(range(len(fields))):
-        if fields[place].name == name:
+def _remove_named(fields: Any, names: set[str]) -> None:
+    for place in reversed(range(len(fields))) if names else ():
+        if fields[place].name in names:
             del fields[place]
 
 
