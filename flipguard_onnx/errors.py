@@ -7,6 +7,7 @@ FlipguardError
 │   └── SchemeError          a scheme or policy that does not exist or does not fit
 ├── DeviceError              the requested device or scheduler is not there
 └── ValidationError          the output did not pass; nothing was written
+    ├── LoadError            onnxruntime does not accept the model
     ├── RunError             onnxruntime does not accept the inputs
     └── DriftError           it runs, but drifts too far from the original
 
@@ -104,6 +105,10 @@ class DeviceError(FlipguardError):
 
 class ValidationError(FlipguardError):
     """The written model did not behave as it must."""
+
+
+class LoadError(ValidationError):
+    """onnxruntime does not accept a model."""
 
 
 class RunError(ValidationError):

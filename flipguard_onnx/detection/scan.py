@@ -16,10 +16,20 @@ import numpy.typing as npt
 from .. import __version__
 from ..errors import ModelError, UnsupportedModelError
 from ..graph.weights import Weight, find_weights
-from ..io.model import Model, open_model
+from ..io.model import Model
+from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.rounding import unsound
-from ..reports.scan import LEVELS, NOT_JUDGED, Alignment, Scan, ScannedTensor, Skipped, Verdict
+from ..reports.scan import (
+    LEVELS,
+    NOT_JUDGED,
+    Alignment,
+    Scan,
+    ScannedTensor,
+    Skipped,
+    SkipReason,
+    Verdict,
+)
 from .alignment import Sample, Tally, alignment, sample_size, tallies
 from .prequantized import find_lattice, most_are_levels, most_repeat, on_codebook
 
@@ -35,6 +45,9 @@ SHIFTED = 0.03  # largest difference to the placebos of weights that a lattice h
 
 ECHO = 0.15  # of the strongest grid's strength; others share some of its boundaries
 
+JUDGED = 0.99  # share of the weights that it takes for the verdict "clean"
+
+NAMED = 5  # tensors in a reason
 # the loss from which on rounding wipes out the weights, by grid; docs/scan.md says what is honest.
 # A single outlier does that to a tensor with one scale: "int8 tensor" is only named beside others.
 COLLAPSED = {"int8 channel": 0.3, "int4": 0.65, "nf4": 0.65, "fp4": 0.65}
@@ -104,9 +117,9 @@ def scan(model: str | os.PathLike[str], *, progress: Progress | None = None) -> 
     16
     """
     started = time.perf_counter()
-    source = open_model(model)
+    source = open_folded(model)
     try:
-        weights, skipped = find_weights(source.proto)
+        weights, skipped = find_weights(source.proto, unfolded=source.unfolded)
     except UnsupportedModelError as error:
         seconds = time.perf_counter() - started
         return _result(source, Verdict(NOT_JUDGED, str(error)), (), (), (), seconds)
@@ -147,6 +160,8 @@ def conclude(
         together = tuple(alignment(grid, tally) for grid, tally in sums.items())
     tensors = tuple(tensor for tensor, _ in examined)
     verdict = model_verdict(tensor_verdict(together) if together else NOTHING, tensors)
+    if verdict.level == "clean":
+        verdict = not_judged_completely(tensors, skipped) or verdict
     if any(entry.key == "flipguard.version" for entry in source.proto.metadata_props):
         verdict = replace(verdict, reason=f"{verdict.reason}; {GUARDED}")
     return _result(source, verdict, together, tensors, skipped, seconds)
@@ -272,7 +287,7 @@ def _clipped(alignments: Sequence[Alignment]) -> Verdict | None:
 def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdict:
     """The verdict on a model: the worst of the one on all weights `together` and its tensors'."""
     alarming = [tensor for tensor in tensors if tensor.verdict.alarming]
-    unjudged = [tensor for tensor in tensors if tensor.verdict.reason.startswith(ON_GRID.reason)]
+    unjudged = [tensor for tensor in tensors if _on_a_grid(tensor)]
     if not alarming and not together.alarming:
         if sum(t.weights for t in unjudged) * 2 > sum(t.weights for t in tensors):
             reason = max(unjudged, key=lambda t: t.weights).verdict.reason
@@ -298,6 +313,29 @@ def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdic
             )
     strength = max(v.strength for v in verdicts if v.level == level)
     return Verdict(level, "; ".join(reasons), grids, strength)
+
+
+def not_judged_completely(
+    tensors: Sequence[ScannedTensor], skipped: Sequence[Skipped]
+) -> Verdict | None:
+    """The verdict where too few of the weights were judged for "clean"; None otherwise."""
+    left = [(t.name, t.weights) for t in tensors if _on_a_grid(t)]
+    left += [(s.name, s.size) for s in skipped if s.unguarded or s.reason is SkipReason.QUANTIZED]
+    missing = sum(size for _, size in left)
+    total = missing + sum(t.weights for t in tensors if not _on_a_grid(t))
+    if missing <= (1 - JUDGED) * total:
+        return None
+    left.sort(key=lambda each: -each[1])
+    names = ", ".join(name for name, _ in left[:NAMED]) + ", ..." * (len(left) > NAMED)
+    return Verdict(
+        NOT_JUDGED,
+        f"not judged completely: nothing stands out, but {missing / total:.1%} of the weights "
+        f"could not be judged ({names})",
+    )
+
+
+def _on_a_grid(tensor: ScannedTensor) -> bool:
+    return tensor.verdict.reason.startswith(ON_GRID.reason)
 
 
 def _chance(alignment: Alignment) -> float:

@@ -13,7 +13,7 @@ from ..calibration.samples import Samples
 from ..detection.scan import scan_weights
 from ..emit.static_qdq import Calibration, preprocessed, require_reachable
 from ..errors import DriftError
-from ..io.model import open_model
+from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.kernels import what_cuda_lacks
 from ..reports.guard import ActivationQuantization, GuardReport, Inspection
@@ -134,8 +134,9 @@ def inspect(
         include=include,
         exclude=exclude,
         int8=int8,
+        allow_unguarded=True,
     )
-    source = open_model(model)
+    source = open_folded(model)
     weights, skipped = require_weights(source, options)
     plans = plan_weights(weights, options)
     saved = 0

@@ -72,6 +72,8 @@ class Tensor:
     forms : how its readers get it in a quantized graph with float activations: "folded" (decoded to
         floats when the file is loaded), "gather" (decoded row by row), or kept in 4 bits in memory
         by "dequantize" or "bnb4"
+    others : what else it is or feeds: "a graph output", "a graph input" whose default it is, types
+        of operators that are not weighted. All get the guarded value.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Tensor:
     fallback: str | None = None
     budget: Budget | None = None
     forms: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def packed(self) -> bool:

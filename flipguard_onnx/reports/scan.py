@@ -17,13 +17,17 @@ class SkipReason(Enum):
     NO_OPERATOR = "feeds {}, no weighted operator"
     TYPE = "unsupported type {}"
     TOO_SMALL = "too small (fewer than {} weights)"
-    GRAPH_OUTPUT = "is a graph output"
+    NOT_FOLDED = "weight behind a constant expression that was not evaluated: {}"
     NOT_INCLUDED = "not selected by --include"
     EXCLUDED = "excluded by --exclude"
     QUANTIZED = "already quantized ({})"
     NOT_CONSTANT = "not constant (weight of {})"
     COLLAPSES = "left float: {}"
     NOT_JUDGED = "{}"  # by a scan, whose verdict is the detail
+
+
+# A quantizer could reach these, and nobody asked to leave them alone.
+UNGUARDABLE = (SkipReason.TYPE, SkipReason.NOT_FOLDED)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class Skipped:
     def text(self) -> str:
         """The reason in words, with its detail."""
         return self.reason.value.format(self.detail)
+
+    @property
+    def unguarded(self) -> bool:
+        """Whether a quantizer could reach it all the same."""
+        return self.reason in UNGUARDABLE
 
     @property
     def is_vector(self) -> bool:

@@ -22,7 +22,13 @@ SLOW_4_BIT = (
 SLOW_16_BIT = "onnxruntime runs 16-bit activations in float on the CPU, which is slower"
 
 # options of guard() that no other line of the report shows
-NOT_SHOWN_ELSEWHERE = ("include", "exclude", "standard_ops", "max_memory")
+NOT_SHOWN_ELSEWHERE = (
+    "include",
+    "exclude",
+    "allow_unguarded",
+    "standard_ops",
+    "max_memory",
+)
 
 
 # inspect()
@@ -44,7 +50,9 @@ def render_inspection(inspection: Inspection) -> str:
             ],
         ),
         "",
+        *_shared_lines(inspection.tensors),
         *skipped_lines(inspection.skipped, names=True),
+        *_unguarded_lines(inspection.skipped),
         _coverage_line(inspection.tensors, inspection.skipped),
     ]
     return text(lines)
@@ -75,7 +83,9 @@ def render_guard(report: GuardReport) -> str:
             ("operator", "scheme", "tensors", "weights", "flipped"), _by_operator(report.tensors)
         ),
         "",
+        *_shared_lines(report.tensors),
         *skipped_lines(report.skipped),
+        *_unguarded_lines(report.skipped),
         _coverage_line(report.tensors, report.skipped)
         + f"; {share:.2%} of them flipped (moved to another level than the nearest)",
         *_scan_lines(report),
@@ -310,6 +320,24 @@ def _outcome_cells(outcome: ModelOutcome) -> tuple[str, ...]:
 
 
 # pieces of more than one of them
+
+
+def _shared_lines(tensors: Sequence[Tensor]) -> list[str]:
+    """Guarded tensors that also are or feed something else."""
+    shared = [tensor for tensor in tensors if tensor.others]
+    return [f"shared    {t.name}: also {', '.join(t.others)}" for t in shared]
+
+
+def _unguarded_lines(skipped: Sequence[Skipped]) -> list[str]:
+    """What a quantizer could round all the same."""
+    left = [tensor for tensor in skipped if tensor.unguarded]
+    if not left:
+        return []
+    values = plural(sum(tensor.size for tensor in left), "value")
+    return [
+        f"UNGUARDED {plural(len(left), 'tensor')}, {values}, that a quantizer could reach:",
+        *(f"{INDENT}{tensor.name}: {tensor.text}" for tensor in left),
+    ]
 
 
 def _coverage_line(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> str:
