@@ -48,6 +48,7 @@ ECHO = 0.15  # of the strongest grid's strength; others share some of its bounda
 JUDGED = 0.99  # share of the weights that it takes for the verdict "clean"
 
 NAMED = 5  # tensors in a reason
+
 # the loss from which on rounding wipes out the weights, by grid; docs/scan.md says what is honest.
 # A single outlier does that to a tensor with one scale: "int8 tensor" is only named beside others.
 COLLAPSED = {"int8 channel": 0.3, "int4": 0.65, "nf4": 0.65, "fp4": 0.65}
@@ -261,6 +262,16 @@ def _collapsed(alignments: Sequence[Alignment]) -> Verdict | None:
         f"smaller ones lose {min(found[0].loss, 1):.0%} of what they are",
         tuple(a.grid for a in found),
         found[0].loss,
+    )
+
+
+def collapses(scan: Scan) -> frozenset[tuple[str, str]]:
+    """Names of tensors, each with a grid on which outliers wipe out its other weights."""
+    return frozenset(
+        (tensor.name, a.grid)
+        for tensor in scan.tensors
+        for a in tensor.alignments
+        if a.loss > COLLAPSED.get(a.grid, math.inf)
     )
 
 

@@ -75,7 +75,7 @@ def guard(
         validator = make_validator(run, prepared, samples)
         scan = scan_input(run, prepared)
         for number, seed in enumerate(seeds, 1):
-            draw = quantize(run, prepared, moments, calibration, validator, seed, number)
+            draw = quantize(run, prepared, moments, calibration, validator, scan, seed, number)
             report = describe(run, prepared, moments, scan, draw)
             draw.save(report.metadata())
             try:
