@@ -47,6 +47,8 @@ TENSOR_SAMPLE = 1 << 17, 1 << 20  # weights of a large tensor that are counted, 
 
 SAMPLE_PART = 1 << 14  # weights of which a sample has all or none, about
 
+AFTER_GUARD = slice(3, 5)  # of the sums: what a guard leaves to choose, and what it draws
+
 LIMIT = np.float32(0.75)  # of a block's largest magnitude: placebos would clip what is above
 
 FLOAT16_ZERO_BITS = range(13, 16)  # how many low bits of a float32 are 0 if it was a float16
@@ -175,16 +177,22 @@ class Sample:
         extremes = whole.extremes(array.reshape(-1), get_backend("cpu"))
         return cls(values, layout, extremes.lowest[0], extremes.highest[0])
 
-    def grid(self, scheme: Scheme, flat: bool) -> Grid:
-        """The grid that the scheme lays over these weights; `flat`: blocks run across rows."""
+    def grids(self, scheme: Scheme, flat: bool) -> tuple[Grid, Grid]:
+        """The grids that the scheme's quantizer and a guard lay over these weights.
+
+        flat: blocks run across rows.
+        """
         whole = self.layout.blocks(scheme.block_size, flat)
         rows = 1 if flat else self.values.size // whole.cols
         cols = self.values.size // rows
         blocks = Blocks(rows, cols, min(whole.size, cols))
         if whole.count == 1:
             extremes = Extremes(np.full(1, self.lowest), np.full(1, self.highest))
-            return scheme.grid(extremes, blocks, self.values.dtype)
-        return scheme.fit(self.values, blocks, self.values.dtype, get_backend("cpu"))
+        else:
+            extremes = blocks.extremes(self.values, get_backend("cpu"))
+        fits = scheme.grid, scheme.unclipped
+        theirs, ours = (fit(extremes, blocks, self.values.dtype) for fit in fits)
+        return theirs, ours
 
 
 def tallies(sample: Sample, spread: Floats | None = None) -> dict[str, Tally]:
@@ -203,13 +211,19 @@ def tallies(sample: Sample, spread: Floats | None = None) -> dict[str, Tally]:
         repetition = Repetition.among(weights)
     found = {}
     for name, (scheme, flat) in GRIDS.items():
-        grid = sample.grid(SCHEMES[scheme], flat)
-        counted = tally(weights, smoothed, repetition, grid)
+        grid, guarded = sample.grids(SCHEMES[scheme], flat)
+        counted = tally(weights, smoothed, repetition, grid, guarded)
         found[name] = replace(counted, sums=counted.sums * (sample.layout.size / weights.size))
     return found
 
 
-def tally(weights: Floats, smoothed: Floats, repetition: Repetition, grid: Grid) -> Tally:
+def tally(
+    weights: Floats,
+    smoothed: Floats,
+    repetition: Repetition,
+    grid: Grid,
+    guarded: Grid | None = None,
+) -> Tally:
     """Count flat weights [n] on one grid and its placebos.
 
     Parameters
@@ -217,11 +231,16 @@ def tally(weights: Floats, smoothed: Floats, repetition: Repetition, grid: Grid)
     weights : in float32
     smoothed : the same from `without_lattice`, whose distances are counted
     repetition : among `smoothed`
+    guarded : the grid that a guard would use, if it is another
     """
     kernels = get_scan_kernels()
     counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
     grid.survey(smoothed, LIMIT, FACTORS, counts, kernels)
     sums = np.append(grid.rounding_error_sums(weights, np.float32(0), kernels), _magnitude(weights))
+    if guarded and not guarded.same_as(grid):
+        sums[AFTER_GUARD] = guarded.rounding_error_sums(weights, np.float32(0), kernels)[
+            AFTER_GUARD
+        ]
     first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
     kernels.largest_two(grid.blocks.float_weights(weights), first, second)
     used = second > 0

@@ -140,7 +140,8 @@ def lattice_steps(runs: Floats) -> tuple[npt.NDArray[np.float64], npt.NDArray[np
 def on_codebook(sample: Sample, weights: Floats) -> bool:
     """Whether nearly all weights are levels of a codebook; fp4's are almost on a lattice."""
     for name in CODEBOOKS:
-        offsets = sample.grid(SCHEMES[name], flat=True).analyze(weights, get_backend("cpu")).offsets
+        grid, _ = sample.grids(SCHEMES[name], flat=True)
+        offsets = grid.analyze(weights, get_backend("cpu")).offsets
         if np.count_nonzero(np.abs(offsets) < 0.01) > 0.9 * offsets.size:
             return True
     return False
