@@ -7,6 +7,7 @@ FlipguardError
 │   └── SchemeError          a scheme or policy that does not exist or does not fit
 ├── DeviceError              the requested device or scheduler is not there
 └── ValidationError          the output did not pass; nothing was written
+    ├── LoadError            onnxruntime does not accept the model
     ├── RunError             onnxruntime does not accept the inputs
     └── DriftError           it runs, but drifts too far from the original
 
@@ -60,6 +61,7 @@ class FlipguardError(Exception):
         self.found = found
         self.allowed = allowed
         self.details = details
+        self.advice = ""
 
     def at(self, path: str | os.PathLike[str]) -> Self:
         """Add the file that the error is about, unless it has one; returns the error itself."""
@@ -67,12 +69,18 @@ class FlipguardError(Exception):
             self.path = os.fspath(path)
         return self
 
+    def advise(self, advice: str) -> Self:
+        """Add what may help; returns the error itself."""
+        self.advice = advice
+        return self
+
     def __str__(self) -> str:
         problem = str(self.args[0])
         if self.tensor is not None or self.found is not None or self.details:
             problem = problem.format(tensor=self.tensor, found=self.found, **self.details)
         head = "" if self.path is None else f"{self.path}: "
-        return head + problem + (f"; allowed: {self.allowed}" if self.allowed else "")
+        allowed = f"; allowed: {self.allowed}" if self.allowed else ""
+        return head + problem + allowed + (f"; {self.advice}" if self.advice else "")
 
 
 class ModelError(FlipguardError):
@@ -97,6 +105,10 @@ class DeviceError(FlipguardError):
 
 class ValidationError(FlipguardError):
     """The written model did not behave as it must."""
+
+
+class LoadError(ValidationError):
+    """onnxruntime does not accept a model."""
 
 
 class RunError(ValidationError):

@@ -1,17 +1,22 @@
 """What `scan` finds and what it does not: Markdown tables.
 
     python tools/fetch_models.py
-    python -m tools.scan_bench [attacks] [clean] [planted] [training] [--models NAME...]
+    python -m tools.scan_bench [attacks] [clean] [planted] [outliers] [clipped] [decoded] [training]
+        [--models NAME...]
 
 attacks: every model of models/attacks, beside what it was made for. clean: every real model, as it
 is, in float16 and bfloat16, pruned, and quantized and decoded again. planted: the standard attack's
-shift in a share of the weights of a clean model. training: quantization-aware training (needs
+shift in a share of the weights of a clean model. outliers: a weight F times as large as the others
+in every block of the digits classifier ("Widening the Gap", arXiv 2605.15152). clipped: weights
+beyond the last level of int4. decoded: honest and attacked weights put into quantized formats and
+decoded again. training: quantization-aware training (needs
 torch and scikit-learn).
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +24,28 @@ import ml_dtypes
 import numpy as np
 
 from flipguard_onnx.detection.alignment import GRIDS, sample_size
-from flipguard_onnx.detection.scan import conclude, examine
+from flipguard_onnx.detection.scan import MIN_WEIGHTS, Examined, conclude, examine, scan
 from flipguard_onnx.errors import UnsupportedModelError
 from flipguard_onnx.graph.weights import Weight, find_weights
 from flipguard_onnx.io.model import Model, open_model
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.schemes import SCHEMES
-from flipguard_onnx.reports.scan import Verdict
+from flipguard_onnx.reports.scan import ScannedTensor, Verdict
+from tests.helpers.decoded import FORMATS
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
-PARTS = ("attacks", "clean", "planted", "training")
+PARTS = ("attacks", "clean", "planted", "outliers", "clipped", "decoded", "training")
+FACTORS = (8, 16, 30, 64, 128, 256, 512, 1024, 4096)  # of injected outliers
 NAMES = {"int8": "int8 channel", "int8_tensor": "int8 tensor"}  # those of the manifest
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05)
 SIZES = (100_000, 500_000, 2_000_000)
+ON_LATTICES = (  # attacks that are put into quantized formats
+    "mlp-standard-int4",
+    "mlp-margin20-int4",
+    "mlp-standard-nf4",
+    "lm-code-standard-int4",
+    "lm-code-margin20-int4",
+)
 STEPS = 400  # of quantization-aware training
 
 Values = np.ndarray[Any, Any]
@@ -51,9 +65,13 @@ def verdict_on(path: Path, change: Change = lambda _, values: values) -> Verdict
 
 def judge(source: Model, pairs: Iterable[tuple[Weight, Values]], tensors: int) -> Verdict:
     """The verdict on these weights, sampled as those of a model of so many tensors."""
+    return conclude(source, examined(pairs, tensors), (), 0.0).verdict
+
+
+def examined(pairs: Iterable[tuple[Weight, Values]], tensors: int) -> list[Examined]:
+    """What was found in these weights one by one."""
     rng, max_weights = np.random.default_rng(0), sample_size(tensors)
-    examined = [examine(w, w.stored(values), max_weights, rng) for w, values in pairs]
-    return conclude(source, examined, (), 0.0).verdict
+    return [examine(w, w.stored(values), max_weights, rng) for w, values in pairs]
 
 
 def attacks() -> None:
@@ -170,6 +188,143 @@ def _shifted(name: str, weight: Weight, values: Values, share: float) -> Values:
     return np.where(chosen & (margins.offsets != 0), moved, weights).astype(values.dtype)
 
 
+def outliers(names: list[str]) -> None:
+    """Outliers that wipe out the other weights of their blocks; the loss on every grid."""
+    print("| outliers in | F | verdict | " + " | ".join(GRIDS) + " |")
+    print("|---" * (len(GRIDS) + 3) + "|")
+    source = open_model(MODELS / "attacks" / "mlp-clean.onnx")
+    weights, _ = find_weights(source.proto)
+    pairs = [(w, w.canonical(source.array(w.tensor))) for w in weights]
+    for layers, dead in product(("dense1.weight", ""), (True, False)):
+        for factor in FACTORS:
+            changed = [
+                (w, _with_outliers(w, v, factor, dead) if layers in w.name else v) for w, v in pairs
+            ]
+            print(
+                f"| {layers or 'all'}, {'dead inputs' if dead else 'live'} | {factor} | "
+                + _losses(examined(changed, len(changed)))
+            )
+    most = dict.fromkeys(GRIDS, (0.0, ""))
+    for path in sorted(
+        [*(MODELS / "downloaded").glob("*.onnx"), *MODELS.glob("attacks/*-clean.*")]
+    ):
+        if not names or path.stem in names:
+            for tensor in _tensors_of(path):
+                for a in tensor.alignments if tensor.weights >= MIN_WEIGHTS else ():
+                    most[a.grid] = max(most[a.grid], (a.loss, f"{path.stem}: {tensor.name}"))
+    cells = [f"{loss:.2f}" for loss, _ in most.values()]
+    print(f"| honest tensors, at most | | | {' | '.join(cells)} |\n", flush=True)
+    for grid, (loss, name) in most.items():
+        print(f"- {grid}: {loss:.2f} in {name}")
+    print()
+
+
+def _with_outliers(weight: Weight, values: Values, factor: float, dead: bool) -> Values:
+    """The first weight of every block of 32, or its largest, becomes `factor` times the largest."""
+    changed = values.reshape(weight.blocks(None, flat=False).rows, -1).copy()
+    for first in range(0, changed.shape[1], 32):
+        block = np.abs(changed[:, first : first + 32])
+        place = np.zeros(len(block), int) if dead else block.argmax(axis=1)
+        changed[np.arange(len(block)), first + place] = factor * block.max(axis=1)
+    return changed.reshape(-1)
+
+
+def _losses(found: list[Examined]) -> str:
+    """The verdict, and the largest loss on every grid of a tensor that can be judged."""
+    verdict = conclude(open_model(MODELS / "attacks" / "mlp-clean.onnx"), found, (), 0.0).verdict
+    judged = [tensor for tensor, _ in found if tensor.weights >= MIN_WEIGHTS]
+    losses = (max(t.alignments[i].loss for t in judged) for i in range(len(GRIDS)))
+    return f"{verdict.title} | " + " | ".join(f"{loss:.2f}" for loss in losses) + " |"
+
+
+def clipped(names: list[str]) -> None:
+    """Weights beyond the last level of int4, on one side or on both."""
+    print("| beyond the last level | on the other side | verdict |")
+    print("|---|---|---|")
+    source = open_model(MODELS / "attacks" / "mlp-clean.onnx")
+    weight = find_weights(source.proto)[0][1]
+    for share, other in (
+        (0.02, 0),
+        (0.05, 0),
+        (0.1, 0),
+        (0.25, 0),
+        (0.5, 0),
+        (0.15, 0.15),
+        (0.4, 0.4),
+    ):
+        pair = (weight, _beyond(weight.size, share, other))
+        print(f"| {share:.0%} | {other:.0%} | {judge(source, [pair], 1).title} |")
+    most = max(
+        (a.clipped - a.mirrored, a.clipped, f"{path.stem}: {tensor.name}")
+        for path in (MODELS / "downloaded").glob("*.onnx")
+        if not names or path.stem in names
+        for tensor in _tensors_of(path)
+        for a in tensor.alignments
+        if tensor.weights >= MIN_WEIGHTS
+    )
+    print(f"\nhonest tensors: at most {most[0]:.2%} more than on the other side ({most[2]})\n")
+
+
+def _beyond(size: int, share: float, other: float) -> Values:
+    """Blocks of 32, in steps of int4: the extreme on -8, a share of the others between 7 and 8.
+
+    The float model of an attack on clipped weights; the rest is spread between -6.9 and 6.9.
+    """
+    rng = np.random.default_rng(0)
+    steps = rng.uniform(-6.9, 6.9, (size // 32, 32))
+    choice = rng.random(steps.shape)
+    steps = np.where(choice < share, rng.uniform(7, 8, steps.shape), steps)
+    steps = np.where(choice > 1 - other, rng.uniform(-7.99, -7, steps.shape), steps)
+    steps[:, 0] = -8
+    scales = rng.uniform(0.01, 0.02, (len(steps), 1)) * rng.choice([-1, 1], (len(steps), 1))
+    values: Values = (steps * scales).astype(np.float32).reshape(-1)
+    return values
+
+
+def decoded(names: list[str]) -> None:
+    """Weights that have been in a quantized format: honest ones, and attacked ones."""
+    print("| weights | as it is | " + " | ".join(FORMATS) + " |")
+    print("|---" * (len(FORMATS) + 2) + "|")
+    source = open_model(MODELS / "attacks" / "mlp-clean.onnx")
+    weight = find_weights(source.proto)[0][1]
+    rng = np.random.default_rng(0)
+    for name, drawn in {
+        "normal": rng.standard_normal(weight.size),
+        "Student's t, 4 degrees": rng.standard_t(4, weight.size),
+    }.items():
+        for kind in (np.float32, np.float16):
+            _decoded_row(f"{name}, {kind.__name__}", source, [(weight, drawn.astype(kind))])
+    for path in (
+        MODELS / "downloaded" / "minilm.onnx",
+        *(MODELS / "attacks" / f"{name}.onnx" for name in ON_LATTICES),
+    ):
+        if path.exists() and (not names or path.stem in names):
+            real = open_model(path)
+            found = [w for w in find_weights(real.proto)[0] if w.op in ("MatMul", "Gemm")][:6]
+            pairs = [(w, w.canonical(real.array(w.tensor))) for w in found]
+            _decoded_row(path.stem, real, pairs)
+    print()
+
+
+def _decoded_row(name: str, source: Model, pairs: list[tuple[Weight, Values]]) -> None:
+    """The verdicts on the weights in every format that divides their rows."""
+    cells = [judge(source, pairs, len(pairs)).title]
+    for size, decode in FORMATS.values():
+        changed = []
+        for weight, values in pairs:
+            rows = values.reshape(weight.blocks(None, flat=False).rows, -1)
+            if rows.shape[1] % size == 0:
+                rows = decode(rows.astype(np.float32)).astype(values.dtype)
+                changed.append((weight, rows.reshape(-1)))
+        cells.append(judge(source, changed, len(pairs)).title if changed else "-")
+    print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def _tensors_of(path: Path) -> tuple[ScannedTensor, ...]:
+    """What a scan finds in the tensors of a file; none if it is quantized already."""
+    return scan(path).tensors
+
+
 def training() -> None:
     """What quantization-aware training looks like."""
     import torch
@@ -217,8 +372,9 @@ def main() -> None:
     options = parser.parse_args()
     for part in options.parts or PARTS:
         print(f"### {part}\n")
-        if part == "clean":
-            clean(options.models)
+        with_models = {"clean": clean, "outliers": outliers, "clipped": clipped, "decoded": decoded}
+        if part in with_models:
+            with_models[part](options.models)
         else:
             {"attacks": attacks, "planted": planted, "training": training}[part]()
 

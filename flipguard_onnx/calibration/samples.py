@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import runtime
-from ..errors import RunError, ValidationError
+from ..errors import LoadError, RunError, UnsupportedModelError, ValidationError
 from ..io.model import Model
 from .inputs import NONE_FIT, Feed, load_feeds, made_up_feeds
 
@@ -45,12 +45,19 @@ class Samples:
     def __init__(self, source: Model, data: Path | None) -> None:
         self.source = source
         self.data = data
-        self._failure: ValidationError | None = None
+        self._failure: ValidationError | UnsupportedModelError | None = None
 
     @cached_property
     def session(self) -> runtime.Session:
-        """The original in onnxruntime. Raises ValidationError when it does not load."""
-        return runtime.open_session(self.source.path, exact=True, size=self.source.size)
+        """The original in onnxruntime.
+
+        Raises UnsupportedModelError when onnxruntime does not accept it, ValidationError when it
+        cannot be loaded for another reason.
+        """
+        try:
+            return runtime.open_session(self.source.path, exact=True, size=self.source.size)
+        except LoadError as error:
+            raise UnsupportedModelError(str(error)) from None
 
     @cached_property
     def given(self) -> list[Feed]:
@@ -87,13 +94,14 @@ class Samples:
     def found(self) -> Found:
         """The samples, whatever the original makes of them; no feeds where it runs on none.
 
-        Raises ValidationError, each time anew, where the original cannot be run at all.
+        Raises ValidationError or UnsupportedModelError, each time anew, where the original cannot
+        be run at all.
         """
         if self._failure:
             raise self._failure
         try:
             return self._searched
-        except ValidationError as error:
+        except (ValidationError, UnsupportedModelError) as error:
             self._failure = error
             raise
 

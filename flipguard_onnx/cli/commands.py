@@ -246,8 +246,9 @@ def scan_code(level: str, fail_on: str) -> int:
     """The exit code of a scan with this verdict."""
     if level == "not judged":
         return 2
-    failing = {"suspicious": ("suspicious", "aligned"), "aligned": ("aligned",), "never": ()}
-    return int(level in failing[fail_on])
+    if level == "suspicious":
+        return int(fail_on == "suspicious")
+    return int(level != "clean" and fail_on != "never")
 
 
 def publish(

@@ -47,6 +47,8 @@ TENSOR_SAMPLE = 1 << 17, 1 << 20  # weights of a large tensor that are counted, 
 
 SAMPLE_PART = 1 << 14  # weights of which a sample has all or none, about
 
+AFTER_GUARD = slice(3, 5)  # of the sums: what a guard leaves to choose, and what it draws
+
 LIMIT = np.float32(0.75)  # of a block's largest magnitude: placebos would clip what is above
 
 FLOAT16_ZERO_BITS = range(13, 16)  # how many low bits of a float32 are 0 if it was a float16
@@ -119,7 +121,7 @@ class Repetition:
 class Tally:
     """Weights of one or more tensors, counted on one grid and its placebos.
 
-    counts: [grids, BINS], by distance to the nearest boundary. sums: float64 [6], those of
+    counts: [grids, BINS], by distance to the nearest boundary. sums: float64 [11], those of
     `ScanKernels.rounding_error_sums` and the sum of all magnitudes. outliers: of every block,
     largest / second largest magnitude.
     """
@@ -175,32 +177,53 @@ class Sample:
         extremes = whole.extremes(array.reshape(-1), get_backend("cpu"))
         return cls(values, layout, extremes.lowest[0], extremes.highest[0])
 
-    def grid(self, scheme: Scheme, flat: bool) -> Grid:
-        """The grid that the scheme lays over these weights; `flat`: blocks run across rows."""
+    def grids(self, scheme: Scheme, flat: bool) -> tuple[Grid, Grid]:
+        """The grids that the scheme's quantizer and a guard lay over these weights.
+
+        flat: blocks run across rows.
+        """
         whole = self.layout.blocks(scheme.block_size, flat)
         rows = 1 if flat else self.values.size // whole.cols
         cols = self.values.size // rows
         blocks = Blocks(rows, cols, min(whole.size, cols))
         if whole.count == 1:
             extremes = Extremes(np.full(1, self.lowest), np.full(1, self.highest))
-            return scheme.grid(extremes, blocks, self.values.dtype)
-        return scheme.fit(self.values, blocks, self.values.dtype, get_backend("cpu"))
+        else:
+            extremes = blocks.extremes(self.values, get_backend("cpu"))
+        fits = scheme.grid, scheme.unclipped
+        theirs, ours = (fit(extremes, blocks, self.values.dtype) for fit in fits)
+        return theirs, ours
 
 
-def tallies(sample: Sample) -> dict[str, Tally]:
-    """Count one tensor on each of GRIDS."""
+def tallies(sample: Sample, spread: Floats | None = None) -> dict[str, Tally]:
+    """Count one tensor on each of GRIDS.
+
+    Parameters
+    ----------
+    spread : its weights, where they are on a grid, as `Lattice.spread` makes them
+    """
     weights = sample.values.astype(np.float32)
     smoothed = without_lattice(sample.values)
-    repetition = Repetition.among(smoothed)
+    if spread is None:
+        repetition = Repetition.among(smoothed)
+    else:
+        smoothed = np.where(spread != weights, spread, smoothed)
+        repetition = Repetition.among(weights)
     found = {}
     for name, (scheme, flat) in GRIDS.items():
-        grid = sample.grid(SCHEMES[scheme], flat)
-        counted = tally(weights, smoothed, repetition, grid)
+        grid, guarded = sample.grids(SCHEMES[scheme], flat)
+        counted = tally(weights, smoothed, repetition, grid, guarded)
         found[name] = replace(counted, sums=counted.sums * (sample.layout.size / weights.size))
     return found
 
 
-def tally(weights: Floats, smoothed: Floats, repetition: Repetition, grid: Grid) -> Tally:
+def tally(
+    weights: Floats,
+    smoothed: Floats,
+    repetition: Repetition,
+    grid: Grid,
+    guarded: Grid | None = None,
+) -> Tally:
     """Count flat weights [n] on one grid and its placebos.
 
     Parameters
@@ -208,11 +231,16 @@ def tally(weights: Floats, smoothed: Floats, repetition: Repetition, grid: Grid)
     weights : in float32
     smoothed : the same from `without_lattice`, whose distances are counted
     repetition : among `smoothed`
+    guarded : the grid that a guard would use, if it is another
     """
     kernels = get_scan_kernels()
     counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
     grid.survey(smoothed, LIMIT, FACTORS, counts, kernels)
     sums = np.append(grid.rounding_error_sums(weights, np.float32(0), kernels), _magnitude(weights))
+    if guarded and not guarded.same_as(grid):
+        sums[AFTER_GUARD] = guarded.rounding_error_sums(weights, np.float32(0), kernels)[
+            AFTER_GUARD
+        ]
     first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
     kernels.largest_two(grid.blocks.float_weights(weights), first, second)
     used = second > 0
@@ -249,7 +277,8 @@ def alignment(name: str, tally: Tally) -> Alignment:
     expected = shares[DRAWN].mean(axis=0)
     peak, peak_bin = _excess(shares[0], shares[FIXED], PEAK_BINS)
     edge, _ = _excess(shares[0], shares[DRAWN], BINS // 10, 2)
-    nonzero, lost, error, stuck, variance, total = tally.sums
+    nonzero, lost, error, stuck, variance = tally.sums[:5]
+    runs, losses, free, above, mirrored, total = tally.sums[5:]
     return Alignment(
         grid=name,
         weights=counted,
@@ -263,6 +292,9 @@ def alignment(name: str, tally: Tally) -> Alignment:
         edge=edge,
         collapse=float(lost / max(nonzero, 1)),
         outlier=float(np.median(tally.outliers)) if tally.outliers.size else 1.0,
+        loss=float(losses / max(runs, 1)),
+        clipped=float(above / max(free, 1)),
+        mirrored=float(mirrored / max(free, 1)),
         budget=Budget(float(error), float(stuck), float(np.sqrt(variance)), float(total)),
     )
 
@@ -276,7 +308,7 @@ def budget(values: npt.NDArray[Any], quantized: QuantizedTensor, policy: Policy)
         drawn = quantized.drawn.astype(np.float32, copy=False)
         limit = np.float32((1 - policy.tau) / 2)
         sums = grid.rounding_error_sums(drawn, limit, get_scan_kernels())
-        _, _, total, stuck, variance = sums.tolist()
+        _, _, total, stuck, variance = sums[:5].tolist()
         return Budget(total, stuck, math.sqrt(variance), _magnitude(weights))
     total, left = (
         float(np.abs(grid.decode(codes).astype(np.float64) - weights).sum())

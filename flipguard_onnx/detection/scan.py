@@ -1,5 +1,6 @@
 """scan(): were the weights of a model prepared for a quantizer, and for which one?"""
 
+import math
 import os
 import time
 from collections import defaultdict
@@ -15,12 +16,22 @@ import numpy.typing as npt
 from .. import __version__
 from ..errors import ModelError, UnsupportedModelError
 from ..graph.weights import Weight, find_weights
-from ..io.model import Model, open_model
+from ..io.model import Model
+from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.rounding import unsound
-from ..reports.scan import LEVELS, NOT_JUDGED, Alignment, Scan, ScannedTensor, Skipped, Verdict
+from ..reports.scan import (
+    LEVELS,
+    NOT_JUDGED,
+    Alignment,
+    Scan,
+    ScannedTensor,
+    Skipped,
+    SkipReason,
+    Verdict,
+)
 from .alignment import Sample, Tally, alignment, sample_size, tallies
-from .prequantized import most_are_levels, most_repeat
+from .prequantized import find_lattice, most_are_levels, most_repeat, on_codebook
 
 MIN_WEIGHTS = 1000  # fewer prove nothing
 
@@ -30,7 +41,33 @@ ALIGNED = 0.01  # how much more it takes for the verdict "aligned"
 
 NOISE = 0.6  # / sqrt(weights): the strength that may be chance
 
+SHIFTED = 0.03  # largest difference to the placebos of weights that a lattice has blurred
+
 ECHO = 0.15  # of the strongest grid's strength; others share some of its boundaries
+
+JUDGED = 0.99  # share of the weights that it takes for the verdict "clean"
+
+NAMED = 5  # tensors in a reason
+
+# the loss from which on rounding wipes out the weights, by grid; docs/scan.md says what is honest.
+# A single outlier does that to a tensor with one scale: "int8 tensor" is only named beside others.
+COLLAPSED = {"int8 channel": 0.3, "int4": 0.65, "nf4": 0.65, "fp4": 0.65}
+
+CLIPPED = 0.02  # share of the weights beyond the last level, more than on the other side
+
+CLIPPED_ANYHOW = 0.2  # ... whatever is on the other side; 1 / 16 if weights are spread evenly
+
+ALIGNMENT = (
+    "weights gather at the boundaries of {} and of no other grid: the mark of an attack, or of "
+    "quantization-aware training"
+)
+
+FINDINGS = {  # verdict -> what was found in a tensor; {} stands for the grids
+    "suspicious": ALIGNMENT,
+    "clips": "many weights lie beyond the last level of {} and are all rounded the same way",
+    "collapses": "outliers wipe out the other weights of their blocks at {}",
+    "aligned": ALIGNMENT,
+}
 
 TOO_FEW = Verdict(
     NOT_JUDGED, f"fewer than {MIN_WEIGHTS} weights to judge by (counted with the others)"
@@ -41,6 +78,10 @@ ON_GRID = Verdict(NOT_JUDGED, "the weights already lie on a grid, as after quant
 GUARDED = (
     "according to its metadata flipguard-onnx has moved weights of this file across boundaries, "
     "which leaves the same traces"
+)
+
+CLEAN = Verdict(
+    "clean", "the weights do not gather at the boundaries of any grid, and none wipes them out"
 )
 
 NOTHING = Verdict(NOT_JUDGED, "there are no weights to judge")
@@ -77,9 +118,9 @@ def scan(model: str | os.PathLike[str], *, progress: Progress | None = None) -> 
     16
     """
     started = time.perf_counter()
-    source = open_model(model)
+    source = open_folded(model)
     try:
-        weights, skipped = find_weights(source.proto)
+        weights, skipped = find_weights(source.proto, unfolded=source.unfolded)
     except UnsupportedModelError as error:
         seconds = time.perf_counter() - started
         return _result(source, Verdict(NOT_JUDGED, str(error)), (), (), (), seconds)
@@ -120,6 +161,8 @@ def conclude(
         together = tuple(alignment(grid, tally) for grid, tally in sums.items())
     tensors = tuple(tensor for tensor, _ in examined)
     verdict = model_verdict(tensor_verdict(together) if together else NOTHING, tensors)
+    if verdict.level == "clean":
+        verdict = not_judged_completely(tensors, skipped) or verdict
     if any(entry.key == "flipguard.version" for entry in source.proto.metadata_props):
         verdict = replace(verdict, reason=f"{verdict.reason}; {GUARDED}")
     return _result(source, verdict, together, tensors, skipped, seconds)
@@ -147,12 +190,19 @@ def examine(
     sample = Sample.take(array, weight.layout, max_weights, rng)
     if not np.isfinite([sample.lowest, sample.highest]).all():
         raise unsound(weight.name, array)
-    by_grid = tallies(sample)
-    alignments = tuple(alignment(name, tally) for name, tally in by_grid.items())
-    verdict = tensor_verdict(alignments)
     floats = sample.values.astype(np.float32)
     cols = weight.blocks(None, flat=False).cols
-    if most_are_levels(by_grid.values()) or most_repeat(floats, cols):
+    lattice = find_lattice(floats, cols)
+    if lattice and on_codebook(sample, floats):
+        lattice = None
+    by_grid = tallies(sample, lattice.spread(floats) if lattice else None)
+    alignments = tuple(alignment(name, tally) for name, tally in by_grid.items())
+    verdict = tensor_verdict(alignments)
+    if lattice and not verdict.alarming:
+        found = f"{ON_GRID.reason}: {lattice.text}"
+        verdict = _blurred(alignments, found) or Verdict(NOT_JUDGED, found)
+        by_grid = by_grid if verdict.alarming else {}
+    elif not lattice and (most_are_levels(by_grid.values()) or most_repeat(floats, cols)):
         verdict, by_grid = ON_GRID, {}
     shape, size = weight.shape, weight.size
     return ScannedTensor(weight.name, weight.op, shape, size, verdict, alignments), by_grid
@@ -162,9 +212,16 @@ def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
     """The verdict on weights, from their alignment with every grid."""
     if max(a.weights for a in alignments) < MIN_WEIGHTS:
         return TOO_FEW
+    found = [v for v in (_aligned(alignments), _collapsed(alignments), _clipped(alignments)) if v]
+    found.sort(key=lambda v: -LEVELS.index(v.level))
+    return replace(found[0], reason="; ".join(v.reason for v in found)) if found else CLEAN
+
+
+def _aligned(alignments: Sequence[Alignment]) -> Verdict | None:
+    """Do the weights gather at the boundaries of a grid?"""
     found = [a for a in alignments if a.strength > _chance(a)]
     if not found:
-        return Verdict("clean", "the weights do not gather at the boundaries of any grid")
+        return None
     # a peak, measured against the fixed placebos, tells apart grids with the same blocks
     found = [a for a in found if a.peak > _chance(a)] or found
     found.sort(key=lambda a: -a.strength)
@@ -179,36 +236,122 @@ def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
     )
 
 
+def _blurred(alignments: Sequence[Alignment], found: str) -> Verdict | None:
+    """Do weights gather at boundaries that are on a lattice, on which no peak is sharp?"""
+    first = max(alignments, key=lambda a: a.shift)
+    if first.weights < MIN_WEIGHTS or first.shift < SHIFTED + _chance(first):
+        return None
+    return Verdict(
+        "suspicious",
+        f"{found}; but {first.shift:.1%} of them stand elsewhere between the boundaries of "
+        f"{first.grid} than that explains",
+        (first.grid,),
+        first.shift,
+    )
+
+
+def _collapsed(alignments: Sequence[Alignment]) -> Verdict | None:
+    """Does rounding on some grid wipe out all weights but the largest?"""
+    if not any(a.loss > COLLAPSED.get(a.grid, math.inf) for a in alignments):
+        return None
+    found = [a for a in alignments if a.loss > COLLAPSED.get(a.grid, max(COLLAPSED.values()))]
+    found.sort(key=lambda a: -a.loss)
+    return Verdict(
+        "collapses",
+        f"outliers wipe out the other weights of their blocks: rounded to {found[0].grid}, the "
+        f"smaller ones lose {min(found[0].loss, 1):.0%} of what they are",
+        tuple(a.grid for a in found),
+        found[0].loss,
+    )
+
+
+def collapses(scan: Scan) -> frozenset[tuple[str, str]]:
+    """Names of tensors, each with a grid on which outliers wipe out its other weights."""
+    return frozenset(
+        (tensor.name, a.grid)
+        for tensor in scan.tensors
+        for a in tensor.alignments
+        if a.loss > COLLAPSED.get(a.grid, math.inf)
+    )
+
+
+def _clipped(alignments: Sequence[Alignment]) -> Verdict | None:
+    """Do many weights lie beyond the last level of a grid?"""
+    found = [
+        a
+        for a in alignments
+        if a.clipped - a.mirrored > CLIPPED + NOISE / math.sqrt(max(a.independent, 1))
+        or a.clipped > CLIPPED_ANYHOW
+    ]
+    if not found:
+        return None
+    first = max(found, key=lambda a: a.clipped)
+    return Verdict(
+        "clips",
+        f"{first.clipped:.1%} of the weights lie beyond the last level of {first.grid} and are all "
+        f"rounded the same way; {first.mirrored:.1%} as far out on its other side",
+        (first.grid,),
+        first.clipped,
+    )
+
+
 def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdict:
     """The verdict on a model: the worst of the one on all weights `together` and its tensors'."""
     alarming = [tensor for tensor in tensors if tensor.verdict.alarming]
-    unjudged = [tensor for tensor in tensors if tensor.verdict is ON_GRID]
+    unjudged = [tensor for tensor in tensors if _on_a_grid(tensor)]
     if not alarming and not together.alarming:
         if sum(t.weights for t in unjudged) * 2 > sum(t.weights for t in tensors):
-            return Verdict(
-                NOT_JUDGED, f"in {len(unjudged)} of {len(tensors)} tensors {ON_GRID.reason}"
-            )
+            reason = max(unjudged, key=lambda t: t.weights).verdict.reason
+            return Verdict(NOT_JUDGED, f"in {len(unjudged)} of {len(tensors)} tensors {reason}")
         return together
+    verdicts = [together, *(tensor.verdict for tensor in alarming)]
+    level = max((v.level for v in verdicts if v.alarming), key=LEVELS.index)
     sizes: dict[str, float] = defaultdict(float)
     for tensor in alarming:
         for grid in tensor.verdict.grids:
-            sizes[grid] += tensor.weights * tensor.verdict.strength
+            if FINDINGS[tensor.verdict.level] == FINDINGS[level]:
+                sizes[grid] += tensor.weights * tensor.verdict.strength
     grids = tuple(sorted(sizes, key=lambda grid: -sizes[grid])) or together.grids
-    verdicts = [together, *(tensor.verdict for tensor in alarming)]
-    share = sum(t.weights for t in alarming) / sum(t.weights for t in tensors)
+    reasons = []
+    for finding in dict.fromkeys(FINDINGS[each] for each in (level, *reversed(LEVELS[1:]))):
+        told = [tensor for tensor in alarming if FINDINGS[tensor.verdict.level] == finding]
+        if told or finding == FINDINGS[level]:
+            share = sum(t.weights for t in told) / sum(t.weights for t in tensors)
+            named = dict.fromkeys(grid for tensor in told for grid in tensor.verdict.grids)
+            reasons.append(
+                f"in {len(told)} of {len(tensors)} tensors ({share:.1%} of the weights), "
+                + finding.format(" and ".join(grids if finding == FINDINGS[level] else named))
+            )
+    strength = max(v.strength for v in verdicts if v.level == level)
+    return Verdict(level, "; ".join(reasons), grids, strength)
+
+
+def not_judged_completely(
+    tensors: Sequence[ScannedTensor], skipped: Sequence[Skipped]
+) -> Verdict | None:
+    """The verdict where too few of the weights were judged for "clean"; None otherwise."""
+    left = [(t.name, t.weights) for t in tensors if _on_a_grid(t)]
+    left += [(s.name, s.size) for s in skipped if s.unguarded or s.reason is SkipReason.QUANTIZED]
+    missing = sum(size for _, size in left)
+    total = missing + sum(t.weights for t in tensors if not _on_a_grid(t))
+    if missing <= (1 - JUDGED) * total:
+        return None
+    left.sort(key=lambda each: -each[1])
+    names = ", ".join(name for name, _ in left[:NAMED]) + ", ..." * (len(left) > NAMED)
     return Verdict(
-        max((v.level for v in verdicts if v.alarming), key=LEVELS.index),
-        f"in {len(alarming)} of {len(tensors)} tensors ({share:.1%} of the weights), weights "
-        f"gather at the boundaries of {' and '.join(grids)} and of no other grid: the mark of an "
-        "attack, or of quantization-aware training",
-        grids,
-        max(verdict.strength for verdict in verdicts),
+        NOT_JUDGED,
+        f"not judged completely: nothing stands out, but {missing / total:.1%} of the weights "
+        f"could not be judged ({names})",
     )
+
+
+def _on_a_grid(tensor: ScannedTensor) -> bool:
+    return tensor.verdict.reason.startswith(ON_GRID.reason)
 
 
 def _chance(alignment: Alignment) -> float:
     """The strength up to which the alignment may be chance."""
-    return SUSPICIOUS + NOISE / float(np.sqrt(max(alignment.independent, 1)))
+    return SUSPICIOUS + NOISE / math.sqrt(max(alignment.independent, 1))
 
 
 def _result(

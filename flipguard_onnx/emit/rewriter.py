@@ -66,14 +66,14 @@ class Rewriter:
             scope.body.initializer.append(tensor)
         else:
             tensor.raw_data = bytes(raw)
-            self._prepend(scope, helper.make_node("Constant", [], [name], value=tensor))
+            self.prepend(scope, helper.make_node("Constant", [], [name], value=tensor))
         return name
 
     def node(self, scope: Scope, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Add a node that depends on constants only; returns the name of its output."""
         output = self.fresh(output)
         name = output.removesuffix("_Output")
-        self._prepend(scope, helper.make_node(op, inputs, [output], name=name, **attributes))
+        self.prepend(scope, helper.make_node(op, inputs, [output], name=name, **attributes))
         return output
 
     def replace(self, scope: Scope, node: NodeProto, nodes: list[NodeProto]) -> None:
@@ -99,7 +99,8 @@ class Rewriter:
         _drop_unread_nodes(self._proto)
         _import_what_is_used(self._proto)
 
-    def _prepend(self, scope: Scope, node: NodeProto) -> None:
+    def prepend(self, scope: Scope, node: NodeProto) -> None:
+        """Add a node before all that were there, behind those added before."""
         self._scopes.append(scope)
         self._first[id(scope.body)].append(node)
 

@@ -100,6 +100,8 @@ class Emitter:
             codes_of.write(form, use)
         if weight.node is None:
             self._rewriter.remove_initializer(weight.scope, weight.tensor.name)
+        if weight.is_output:
+            codes_of.write_under_its_name()
         return tuple(sorted({form.value for form in forms}))
 
 
@@ -126,6 +128,17 @@ class _WeightCodes:
     def write(self, form: WeightForm, use: Use) -> None:
         """Let one reader read the codes in this form."""
         self._writers[form](use)
+
+    def write_under_its_name(self) -> None:
+        """Let what the codes stand for have the weight's name, which an output of the graph has."""
+        weight = self._weight
+        perm = tuple(range(len(weight.shape)))
+        value = self._decoded(perm, weight.tensor.data_type)
+        named = helper.make_node("Identity", [value], [weight.tensor_name])
+        if weight.node is None:
+            self._rewriter.prepend(weight.scope, named)
+        else:
+            self._rewriter.replace(weight.scope, weight.node, [named])
 
     def _write_dequantize(self, use: Use) -> None:
         """MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, scales)), Gemm likewise.
@@ -222,27 +235,34 @@ class _WeightCodes:
 
     def _write_folded(self, use: Use) -> None:
         """Reader(w) -> Reader(constants and nodes that yield what the codes stand for)."""
+        use.node.input[use.index] = self._decoded(use.perm, use.elem_type)
+
+    def _decoded(self, perm: tuple[int, ...], elem_type: int) -> str:
+        """The value of constants and nodes that yield what the codes stand for.
+
+        perm, elem_type: as in Use
+        """
 
         def decoded() -> str:
             fold = self._fold_8_bits if self._scheme.bits == 8 else self._fold_4_bits
-            value = fold(use)
-            if use.elem_type != TensorProto.FLOAT:
-                value = self._add_node("Cast", [value], to=use.elem_type)
+            value = fold(perm)
+            if elem_type != TensorProto.FLOAT:
+                value = self._add_node("Cast", [value], to=elem_type)
             return value
 
-        key = ("folded", use.perm, use.elem_type)
-        use.node.input[use.index] = self._once(key, decoded)
+        name: str = self._once(("folded", perm, elem_type), decoded)
+        return name
 
-    def _fold_8_bits(self, use: Use) -> str:
+    def _fold_8_bits(self, perm: tuple[int, ...]) -> str:
         """w -> Mul(Cast(codes), scales), both with the operand's axes."""
-        codes = self._add_codes(self._weight.stored(self._codes).transpose(use.perm))
+        codes = self._add_codes(self._weight.stored(self._codes).transpose(perm))
         scales = self._broadcast_scales()
         if scales.ndim:
-            scales = scales.transpose(use.perm)
+            scales = scales.transpose(perm)
         floats = self._add_node("Cast", [codes], to=TensorProto.FLOAT)
         return self._add_node("Mul", [floats, self._add_constant("scale", scales)])
 
-    def _fold_4_bits(self, use: Use) -> str:
+    def _fold_4_bits(self, perm: tuple[int, ...]) -> str:
         """w -> Transpose(Reshape(Slice(Reshape(Mul(value(codes), scales))))).
 
         codes: [blocks, block_size], scales: [blocks, 1]; value: Cast to float, or for a codebook
@@ -271,7 +291,7 @@ class _WeightCodes:
             value = self._add_node("Slice", [value, *added])
         shape = (self._weight.shape[axis] for axis in self._weight.perm)
         value = self._add_node("Reshape", [value, self._add_integers("shape", *shape)])
-        order = [self._weight.perm.index(axis) for axis in use.perm]
+        order = [self._weight.perm.index(axis) for axis in perm]
         if order != sorted(order):
             value = self._add_node("Transpose", [value], perm=order)
         return value

@@ -110,8 +110,23 @@ def fused_matmul_axes(node: NodeProto, index: int, rank: int) -> Axes:
 
 
 def gemm_axes(node: NodeProto, index: int, rank: int) -> Axes:
-    """[outputs, inputs] with transB, [inputs, outputs] without."""
-    return (0,) if attribute(node, "transB", 0) else (1,)
+    """[outputs, inputs] for a second input with transB or a first one without transA."""
+    by_row = bool(attribute(node, "transB", 0)) if index else not attribute(node, "transA", 0)
+    return (0,) if by_row else (1,)
+
+
+def einsum_axes(node: NodeProto, index: int, rank: int) -> Axes:
+    """Those that the result has, too; but at least one axis is left to be one row."""
+    equation = attribute(node, "equation", b"").decode(errors="replace").replace(" ", "")
+    terms, arrow, result = equation.partition("->")
+    if not arrow:
+        result = "." + "".join(label for label in terms if terms.count(label) == 1)
+    term = (terms.split(",")[index : index + 1] or [""])[0]
+    before, dots, behind = term.partition("...")
+    inside = "." * (rank - len(before) - len(behind)) if dots else ""
+    labels = before + inside + behind
+    found = [axis for axis, label in enumerate(labels[:rank]) if label in result]
+    return tuple(found[: rank - 1]) or (0,)
 
 
 def gather_axes(node: NodeProto, index: int, rank: int) -> Axes:
@@ -145,8 +160,10 @@ def fused_matmul_input(operand: Operand) -> MultipliedInput | str:
     return MultipliedInput(other, Arrangement.ROWS if by_row else Arrangement.COLUMNS)
 
 
-def gemm_input(operand: Operand) -> MultipliedInput:
+def gemm_input(operand: Operand) -> MultipliedInput | str:
     """The first input, by columns with transA."""
+    if operand.index == 0:
+        return not_recorded(operand)
     by_column = operand.flag("transA")
     return MultipliedInput(0, Arrangement.COLUMNS if by_column else Arrangement.ROWS)
 
@@ -216,8 +233,10 @@ def fused_matmul_layer(operand: Operand) -> LayerInput | None:
     return LayerInput(other, (SAMPLE_ROWS, inner) if by_row else (inner, SAMPLE_ROWS), 2)
 
 
-def gemm_layer(operand: Operand) -> LayerInput:
+def gemm_layer(operand: Operand) -> LayerInput | None:
     """The first input, [rows, inputs] or with transA [inputs, rows]."""
+    if operand.index == 0:
+        return None
     inner = operand.shape[1 if operand.flag("transB") else 0]
     by_column = operand.flag("transA")
     return LayerInput(0, (inner, SAMPLE_ROWS) if by_column else (SAMPLE_ROWS, inner), 2)

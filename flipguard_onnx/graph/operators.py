@@ -73,7 +73,7 @@ class Operator:
     convolution : whether it is a convolution
     requantized : whether onnxruntime, when it loads a QDQ graph, rounds float weights of it anew
     channels_per_group : whether the output channels of its weight are those of one group
-    weight_may_vary : whether an activation is usual where a weight could be
+    may_vary : those of `weights` that usually are activations
     behind_views : whether it has weights behind nodes of VIEWS and behind calls of functions, too
     """
 
@@ -90,7 +90,7 @@ class Operator:
     convolution: bool = False
     requantized: bool = False
     channels_per_group: bool = False
-    weight_may_vary: bool = False
+    may_vary: tuple[int, ...] = ()
     behind_views: bool = True
 
     def output_channels(self, node: NodeProto, shape: Shape) -> int:
@@ -143,11 +143,11 @@ OPERATORS = (
         four_bits=True,
         forms=(WeightForm.DEQUANTIZE, WeightForm.BNB4),
         static=True,
-        weight_may_vary=True,
+        may_vary=(1, 0),
     ),
     Operator(
         "Gemm",
-        weights=(1,),
+        weights=(1, 0),
         signature=_GEMM,
         output_axes=operands.gemm_axes,
         multiplied_input=operands.gemm_input,
@@ -156,6 +156,7 @@ OPERATORS = (
         forms=(WeightForm.DEQUANTIZE,),
         static=True,
         requantized=True,
+        may_vary=(0,),
     ),
     Operator(
         "Conv",
@@ -191,8 +192,18 @@ OPERATORS = (
         multiplied_input=operands.gather_input,
         layer_input=operands.gather_layer,
         forms=(WeightForm.GATHER,),
-        weight_may_vary=True,
+        may_vary=(0,),
         behind_views=False,
+    ),
+    Operator(
+        "Einsum",
+        weights=(1, 0, 2, 3),
+        signature=Signature(1, {"equation": AttributeProto.STRING}),
+        output_axes=operands.einsum_axes,
+        multiplied_input=operands.not_recorded,
+        layer_input=operands.no_layer,
+        four_bits=True,
+        may_vary=(1, 0, 2, 3),
     ),
     Operator(
         "FusedMatMul",
@@ -203,7 +214,7 @@ OPERATORS = (
         multiplied_input=operands.fused_matmul_input,
         layer_input=operands.fused_matmul_layer,
         four_bits=True,
-        weight_may_vary=True,
+        may_vary=(1, 0),
     ),
     Operator(
         "Attention",  # the weight is that of Q, K and V side by side: [hidden, 3 * hidden]

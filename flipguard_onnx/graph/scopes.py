@@ -118,6 +118,34 @@ class GraphIndex:
                     if node.op_type == "Constant" and attr.name == "value":
                         yield scope, node.output[0], attr.t, node
 
+    def values(self) -> list[Value]:
+        """Every value that a node reads."""
+        return list(self._edges)
+
+    def readers(self, value: Value) -> list[tuple[Scope, NodeProto, int]]:
+        """The nodes that read a value, each with its scope and the index of the input."""
+        return self._edges.get(value, [])
+
+    def is_weight(self, scope: Scope, name: str) -> bool:
+        """Whether a value is read as a weight, itself or behind chains, views and calls."""
+        behind = self._weight_of.get((id(scope), name), set())
+        return any(operator.behind_views for operator in behind)
+
+    def other_constants(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Constant nodes with floats in another attribute: name, shape, and types of readers."""
+        for scope in self.scopes:
+            for node in scope.body.node:
+                for attr in node.attribute if node.op_type == "Constant" else ():
+                    shape = (len(attr.floats),) if attr.floats else tuple(attr.sparse_tensor.dims)
+                    if shape and attr.name in ("value_floats", "sparse_value"):
+                        operators = self.operators(scope, node.output[0])
+                        yield node.output[0], shape, ", ".join(operators) or "nothing"
+
+    def is_input(self, scope: Scope, name: str) -> bool:
+        """Whether a value has the name of an input of its graph."""
+        body = scope.body
+        return isinstance(body, GraphProto) and any(each.name == name for each in body.input)
+
     def operators(self, scope: Scope, name: str) -> list[str]:
         """The types of the nodes that read a value, in alphabetical order, each once."""
         return sorted({node.op_type for _, node, _ in self._edges[id(scope), name]})
@@ -249,9 +277,9 @@ class GraphIndex:
         for scope in self.scopes:
             for node in scope.body.node:
                 operator = operator_of(node)
-                if operator is None or operator.weight_may_vary:
+                if operator is None:
                     continue
-                for index in operator.weights:
+                for index in sorted({*operator.weights} - {*operator.may_vary}):
                     name = node.input[index] if index < len(node.input) else ""
                     if name and not is_constant(scope, name):
                         yield name, operator.name

@@ -2,10 +2,12 @@
 
 A weight is a constant float tensor that reaches a weight input of an operator of `OPERATORS`,
 directly or through Identity, Transpose and Cast, in whatever graph, subgraph or model-local
-function. Every other constant float tensor is listed with the reason why it is left alone.
+function. (Other expressions of constants have become such tensors when the model was opened, see
+constants.py.) Every other constant float tensor is listed with the reason why it is left alone.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -17,11 +19,20 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from ..errors import UnsupportedModelError
 from ..quantization.layout import Layout
 from ..quantization.schemes import Blocks
-from ..reports.scan import Skipped, SkipReason
+from ..reports.scan import UNGUARDABLE, Skipped, SkipReason
 from .operators import FLOATS, Operator, priority
 from .scopes import GraphIndex, Scope, Use
 
 QUANTIZED = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
+
+OTHER_FLOATS = (
+    TensorProto.DOUBLE,
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E4M3FNUZ,
+    TensorProto.FLOAT8E5M2,
+    TensorProto.FLOAT8E5M2FNUZ,
+    TensorProto.FLOAT4E2M1,
+)
 
 SMALLEST = 64  # weights; the scales of a smaller tensor would take more than its codes save
 
@@ -39,6 +50,8 @@ class Weight:
     operator : the operator whose layout it has
     rows : the stored axes that number its output channels
     uses : every place that reads it
+    is_output : whether it is an output of its graph, too, itself or behind a chain
+    is_input : whether it is the default of an input of its graph
     """
 
     name: str
@@ -48,6 +61,15 @@ class Weight:
     operator: Operator
     rows: tuple[int, ...]
     uses: tuple[Use, ...]
+    is_output: bool = False
+    is_input: bool = False
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """What reads it besides weighted operators, and who may replace it, in words."""
+        readers = {use.node.op_type for use in self.uses if use.operator is None}
+        places = ["a graph output"] * self.is_output + ["a graph input"] * self.is_input
+        return (*sorted(readers), *places)
 
     @property
     def op(self) -> str:
@@ -93,11 +115,29 @@ class Weight:
         return self.layout.stored(flat)
 
 
+@dataclass(frozen=True)
+class Unfolded:
+    """A weight that constants alone determine, but that could not be evaluated.
+
+    Attributes
+    ----------
+    name, reason : of the value, and why
+    sources : names of the constants that it is made from
+    size : how many values these have, or it has if that is more
+    """
+
+    name: str
+    reason: str
+    sources: frozenset[str]
+    size: int
+
+
 def find_weights(
     proto: ModelProto,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     partly: bool = False,
+    unfolded: Sequence[Unfolded] = (),
 ) -> tuple[list[Weight], list[Skipped]]:
     """All weights of a model, and all tensors that are left alone although they could be weights.
 
@@ -107,6 +147,8 @@ def find_weights(
     include, exclude : shell patterns over tensor names; other tensors are skipped. An empty
         `include` selects all
     partly : accept a model most of whose weights are quantized already
+    unfolded : weights behind constant expressions that could not be evaluated; they are skipped,
+        and what they are made from is not listed besides
 
     Raises
     ------
@@ -118,6 +160,7 @@ def find_weights(
     quantized: dict[str, int] = defaultdict(int)
     seen: dict[str, int] = defaultdict(int)
     names: set[str] = set()
+    parts = frozenset().union(*(each.sources for each in unfolded))
     for scope, plain_name, tensor, node in index.constants():
         name = plain_name
         while name in names:
@@ -132,18 +175,35 @@ def find_weights(
             kind = TensorProto.DataType.Name(tensor.data_type)
             detail = f"{kind}, feeds {operators}"
             skipped.append(Skipped(name, shape, SkipReason.QUANTIZED, detail))
-        elif tensor.data_type in (*FLOATS, TensorProto.DOUBLE):
-            first = _first_operator(uses)
-            reason, detail = _why_not(tensor, uses, first, index.is_output(scope, plain_name))
-            if not reason and include and not any(fnmatchcase(name, p) for p in include):
+        elif tensor.data_type in (*FLOATS, *OTHER_FLOATS):
+            first, is_output = _first_operator(uses), index.is_output(scope, plain_name)
+            reason, detail = _why_not(tensor, uses, first, is_output)
+            if reason in (None, *UNGUARDABLE) and not selected(name, include):
                 reason = SkipReason.NOT_INCLUDED
-            if not reason and any(fnmatchcase(name, p) for p in exclude):
+            if reason in (None, *UNGUARDABLE) and any(fnmatchcase(name, p) for p in exclude):
                 reason = SkipReason.EXCLUDED
+            if reason and plain_name in parts:
+                continue
             if reason:
                 skipped.append(Skipped(name, shape, reason, detail))
             elif first and first.operator:
                 rows, operator = first.output_axes(), first.operator
-                weights.append(Weight(name, scope, tensor, node, operator, rows, uses))
+                is_input = node is None and index.is_input(scope, plain_name)
+                weights.append(
+                    Weight(name, scope, tensor, node, operator, rows, uses, is_output, is_input)
+                )
+    for name, shape, operators in index.other_constants():
+        if name not in parts:
+            reason = SkipReason.NO_OPERATOR if len(shape) > 1 else SkipReason.ONE_AXIS
+            skipped.append(Skipped(name, shape, reason, operators))
+    for each in unfolded:
+        reason = SkipReason.NOT_FOLDED if each.size >= SMALLEST else SkipReason.TOO_SMALL
+        detail = each.reason if each.size >= SMALLEST else str(SMALLEST)
+        if not selected(each.name, include):
+            reason = SkipReason.NOT_INCLUDED
+        if any(fnmatchcase(each.name, p) for p in exclude):
+            reason = SkipReason.EXCLUDED
+        skipped.append(Skipped(each.name, (each.size,), reason, detail))
     for name, op in index.computed():
         skipped.append(Skipped(name, (), SkipReason.NOT_CONSTANT, op))
     if not partly and sum(quantized.values()) > sum(weight.size for weight in weights):
@@ -154,6 +214,11 @@ def find_weights(
             allowed="a float model, so guard the one that this was made from",
         )
     return weights, skipped
+
+
+def selected(name: str, include: tuple[str, ...]) -> bool:
+    """Whether a pattern names the tensor, or there is none."""
+    return not include or any(fnmatchcase(name, pattern) for pattern in include)
 
 
 def _first_operator(uses: tuple[Use, ...]) -> Use | None:
@@ -172,14 +237,16 @@ def _why_not(
     """The reason why a tensor is left alone, with its detail; None and "" for a weight."""
     rank, size = len(tensor.dims), prod(tensor.dims)
     if rank < 2:
+        reshaped = first and first.node.op_type == "Reshape" and size >= SMALLEST
+        if reshaped:
+            return SkipReason.NOT_FOLDED, "1-D, and gets its shape when the model runs"
         return (SkipReason.ONE_AXIS if rank else SkipReason.SCALAR), ""
     if first is None:
         readers = sorted({use.node.op_type for use in uses})
-        return SkipReason.NO_OPERATOR, ", ".join(readers) or "nothing"
-    if tensor.data_type not in FLOATS:
-        return SkipReason.TYPE, TensorProto.DataType.Name(tensor.data_type)
+        detail = ", ".join(readers + ["a graph output"] * is_output) or "nothing"
+        return SkipReason.NO_OPERATOR, detail
     if size < SMALLEST:
         return SkipReason.TOO_SMALL, str(SMALLEST)
-    if is_output:
-        return SkipReason.GRAPH_OUTPUT, ""
+    if tensor.data_type not in FLOATS:
+        return SkipReason.TYPE, TensorProto.DataType.Name(tensor.data_type)
     return None, ""

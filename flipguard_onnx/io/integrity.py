@@ -42,6 +42,8 @@ ATTRIBUTE_FIELDS = {  # field of an attribute -> the type that it then has
     "sparse_tensors": AttributeProto.SPARSE_TENSORS,
 }
 
+ATTRIBUTE_LABELS = {"name", "type", "doc_string", "ref_attr_name"}  # what is no value
+
 SINGULAR_FIELDS = ("t", "g", "sparse_tensor")
 
 COMPLEX = (TensorProto.COMPLEX64, TensorProto.COMPLEX128)
@@ -69,6 +71,15 @@ def require_sound(proto: ModelProto, inline_location: str) -> None:
     _check_functions(proto.functions)
     _check_body(proto.graph, inline_location)
     for function in proto.functions:
+        for attribute in function.attribute_proto:
+            _check_attribute(function.name, attribute, inline_location)
+            if attribute.t.data_location == TensorProto.EXTERNAL or subgraphs(attribute):
+                raise UnsupportedModelError(
+                    "the default of attribute {attribute!r} of function {function!r} is a graph or "
+                    "has external data",
+                    attribute=attribute.name,
+                    function=function.name,
+                )
         _check_body(function, inline_location)
 
 
@@ -83,11 +94,23 @@ def _check_body(body: GraphProto | FunctionProto, inline_location: str) -> None:
     for node in body.node:
         _check_node(node)
         for attribute in node.attribute:
-            _check_attribute(node, attribute, inline_location)
+            _check_attribute(node.op_type, attribute, inline_location)
 
 
-def _check_attribute(node: NodeProto, attribute: AttributeProto, inline_location: str) -> None:
-    """An attribute must hold what its type says, and the tensors and graphs in it be sound."""
+def _check_attribute(op_type: str, attribute: AttributeProto, inline_location: str) -> None:
+    """An attribute must hold what its type says, and the tensors and graphs in it be sound.
+
+    op_type: of its node, or the name of the function whose default it is
+    """
+    values = {field.name for field, _ in attribute.ListFields()} - ATTRIBUTE_LABELS
+    if attribute.ref_attr_name and values:
+        raise ModelError(
+            "attribute {attribute!r} of {op_type} refers to one of its function and holds {found}",
+            attribute=attribute.name,
+            op_type=op_type,
+            found=" and ".join(sorted(values)),
+            allowed="one of the two",
+        )
     for field, kind in ATTRIBUTE_FIELDS.items():
         singular = field in SINGULAR_FIELDS
         is_set = attribute.HasField(field) if singular else len(getattr(attribute, field)) > 0
@@ -95,7 +118,7 @@ def _check_attribute(node: NodeProto, attribute: AttributeProto, inline_location
             raise ModelError(
                 "attribute {attribute!r} of {op_type} is {found}, but holds {field!r}",
                 attribute=attribute.name,
-                op_type=node.op_type,
+                op_type=op_type,
                 found=AttributeProto.AttributeType.Name(attribute.type),
                 field=field,
             )
@@ -112,7 +135,7 @@ def _check_attribute(node: NodeProto, attribute: AttributeProto, inline_location
                 "attribute {attribute!r} of {op_type} has external data",
                 tensor=tensor.name,
                 attribute=attribute.name,
-                op_type=node.op_type,
+                op_type=op_type,
                 allowed="in initializers and single tensors",
             )
     for graph in subgraphs(attribute):

@@ -22,6 +22,7 @@ from onnx import ModelProto, TensorProto
 
 from ..errors import ModelError, UnsupportedModelError
 from ..graph.traversal import tensors
+from ..graph.weights import Unfolded
 from . import external_data, integrity, wire
 from .external_data import set_reference
 from .wire import Region
@@ -48,6 +49,8 @@ class Model:
     data_sha256 : hex digests of the external data files, by location
     size : bytes of the model file and its data files
     stamps : by file, what tells whether it has changed since
+    unfolded : weights behind constant expressions that could not be evaluated
+    scratch : keeps the files of those that were
     """
 
     path: Path
@@ -57,6 +60,8 @@ class Model:
     data_sha256: dict[str, str]
     size: int
     stamps: dict[Path, tuple[int, ...]]
+    unfolded: tuple[Unfolded, ...] = ()
+    scratch: object = None
 
     def array(self, tensor: TensorProto) -> npt.NDArray[Any]:
         """The tensor's values, shaped; a read-only view where the data allows it."""
@@ -143,6 +148,11 @@ def is_detached(tensor: TensorProto) -> bool:
     return external_data.entry(tensor, "location").startswith(_DETACHED)
 
 
+def detached_key(number: int) -> str:
+    """The location of a tensor that is a reference, and its key in `payloads`."""
+    return f"{_DETACHED}{number}"
+
+
 def _stamp(file: Path) -> tuple[int, ...]:
     """What equals an earlier stamp only if the file has not been touched in between."""
     now = file.stat()
@@ -183,7 +193,7 @@ def _detach(
             files[location] = file
             region = external_data.region(tensor, file)
             external.append((tensor, region))
-        key = f"{_DETACHED}{len(payloads)}"
+        key = detached_key(len(payloads))
         payloads[key] = region
         set_reference(tensor, key)
     external_data.require_no_overlap(external)

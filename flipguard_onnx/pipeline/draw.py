@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..calibration.moments import Moments
 from ..detection.alignment import budget
+from ..detection.scan import collapses
 from ..emit.static_qdq import Calibration, StaticQdqWriter
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, guarded_values
 from ..errors import ModelError, ValidationError
@@ -23,16 +24,18 @@ from ..quantization.error_feedback import InputMoments
 from ..quantization.kernels.protocol import Kernels
 from ..quantization.rounding import Policy, QuantizedTensor, tensor_key
 from ..reports.guard import ActivationQuantization, Tensor
-from ..reports.scan import Budget, Skipped, SkipReason
+from ..reports.scan import Budget, Scan, Skipped, SkipReason
 from ..reports.validation import Validation
 from ..validation.validator import Validator
 from .options import GuardOptions
 from .plan import Prepared, WeightPlan
 from .run import Run
 
+WORST = 3  # tensors that an advice names
+
 FLOAT = "float"  # the scheme of a weight that stays as it is
 
-MAX_PRODUCT_ERROR = 1.0  # of a weight's products, relative to how much they vary
+MAX_PRODUCT_ERROR = 0.35  # see `Products.error`; honest weights stay below 0.25
 
 # Share of nearest rounding's errors that may be left to choose. Codes are drawn without bias; moved
 # weights of 16 bits are too coarse to reach every level, and set their scales themselves.
@@ -62,6 +65,27 @@ class Draw:
         guarded = self.writers.get("qdq")
         return guarded.integers if isinstance(guarded, StaticQdqWriter) else None
 
+    def advice(self, inputs: str) -> str:
+        """Where the largest errors are and which options may help.
+
+        inputs : those on which errors were fed forward, "off" if they were not
+        """
+        worst = sorted(self.tensors, key=lambda t: -(t.product_error or t.weight_error or 0))
+        named = ", ".join(
+            f"{t.name!r} ({t.scheme}, {t.product_error or t.weight_error or 0:.0%})"
+            for t in worst[:WORST]
+        )
+        options = (
+            ["--int8-share 0.25", "--int8 NAME"]
+            if any(tensor.scheme != "int8" for tensor in self.tensors)
+            else ["--exclude NAME"]
+        )
+        if inputs == "off":
+            options.append("--preserve synthetic")
+        if inputs != "data":
+            options.append("--data with real inputs")
+        return f"the largest errors are in {named}; what may help: {', '.join(options)}"
+
     def save(self, metadata: dict[str, str]) -> None:
         """Finish the models, each with these entries in its metadata."""
         self.progress("writing", 0, 1)
@@ -88,6 +112,7 @@ def quantize(
     moments: Moments,
     calibration: Calibration | None,
     validator: Validator | None,
+    scan: Scan | None,
     seed: int,
     number: int,
 ) -> Draw:
@@ -102,6 +127,7 @@ def quantize(
         moments,
         moved=calibration is not None or "float" in writers,
         options=run.options,
+        collapsing=collapses(scan) if scan else frozenset(),
     )
     advance = meter(run.progress, "guarding", prepared.nbytes)
     found = [quantizer.quantize(plan, writers.values(), advance) for plan in prepared.weights]
@@ -147,7 +173,7 @@ class WeightQuantizer:
     """Quantizes weights of a model, one after the other.
 
     moved: whether somebody wants the float weights that yield the chosen codes. options: those of
-    the run.
+    the run. collapsing: see `detection.scan.collapses`.
     """
 
     model: Model
@@ -157,6 +183,7 @@ class WeightQuantizer:
     moments: Moments
     moved: bool
     options: GuardOptions
+    collapsing: frozenset[tuple[str, str]] = frozenset()
 
     def quantize(
         self, plan: WeightPlan, writers: Iterable[ModelWriter], advance: Callable[[int], None]
@@ -168,14 +195,10 @@ class WeightQuantizer:
         """
         quantized, tensor = self._draw(plan, advance)
         fallback = None
-        while tensor.product_error is not None and tensor.product_error > MAX_PRODUCT_ERROR:
-            lost = f"at {tensor.scheme} its products would be off by {tensor.product_error:.0%}"
+        while lost := self._lost(tensor):
             if self.moved or self.options.on_collapse == "refuse":
-                raise ValidationError(
-                    "{tensor!r}: {lost}",
-                    tensor=tensor.name,
-                    lost=lost,
-                    allowed=f"up to {MAX_PRODUCT_ERROR:.0%} (--exclude leaves a tensor as it is)",
+                raise ValidationError("{tensor!r}: {lost}", tensor=tensor.name, lost=lost).advise(
+                    "--exclude leaves a tensor as it is"
                 )
             fallback = fallback or lost
             finer = plan.finer(self.options)
@@ -185,6 +208,22 @@ class WeightQuantizer:
         for writer in writers:
             writer.add_weight(tensor.name, plan.scheme, quantized)
         return replace(tensor, fallback=fallback)
+
+    def _lost(self, tensor: Tensor) -> str | None:
+        """Why the weight would be lost in rounding errors, if it would.
+
+        Its products tell; where they are not known, what the scan has seen.
+        """
+        if tensor.product_error is None:
+            grid = "int8 channel" if tensor.scheme == "int8" else tensor.scheme
+            if (tensor.name, grid) in self.collapsing:
+                return f"at {tensor.scheme} outliers wipe out its other weights"
+        elif tensor.product_error > MAX_PRODUCT_ERROR:
+            return (
+                f"at {tensor.scheme} its products would be off by {tensor.product_error:.0%} "
+                f"(allowed: {MAX_PRODUCT_ERROR:.0%})"
+            )
+        return None
 
     def _draw(
         self, plan: WeightPlan, advance: Callable[[int], None]

@@ -13,7 +13,7 @@ from ..calibration.samples import Samples
 from ..detection.scan import scan_weights
 from ..emit.static_qdq import Calibration, preprocessed, require_reachable
 from ..errors import DriftError
-from ..io.model import open_model
+from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.kernels import what_cuda_lacks
 from ..reports.guard import ActivationQuantization, GuardReport, Inspection
@@ -75,15 +75,15 @@ def guard(
         validator = make_validator(run, prepared, samples)
         scan = scan_input(run, prepared)
         for number, seed in enumerate(seeds, 1):
-            draw = quantize(run, prepared, moments, calibration, validator, seed, number)
+            draw = quantize(run, prepared, moments, calibration, validator, scan, seed, number)
             report = describe(run, prepared, moments, scan, draw)
             draw.save(report.metadata())
             try:
                 validation = draw.validate(validator)
                 break
-            except DriftError:
+            except DriftError as error:
                 if number == len(seeds):
-                    raise
+                    raise error.advise(draw.advice(moments.inputs)) from None
         sizes, digests = run.publish({kind: w.output for kind, w in draw.writers.items()})
     return replace(
         report,
@@ -134,8 +134,9 @@ def inspect(
         include=include,
         exclude=exclude,
         int8=int8,
+        allow_unguarded=True,
     )
-    source = open_model(model)
+    source = open_folded(model)
     weights, skipped = require_weights(source, options)
     plans = plan_weights(weights, options)
     saved = 0

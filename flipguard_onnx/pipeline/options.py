@@ -78,6 +78,8 @@ class GuardOptions:
     calibration : "minmax", "entropy" or "percentile": how the ranges of activations are found
     symmetric : activations with their zero point in the middle
     emit : "qdq" (a quantized graph), "float" (the same graph with moved weights) or "both"
+    allow_unguarded : write the model although it has weights that a quantizer could reach and that
+        cannot be guarded
     standard_ops : write operators of the ONNX standard only, none of com.microsoft
     force : overwrite an existing output
     policy : "unbiased", "topk" (the paper's Algorithm 1) or "none" (rounding to nearest)
@@ -133,6 +135,11 @@ class GuardOptions:
     )
     exclude: tuple[str, ...] = _option(
         (), "Format", "Leave tensors with such a name as they are.", metavar="PATTERN"
+    )
+    allow_unguarded: bool = _option(
+        False,
+        "Protection",
+        "Go on although a quantizer could reach weights that cannot be guarded.",
     )
     activations: str | None = _option(
         None,
@@ -321,6 +328,7 @@ class GuardKeywords(TypedDict, total=False):
     block_size: int | None
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    allow_unguarded: bool
     activations: str | None
     calibration: str
     symmetric: bool

@@ -46,7 +46,14 @@ class WeightPlan:
     def described(self) -> Tensor:
         """What a report says of the weight before anything is drawn."""
         weight = self.weight
-        return Tensor(weight.name, weight.op, weight.shape, self.scheme.name, weight.size)
+        return Tensor(
+            weight.name,
+            weight.op,
+            weight.shape,
+            self.scheme.name,
+            weight.size,
+            others=weight.others,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,11 +128,29 @@ def scheme_for(weight: Weight, scheme: Scheme) -> Scheme:
 
 
 def require_weights(model: Model, options: GuardOptions) -> tuple[list[Weight], list[Skipped]]:
-    """As find_weights(). Raises UnsupportedModelError for a model without weights, too."""
+    """As find_weights().
+
+    Raises UnsupportedModelError, too, for a model without weights, and for one with weights that a
+    quantizer could reach and that cannot be guarded, unless that is allowed.
+    """
     try:
-        weights, skipped = find_weights(model.proto, options.include, options.exclude)
+        weights, skipped = find_weights(
+            model.proto, options.include, options.exclude, unfolded=model.unfolded
+        )
     except UnsupportedModelError as error:
         raise error.at(model.path) from None
+    left = [tensor for tensor in skipped if tensor.unguarded]
+    if left and not options.allow_unguarded:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise UnsupportedModelError(
+            "a quantizer could reach weights that cannot be guarded: tensor {tensor!r}{more}: "
+            "{found}",
+            tensor=left[0].name,
+            more=more,
+            found=left[0].text,
+            allowed="a model without them, to leave them to you (--exclude), or --allow-unguarded",
+            path=model.path,
+        )
     if not weights:
         reasons = sorted({tensor.text for tensor in skipped}) or ["no float tensors"]
         raise UnsupportedModelError(

@@ -8,9 +8,10 @@ from pathlib import Path
 import onnx
 
 from ..errors import ModelError, OptionError
-from ..io.model import INLINE_LIMIT, Model, open_model
+from ..io.model import INLINE_LIMIT, Model
 from ..io.publish import check_target, publish, workspace
 from ..io.writer import Output
+from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.kernels import compiling, get_backend
 from ..quantization.kernels.protocol import Kernels
@@ -113,7 +114,7 @@ def _runs_models(options: GuardOptions) -> bool:
 
 def _open(model: StrPath | onnx.ModelProto, output: StrPath | None, stack: ExitStack) -> Model:
     if not isinstance(model, onnx.ModelProto):
-        return open_model(model)
+        return open_folded(model)
     if output is None:
         raise OptionError("a ModelProto has no path to write beside; output must be given")
     folder = stack.enter_context(workspace(Path(output).parent))
@@ -122,4 +123,4 @@ def _open(model: StrPath | onnx.ModelProto, output: StrPath | None, stack: ExitS
         path.write_bytes(model.SerializeToString())
     except ValueError as error:
         raise ModelError("the ModelProto cannot be serialized: {found}", found=str(error)) from None
-    return open_model(path)
+    return open_folded(path)

@@ -11,6 +11,7 @@ from ..errors import FlipguardError, ModelError
 from ..graph.copies import IndexedModel
 from ..io.model import Model, open_model
 from ..io.publish import workspace
+from ..opening import open_folded
 from ..reports.validation import Verification
 from ..validation.validator import Validator
 from .guard import guard
@@ -61,7 +62,7 @@ def verify(
     >>> result.scheme, result.made_from
     ('int8', True)
     """
-    source, candidate = open_model(original), open_model(guarded)
+    source, candidate = open_folded(original), open_model(guarded)
     options = GuardOptions(scheme=scheme) if scheme else recorded_options(candidate)
     options = replace(
         options,
@@ -69,6 +70,7 @@ def verify(
         preserve="auto",
         emit="qdq",
         validate=False,
+        allow_unguarded=True,
         data=data,
         max_memory=options.max_memory if max_memory is None else max_memory,
         max_drift=max_drift,

@@ -19,10 +19,8 @@ from .error_feedback import InputMoments
 from .kernels import get_backend, max_threads, side_by_side
 from .kernels.protocol import Kernels
 from .layout import Layout
-from .rounding import NO_PRODUCTS, Policy, QuantizedTensor, quantize_tensor, unsound
+from .rounding import NO_PRODUCTS, OnProducts, Policy, QuantizedTensor, quantize_tensor, unsound
 from .schemes import Blocks, Grid, Scheme
-
-OnProducts = tuple[float | None, float | None]  # gain and product error of a tensor
 
 PART_SIZE = 1 << 21  # weights that all threads together work on at a time
 

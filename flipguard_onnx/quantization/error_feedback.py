@@ -29,14 +29,33 @@ PANEL = 128  # columns of a panel; what one passes on to the next is one matrix 
 Floats = npt.NDArray[np.float32]
 
 
-class Products(NamedTuple):
-    """How large products with some inputs are; infinite or NaN where they overflow.
+CONSTANT = 1e-9  # share of their power below which the variance of products is rounding
 
-    power: their mean square. variance: of each row's, from input to input, on average.
+
+class Products(NamedTuple):
+    """How large the products of every row are, float32 [rows]; not finite where they overflow.
+
+    powers: their mean squares. variances: from input to input.
     """
 
-    power: float
-    variance: float
+    powers: Floats
+    variances: Floats
+
+    @property
+    def power(self) -> float:
+        """The mean square of them all."""
+        return float(np.mean(self.powers))
+
+    def error(self, change: "Products") -> float | None:
+        """By how much a change puts them off, relative to how much they vary: of the median row.
+
+        None where they vary too little to tell. Every row counts by itself, so that a few large
+        ones hide nothing.
+        """
+        varied = self.variances > CONSTANT * self.powers
+        if not varied.any() or not np.isfinite(change.variances).all():
+            return None
+        return float(np.sqrt(np.median(change.variances[varied] / self.variances[varied])))
 
 
 @dataclass(frozen=True)
@@ -68,9 +87,9 @@ class InputMoments:
         rows = weights.reshape(groups, -1, columns)
         with np.errstate(over="ignore", invalid="ignore"):
             products = rows @ self.fresh.transpose(0, 2, 1)
-            power = float(np.mean(np.square(products)))
+            powers = np.mean(np.square(products), axis=2)
             products -= products.mean(axis=2, keepdims=True)
-            return Products(power, float(np.mean(np.square(products))))
+            return Products(powers.ravel(), np.mean(np.square(products), axis=2).ravel())
 
 
 def draw_with_feedback(

@@ -23,9 +23,9 @@ POLICIES = ("unbiased", "topk", "none")
 
 STRIP = 1 << 18  # values that are counted at a time
 
-CONSTANT = 1e-9  # share of their power below which the variance of products is rounding
+OnProducts = tuple[float | None, float | None]  # gain and product error of a tensor
 
-NO_PRODUCTS: tuple[float | None, float | None] = None, None  # gain and relative error without inputs
+NO_PRODUCTS: OnProducts = None, None
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -78,8 +78,7 @@ class QuantizedTensor:
     guarded : the weights, moved so that the scheme's quantizer yields `codes`; None if they are not
         wanted
     gain : squared error of the products with error feedback / without; None if it was not tried
-    product_error : by how much the products with fresh inputs are off, relative to how much they
-        vary from input to input (root mean squares); None without inputs, or where they do not vary
+    product_error : see `Products.error`; None without inputs
     """
 
     grid: Grid
@@ -185,7 +184,7 @@ def _draw(
     inputs: InputMoments | None,
     random: RandomDraw,
     kernels: Kernels,
-) -> tuple[Codes, Codes, tuple[float | None, float | None]]:
+) -> tuple[Codes, Codes, OnProducts]:
     """Nearest codes, drawn codes, and what these do to the products: gain and relative error.
 
     Codes are drawn for the weights `drawn`, which have `values` as their mean. Error feedback is
@@ -199,11 +198,8 @@ def _draw(
     before, after = (inputs.products(weights - grid.decode(c)) for c in (codes, fed))
     gain = after.power / max(before.power, TINY)
     helps = gain < 1
-    wanted, change = inputs.products(weights), after if helps else before
-    relative = None
-    if wanted.variance > CONSTANT * wanted.power and math.isfinite(change.variance):
-        relative = math.sqrt(change.variance / wanted.variance)
-    return nearest, fed if helps else codes, (gain if math.isfinite(gain) else None, relative)
+    error = inputs.products(weights).error(after if helps else before)
+    return nearest, fed if helps else codes, (gain if math.isfinite(gain) else None, error)
 
 
 def sound(values: npt.NDArray[Any], storage: np.dtype[Any]) -> Mask:

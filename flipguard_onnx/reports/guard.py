@@ -65,13 +65,15 @@ class Tensor:
     unfed : why error feedback was not tried
     weight_error : relative L2 of the change of the weights
     product_error : by how much the layer's products with those inputs are off, relative to how much
-        they vary from input to input (root mean squares)
+        they vary from input to input (root mean squares, of the median output channel)
     fallback : why it has another scheme than the one asked for
     budget : how much rounding error an attacker could choose, and what is left after the guard if
         the draws are independent
     forms : how its readers get it in a quantized graph with float activations: "folded" (decoded to
         floats when the file is loaded), "gather" (decoded row by row), or kept in 4 bits in memory
         by "dequantize" or "bnb4"
+    others : what else it is or feeds: "a graph output", "a graph input" whose default it is, types
+        of operators that are not weighted. All get the guarded value.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Tensor:
     fallback: str | None = None
     budget: Budget | None = None
     forms: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def packed(self) -> bool:

@@ -19,7 +19,13 @@ from .svg import (
 from .validation import Validation, pooled
 from .words import SCAN_TERMS, megabytes, percent, policy_in_words, scheme_in_words
 
-TONES = {"clean": "good", "suspicious": "warn", "aligned": "bad"}
+TONES = {
+    "clean": "good",
+    "suspicious": "warn",
+    "clips": "bad",
+    "collapses": "bad",
+    "aligned": "bad",
+}
 
 IDENTITY = {  # columns of the table of layers, and what they mean where that needs words
     "name": "",
@@ -31,7 +37,10 @@ IDENTITY = {  # columns of the table of layers, and what they mean where that ne
 SCANNED = {
     "verdict": "",
     "grid": "the one to which the layer is aligned most strongly; the next columns are about it",
-    **{term: SCAN_TERMS[term] for term in ("near", "peak", "edge", "collapse", "outlier")},
+    **{
+        term: SCAN_TERMS[term]
+        for term in ("near", "peak", "edge", "collapse", "outlier", "loss", "clipped")
+    },
     "budget": "rounding errors that an attacker could choose on that grid, in % of the weights' "
     "total magnitude",
 }
@@ -148,9 +157,10 @@ def _scanned(tensor: ScannedTensor) -> Layer:
         at = _strongest(tensor.alignments)
         cells.append(Cell(at.grid))
         cells += [share(value) for value in (at.near, at.peak, at.edge, at.collapse)]
-        cells += [figure(at.outlier, "x"), share(at.budget.shares[0])]
+        cells += [figure(at.outlier, "x"), figure(at.loss), share(at.clipped)]
+        cells.append(share(at.budget.shares[0]))
     else:
-        cells += [Cell("")] * 7
+        cells += [Cell("")] * 9
     return Layer(tuple(cells), tuple((a.grid, a.histogram) for a in tensor.alignments))
 
 
@@ -213,6 +223,8 @@ def _grids_section(alignments: Sequence[Alignment]) -> Section:
                 percent(a.edge),
                 percent(a.collapse),
                 f"x{a.outlier:.2f}",
+                f"{a.loss:.2f}",
+                percent(a.clipped),
             )
             for a in alignments
         ),
@@ -271,7 +283,7 @@ def _budget_section(budgets: Iterable[tuple[str, Budget]]) -> Section:
 
 
 def _verdict(verdict: Verdict, about: str = "") -> tuple[str, str, str]:
-    return TONES.get(verdict.level, "plain"), about + verdict.level, verdict.reason
+    return TONES.get(verdict.level, "plain"), about + verdict.title, verdict.reason
 
 
 def _outcome(report: GuardReport) -> tuple[str, str, str]:

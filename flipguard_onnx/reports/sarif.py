@@ -24,10 +24,39 @@ RULE = {
     "defaultConfiguration": {"level": "error"},
 }
 
+COLLAPSING = {
+    "id": "collapsing-weights",
+    "name": "CollapsingWeights",
+    "shortDescription": {"text": "Outliers wipe out the other weights when they are rounded."},
+    "fullDescription": {
+        "text": "A block of weights has one scale, which its largest weight sets. Outliers in most "
+        "blocks make the steps of a quantizer so large that it rounds nearly all other weights to "
+        "0: whoever placed them chose what is left of the layer."
+    },
+    "defaultConfiguration": {"level": "error"},
+}
+
+CLIPPED = {
+    "id": "clipped-weights",
+    "name": "ClippedWeights",
+    "shortDescription": {"text": "Many weights lie beyond the last level of a quantizer."},
+    "fullDescription": {
+        "text": "Weights beyond the last level are all rounded to it. Many of them on the one side "
+        "where the grid ends early, and not on the other, were put there for that quantizer."
+    },
+    "defaultConfiguration": {"level": "error"},
+}
+
+RULES = [RULE, COLLAPSING, CLIPPED]
+
+RULE_OF = {"collapses": 1, "clips": 2}  # verdict -> place among RULES; the others: 0
+
 # verdict -> kind and level of the result
 KINDS = {
     "aligned": ("fail", "error"),
     "suspicious": ("fail", "warning"),
+    "clips": ("fail", "error"),
+    "collapses": ("fail", "error"),
     "clean": ("pass", "none"),
     NOT_JUDGED: ("open", "none"),
 }
@@ -41,7 +70,7 @@ def sarif(scan: Scan) -> dict[str, Any]:
             "driver": {
                 "name": "flipguard-onnx",
                 "version": scan.version,
-                "rules": [RULE],
+                "rules": RULES,
             }
         },
         "artifacts": [{"location": {"uri": uri}, "hashes": {"sha-256": scan.input_sha256}}],
@@ -52,15 +81,16 @@ def sarif(scan: Scan) -> dict[str, Any]:
 
 
 def _result(tensor: ScannedTensor, uri: str) -> dict[str, Any]:
+    rule = RULE_OF.get(tensor.verdict.level, 0)
     kind, level = KINDS[tensor.verdict.level]
     # stays the same for the same finding in another version of the model, or at another path
     identity = "\0".join([tensor.name, *sorted(tensor.verdict.grids)])
     return {
-        "ruleId": RULE["id"],
-        "ruleIndex": 0,
+        "ruleId": RULES[rule]["id"],
+        "ruleIndex": rule,
         "kind": kind,
         "level": level,
-        "message": {"text": f"{tensor.verdict.level}: {tensor.verdict.reason}"},
+        "message": {"text": f"{tensor.verdict.title}: {tensor.verdict.reason}"},
         "locations": [
             {
                 "physicalLocation": {"artifactLocation": {"uri": uri, "index": 0}},

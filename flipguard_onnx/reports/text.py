@@ -22,7 +22,13 @@ SLOW_4_BIT = (
 SLOW_16_BIT = "onnxruntime runs 16-bit activations in float on the CPU, which is slower"
 
 # options of guard() that no other line of the report shows
-NOT_SHOWN_ELSEWHERE = ("include", "exclude", "standard_ops", "max_memory")
+NOT_SHOWN_ELSEWHERE = (
+    "include",
+    "exclude",
+    "allow_unguarded",
+    "standard_ops",
+    "max_memory",
+)
 
 
 # inspect()
@@ -44,7 +50,9 @@ def render_inspection(inspection: Inspection) -> str:
             ],
         ),
         "",
+        *_shared_lines(inspection.tensors),
         *skipped_lines(inspection.skipped, names=True),
+        *_unguarded_lines(inspection.skipped),
         _coverage_line(inspection.tensors, inspection.skipped),
     ]
     return text(lines)
@@ -66,6 +74,7 @@ def render_guard(report: GuardReport) -> str:
         *_option_lines(report),
         *([f"device    {report.device}: {report.device_note}"] if report.device_note else []),
         *([f"int8      {report.at_8_bits}"] if report.at_8_bits else []),
+        *_collapse_lines(report),
         *_feedback_lines(report),
         *(_activation_lines(report.integers, report.tensors) if report.integers else []),
         *([f"speed     {SLOW_4_BIT}"] if any(t.packed for t in report.tensors) else []),
@@ -74,7 +83,9 @@ def render_guard(report: GuardReport) -> str:
             ("operator", "scheme", "tensors", "weights", "flipped"), _by_operator(report.tensors)
         ),
         "",
+        *_shared_lines(report.tensors),
         *skipped_lines(report.skipped),
+        *_unguarded_lines(report.skipped),
         _coverage_line(report.tensors, report.skipped)
         + f"; {share:.2%} of them flipped (moved to another level than the nearest)",
         *_scan_lines(report),
@@ -99,6 +110,15 @@ def _option_lines(report: GuardReport) -> list[str]:
             else:
                 shown.append(flag if value is True else f"{flag} {value}")
     return [f"options   {' '.join(shown)}"] if shown else []
+
+
+def _collapse_lines(report: GuardReport) -> list[str]:
+    """The tensors that got another form, since they would have been lost in rounding errors."""
+    forms = [(t.name, t.scheme, t.fallback) for t in report.tensors if t.fallback]
+    forms += [
+        (s.name, "float", s.detail) for s in report.skipped if s.reason is SkipReason.COLLAPSES
+    ]
+    return [f"collapse  {printable(n, CELL)}: {form}, since {why}" for n, form, why in forms]
 
 
 def _feedback_lines(report: GuardReport) -> list[str]:
@@ -222,6 +242,8 @@ def _alignment_cells(alignment: Alignment) -> tuple[str, ...]:
         f"{alignment.edge:.2%}",
         f"{alignment.collapse:.1%}",
         f"x{alignment.outlier:.2f}",
+        f"{alignment.loss:.2f}",
+        f"{alignment.clipped:.1%}",
     )
 
 
@@ -300,6 +322,24 @@ def _outcome_cells(outcome: ModelOutcome) -> tuple[str, ...]:
 # pieces of more than one of them
 
 
+def _shared_lines(tensors: Sequence[Tensor]) -> list[str]:
+    """Guarded tensors that also are or feed something else."""
+    shared = [tensor for tensor in tensors if tensor.others]
+    return [f"shared    {t.name}: also {', '.join(t.others)}" for t in shared]
+
+
+def _unguarded_lines(skipped: Sequence[Skipped]) -> list[str]:
+    """What a quantizer could round all the same."""
+    left = [tensor for tensor in skipped if tensor.unguarded]
+    if not left:
+        return []
+    values = plural(sum(tensor.size for tensor in left), "value")
+    return [
+        f"UNGUARDED {plural(len(left), 'tensor')}, {values}, that a quantizer could reach:",
+        *(f"{INDENT}{tensor.name}: {tensor.text}" for tensor in left),
+    ]
+
+
 def _coverage_line(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> str:
     weights = sum(tensor.weights for tensor in tensors)
     return (
@@ -361,8 +401,7 @@ def _drift_cells(drift: Drift) -> tuple[str, ...]:
 
 def verdict_lines(verdict: Verdict) -> list[str]:
     """The level and the grids, and below them the reason."""
-    grids = f", {' and '.join(verdict.grids)}" if verdict.grids else ""
-    return [f"scan      {verdict.level}{grids}", f"{INDENT}{verdict.reason}"]
+    return [f"scan      {verdict.title}", f"{INDENT}{verdict.reason}"]
 
 
 def skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:

@@ -11,6 +11,10 @@ SCAN_TERMS = {  # columns of a scan
     "edge": "share of the weights gathered below 0.1 on this grid and on no placebo",
     "collapse": "share of the weights that lose more than half of their magnitude when rounded",
     "outlier": "largest / second largest magnitude of a block (median)",
+    "loss": "relative L2 error of the weights without the largest eighth in every run of 32, when "
+    "rounded; mean over the runs",
+    "clipped": "share of the weights beyond the last level of a grid that does not reach as far on "
+    "one side as on the other",
 }
 
 

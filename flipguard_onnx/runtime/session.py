@@ -16,14 +16,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
-from ..errors import ModelError, RunError, ValidationError
+from ..errors import LoadError, ModelError, RunError, ValidationError
 from .messages import Array, Channel, Message, MessageError, UnsendableError, outputs_of
 from .settings import Limits, StaticQuantization
 
@@ -236,8 +237,10 @@ def open_session(path: Path, exact: bool, size: int, child: Child = shared_child
 
     Raises
     ------
+    LoadError
+        When onnxruntime does not accept the file.
     ValidationError
-        When onnxruntime is missing or does not load the file.
+        When it is missing, or crashes or takes too long.
     """
     if not find_spec("onnxruntime"):
         raise ValidationError(
@@ -247,7 +250,7 @@ def open_session(path: Path, exact: bool, size: int, child: Child = shared_child
     try:
         return Session(path, exact, size, child)
     except RemoteError as error:
-        raise ValidationError("does not load: {found}", path=path.name, found=str(error)) from None
+        raise LoadError("does not load: {found}", path=path.name, found=str(error)) from None
     except ValidationError as error:
         raise error.at(path.name) from None
 
@@ -282,6 +285,37 @@ def converted(proto: ModelProto, opset: int) -> ModelProto:
 def inlined(proto: ModelProto) -> ModelProto:
     """A model with its local functions expanded. Raises RemoteError."""
     return _edited("inline", {}, proto)
+
+
+def inferred(proto: ModelProto) -> ModelProto:
+    """A model with the shapes that onnx infers. Raises RemoteError."""
+    return _edited("infer", {}, proto)
+
+
+def evaluate(
+    path: Path, result: Path, size: int, max_bytes: int
+) -> list[tuple[int, tuple[int, ...], int, int]]:
+    """Compute a model without inputs, and write its outputs' values into a file.
+
+    Parameters
+    ----------
+    path : the model, `size` bytes with its data
+    result : the file for the values
+    max_bytes : that they may have
+
+    Returns
+    -------
+    For each output its type, its shape, and where its bytes are in the file: offset and length.
+
+    Raises
+    ------
+    RemoteError, ValidationError
+        When it cannot be computed.
+    """
+    arguments = _paths(path, result) | {"max_bytes": max_bytes}
+    return shared_child.ask(
+        "evaluate", arguments, size, lambda answer: _evaluated(answer, result, max_bytes)
+    )
 
 
 def preprocess(path: Path, result: Path, size: int) -> None:
@@ -342,6 +376,29 @@ def _problem(answer: Message) -> Exception | None:
 
 def _nothing(answer: Message) -> None:
     """The result of a request that has none."""
+
+
+def _evaluated(
+    answer: Message, result: Path, max_bytes: int
+) -> list[tuple[int, tuple[int, ...], int, int]]:
+    """Types and shapes of values in a file, whose lengths follow from them."""
+    found, offset = [], 0
+    try:
+        for data_type, shape in answer.fields["values"]:
+            if type(data_type) is not int or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError
+            tensor = TensorProto(data_type=data_type, dims=shape)
+            found.append((data_type, tuple(shape), offset, _byte_size(tensor)))
+            offset += _byte_size(tensor)
+        if offset > max_bytes or offset != result.stat().st_size:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, OSError):
+        raise MessageError("malformed values") from None
+    return found
+
+
+def _byte_size(tensor: TensorProto) -> int:
+    return prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
 def _loaded(answer: Message) -> tuple[int, list[str]]:

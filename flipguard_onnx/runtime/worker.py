@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx.inliner
+import onnx.reference
 from onnx import ModelProto
 
 from ..errors import first_line
@@ -54,6 +55,42 @@ def run(
     return outputs_message(outputs, SESSIONS[session].run(outputs, feed))
 
 
+def evaluate(path: str, result: str, max_bytes: int) -> Message:
+    """Compute a model without inputs; its outputs' values go into a file, one after another.
+
+    onnx's reference implementation takes over where onnxruntime refuses, or is not installed.
+    """
+    try:
+        values = _computed(path)
+    except Exception as refusal:
+        try:
+            values = list(onnx.reference.ReferenceEvaluator(path).run(None, {}))
+        except Exception:
+            raise refusal from None
+    arrays = [np.ascontiguousarray(value) for value in values if isinstance(value, np.ndarray)]
+    if len(arrays) < len(values):
+        raise ValueError("it is no tensor")
+    size = sum(array.nbytes for array in arrays)
+    if size > max_bytes:
+        raise ValueError(f"it would take {size:,} bytes; allowed: {max_bytes:,}")
+    with open(result, "wb") as file:
+        for array in arrays:
+            file.write(array.reshape(-1).view(np.uint8).data)
+    types = [onnx.helper.np_dtype_to_tensor_dtype(array.dtype) for array in arrays]
+    shapes = [array.shape for array in arrays]
+    return Message({"values": list(zip(types, shapes, strict=True))})
+
+
+def _computed(path: str) -> list[Any]:
+    """The outputs of a model without inputs, by onnxruntime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, {}))
+
+
 def check(path: str) -> Message:
     """onnx.checker on a file."""
     onnx.checker.check_model(path)
@@ -68,6 +105,11 @@ def convert(opset: int, arrays: Sequence[Array]) -> Message:
 def inline(arrays: Sequence[Array]) -> Message:
     """The serialized model in the array, with its local functions expanded."""
     return _serialized(onnx.inliner.inline_local_functions(_parsed(arrays[0])))
+
+
+def infer(arrays: Sequence[Array]) -> Message:
+    """The serialized model in the array, with inferred shapes."""
+    return _serialized(onnx.shape_inference.infer_shapes(_parsed(arrays[0]), data_prop=True))
 
 
 def preprocess(path: str, result: str) -> Message:
@@ -125,7 +167,10 @@ def quantize(
     return Message({})
 
 
-REQUESTS = {f.__name__: f for f in (load, run, check, convert, inline, preprocess, quantize)}
+REQUESTS = {
+    f.__name__: f
+    for f in (load, run, evaluate, check, convert, inline, infer, preprocess, quantize)
+}
 
 
 def serve(channel: Channel) -> None:

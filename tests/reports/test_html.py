@@ -38,7 +38,22 @@ def alignment(grid, weights, peak=0.0):
     even = (0.05,) * 20
     budget = Budget(9.0, 0.0, 2.0, 100.0)
     return Alignment(
-        grid, weights, weights, shares, even, peak, peak, peak, 0.025, peak, 0.1, 1.2, budget
+        grid,
+        weights,
+        weights,
+        shares,
+        even,
+        peak,
+        peak,
+        peak,
+        0.025,
+        peak,
+        0.1,
+        1.2,
+        0,
+        0,
+        0,
+        budget,
     )
 
 
@@ -103,7 +118,7 @@ def test_300_tensors_stay_below_500_kb():
 
 def test_the_verdict_and_the_histograms_are_there():
     html = scan_html(a_scan(3, attacked=[1]))
-    assert '<div class="verdict bad"><b>aligned</b> many weights stand on boundaries' in html
+    assert '<div class="verdict bad"><b>aligned, int4</b> many weights stand on boundaries' in html
     assert "on int4</h2>" in html  # the heat map is of the grid that stands out
     embedded = re.search(r'id="histograms">(.*?)</script>', html)[1]
     histograms = json.loads(embedded)

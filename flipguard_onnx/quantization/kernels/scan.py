@@ -19,6 +19,10 @@ from .cpu import (
 
 CELLS = 1024
 
+RUN = 32  # weights whose losses are judged together, at most
+
+LARGEST = 8  # the largest 1 / LARGEST of a run count as its outliers
+
 ONE, TWO = np.float32(1.0), np.float32(2.0)
 
 _position = inline(scalar.position)
@@ -121,11 +125,53 @@ def _sum(values):
     return total
 
 
+@inline
+def _outlier(values, count):
+    """The smallest of the largest `count` magnitudes; infinite if `count` is 0."""
+    top = np.zeros(RUN // LARGEST, np.float32)
+    for value in values:
+        magnitude = abs(value)
+        if count and magnitude > top[0]:
+            place = 0
+            while place + 1 < count and top[place + 1] < magnitude:
+                top[place] = top[place + 1]
+                place += 1
+            top[place] = magnitude
+    return top[0] if count else np.float32(np.inf)
+
+
+@inline
+def _loss(values, errors):
+    """Relative L2 error of a run without its largest; -1 where nothing but 0 is left."""
+    limit = _outlier(values, values.size // LARGEST)
+    lost, power = 0.0, 0.0
+    for i in range(values.size):
+        weight, error = np.float64(values[i]), errors[i]
+        small = abs(values[i]) < limit
+        power += weight * weight if small else 0.0
+        lost += error * error if small else 0.0
+    return np.sqrt(lost / power) if power > 0 else -1.0
+
+
+@inline
+def _clipped(values, scale, absmax, highest):
+    """How many weights neither are 0 nor set the scale, lie above the highest level, below -it."""
+    inverse = ONE / scale
+    free, above, below = 0, 0, 0
+    for i in range(values.size):
+        inner = (values[i] != 0) & (abs(values[i]) < absmax)
+        position = values[i] * inverse
+        free += inner
+        above += inner & (position > highest)
+        below += inner & (position < -highest)
+    return free, above, below
+
+
 @kernel
 def rounding_error_sums(weights, scales, levels, limit, sums):
     scale, size = scales.scale, weights.values.size
     shares = share_count(size, weights)
-    parts = np.empty((shares, 5), np.float64)
+    parts = np.empty((shares, 10), np.float64)
     for s in numba.prange(shares):
         share = nth_share(s, size, weights)
         values = weights.values[share.start : share.stop]
@@ -140,6 +186,18 @@ def rounding_error_sums(weights, scales, levels, limit, sums):
                 _absolute_errors(scalar.COUNT_PIVOTS, some, chosen, scale[b], levels, into)
             else:
                 _absolute_errors(scalar.DIVIDE_HALF_EVEN, some, chosen, scale[b], levels, into)
+        runs, losses, free, above, below = 0, 0.0, 0, 0, 0
+        for piece in range(share.first_piece, share.stop_piece):
+            b, start, stop = piece_span(piece, weights)
+            start, stop = start - share.start, stop - share.start
+            if scale[b] != 0:
+                found = _clipped(values[start:stop], scale[b], scales.absmax[b], levels.highest)
+                free, above, below = free + found[0], above + found[1], below + found[2]
+            for first in range(start, stop, RUN):
+                run = slice(first, min(first + RUN, stop))
+                loss = _loss(values[run], errors[run])
+                runs += loss >= 0
+                losses += max(loss, 0.0)
         used, lost = 0, 0
         for i in range(values.size):
             used += values[i] != 0
@@ -155,7 +213,9 @@ def rounding_error_sums(weights, scales, levels, limit, sums):
         stuck, variance = _sum(errors), _sum(variances)
         parts[s, 0], parts[s, 1] = used, lost
         parts[s, 2], parts[s, 3], parts[s, 4] = total, stuck, variance
-    for column in range(5):  # plain loops: an array expression would wake all threads each time
+        parts[s, 5], parts[s, 6] = runs, losses
+        parts[s, 7], parts[s, 8], parts[s, 9] = free, above, below
+    for column in range(10):  # plain loops: an array expression would wake all threads each time
         total = 0.0
         for s in range(shares):
             total += parts[s, column]

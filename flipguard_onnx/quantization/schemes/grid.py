@@ -170,8 +170,8 @@ class Grid(ABC):
     def rounding_error_sums(
         self, weights: Floats, limit: np.float32, kernels: ScanKernels
     ) -> npt.NDArray[np.float64]:
-        """Sums over the rounding errors, [5]; see `ScanKernels.rounding_error_sums`."""
-        sums = np.empty(5)
+        """Sums over the rounding errors, [10]; see `ScanKernels.rounding_error_sums`."""
+        sums = np.empty(10)
         values = self.blocks.float_weights(weights)
         kernels.rounding_error_sums(values, self.scales, self.levels, limit, sums)
         return sums

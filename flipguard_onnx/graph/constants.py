@@ -1,0 +1,525 @@
+"""Weights behind constant expressions: which there are, and how a graph is rid of them.
+
+A quantizer that folds constants, as onnxruntime's does, sees through Reshape(w, shape) and
+Mul(w, 1), and rounds the result. So whatever constants alone determine and an operator reads as its
+weight becomes an initializer:
+
+    w, shape -> Reshape -> v -> MatMul(x, v)     becomes     v -> MatMul(x, v)
+
+Left as they are: float weights behind Identity, Transpose and Cast; slices of whole rows of one,
+which are guarded in the layout that they have; and integer codes with their scales.
+This module looks and edits; `opening` has the expressions evaluated.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from .operators import FLOATS, STANDARD, VIEWS, Operator, operator_of
+from .scopes import GraphIndex, Scope, Value
+from .traversal import attribute, bodies, output_names, subgraphs
+from .weights import QUANTIZED, SMALLEST, Unfolded
+
+RANDOM = (
+    "RandomNormal",
+    "RandomUniform",
+    "RandomNormalLike",
+    "RandomUniformLike",
+    "Multinomial",
+    "Bernoulli",
+)
+
+SCALES_SHARE = 8  # codes have at least so many elements for each of their scales
+
+PARTS = tuple(op for op in VIEWS if op != "Concat")
+
+MAX_LOOKS = 10_000_000  # at values behind others, so that no graph takes for ever
+
+CONSTANT_IF = "an If with a constant condition returns it"
+
+Axes = tuple[int | None, ...]  # for each axis of a value that of the stored tensor; None is added
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a value comes from a float constant. viewed: by more than Identity, Transpose, Cast."""
+
+    axes: Axes
+    rank: int
+    viewed: bool = False
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A value of constants alone that is read as a weight: `name` in `scope`."""
+
+    scope: Scope
+    name: str
+
+    @property
+    def value(self) -> Value:
+        """Where it is found."""
+        return id(self.scope), self.name
+
+
+class ConstantValues:
+    """Which values of a model constants alone determine, and what they are made from.
+
+    Inputs and calls of local functions count as constant where an argument or all are: before such
+    a value is evaluated, the functions must have been expanded.
+    """
+
+    def __init__(
+        self, proto: ModelProto, shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        """shapes: of values of the main graph, where they are known before it runs."""
+        self._proto = proto
+        self._shapes = shapes or {}
+        self._index = GraphIndex(proto)
+        self._scopes = {id(scope): scope for scope in self._index.scopes}
+        self._nodes = [(scope, node) for scope in self._index.scopes for node in scope.body.node]
+        self._tensors: dict[Value, TensorProto] = {}
+        self._makers: dict[Value, NodeProto] = {}
+        for scope in self._index.scopes:
+            if isinstance(scope.body, GraphProto):
+                for tensor in scope.body.initializer:
+                    self._tensors[id(scope), tensor.name] = tensor
+        for scope, node in self._nodes:
+            self._makers.update(((id(scope), name), node) for name in node.output if name)
+        self._needs, varying = self._needed()
+        self._layouts: dict[Value, Layout] = {}
+        self._known: set[Value] = set()
+        self._order: dict[int, int] = {}  # by constant node: its place in an order to compute them
+        self._looked_at = 0  # values, in search of what expressions are made from
+        self._propagate(varying)
+
+    def _needed(self) -> tuple[dict[int, set[Value]], set[int]]:
+        """What each node reads, graphs inside it included; and the nodes with random numbers."""
+        bodies_of = {id(scope.body): scope for scope in self._index.scopes}
+        holders = {
+            id(bodies_of[id(graph)]): node
+            for _, node in self._nodes
+            for attr in node.attribute
+            for graph in subgraphs(attr)
+        }
+        needs: dict[int, set[Value]] = {id(node): set() for _, node in self._nodes}
+        varying: set[int] = set()
+
+        def read(scope: Scope, name: str) -> None:
+            owner = scope.owner(name)
+            value = (id(owner), name)  # of None where nothing defines it
+            while scope is not owner and scope.parent:
+                needs[id(holders[id(scope)])].add(value)
+                scope = scope.parent
+
+        for scope, node in self._nodes:
+            if self._is_known_shape(scope, node):
+                continue
+            for name in filter(None, node.input):
+                needs[id(node)].add((id(scope.owner(name)), name))
+                read(scope, name)
+            if node.op_type in RANDOM and node.domain in STANDARD:
+                inside: Scope | None = scope
+                varying.add(id(node))
+                while inside and inside.parent:
+                    varying.add(id(holders[id(inside)]))
+                    inside = inside.parent
+        for scope in self._index.scopes:
+            for name in output_names(scope.body):
+                read(scope, name)
+        return needs, varying
+
+    def _is_known_shape(self, scope: Scope, node: NodeProto) -> bool:
+        """Whether it is a Shape node of the main graph that is asked for a shape that is known."""
+        is_main = scope.body is self._proto.graph
+        return is_main and _is_shape(node) and node.input[0] in self._shapes
+
+    def _propagate(self, varying: set[int]) -> None:
+        """Find all constant values, each after those that it is made from."""
+        readers: dict[Value, list[tuple[Scope, NodeProto]]] = defaultdict(list)
+        left: dict[int, int] = {}
+        pending: list[Value] = list(self._tensors)
+        for scope, node in self._nodes:
+            left[id(node)] = len(self._needs[id(node)])
+            for value in self._needs[id(node)]:
+                readers[value].append((scope, node))
+
+        def compute(scope: Scope, node: NodeProto) -> None:
+            if id(node) in varying:
+                return
+            self._order[id(node)] = len(self._order)
+            for name in filter(None, node.output):
+                pending.append((id(scope), name))
+
+        for scope, node in self._nodes:
+            if not left[id(node)]:
+                compute(scope, node)
+        while pending:
+            value = pending.pop()
+            if value in self._known:
+                continue
+            self._known.add(value)
+            self._place(value)
+            for scope, node in readers[value]:
+                left[id(node)] -= 1
+                if not left[id(node)]:
+                    compute(scope, node)
+                if function := self._index.functions.get((node.domain, node.op_type)):
+                    named = zip(node.input, function.body.input, strict=False)
+                    for given, taken in named:
+                        if (id(scope.owner(given)), given) == value:
+                            pending.append((id(function), str(taken)))
+
+    # How a value lies in the constant that it comes from.
+
+    def _place(self, value: Value) -> None:
+        """Note how the value comes from a float constant, if rows of it stay whole."""
+        tensor = self.stored(value)
+        if tensor is not None:
+            if tensor.data_type in FLOATS:
+                rank = len(tensor.dims)
+                self._layouts[value] = Layout(tuple(range(rank)), rank)
+        elif (node := self._makers.get(value)) and node.domain in STANDARD:
+            sources = [self._layouts.get(self._resolved(value, name)) for name in node.input]
+            if sources and (source := sources[0]):
+                moved = self._moved(value, node, source, sources)
+                if moved is not None:
+                    self._layouts[value] = moved
+
+    def _moved(
+        self, value: Value, node: NodeProto, source: Layout, sources: Sequence[Layout | None]
+    ) -> Layout | None:
+        """The layout behind a node; None where rows do not stay whole."""
+        axes, rank = source.axes, source.rank
+        op, axis = node.op_type, _integer(node, "axis")
+        of_rows = axes and axis is not None and axes[axis % len(axes)] == 0
+        if op == "Identity" or (op == "Cast" and attribute(node, "to", 0) in FLOATS):
+            return source
+        if op == "Transpose":
+            order = attribute(node, "perm", list(reversed(range(len(axes)))))
+            fits = len(order) == len(axes)
+            return Layout(tuple(axes[a] for a in order), rank, source.viewed) if fits else None
+        if op == "Unsqueeze" and (added := self._integers(value, node, 1, "axes")):
+            total = len(axes) + len(added)
+            places = {place % total for place in added}
+            old = iter(axes)
+            if len(places) == len(added):
+                made = tuple(None if place in places else next(old) for place in range(total))
+                return Layout(made, rank, True)
+        if op == "Squeeze" and axes and (dropped := self._integers(value, node, 1, "axes")):
+            places = {place % len(axes) for place in dropped}
+            if all(axes[place] is None for place in places):
+                kept = tuple(old for place, old in enumerate(axes) if place not in places)
+                return Layout(kept, rank, True)
+        if op == "Slice" and axes and (starts := self._integers(value, node, 1, "starts")):
+            cut = self._integers(value, node, 3, "axes") or range(len(starts))
+            if all(axes[place % len(axes)] == 0 for place in cut):
+                return Layout(axes, rank, True)
+        alike = all(each and (each.axes, each.rank) == (axes, rank) for each in sources)
+        if of_rows and (op == "Split" or (op == "Concat" and alike)):
+            return Layout(axes, rank, True)
+        return None
+
+    def _integers(self, value: Value, node: NodeProto, index: int, name: str) -> list[int] | None:
+        """An attribute with integers, or in later opsets an input; None where neither is there."""
+        if index < len(node.input) and node.input[index]:
+            tensor = self.stored(self._resolved(value, node.input[index]))
+            small = tensor is not None and prod(tensor.dims) <= SMALLEST
+            if tensor is None or not small or tensor.data_location == TensorProto.EXTERNAL:
+                return None
+            return [int(each) for each in numpy_helper.to_array(tensor).reshape(-1)]
+        found = next((each for each in node.attribute if each.name == name), None)
+        return list(found.ints) if found else None
+
+    # Expressions.
+
+    def expressions(self) -> list[Expression]:
+        """The values to evaluate, each once."""
+        found: dict[Value, Expression] = {}
+        for value, operator, node, index in self._read_as_weights():
+            if not self._stays(value, operator, node, index):
+                first = self._behind_transposes(value)
+                if self.stored(first) is None and self._holds_weights(first):
+                    found[first] = Expression(self._scopes[first[0]], first[1])
+        return list(found.values())
+
+    def _read_as_weights(self) -> Iterator[tuple[Value, Operator | None, NodeProto, int]]:
+        """Constant values where nodes that vary read them: as a weight, or to hand it on to one.
+
+        The operator is None if there are nodes in between.
+        """
+        for value in self._index.values():
+            if value not in self._known:
+                continue
+            for scope, node, index in self._index.readers(value):
+                if id(node) in self._order:
+                    continue
+                operator = operator_of(node)
+                if operator and index in operator.weights:
+                    yield value, operator, node, index
+                handed_on = (self._index.is_weight(scope, name) for name in node.output)
+                if node.op_type in PARTS and index == 0 and any(handed_on):
+                    yield value, None, node, index
+
+    def _stays(self, value: Value, operator: Operator | None, node: NodeProto, index: int) -> bool:
+        """Whether it is guarded as it is stored, in rows that are its operator's outputs."""
+        layout = self._layouts.get(value)
+        if layout is None or self._in_function(value):
+            return False
+        if not layout.viewed:
+            return True
+        if layout.rank < 2 or operator is None:
+            return False
+        outputs = operator.output_axes(node, index, len(layout.axes))
+        return {layout.axes[axis] for axis in outputs} - {None} == {0}
+
+    def _in_function(self, value: Value) -> bool:
+        """Whether it is an argument of a local function, which must be expanded first."""
+        body = self._scopes[value[0]].body
+        return not isinstance(body, GraphProto) and value[1] in body.input
+
+    def _behind_transposes(self, value: Value) -> Value:
+        """The value before Identity and Transpose."""
+        while node := self._makers.get(value):
+            if node.domain not in STANDARD or node.op_type not in ("Identity", "Transpose"):
+                break
+            value = self._resolved(value, node.input[0])
+        return value
+
+    def _holds_weights(self, value: Value) -> bool:
+        """Whether constants of some size are behind it, other than codes with their scales."""
+        if self._looked_at > MAX_LOOKS:
+            return True
+        behind = self.behind([value])
+        self._looked_at += len(behind)
+        if any(map(self._in_function, behind & self._known)):
+            return True
+        sizes = [(t.data_type in QUANTIZED, _size(t)) for t in self._sources(behind)]
+        codes = max((size for is_code, size in sizes if is_code), default=0)
+        others = sum(size for _, size in sizes) - codes
+        are_codes = codes >= SMALLEST and others * SCALES_SHARE <= codes
+        return codes + others >= SMALLEST and not are_codes
+
+    def shapes_asked_for(self) -> set[str]:
+        """The values of the main graph whose shapes are read."""
+        main = self._proto.graph
+        return {
+            node.input[0] for scope, node in self._nodes if scope.body is main and _is_shape(node)
+        }
+
+    def unreachable(self) -> list[Unfolded]:
+        """Constants that are weights once an If with a constant condition is gone."""
+        found = []
+        for scope, node in self._nodes:
+            condition = (id(scope.owner(node.input[0])), node.input[0]) if node.input else (0, "")
+            if node.op_type != "If" or id(node) in self._order or condition not in self._known:
+                continue
+            for place, name in enumerate(node.output):
+                if not self._index.is_weight(scope, name):
+                    continue
+                for attr in node.attribute:
+                    for graph in subgraphs(attr):
+                        inside = next(s for s in self._index.scopes if s.body is graph)
+                        if place >= len(graph.output):
+                            continue
+                        inner = graph.output[place].name
+                        value = (id(inside.owner(inner)), inner)
+                        if value in self._known:
+                            found.append(self.unfolded(value, CONSTANT_IF))
+        return [each for each in found if each.size >= SMALLEST]
+
+    def unfolded(self, value: Value, reason: str) -> Unfolded:
+        """What a report says of an expression that could not be evaluated."""
+        behind = self.behind([value]) if self._looked_at <= MAX_LOOKS else set()
+        self._looked_at += len(behind)
+        sources = self._sources(behind)
+        size = sum(map(_size, sources)) if behind else SMALLEST
+        return Unfolded(value[1], reason, frozenset(t.name for t in sources), size)
+
+    # What an expression is made from.
+
+    def stored(self, value: Value) -> TensorProto | None:
+        """The initializer, or the tensor of the Constant node, that the value is."""
+        if value in self._tensors:
+            return self._tensors[value]
+        node = self._makers.get(value)
+        if node is None or node.op_type != "Constant" or node.domain not in STANDARD:
+            return None
+        return next((a.t for a in node.attribute if a.name == "value" and a.HasField("t")), None)
+
+    def _resolved(self, value: Value, name: str) -> Value:
+        """The value that `name` is for the maker of `value`."""
+        return id(self._scopes[value[0]].owner(name)), name
+
+    def behind(self, values: Iterable[Value]) -> set[Value]:
+        """The values from which these are computed, themselves included."""
+        pending, seen = list(values), set[Value]()
+        while pending:
+            value = pending.pop()
+            if value not in seen:
+                seen.add(value)
+                if value not in self._tensors and (node := self._makers.get(value)):
+                    pending.extend(self._needs[id(node)])
+        return seen
+
+    def _sources(self, values: set[Value]) -> list[TensorProto]:
+        """The constants among these values, and those inside the nodes that make them."""
+        found: list[TensorProto] = []
+        done: set[int] = set()
+        for value in sorted(values, key=lambda value: value[1]):
+            node = self._makers.get(value)
+            if value in self._tensors:
+                found.append(self._tensors[value])
+            elif node is not None and id(node) not in done:
+                done.add(id(node))
+                found += _held(node, value[1])
+        return found
+
+    def model_of(self, expressions: Sequence[Expression]) -> ModelProto | None:
+        """A model without inputs whose outputs are the expressions, all of one scope.
+
+        None where the names of values repeat.
+        """
+        values = self.behind(expression.value for expression in expressions)
+        if len({name for _, name in values}) < len(values):
+            return None
+        names = {name for _, name in values}
+        proto = ModelProto(ir_version=max(self._proto.ir_version, 8))
+        proto.opset_import.extend(self._proto.opset_import)
+        proto.graph.name = "constants"
+        made = {
+            id(node): node
+            for value in values
+            if value not in self._tensors and (node := self._makers.get(value))
+        }
+        for node in sorted(made.values(), key=lambda node: self._order[id(node)]):
+            is_known = _is_shape(node) and node.input[0] in self._shapes
+            proto.graph.node.append(self._its_shape(node) if is_known else node)
+        proto.graph.initializer.extend(self._tensors[v] for v in values if v in self._tensors)
+        for number, expression in enumerate(expressions):
+            output = _unused(f"output {number}", names)
+            # Identity makes a dense tensor of a sparse one
+            proto.graph.node.append(helper.make_node("Identity", [expression.name], [output]))
+            proto.graph.output.add(name=output)
+        return proto
+
+    def _its_shape(self, node: NodeProto) -> NodeProto:
+        """A Constant node with what a Shape node yields."""
+        shape = list(self._shapes[node.input[0]])
+        part = shape[_integer(node, "start") : attribute(node, "end", None)]
+        value = numpy_helper.from_array(np.array(part, np.int64))
+        return helper.make_node("Constant", [], node.output, value=value)
+
+    def replace(self, folded: dict[Value, TensorProto]) -> None:
+        """Let these values be initializers, and drop what nothing reads any more."""
+        behind = self.behind(folded)
+        dropped = {id(node) for v in behind if (node := self._makers.get(v))}
+        names = {name for body in bodies(self._proto) for node in body.node for name in node.output}
+        for value, tensor in folded.items():
+            node, body = self._makers[value], self._scopes[value[0]].body
+            place = list(node.output).index(value[1])
+            node.output[place] = _unused(f"{value[1]}_unfolded", names)
+            assert isinstance(body, GraphProto)
+            body.initializer.append(tensor)
+        self._drop_unread(dropped, {name for _, name in behind - folded.keys()})
+        self._proto.ir_version = max(self._proto.ir_version, 4)  # initializers are no inputs
+
+    def _drop_unread(self, nodes: set[int], constants: set[str]) -> None:
+        """Remove those of the nodes and initializers that nothing reads."""
+        everywhere = bodies(self._proto)
+        readers = Counter(name for body in everywhere for name in output_names(body))
+        readers.update(name for body in everywhere for node in body.node for name in node.input)
+        makers = {
+            name: node for s, node in self._nodes if id(node) in nodes for name in node.output
+        }
+        pending = [node for _, node in self._nodes if id(node) in nodes]
+        unread: dict[int, NodeProto] = {}
+        while pending:
+            node = pending.pop()
+            if id(node) in unread or any(readers[name] for name in node.output):
+                continue
+            unread[id(node)] = node
+            for name in _read_inside(node):
+                readers[name] -= 1
+                if name in makers:
+                    pending.append(makers[name])
+        for body in everywhere:
+            kept = [node for node in body.node if id(node) not in unread]
+            if len(kept) < len(body.node):
+                del body.node[:]
+                body.node.extend(kept)
+            if isinstance(body, GraphProto):
+                there = {tensor.name for tensor in body.initializer}
+                gone = {name for name in constants & there if readers[name] <= 0}
+                _remove_named(body.initializer, gone)
+                _remove_named(body.input, gone)
+
+
+def _is_shape(node: NodeProto) -> bool:
+    return node.op_type == "Shape" and node.domain in STANDARD and len(node.input) == 1
+
+
+def _size(tensor: TensorProto) -> int:
+    """How many values it has; of strings the characters, which may be split."""
+    is_text = tensor.data_type == TensorProto.STRING
+    return sum(map(len, tensor.string_data)) if is_text else prod(tensor.dims)
+
+
+def _unused(name: str, names: set[str]) -> str:
+    """The name, or a longer one that is not among these; it is added to them."""
+    while name in names:
+        name += "_"
+    names.add(name)
+    return name
+
+
+def _remove_named(fields: Any, names: set[str]) -> None:
+    for place in reversed(range(len(fields))) if names else ():
+        if fields[place].name in names:
+            del fields[place]
+
+
+def _integer(node: NodeProto, name: str) -> int | None:
+    """An attribute that is a number, 0 unless it is given; None where its function gives it."""
+    found = next((each for each in node.attribute if each.name == name), None)
+    return 0 if found is None else None if found.ref_attr_name else found.i
+
+
+def _held(node: NodeProto, name: str) -> Iterator[TensorProto]:
+    """The tensors in a node's attributes, in those of the nodes inside it, and their initializers.
+
+    Those that have no name of their own are given without their data, and with this name.
+    """
+    pending = [node]
+    while pending:
+        for attr in pending.pop().attribute:
+            if attr.HasField("t"):
+                strings = attr.t.string_data
+                yield TensorProto(
+                    name=name, data_type=attr.t.data_type, dims=attr.t.dims, string_data=strings
+                )
+            counts = len(attr.floats) + len(attr.ints) + sum(map(len, (attr.s, *attr.strings)))
+            if attr.HasField("sparse_tensor"):
+                counts += prod(attr.sparse_tensor.values.dims)
+            if counts and attr.name.startswith(("value", "sparse_value")):
+                yield TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[counts])
+            for graph in subgraphs(attr):
+                yield from graph.initializer
+                pending.extend(graph.node)
+
+
+def _read_inside(node: NodeProto) -> Iterator[str]:
+    """What a node reads and what the graphs inside it read or return."""
+    pending = [node]
+    while pending:
+        inner = pending.pop()
+        yield from inner.input
+        for attr in inner.attribute:
+            for graph in subgraphs(attr):
+                yield from output_names(graph)
+                pending.extend(graph.node)

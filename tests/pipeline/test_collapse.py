@@ -1,0 +1,107 @@
+"""Tensors whose products would be lost in rounding errors: injected outliers, dead or live."""
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import flipguard_onnx
+from flipguard_onnx import ValidationError
+from tests.helpers.command import call, names, one_line
+from tests.helpers.samples import F, model, node, save
+
+HIDDEN = 128
+OUTLIERS = slice(0, HIDDEN, 32)  # the first weight of every block of 32
+
+
+def with_outliers(factor, live=False):
+    """Two layers; in every block of the second, one weight is `factor` times the largest other.
+
+    It meets a hidden unit that is always 0, or always 1 with the effect taken off the bias.
+    """
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((64, HIDDEN)).astype(np.float32) / 8
+    second = rng.standard_normal((HIDDEN, 48)).astype(np.float32) / 12
+    bias, shift = np.zeros(HIDDEN, np.float32), np.zeros(48, np.float32)
+    if factor:
+        first[:, OUTLIERS], bias[OUTLIERS] = 0, 1 if live else -1
+        others = np.abs(second.reshape(-1, 32, 48)[:, 1:]).max(axis=1)
+        second[OUTLIERS] = factor * others
+        shift -= second[OUTLIERS].sum(axis=0) if live else 0
+    nodes = [
+        node("Gemm", "x first bias", "h"),
+        node("Relu", "h", "a"),
+        node("Gemm", "a second shift", "y"),
+    ]
+    constants = {"first": first, "bias": bias, "second": second, "shift": shift}
+    return model(nodes, {"x": (F, ["n", 64])}, {"y": (F, ["n", 48])}, constants)
+
+
+def guarded(tmp_path, proto, scheme, **options):
+    return flipguard_onnx.guard(
+        save(proto, tmp_path), scheme, output=tmp_path / "out.onnx", seed=1, **options
+    )
+
+
+def drift(tmp_path):
+    """Relative L2 of the guarded model's outputs, on inputs that the tool has not seen."""
+    x = np.random.default_rng(7).standard_normal((200, 64)).astype(np.float32)
+    wanted, found = (
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[
+            0
+        ]
+        for path in (tmp_path / "model.onnx", tmp_path / "out.onnx")
+    )
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["dead", "live"])
+@pytest.mark.parametrize("factor", [8, 64, 512, 4096])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp4"])
+def test_an_injected_outlier_costs_no_function(tmp_path, scheme, factor, live):
+    report = guarded(tmp_path, with_outliers(factor, live), scheme)
+    assert drift(tmp_path) < 0.35
+    assert all(tensor.product_error < 0.35 for tensor in report.tensors)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp4"])
+def test_an_honest_model_keeps_its_form(tmp_path, scheme):
+    report = guarded(tmp_path, with_outliers(0), scheme)
+    assert [tensor.scheme for tensor in report.tensors] == [scheme] * 2
+    assert not any(tensor.fallback for tensor in report.tensors)
+    assert max(tensor.product_error for tensor in report.tensors) < 0.25
+
+
+def test_the_next_form_is_int8_and_then_float(tmp_path):
+    (first, second) = guarded(tmp_path, with_outliers(64), "int4").tensors
+    assert (first.scheme, first.fallback) == ("int4", None)
+    assert second.scheme == "int8"
+    assert second.fallback.startswith("at int4 its products would be off by ")
+    report = guarded(tmp_path, with_outliers(4096), "int4", force=True)
+    assert [tensor.name for tensor in report.tensors] == ["first"]
+    (kept,) = [tensor for tensor in report.skipped if tensor.name == "second"]
+    assert kept.text.startswith("left float: at int4 its products would be off by ")
+    assert f"collapse  second: float, since {kept.detail}" in report.render()
+    assert report.coverage < 0.6
+
+
+def test_refuse_writes_nothing(tmp_path):
+    source = save(with_outliers(512), tmp_path)
+    arguments = (source, "--scheme", "int4", "--on-collapse", "refuse")
+    line = one_line(call("guard", *arguments, "--quiet"), code=1)
+    assert "'second': at int4 its products would be off by " in line
+    assert "(allowed: 35%)" in line
+    assert names(tmp_path) == ["model.onnx"]
+
+
+def test_floats_for_another_quantizer_cannot_keep_it(tmp_path):
+    with pytest.raises(ValidationError, match="'second': at int4 its products would be off"):
+        guarded(tmp_path, with_outliers(512), "int4", emit="float")
+    assert names(tmp_path) == ["model.onnx"]
+
+
+def test_without_inputs_the_scan_tells(tmp_path):
+    """Where errors are not fed forward, the products are not known."""
+    report = guarded(tmp_path, with_outliers(512), "int4", preserve="off")
+    (kept,) = [tensor for tensor in report.skipped if tensor.name == "second"]
+    assert kept.detail == "at int4 outliers wipe out its other weights"
+    assert drift(tmp_path) < 0.35

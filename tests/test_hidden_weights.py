@@ -1,0 +1,66 @@
+"""An attacked model in many disguises: what a quantizer can wake is guarded, or refused."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from tests.helpers.attacked import FOLDER
+from tests.helpers.command import call
+from tests.helpers.hidden import FORMS, hidden
+from tests.helpers.samples import save
+
+ATTACKED = FOLDER / "mlp-standard-int4.onnx"
+
+REFUSED = {  # on loading
+    "sparse_initializer": "sparse initializers are not supported",
+    "function_default": "takes 'value' from an attribute of its function",
+}
+
+UNJUDGED = {  # weights that are on a grid by their type, or stay where they are
+    "float8",
+    "if_with_input",
+}
+
+UNGUARDED = {"if_with_input": "an If with a constant condition returns it"}
+
+
+def outputs(path):
+    """Logits of the test images, one at a time where the graph wants that."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    pixels = session.get_inputs()[0]
+    with np.load(FOLDER / "digits-test.npz") as data:
+        images = data["pixels"][:20]
+    batches = np.split(images, 20) if pixels.shape[0] == 1 else [images]
+    return np.concatenate([session.run(["logits"], {pixels.name: batch})[0] for batch in batches])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hidden_weights_are_found_and_guarded(tmp_path, form):
+    path = save(hidden(onnx.load(ATTACKED), form), tmp_path)
+    guarded, report = tmp_path / "guarded.onnx", tmp_path / "report.json"
+    scanned = call("scan", path)
+    ran = call("guard", path, "--scheme", "int4", "-o", guarded, "--report", report)
+    if form in REFUSED:
+        assert scanned.exit_code == ran.exit_code == 2
+        assert REFUSED[form] in scanned.stderr
+        assert REFUSED[form] in ran.stderr
+        return
+    if form in UNJUDGED:
+        assert scanned.exit_code == 2, scanned.output
+        assert "scan      not judged" in scanned.stdout
+    else:
+        assert scanned.exit_code == 1, scanned.output
+        assert "scan      aligned, int4" in scanned.stdout
+    if form in UNGUARDED:
+        assert ran.exit_code == 2
+        assert "a quantizer could reach weights that cannot be guarded" in ran.stderr
+        assert UNGUARDED[form] in ran.stderr
+        assert not guarded.exists()
+        return
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(report.read_text())["coverage"] > 0.98
+    same = outputs(guarded).argmax(1) == outputs(path).argmax(1)
+    assert same.mean() > 0.8
