@@ -13,36 +13,33 @@ from flipguard_onnx import scan
 from flipguard_onnx.errors import FlipguardError, exit_code
 from tools.attacks.measure import FOLDER, rates
 from tools.attacks.outlier import FACTORS, KINDS, planted
-from tools.attacks.simulate import quantized
+from tools.attacks.simulate import as_data, quantized
 from tools.bench.defences import Case
 from tools.bench.remembered import remembered
 
 SCHEMES = ("int8", "int4", "nf4", "fp4")
+TOGETHER = 18  # batches of the digits given to guard()
 VICTIM, ENTRY = "mlp-clean", {"architecture": "mlp"}
 HEADER = (
     "Accuracy / attack rate, mean over the draws. The outliers meet hidden units that are always 0 "
-    "(dead) or 1 (live), or pixels that are dark in every digit. ours: guard() with its defaults; "
-    "independent: without error feedback; exit: the codes of their runs. A run that fails writes "
-    "nothing; `-` if all of them did."
+    "(dead) or 1 (live), or pixels that are dark in every digit, but not in made-up inputs. ours: "
+    "guard() with its defaults; with data: with digits; independent: without error feedback. exit: "
+    "the codes of runs of which some failed; these write nothing."
 )
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way of guarding did: rates of every draw, and the exit codes of the runs."""
+    """What one way of guarding did: rates of the files it wrote, exit codes of its runs."""
 
     accuracy: tuple[float, ...]
     attack: tuple[float, ...]
     codes: tuple[int, ...]
 
     def __str__(self) -> str:
-        if not self.attack:
-            return "-"
-        return f"{np.mean(self.accuracy):.3f} / {_spread(self.attack)}"
-
-    @property
-    def exits(self) -> str:
-        return ", ".join(map(str, sorted(set(self.codes))))
+        codes = ", ".join(map(str, sorted(set(self.codes))))
+        found = [f"{np.mean(self.accuracy):.3f} / {_spread(self.attack)}"] if self.attack else []
+        return ", ".join(found + [f"exit {codes}"] * any(self.codes))
 
 
 def outcome(case: Case, seeds: Sequence[int], **options) -> Outcome:
@@ -67,25 +64,26 @@ def lines(
     seeds: int, factors: Sequence[int] = FACTORS, schemes: Sequence[str] = SCHEMES
 ) -> Iterator[str]:
     """Markdown: a line per kind of outlier, factor and scheme."""
-    columns = ("outliers", "factor", "scheme", "scan", "float", "nearest")
-    columns += ("ours", "exit", "independent", "exit")
+    ways = ("ours", "with data", "independent")
+    columns = ("outliers", "factor", "scheme", "scan", "float", "nearest", *ways)
     yield from (HEADER, "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns))
     victim = onnx.load(FOLDER / f"{VICTIM}.onnx")
+    with np.load(FOLDER / "digits-test.npz") as data:
+        digits = data["pixels"].reshape(TOGETHER, -1, 64)
     for kind, factor in product(KINDS, factors):
         with tempfile.TemporaryDirectory() as name, remembered():
-            path = Path(name) / "mlp.onnx"
-            model = planted(victim, factor, kind)
+            path, model = Path(name) / "mlp.onnx", planted(victim, factor, kind)
             onnx.save(model, path)
-            verdict = scan(path).verdict
+            given = as_data(digits, model, Path(name))
+            verdict = scan(path).verdict.level
             for scheme in schemes:
-                case = Case(path, scheme, Path(name))
-                ours = outcome(case, range(seeds))
-                independent = outcome(case, range(seeds), preserve="off")
-                shown = (
-                    kind, f"{factor}", scheme, verdict.level,
-                    _pair(model), _pair(quantized(model, scheme)),
-                    f"{ours}", ours.exits, f"{independent}", independent.exits,
-                )  # fmt: skip
+                case, source = Case(path, scheme, Path(name)), _pair(model)
+                guarded = [
+                    f"{outcome(case, range(seeds), **options)}"
+                    for options in ({}, {"data": given}, {"preserve": "off"})
+                ]
+                nearest = _pair(quantized(model, scheme))
+                shown = (kind, f"{factor}", scheme, verdict, source, nearest, *guarded)
                 yield f"| {' | '.join(shown)} |"
 
 
