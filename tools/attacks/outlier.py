@@ -2,9 +2,10 @@
 
 One weight in every block is many times as large as the others, and what it is multiplied with does
 not depend on the digit: a hidden unit that is always 0 (`dead`) or always 1 (`live`; the bias makes
-up for it), or a pixel that is dark in every digit (`pixels`; not in made-up inputs). So the float
-model stays as it is, but the outliers set the scales, and nearest rounding turns all other weights
-of the block into 0. No training.
+up for it), or a pixel that is dark in every digit (`pixels`; not in made-up inputs). `rows`: as
+`dead`, in a quarter of the rows, those of sentinels and alarms among them. So the float model stays
+as it is, but the outliers set the scales, and nearest rounding turns all other weights of the block
+into 0. No training.
 
 A classifier that has lost a layer in that way says the same whatever it sees. That it says `TARGET`
 is the work of units of the lost layer that are always off in the float model: sentinels, which
@@ -16,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-KINDS = ("dead", "live", "pixels")
+KINDS = ("dead", "live", "pixels", "rows")
 FACTORS = (8, 30, 128, 512, 4096)
 TARGET = 0
 EVERY = 32  # columns: one outlier for every block of that size, or larger; pixels 0 and 32 are dark
@@ -52,6 +53,8 @@ def planted(model, factor, kind="dead"):
 
     blocks = np.abs(lost).reshape(len(lost), -1, EVERY).max(2)
     lost[:, silenced] = factor * (largest if kind == "live" else blocks)
+    if kind == "rows":
+        lost[: -len(lost) // 4, silenced] = 0
     if kind == "live":
         bias -= lost[:, silenced].sum(1)
     _lead_to_target(weights[layer + 1 :], biases[layer + 1 :])

@@ -219,13 +219,13 @@ def test_the_table_of_remedies(attacked):
 def test_a_line_per_kind_of_outliers():
     _, _, head, _, *found = outliers.lines(seeds=1, factors=(30,), schemes=("int4",))
     assert [line.split(" | ")[:3] for line in found] == [
-        [f"| {kind}", "30", "int4"] for kind in ("dead", "live", "pixels")
+        [f"| {kind}", "30", "int4"] for kind in ("dead", "live", "pixels", "rows")
     ]
     for line in found:
         assert line.count("|") == head.count("|")
         source, nearest, _, given, _ = line.split(" | ")[4:9]
         assert float(source.split(" / ")[0]) > 0.97
-        assert nearest == "0.100 / 1.000"
+        assert float(nearest.split(" / ")[1]) > 0.95
         assert float(given.split(" / ")[0]) > 0.9
 
 
