@@ -29,6 +29,7 @@ from ..reports.scan import (
     Skipped,
     SkipReason,
     Verdict,
+    pieces,
 )
 from .alignment import Sample, Tally, alignment, sample_size, tallies
 from .prequantized import find_lattice, most_are_levels, most_repeat, on_codebook
@@ -332,6 +333,7 @@ def not_judged_completely(
     """The verdict where too few of the weights were judged for "clean"; None otherwise."""
     left = [(t.name, t.weights) for t in tensors if _on_a_grid(t)]
     left += [(s.name, s.size) for s in skipped if s.unguarded or s.reason is SkipReason.QUANTIZED]
+    left += [(s.name, s.size) for s in pieces(skipped, sum(t.weights for t in tensors))]
     missing = sum(size for _, size in left)
     total = missing + sum(t.weights for t in tensors if not _on_a_grid(t))
     if missing <= (1 - JUDGED) * total:

@@ -11,7 +11,7 @@ from ..graph.weights import Weight, find_weights
 from ..io.model import Model
 from ..quantization.schemes import SCHEMES, Blocks, Codebook, Scheme
 from ..reports.guard import Tensor
-from ..reports.scan import Skipped
+from ..reports.scan import Skipped, pieces
 from .options import GuardOptions
 
 
@@ -140,6 +140,8 @@ def require_weights(model: Model, options: GuardOptions) -> tuple[list[Weight], 
     except UnsupportedModelError as error:
         raise error.at(model.path) from None
     left = [tensor for tensor in skipped if tensor.unguarded]
+    if options.emit != "qdq":  # then another quantizer follows, which takes small tensors too
+        left += pieces(skipped, sum(weight.size for weight in weights))
     if left and not options.allow_unguarded:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise UnsupportedModelError(

@@ -1,6 +1,7 @@
 """The result of scan()."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
@@ -62,6 +63,19 @@ class Skipped:
     def as_json(self) -> dict[str, Any]:
         """What a report says of it."""
         return {"name": self.name, "shape": self.shape, "reason": self.text}
+
+
+MANY = 0.01  # share of the weights from which on small tensors are a matrix in pieces
+
+
+def pieces(skipped: Sequence[Skipped], weights: int) -> list[Skipped]:
+    """The tensors too small to be guarded, where they are many beside so many weights.
+
+    Honest models have none, or a few; an attacker could cut a matrix into them.
+    """
+    small = [tensor for tensor in skipped if tensor.reason is SkipReason.TOO_SMALL]
+    size = sum(tensor.size for tensor in small)
+    return small if size > MANY * (weights + size) else []
 
 
 LEVELS = ("clean", "suspicious", "clips", "collapses", "aligned")  # in ascending order
