@@ -81,9 +81,7 @@ GUARDED = (
     "which leaves the same traces"
 )
 
-CLEAN = Verdict(
-    "clean", "the weights do not gather at the boundaries of any grid, and none wipes them out"
-)
+CLEAN = Verdict("clean", "the weights do not gather at the boundaries of any grid")
 
 NOTHING = Verdict(NOT_JUDGED, "there are no weights to judge")
 

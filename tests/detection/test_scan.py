@@ -147,6 +147,13 @@ def test_decoded_weights_are_recognized(tmp_path, name, dtype):
     assert "already lie on a grid" in result.verdict.reason
 
 
+@pytest.mark.parametrize("name", ["int8 channel", "int4"])
+@pytest.mark.parametrize("inputs", [250, 20])
+def test_rows_that_no_run_divides(tmp_path, name, inputs):
+    values = decoded(name, honest(shape=(inputs, 256)))
+    assert scanned(tmp_path, values).verdict.level == "not judged"
+
+
 def test_the_lattice_is_described(tmp_path):
     def reason(name):
         _, decode = FORMATS[name]

@@ -161,7 +161,7 @@ def test_the_page_of_a_guard(guarded):
     html, text = guarded
     assert html.startswith("<!doctype html>")
     assert '<div class="verdict good"><b>guarded</b> 84,480 weights in 3 tensors at int4' in html
-    assert '<div class="verdict bad"><b>input aligned</b> in 3 of 3 tensors' in html
+    assert '<div class="verdict bad"><b>input aligned, int4</b> in 3 of 3 tensors' in html
     drift = re.search(r"the outputs drift from the original's by ([\d.]+)", text)[1]
     assert f"drift from the original&#39;s by {float(drift):.4f} (relative L2)" in html
     embedded = json.loads(re.search(r'id="histograms">(.*?)</script>', html)[1])
