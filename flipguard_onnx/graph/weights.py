@@ -18,10 +18,12 @@ from ..errors import UnsupportedModelError
 from ..quantization.layout import Layout
 from ..quantization.schemes import Blocks
 from ..reports.scan import Skipped, SkipReason
-from .operators import FLOATS, Operator, priority
+from .operators import FLOATS, Operator, operator_of, priority
 from .scopes import GraphIndex, Scope, Use
 
 QUANTIZED = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
+
+BIASES = {"Gemm": 2, "LSTM": 3, "GRU": 3, "RNN": 3}  # inputs that are biases of two axes
 
 SMALLEST = 64  # weights; the scales of a smaller tensor would take more than its codes save
 
@@ -156,6 +158,19 @@ def find_weights(
     return weights, skipped
 
 
+def _what_reads(uses: tuple[Use, ...]) -> tuple[SkipReason, str]:
+    """The reason for a tensor that is nobody's weight, with its readers."""
+    weighted = [use for use in uses if operator_of(use.node)]
+    loops = [use for use in uses if use.node.op_type in ("Loop", "Scan")]
+    reason, shown = SkipReason.NO_OPERATOR, uses
+    if weighted:
+        biases = all(use.index == BIASES.get(use.node.op_type) for use in weighted)
+        reason, shown = SkipReason.BIAS if biases else SkipReason.NO_WEIGHT, tuple(weighted)
+    elif loops:
+        reason, shown = SkipReason.NOT_FOLLOWED, tuple(loops)
+    return reason, ", ".join(sorted({use.node.op_type for use in shown})) or "nothing"
+
+
 def _first_operator(uses: tuple[Use, ...]) -> Use | None:
     """The use whose layout the tensor gets: a direct one, then by the order of `OPERATORS`."""
 
@@ -174,8 +189,7 @@ def _why_not(
     if rank < 2:
         return (SkipReason.ONE_AXIS if rank else SkipReason.SCALAR), ""
     if first is None:
-        readers = sorted({use.node.op_type for use in uses})
-        return SkipReason.NO_OPERATOR, ", ".join(readers) or "nothing"
+        return _what_reads(uses)
     if tensor.data_type not in FLOATS:
         return SkipReason.TYPE, TensorProto.DataType.Name(tensor.data_type)
     if size < SMALLEST:

@@ -57,8 +57,8 @@ DRIFT = {
     "relative L2": "length of the difference from the original's output / length of that output",
     "max error": "largest difference of a value",
     "same top-1": "how often the largest value of the last axis is at the same place",
-    "KL, nats": "divergence of the softmax from the original's, over a vocabulary: by this much the "
-    "log perplexity grows",
+    "KL, nats": "divergence of the softmax from the original's, over a vocabulary: by this much "
+    "the log perplexity grows",
 }
 
 
@@ -222,11 +222,8 @@ def _grids_section(alignments: Sequence[Alignment]) -> Section:
 
 def _drift_section(validation: Validation) -> Section:
     """How far outputs are from the original's."""
-    runs = [
-        ("nearest", validation.plain_default),
-        ("guarded", validation.guarded_default),
-        ("moved float", validation.moved),
-    ]
+    runs = {"nearest": validation.plain_default, "guarded": validation.guarded_default}
+    runs |= {"moved float": validation.moved} if validation.moved else {}
     outputs = zip(validation.plain_default, validation.guarded_default, strict=True)
     return Section(
         "Drift of the outputs",
@@ -247,8 +244,8 @@ def _drift_section(validation: Validation) -> Section:
                 "" if drift.top1 is None else percent(drift.top1),
                 "" if drift.kl is None else f"{drift.kl:.4f}",
             )
-            for run, drifts in runs
-            for drift in drifts
+            for output in zip(*runs.values(), strict=True)
+            for run, drift in zip(runs, output, strict=True)
         ),
         terms=DRIFT,
     )
