@@ -55,7 +55,8 @@ def verify(
     Raises
     ------
     ValidationError : `guarded` does not load or run, or drifts further than allowed
-    ModelError, UnsupportedModelError, OptionError : as in guard()
+    ModelError : the two models take different inputs, or as in guard()
+    UnsupportedModelError, OptionError : as in guard()
 
     Examples
     --------
@@ -98,6 +99,8 @@ def verify(
             max_bytes=options.max_bytes,
             max_drift=max_drift,
         )
+        validator.samples.require()
+        validator.samples.release()
         baseline = those_that_name(validator, options)
         nearest = folder / "plain.onnx"
         guard(validator.source.path, output=nearest, **baseline.keywords())
