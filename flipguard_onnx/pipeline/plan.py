@@ -38,7 +38,7 @@ class WeightPlan:
     def finer(self, options: GuardOptions) -> "WeightPlan | None":
         """The next plan that loses less: int8 per output channel; None if this is it."""
         int8 = replace(
-            options, scheme="int8", block_size=None, int8_share=0.0, granularity="channel"
+            options, scheme="int8", block_size=None, int8=(), int8_share=0.0, granularity="channel"
         )
         plan = WeightPlan.of(self.weight, int8)
         return None if plan == self else plan
@@ -107,6 +107,26 @@ def prepare(model: Model, options: GuardOptions) -> Prepared:
     original = IndexedModel(model.proto, tuple(weights))
     graph = converted(model, opset, original)
     return Prepared(model, original, graph, plans, tuple(skipped), options.int8)
+
+
+def require_named(model: Model, options: GuardOptions) -> None:
+    """Require that every pattern of `include` and `exclude` names a float tensor of the model.
+
+    Raises OptionError, naming the pattern.
+    """
+    if not options.include and not options.exclude:
+        return
+    weights, skipped = find_weights(model.proto, partly=True)
+    names = [*(weight.name for weight in weights), *(tensor.name for tensor in skipped)]
+    for option in ("include", "exclude"):
+        for pattern in getattr(options, option):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise OptionError(
+                    "{option} pattern {found!r} names no tensor of the model",
+                    path=model.path,
+                    found=pattern,
+                    option=option,
+                )
 
 
 def plan_weights(weights: Sequence[Weight], options: GuardOptions) -> tuple[WeightPlan, ...]:

@@ -7,7 +7,7 @@ from onnx import TensorProto
 
 from flipguard_onnx.calibration.inputs import FEEDS, FEWER_FEEDS, LARGE, made_up_feeds
 from flipguard_onnx.calibration.samples import Samples
-from flipguard_onnx.errors import DriftError, ValidationError
+from flipguard_onnx.errors import DriftError, OptionError, ValidationError
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.reports.validation import Drift, pooled
 from flipguard_onnx.validation.drift import drifts, judge
@@ -81,7 +81,7 @@ def test_a_model_that_never_runs_is_named(tmp_path):
         {"y": (F, ["n", 16])},
         {"w": weights((7919, 16)), "shape": np.array([1, 7919], np.int64)},
     )
-    with pytest.raises(ValidationError, match="the original does not run on made-up inputs"):
+    with pytest.raises(OptionError, match="the original does not run on made-up inputs"):
         ModelRunner(Samples(open_model(save(proto, tmp_path)), None))
 
 

@@ -437,7 +437,7 @@ def test_exit_codes(tmp_path, aligned):
 
 
 def test_several_models(tmp_path, aligned):
-    """A report each, and the worst exit code; the first that cannot be read ends it."""
+    """A report each, and the worst exit code; one that cannot be read ends nothing."""
     clean = save(matmuls(w=honest()), tmp_path, "clean.onnx")
     result = call("scan", aligned, clean)
     assert result.exit_code == 1
