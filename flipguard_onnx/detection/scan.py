@@ -29,6 +29,7 @@ from ..reports.scan import (
     Skipped,
     SkipReason,
     Verdict,
+    listed,
     pieces,
 )
 from .alignment import Sample, Tally, alignment, sample_size, tallies
@@ -319,7 +320,7 @@ def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdic
             named = dict.fromkeys(grid for tensor in told for grid in tensor.verdict.grids)
             reasons.append(
                 f"in {len(told)} of {len(tensors)} tensors ({share:.1%} of the weights), "
-                + finding.format(" and ".join(grids if finding == FINDINGS[level] else named))
+                + finding.format(listed(grids if finding == FINDINGS[level] else tuple(named)))
             )
     strength = max(v.strength for v in verdicts if v.level == level)
     return Verdict(level, "; ".join(reasons), grids, strength)

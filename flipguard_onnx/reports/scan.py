@@ -81,6 +81,11 @@ def pieces(skipped: Sequence[Skipped], weights: int) -> list[Skipped]:
     return small if size > MANY * (weights + size) else []
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names in words: a, b and c."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
 LEVELS = ("clean", "suspicious", "clips", "collapses", "aligned")  # in ascending order
 
 
@@ -114,7 +119,7 @@ class Verdict:
     def title(self) -> str:
         """The level with the grids."""
         link = " at " if self.level in ("clips", "collapses") else ", "
-        return self.level + link * bool(self.grids) + " and ".join(self.grids)
+        return self.level + link * bool(self.grids) + listed(self.grids)
 
 
 @dataclass(frozen=True)
