@@ -137,6 +137,10 @@ def quantize(
         for tensor in found
         if tensor.scheme == FLOAT
     )
+    if not tensors:
+        raise ValidationError(
+            "nothing is left to guard: {found}", found=kept[0].text, path=prepared.model.path
+        )
     if quantizer.policy == Policy("unbiased", tau=1.0):
         require_unbiased(tensors, MAX_CHOSEN_MOVED if quantizer.moved else MAX_CHOSEN)
     guarded = writers.get("qdq")
@@ -214,7 +218,9 @@ class WeightQuantizer:
 
         Its products tell; where they are not known, what the scan has seen.
         """
-        if quantized.grid.loses_blocks:
+        if self.policy.name != "unbiased":
+            return None
+        if quantized.grid.loses_blocks and not self.moved:
             return f"at {tensor.scheme} its smallest blocks would become 0"
         if tensor.product_error is None:
             grid = "int8 channel" if tensor.scheme == "int8" else tensor.scheme

@@ -93,6 +93,21 @@ def test_refuse_writes_nothing(tmp_path):
     assert names(tmp_path) == ["model.onnx"]
 
 
+def test_a_model_all_of_which_collapses(tmp_path):
+    """With nothing guarded, there is nothing to write."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((64, 48)).astype(np.float32)
+    matrix[::32] = 4096 * np.abs(matrix.reshape(2, 32, 48)).max(axis=1)
+    nodes = [node("Mul", "x mask", "m"), node("MatMul", "m w", "y")]
+    mask = np.ones(64, np.float32)
+    mask[::32] = 0
+    inputs, outputs = {"x": (F, ["n", 64])}, {"y": (F, ["n", 48])}
+    proto = model(nodes, inputs, outputs, {"w": matrix, "mask": mask})
+    with pytest.raises(ValidationError, match=r"model\.onnx: nothing is left to guard: left float"):
+        guarded(tmp_path, proto, "int4")
+    assert names(tmp_path) == ["model.onnx"]
+
+
 def test_floats_for_another_quantizer_cannot_keep_it(tmp_path):
     with pytest.raises(ValidationError, match="'second': at int4 its products would be off"):
         guarded(tmp_path, with_outliers(512), "int4", emit="float")
