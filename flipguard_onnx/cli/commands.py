@@ -1,8 +1,9 @@
 """The command line: parse, call the library, print, return the exit code.
 
 0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input,
-nothing to guard, or no inputs on which the float model runs. For several models, the highest of their codes. 128 + n: interrupted by signal n.
-scan: 0: clean. 1: suspicious or aligned. 2: unreadable, or nothing judged.
+nothing to guard, or no inputs on which the float model runs. For several models, the highest of
+their codes. 128 + n: interrupted by signal n. scan: 0: clean. 1: suspicious or aligned. 2:
+unreadable, or nothing judged.
 """
 
 import sys
