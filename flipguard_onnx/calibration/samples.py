@@ -63,7 +63,8 @@ class Samples:
         try:
             return runtime.open_session(self.source.path, exact=True, size=self.source.size)
         except LoadError as error:
-            raise UnsupportedModelError(str(error)) from None
+            reason = str(error).removeprefix(f"{error.path}: ")
+            raise UnsupportedModelError(reason, path=error.path) from None
 
     @cached_property
     def given(self) -> list[Feed]:

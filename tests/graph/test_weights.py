@@ -191,12 +191,11 @@ def test_the_reason_names_what_the_tensor_is_to_an_operator_with_weights():
             "both": weights((1, 8)),
         },
     )
-    assert set(found(proto)) == {"w", "r", "right"}
+    assert set(found(proto)) == {"w", "r", "left", "right"}
     assert reasons(proto) == {
         "b": "bias of LSTM",
         "h0": "feeds LSTM, but not as its weight",
         "c0": "feeds LSTM, but not as its weight",
-        "left": "feeds Gemm, but not as its weight",
         "offset": "bias of Gemm",
         "both": "bias of Gemm",
     }
