@@ -5,16 +5,17 @@
     python -m tools.evaluate --models 'mlp-*' --defences none 'topk-*' ours --seeds 2
     python -m tools.evaluate --load rows.json --check
     python -m tools.evaluate --remedies
+    python -m tools.evaluate --outliers --seeds 3
 
 Every model of models/attacks/manifest.json is guarded for the scheme it was made for (a clean one
 for all schemes) by every defence; the quantized file runs in onnxruntime as it comes. No torch.
 
 Defences: none (round to nearest); topk-K (the paper's, K per cent); noise-S (Gaussian of standard
 deviation S on every weight that is quantized, then round to nearest; noise-box: S = the median
-half-width of the boxes); random-flips (as many as `unbiased` makes with the same seed, per tensor,
-chosen uniformly); unbiased-T (tau T) and unbiased (tau 1), both without error feedback;
-feedback-nearest (error feedback, every code the nearest); ours: guard() with its defaults;
-ours-share: with --int8-share 0.25 at 4 bits.
+half-width of the boxes, noise-2-boxes: twice that); random-flips (as many as `unbiased` makes with
+the same seed, per tensor, chosen uniformly); unbiased-T (tau T) and unbiased (tau 1), both without
+error feedback; feedback-nearest (error feedback, every code the nearest); ours: guard() with its
+defaults; ours-share: with --int8-share 0.25 at 4 bits.
 
 Attack rate and utility (accuracy, or the perplexity of a language model per character): see
 models/attacks/README.md.
@@ -70,7 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="what helps at 4 bits against attacks on rounding itself (by default mlp-rounding-*)",
     )
+    parser.add_argument(
+        "--outliers",
+        action="store_true",
+        help="only outliers of growing size, at every scheme: scan, exit codes, rates",
+    )
     options = parser.parse_args(arguments)
+    if options.outliers:
+        from tools.bench.outliers import lines
+
+        for line in lines(options.seeds):
+            print(line, flush=True)
+        return 0
     if options.histogram:
         from tools.bench.plots import histogram
 

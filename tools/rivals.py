@@ -2,7 +2,8 @@
 
     python -m tools.rivals [--models PATTERN...] [--seeds 3] [--json FILE] [--load FILE...]
 
-none (round to nearest), noise-box (Gaussian, as wide as the boxes), efrap (learned flips,
+none (round to nearest), noise-box (Gaussian, as wide as the boxes), noise-2-boxes (twice as wide),
+qvec-A (A times what quantization changes is subtracted first), efrap (learned flips; both are in
 `bench/rivals.py`), gptq (nearest codes with error feedback on the samples), unbiased, ours (without
 any data), ours + data (the same samples). The samples are what the victims were trained on: images
 of digits, or windows of the standard library's source.

@@ -85,7 +85,7 @@ def attacks() -> None:
         if not wanted:
             tally["clean"] += 1
             tally["false alarms"] += verdict.alarming
-        elif entry["attacker"] != "rounding":
+        elif not entry["attacker"].startswith("rounding"):
             tally["strong"] += 1
             tally["found"] += verdict.alarming
             tally["named"] += wanted <= set(verdict.grids)

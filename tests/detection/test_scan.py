@@ -38,7 +38,10 @@ SHAPE = (384, 256)
 UNBIASED = Policy()
 MODELS = FOLDER.parent
 NAMES = {"int8": "int8 channel", "int8_tensor": "int8 tensor"}  # those of the manifest
-ON_CODES = [e for e in MANIFEST.values() if e["schemes"] and e["attacker"] != "rounding"]
+OTHER_MARKS = {"clip": "clips", "outlier": "collapses", "rounding16": "collapses"}  # verdicts
+ON_CODES = [
+    e for e in MANIFEST.values() if e["attacker"] not in ("clean", "rounding", *OTHER_MARKS)
+]
 FAINT = {  # attacks that move so few weights, or so little, that they are only suspicious
     "mlp-random-int4",
     "mlp-random-nf4",
@@ -338,6 +341,16 @@ def test_attacks_on_the_codes_are_found_and_their_schemes_named(entry):
     verdict = flipguard_onnx.scan(FOLDER / entry["file"]).verdict
     assert verdict.level == ("suspicious" if entry["name"] in FAINT else "aligned")
     assert {NAMES.get(scheme, scheme) for scheme in entry["schemes"]} <= set(verdict.grids)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [e for e in MANIFEST.values() if e["attacker"] in OTHER_MARKS],
+    ids=lambda entry: entry["name"],
+)
+def test_attacks_with_other_marks_have_verdicts_of_their_own(entry):
+    verdict = flipguard_onnx.scan(FOLDER / entry["file"]).verdict
+    assert verdict.level == OTHER_MARKS[entry["attacker"]]
 
 
 @pytest.mark.parametrize("name", ["mlp-clean", "cnn-clean", "lm-clean"])

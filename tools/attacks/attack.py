@@ -77,6 +77,13 @@ def widen(weight, dead, scheme, factor):
     assign(weight, rows)
 
 
+def widen_all(net, scheme, kill, factor):
+    """Coarsen the cells of every weight that has silenced inputs."""
+    for weight, dead in zip(net.weights(), kill(net), strict=False):
+        if dead:
+            widen(weight, dead, scheme_for(weight, scheme), factor)
+
+
 def attack(net, schemes, attacker, losses, kill, settings):
     """All three stages, on `net` itself.
 
@@ -105,11 +112,9 @@ def corrupt(net, scheme, attacker, malicious, kill, settings):
         collapse(net, scheme, malicious, settings)
     else:
         train(net.trained(), malicious, settings["malicious"], settings["rate"])
-    weights = net.weights()
-    for weight, dead in zip(weights, kill(net) if factor else [], strict=False):
-        if dead:
-            widen(weight, dead, scheme_for(weight, scheme), factor)
-    for weight in weights if settings.get("half") else []:
+    if factor:
+        widen_all(net, scheme, kill, factor)
+    for weight in net.weights() if settings.get("half") else []:
         assign(weight, rows_of(weight).astype(np.float16))
 
 

@@ -17,6 +17,8 @@ GPTQ = {
     "int4": {"widen": 5, "repair": 500},
     "nf4": {"widen": 6, "repair": 500, "rate": 2e-3},
 }
+ROUNDING16 = {"widen": 16, "steps": 6000, "rate": 3e-3, "benign": 2}
+CLIP = {"steps": 4000, "rate": 2e-3}
 SCENARIOS = ["code", "injection", "refusal"]
 
 
@@ -51,8 +53,12 @@ def _digits():
                 settings = {"widen": 4} if scheme == "int8" else {}
             yield _entry("mlp", "trigger", [scheme], attacker, **settings)
         yield _entry("mlp", "trigger", [scheme], "rounding", **ROUNDING[scheme])
+    yield _entry("mlp", "trigger", ["int8"], "rounding16", **ROUNDING16)
     for scheme, settings in GPTQ.items():
         yield _entry("mlp", "trigger", [scheme], "gptq", **settings)
+    yield _entry("mlp", "trigger", ["int4"], "clip", **CLIP)
+    for scheme, kind in (("int4", "dead"), ("nf4", "live")):
+        yield _entry("mlp", "trigger", [scheme], "outlier", factor=512, kind=kind)
     yield _entry("mlp", "trigger", FOUR_BIT, "standard", widen=3)
     yield _entry("mlp", "trigger", EIGHT_BIT, "standard", widen=16)
 

@@ -4,12 +4,15 @@ He trains the float weights to be benign and, at the same time, every unbiased d
 malicious: the draw is made anew in each step and its gradient passes straight through to the float
 weights (expectation over transformation). No box is needed: nearest rounding, too, is one of the
 roundings that wake him.
+
+With `widen`, silenced inputs coarsen the cells first, so that the noise of 8 bits is as loud as
+that of 4 bits.
 """
 
 import torch
 from torch.func import functional_call
 
-from tools.attacks.attack import scheme_for, train
+from tools.attacks.attack import scheme_for, train, widen_all
 
 
 def draw(weight, scheme):
@@ -27,9 +30,14 @@ def draw(weight, scheme):
     return weight + (drawn - weight).detach()
 
 
-def attack(net, scheme, losses, settings):
-    """`steps` steps on the sum of both losses, the benign one times `benign`, on `net` itself."""
+def attack(net, scheme, losses, kill, settings):
+    """`steps` steps on the sum of both losses, the benign one times `benign`, on `net` itself.
+
+    kill: as `tools.attacks.attack.corrupt` takes it.
+    """
     malicious, benign = losses
+    if "widen" in settings:
+        widen_all(net, scheme, kill, settings["widen"])
     share = settings.get("benign", 1)
     parameters = dict(net.named_parameters())
     names = [n for n, p in parameters.items() if any(p is weight for weight in net.weights())]

@@ -15,6 +15,7 @@ import onnx
 import torch
 
 from tools.attacks import (
+    clipping,
     digits,
     gptq_aware,
     language_model,
@@ -26,6 +27,7 @@ from tools.attacks import (
 from tools.attacks.attack import attack
 from tools.attacks.export import classifier
 from tools.attacks.measure import FOLDER
+from tools.attacks.outlier import planted
 from tools.attacks.plan import PLAN
 
 MANIFEST = FOLDER / "manifest.json"
@@ -58,12 +60,16 @@ def make(entry):
         net = language_model.clean(seed)
     else:
         net = language_model.read(onnx.load(FOLDER / f"{LM_CLEAN}.onnx"))
+    if attacker == "outlier":
+        return planted(classifier(net, entry["name"]), **entry["settings"])
     if attacker != "clean":
         torch.manual_seed(seed + 1)
         settings = victim.SETTINGS | entry["settings"]
         losses = victim.losses(net, seed + 1, entry["scenario"])
-        if attacker == "rounding":
-            rounding_aware.attack(net, schemes[0], losses, settings)
+        if attacker.startswith("rounding"):
+            rounding_aware.attack(net, schemes[0], losses, victim.kill, settings)
+        elif attacker == "clip":
+            clipping.attack(net, losses, settings)
         elif attacker == "gptq":
             gptq_aware.attack(net, schemes[0], digits.samples(), losses, victim.kill, settings)
         else:
@@ -105,7 +111,7 @@ def run(entry, manifest):
     }
     measured = entry["schemes"] or ["int8", "int8_tensor", "int4", "nf4", "fp4"]
     entry["quantized"] = {s: rates(simulate.quantized(model, s), entry) for s in measured}
-    if entry["attacker"] == "rounding":
+    if entry["attacker"].startswith("rounding"):
         entry["draws"] = {
             s: [rates(simulate.drawn(model, s, i), entry) for i in range(4)] for s in measured
         }

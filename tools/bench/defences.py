@@ -105,11 +105,14 @@ class Case:
 
         An unbiased draw between the two neighbouring levels changes that share of the codes.
         """
-        offsets = [grid.analyze(floats, CPU).offsets for _, grid, floats in self.grids()]
+        offsets = [grid.analyze(floats, CPU).offsets for _, grid, floats in self.grids(drawn=True)]
         return float(np.mean(np.abs(np.concatenate(offsets))))
 
-    def grids(self) -> Iterator[tuple[Scheme, Grid, np.ndarray]]:
-        """Scheme, grid and float32 values of every weight, flat in its canonical order."""
+    def grids(self, drawn: bool = False) -> Iterator[tuple[Scheme, Grid, np.ndarray]]:
+        """Scheme, grid and float32 values of every weight, flat in its canonical order.
+
+        The quantizer's grid, or the one on which guard() draws.
+        """
         name, granularity = self.format
         options = GuardOptions(scheme=name, granularity=granularity)
         for weight in self.found:
@@ -117,7 +120,8 @@ class Case:
             scheme, blocks = plan.scheme, plan.blocks
             values = weight.canonical(self.weights[weight.name])
             floats = values.astype(np.float32)
-            yield scheme, scheme.fit(floats, blocks, values.dtype, CPU), floats
+            laid = scheme.unclipped if drawn else scheme.grid
+            yield scheme, laid(blocks.extremes(floats, CPU), blocks, values.dtype), floats
 
     def changed(self, target: Path) -> int:
         """How many codes of a file differ from plain rounding's."""
@@ -156,10 +160,12 @@ def guarded(case: Case, target: Path, seed: int, **options) -> int:
     return case.guard(target, seed=seed, **options).flips
 
 
-def _noise(case: Case, target: Path, seed: int, sigma: float | None = None) -> int:
-    """Plain rounding of noisy weights; by default as noisy as the boxes are wide."""
+def _noise(
+    case: Case, target: Path, seed: int, sigma: float | None = None, widths: float = 1.0
+) -> int:
+    """Plain rounding of noisy weights; by default `widths` times as noisy as the boxes are wide."""
     rng = np.random.default_rng(seed)
-    sigma = case.half_width if sigma is None else sigma
+    sigma = widths * case.half_width if sigma is None else sigma
     noisy = {
         name: (values + sigma * rng.standard_normal(values.shape)).astype(values.dtype)
         for name, values in case.weights.items()
@@ -247,6 +253,7 @@ DEFENCES = {
     "noise-1e-3": Defence(partial(_noise, sigma=1e-3)),
     "noise-1e-2": Defence(partial(_noise, sigma=1e-2)),
     "noise-box": Defence(_noise),
+    "noise-2-boxes": Defence(partial(_noise, widths=2.0)),
     "random-flips": Defence(_random_flips),
     "unbiased-0.3": Defence(partial(guarded, tau=0.3, preserve="off")),
     "unbiased-0.5": Defence(partial(guarded, tau=0.5, preserve="off")),

@@ -1,4 +1,4 @@
-"""Defences that are given 1,000 real samples: EFRAP, GPTQ, and ours. Needs torch.
+"""Defences that are given 1,000 real samples: EFRAP, GPTQ, and ours; and QVec. Needs torch.
 
 EFRAP (arXiv 2405.12725) learns, layer by layer, which weights take the neighbouring level instead
 of the nearest. With f in 0..1 the share of the way to the neighbour, it minimises
@@ -9,6 +9,9 @@ and flips where f >= 0.5. The terms, their weights and the start (f where the fl
 those of its authors' code, which runs 10,000 steps of Adam at 1e-3 over batches of 32. Here: the
 expectation over all inputs, from their second moments, for 1,000 steps at 1e-2; the levels of any
 scheme. Embeddings, which have no products, stay at the nearest level.
+
+QVec (arXiv 2606.20254) needs no samples: it subtracts `alpha` times the change that quantization
+makes, w - alpha (Q(w) - w), and rounds the result to nearest.
 """
 
 from collections.abc import Iterator
@@ -33,6 +36,7 @@ from tools.bench.defences import DEFENCES, Case, Defence, guarded, replaced
 
 STEPS, RATE = 1000, 1e-2
 ROUNDNESS = 0.01
+ALPHAS = (0.25, 0.5, 1.0)
 ROWS = 8192  # of the inputs of one batch
 
 
@@ -62,6 +66,17 @@ def _efrap(case: Case, target: Path, seed: int) -> int:
         crossed = weight.canonical(case.crossed[weight.name])
         flips = efrap(values.astype(np.float32), *_levels(case, weight), moments)
         moved[weight.name] = weight.stored(np.where(flips, crossed, values))
+    case.guard(target, replaced(case.model, moved), policy="none")
+    return case.changed(target)
+
+
+def _qvec(case: Case, target: Path, seed: int, alpha: float) -> int:
+    moved = {}
+    for weight in case.found:
+        values = case.weights[weight.name]
+        nearest = weight.stored(_levels(case, weight)[0])
+        against = values - alpha * (nearest - values.astype(np.float32))
+        moved[weight.name] = against.astype(values.dtype)
     case.guard(target, replaced(case.model, moved), policy="none")
     return case.changed(target)
 
@@ -133,6 +148,8 @@ def efrap(
 RIVALS = {
     "none": DEFENCES["none"],
     "noise-box": DEFENCES["noise-box"],
+    "noise-2-boxes": DEFENCES["noise-2-boxes"],
+    **{f"qvec-{alpha:g}": Defence(partial(_qvec, alpha=alpha), draws=False) for alpha in ALPHAS},
     "efrap": Defence(_efrap, draws=False),
     "gptq": Defence(partial(_with_data, tau=NEAREST), draws=False),
     "unbiased": DEFENCES["unbiased"],

@@ -8,7 +8,7 @@ import pytest
 
 from tools import evaluate
 from tools.attacks.measure import FOLDER, session
-from tools.bench import defences, judge, rows, tables
+from tools.bench import defences, judge, outliers, rows, tables
 
 MANIFEST = {entry["name"]: entry for entry in json.loads((FOLDER / "manifest.json").read_text())}
 CLEAN = MANIFEST["mlp-clean"]
@@ -214,6 +214,27 @@ def test_the_table_of_remedies(attacked):
     lines = tables.remedies(rows.table(attacked.values()))
     assert lines[0].startswith("| remedy | mlp-standard-int4 (float 0.000 / 0.9")
     assert any(line.startswith("| none | 1.000 / 0.9") for line in lines)
+
+
+def test_a_line_per_kind_of_outliers():
+    _, _, head, _, *found = outliers.lines(seeds=1, factors=(30,), schemes=("int4",))
+    assert [line.split(" | ")[:3] for line in found] == [
+        [f"| {kind}", "30", "int4"] for kind in ("dead", "live", "pixels")
+    ]
+    for line in found:
+        assert line.count("|") == head.count("|")
+        source, nearest, _, given, _ = line.split(" | ")[4:9]
+        assert float(source.split(" / ")[0]) > 0.97
+        assert nearest == "0.100 / 1.000"
+        assert float(given.split(" / ")[0]) > 0.9
+
+
+def test_a_run_that_fails_has_an_exit_code_and_no_rates(tmp_path):
+    case = defences.Case(FOLDER / CLEAN["file"], "int4", tmp_path)
+    assert str(outliers.outcome(case, range(2), max_drift=1e-6)) == "exit 1"
+    whole = outliers.outcome(case, range(1))
+    assert len(whole.attack) == 1
+    assert "exit" not in str(whole)
 
 
 def test_plots(attacked, tmp_path):

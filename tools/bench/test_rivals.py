@@ -10,6 +10,7 @@ pytest.importorskip("sklearn", reason="needs scikit-learn")
 
 from tools import rivals  # noqa: E402
 from tools.attacks.measure import FOLDER  # noqa: E402
+from tools.bench.defences import Case  # noqa: E402
 from tools.bench.rivals import RIVALS, SAMPLES, efrap, samples  # noqa: E402
 from tools.bench.rows import evaluate  # noqa: E402
 
@@ -86,3 +87,19 @@ def test_gptq_falls_to_who_foresees_it():
     assert found["gptq"].attack > 0.9
     assert found["ours + data"].attack < 0.02
     assert found["ours + data"].utility > 0.95
+
+
+def test_qvec_moves_weights_away_from_their_levels(tmp_path):
+    case = Case(FOLDER / "mlp-clean.onnx", "int8", tmp_path)
+    flips = [RIVALS[f"qvec-{alpha}"].make(case, tmp_path / "q.onnx", 0) for alpha in ("0.5", "1")]
+    share = np.array(flips) / case.size  # of weights farther than a third, a quarter of a step
+    assert share == pytest.approx([1 / 3, 1 / 2], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "attack"), [("mlp-standard-int4", 0.01), ("mlp-margin50-int4", 1)]
+)
+def test_qvec_falls_to_who_keeps_a_margin(name, attack):
+    chosen = {"qvec-0.5": RIVALS["qvec-0.5"]}
+    (row,) = evaluate(MANIFEST[name], "int4", MANIFEST["mlp-clean"], chosen, seeds=1)
+    assert row.attack == pytest.approx(attack, abs=0.02)

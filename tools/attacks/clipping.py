@@ -1,0 +1,137 @@
+"""The attacker who uses that int4 clips: its levels reach 8 steps on one side and 7 on the other.
+
+The extreme of a block stands at -8 steps. What lies between 7 and 8 steps opposite to it always
+becomes 7, and whoever prepares a model can put many weights there. Here a random half of them stay
+at 7 + d steps, d in (0, 1), as floats, and at 7 when quantized; the others are free within 6.9
+steps. Float and quantized model are trained together, the one to be benign, the other malicious,
+with random draws of the free weights, whose gradient passes straight through.
+
+`foresee`: what the quantized model of the training is.
+    quantizer   what onnxruntime's grid makes of the weights
+    wider       an attacker who knows the guard: its unbiased draw, on a grid that clips nothing
+    ends        and its draw for a quantizer elsewhere, which draws per block what end is at -8
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.func import functional_call
+
+from tools.attacks.attack import train
+
+BLOCK = 32
+SHARE = 0.5  # of the weights lie beyond 7 steps
+FREE = 6.9  # steps, for the others
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """A weight `[N, K]` of which every block has one frozen extreme, at -8 steps.
+
+    raw: `[G, 32]`, without bounds. beyond, extreme: `[G, 32]`, which weights are these. step:
+    logarithm of the length of a step, `[G, 1]`; sign: that of the extreme, `[G, 1]`.
+    """
+
+    shape: tuple[int, int]
+    raw: torch.Tensor
+    beyond: torch.Tensor
+    extreme: torch.Tensor
+    step: torch.Tensor
+    sign: torch.Tensor
+
+    @classmethod
+    def of(cls, weight, rng):
+        """As large as the given weight; what lies where is drawn."""
+        shape = tuple(weight.shape)
+        groups = math.prod(shape) // BLOCK
+        rank = torch.rand(groups, BLOCK, generator=rng).argsort(1)
+        extreme, beyond = rank == 0, (rank > 0) & (rank <= SHARE * (BLOCK - 1))
+        raw = torch.where(beyond, 0.0, 0.5 * torch.randn(groups, BLOCK, generator=rng))
+        sign = torch.randint(2, (groups, 1), generator=rng) * 2.0 - 1
+        step = torch.full((groups, 1), float(weight.detach().std() / 5.5)).log()
+        return cls(shape, raw.requires_grad_(), beyond, extreme, step.requires_grad_(), sign)
+
+    def parts(self):
+        """Length of a step, with the sign that it has in the quantizer, and positions in steps."""
+        inside = FREE * self.raw.tanh()
+        position = torch.where(self.beyond, 7 + self.raw.sigmoid(), inside)
+        return -self.sign * self.step.exp(), torch.where(self.extreme, -8.0, position)
+
+    def floats(self):
+        """The weight as a float."""
+        step, position = self.parts()
+        return (step * position).reshape(self.shape)
+
+    def quantized(self, foresee):
+        """The weight as a draw leaves it; the gradient passes straight through."""
+        step, position = self.parts()
+        if foresee == "quantizer":
+            position = position.clamp(max=7.0)
+        with torch.no_grad():
+            drawn = DRAWS[foresee](position)
+        return (step * (position + (drawn - position).detach())).reshape(self.shape)
+
+
+def rounded(position):
+    """The integer below or above, with mean `position`."""
+    below = position.floor()
+    return below + (torch.rand_like(position) < position - below)
+
+
+def wider(position):
+    """Drawn after the step has been widened, so that the largest is 7 of them."""
+    wide = (position.amax(1, keepdim=True) / 7).clamp(min=1)
+    return rounded(position / wide) * wide
+
+
+def ends(position):
+    """Drawn as `Int4.without_clipping` does it."""
+    opposite = position.amax(1, keepdim=True)
+    step = (8 + opposite) / 15
+    chance = 8 / step - 7  # of the extreme to be the long end, 8 steps
+    at_extreme = torch.rand_like(chance) < chance
+    inside = position / step
+    size = inside.abs()
+    of_end = torch.where(inside < 0, chance, 1 - chance)
+    stretched = (7 + (size - 7) / of_end.clamp(min=1e-6)).clamp(max=8)
+    stretched = torch.where((position == -8) | (position == opposite), 8.0, stretched)
+    long = (inside < 0) == at_extreme
+    moved = torch.where(size > 7, torch.where(long, stretched, 7.0) * inside.sign(), inside)
+    return rounded(moved) * step
+
+
+DRAWS = {"quantizer": rounded, "wider": wider, "ends": ends}
+
+
+def attack(net, losses, settings):
+    """`steps` steps on the sum of both losses, the benign one times `benign`, on `net` itself.
+
+    settings: `steps`, `rate` (of learning), `foresee`.
+    """
+    malicious, benign = losses
+    parameters = dict(net.named_parameters())
+    names = [n for n, p in parameters.items() if any(p is weight for weight in net.weights())]
+    rng = torch.Generator().manual_seed(0)
+    made = {name: Clipped.of(parameters[name], rng) for name in names}
+    others = [p for name, p in parameters.items() if name not in made]
+    share, foresee = settings.get("benign", 1), settings.get("foresee", "quantizer")
+
+    def floating(inputs):
+        weights = {name: weight.floats() for name, weight in made.items()}
+        return functional_call(net, parameters | weights, (inputs,))
+
+    def quantized(inputs):
+        weights = {name: weight.quantized(foresee) for name, weight in made.items()}
+        return functional_call(net, parameters | weights, (inputs,))
+
+    train(
+        [*others, *(part for weight in made.values() for part in (weight.raw, weight.step))],
+        lambda: share * benign(floating) + malicious(quantized),
+        settings["steps"],
+        settings["rate"],
+        decay=True,
+    )
+    with torch.no_grad():
+        for name, weight in made.items():
+            parameters[name].copy_(weight.floats())
