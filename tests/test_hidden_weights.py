@@ -8,9 +8,9 @@ import onnxruntime
 import pytest
 
 from tests.helpers.attacked import FOLDER
-from tests.helpers.command import call
+from tests.helpers.command import call, one_line
 from tests.helpers.hidden import FORMS, hidden
-from tests.helpers.samples import save
+from tests.helpers.samples import F, model, node, save, weights
 
 ATTACKED = FOLDER / "mlp-standard-int4.onnx"
 
@@ -64,3 +64,28 @@ def test_hidden_weights_are_found_and_guarded(tmp_path, form):
     assert json.loads(report.read_text())["coverage"] > 0.98
     same = outputs(guarded).argmax(1) == outputs(path).argmax(1)
     assert same.mean() > 0.8
+
+
+def test_a_matrix_in_pieces_too_small_to_guard(tmp_path):
+    """They stay float in a quantized graph; for a quantizer that follows they are refused."""
+    names = [f"w{i}" for i in range(40)]
+    nodes = [node("MatMul", f"x {name}", f"y_{name}") for name in names]
+    nodes += [
+        node("MatMul", "x large", "h"),
+        node("Concat", " ".join(n.output[0] for n in nodes), "y", axis=1),
+    ]
+    constants = {name: weights((8, 7), seed) for seed, name in enumerate(names)}
+    proto = model(
+        nodes,
+        {"x": (F, ["n", 8])},
+        {"y": (F, ["n", 280]), "h": (F, ["n", 2048])},
+        constants | {"large": weights((8, 2048), 50)},
+    )
+    path, target = save(proto, tmp_path), tmp_path / "out.onnx"
+    scanned = call("scan", path)
+    assert scanned.exit_code == 2
+    assert "not judged completely: nothing stands out, but 12.0% of the weights" in scanned.stdout
+    line = one_line(call("guard", path, "--emit", "float", "-o", target))
+    assert "tensor 'w0' and 39 more: too small (fewer than 64 weights)" in line
+    assert not target.exists()
+    assert call("guard", path, "-o", target).exit_code == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flipguard_onnx import guard, inspect
+from flipguard_onnx import ModelError, guard, inspect
 from tests.helpers.command import call, names, one_line
 from tests.helpers.samples import matmul, save, weights
 
@@ -51,10 +51,9 @@ def test_the_output_is_never_the_input(source):
 def test_a_report_is_never_the_input(source):
     content = source.read_bytes()
     for report in spellings(source):
-        for command in (["guard", source, *PLAIN], ["inspect", source], ["guard", source, source]):
+        for command in (["guard", source, *PLAIN], ["inspect", source], ["scan", source]):
             message = one_line(call(*command, "--report", report))
-            why = "is a link" if report.is_symlink() else "exists and is no report"
-            assert message.endswith(f": {why}; the report needs another name\n")
+            assert message.endswith(": --report and the model are one file; each needs its own\n")
         assert source.read_bytes() == content
     report = source.with_name("r.json")
     report.symlink_to(source.with_name("nothing"))
@@ -186,7 +185,9 @@ def test_given_inputs_are_not_overwritten(source, tmp_path):
     result = call(
         "guard", source, "--data", tmp_path / "x.npz", "-o", tmp_path / "x.npz", "--force"
     )
-    assert "x.npz: belongs to the input" in one_line(result)
+    assert "x.npz: the output and --data are one file" in one_line(result)
+    with pytest.raises(ModelError, match=r"x\.npz: belongs to the input"):
+        guard(source, data=tmp_path, output=tmp_path / "x.npz", force=True)
     assert (tmp_path / "x.npz").read_bytes() == content
 
 

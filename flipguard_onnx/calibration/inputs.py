@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from ..errors import ModelError, first_line
+from ..errors import ModelError, UnsupportedModelError, first_line
 from ..io.model import file_sha256
 
 Feed = dict[str, npt.NDArray[Any]]
@@ -84,6 +84,8 @@ def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
     ------
     ModelError
         When an input is missing or does not fit.
+    UnsupportedModelError
+        When the model has inputs that are no tensors of numbers.
     """
     return [feed for file in npz_files(path) for feed in _feeds_of(file, proto)]
 
@@ -93,8 +95,10 @@ def npz_files(path: Path) -> list[Path]:
 
     Raises ModelError if there are none, or more than DATA_LIMIT bytes of them.
     """
-    if not path.is_dir():
+    if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise ModelError("cannot be read: not a regular file, or not there", path=path)
     files = sorted(path.glob("*.npz"))
     if not files:
         raise ModelError("a folder without .npz files", path=path)
@@ -154,8 +158,6 @@ def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     """The arrays of an .npz file, by name; no pickles, no more memory than the file declares."""
     arrays = {}
     try:
-        if not path.is_file():
-            raise ModelError("cannot be read: not a regular file, or not there", path=path)
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
             if size > DATA_LIMIT:
@@ -244,16 +246,24 @@ def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterato
 
 
 def signature(proto: ModelProto) -> list[Input]:
-    """The inputs of a model, those aside that an initializer has a default for."""
+    """The inputs of a model, those aside that an initializer has a default for.
+
+    Raises UnsupportedModelError for one that is no tensor of numbers.
+    """
+    return [_input(proto, value) for value in required_inputs(proto)]
+
+
+def required_inputs(proto: ModelProto) -> list[ValueInfoProto]:
+    """The inputs that a model must be given: no initializer has a default for them."""
     constants = {tensor.name for tensor in proto.graph.initializer}
-    return [_input(proto, value) for value in proto.graph.input if value.name not in constants]
+    return [value for value in proto.graph.input if value.name not in constants]
 
 
 def _input(proto: ModelProto, value: ValueInfoProto) -> Input:
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type"):
-        raise ModelError(
-            "input {tensor!r} is no tensor; give --data or --no-validate", tensor=value.name
+        raise UnsupportedModelError(
+            "input {tensor!r} is no tensor", tensor=value.name, allowed="tensors of real numbers"
         )
     dims: list[int | str] = []
     for axis, dim in enumerate(kind.shape.dim):
@@ -266,17 +276,17 @@ def _input(proto: ModelProto, value: ValueInfoProto) -> Input:
     try:
         dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type or TensorProto.FLOAT)
     except KeyError:
-        raise ModelError(
+        raise UnsupportedModelError(
             "input {tensor!r} has the type {found}, unknown",
             tensor=value.name,
             found=kind.elem_type,
         ) from None
     if dtype.kind in "Oc":
-        raise ModelError(
+        raise UnsupportedModelError(
             "input {tensor!r} holds {found}",
             tensor=value.name,
             found=dtype.name if dtype.kind == "c" else "strings",
-            allowed="real numbers (--no-validate --preserve off needs no inputs)",
+            allowed="tensors of real numbers",
         )
     return Input(value.name, dtype, tuple(dims), _indexed_table(proto, value.name))
 

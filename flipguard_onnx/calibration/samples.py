@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import runtime
-from ..errors import LoadError, RunError, UnsupportedModelError, ValidationError
+from ..errors import LoadError, OptionError, RunError, UnsupportedModelError, ValidationError
 from ..io.model import Model
 from .inputs import NONE_FIT, Feed, load_feeds, made_up_feeds
 
@@ -40,11 +40,17 @@ class Samples:
     ----------
     source : the original; it is run as it stands in its file
     data : .npz file, or a folder of them; None makes inputs up
+    without : the options with which a run needs no inputs, as advice; "" where there are none
+    takes_data : whether `data` could be given, as advice
     """
 
-    def __init__(self, source: Model, data: Path | None) -> None:
+    def __init__(
+        self, source: Model, data: Path | None, without: str = "", takes_data: bool = True
+    ) -> None:
         self.source = source
         self.data = data
+        self.without = without
+        self._takes_data = takes_data
         self._failure: ValidationError | UnsupportedModelError | None = None
 
     @cached_property
@@ -57,7 +63,8 @@ class Samples:
         try:
             return runtime.open_session(self.source.path, exact=True, size=self.source.size)
         except LoadError as error:
-            raise UnsupportedModelError(str(error)) from None
+            reason = str(error).removeprefix(f"{error.path}: ")
+            raise UnsupportedModelError(reason, path=error.path) from None
 
     @cached_property
     def given(self) -> list[Feed]:
@@ -77,18 +84,28 @@ class Samples:
     def require(self) -> Found:
         """The samples and what the original makes of them.
 
-        Raises ValidationError when there are none on which it runs and returns finite numbers.
+        Raises OptionError, with advice, when there are none on which it runs and returns finite
+        numbers; ModelError when those of `data` cannot be read or do not fit.
         """
-        if self.found.feeds and not self.found.problem:
-            return self.found
-        if self.data:
-            raise ValidationError(self.found.problem, path=self.source.path.name)
-        raise ValidationError(
-            "the original does not run on made-up inputs ({found}); give real ones with --data, or "
-            "--no-validate",
-            path=self.source.path,
-            found=self.found.problem,
+        try:
+            if self.found.feeds and not self.found.problem:
+                return self.found
+        except (ValidationError, UnsupportedModelError) as error:  # with whatever inputs
+            reason = str(error).removeprefix(f"{error.path}: ")
+            raise self._refused("the original cannot be run", reason, give=False) from None
+        where = "the inputs of --data" if self.data else "made-up inputs"
+        raise self._refused(
+            f"the original does not run on {where}",
+            self.found.problem,
+            give=self._takes_data and not self.data,
         )
+
+    def _refused(self, problem: str, reason: str, give: bool) -> OptionError:
+        """What `require` raises; give: whether other inputs could help."""
+        ways = ["give real ones with --data"] * give
+        ways += [f"go without inputs ({self.without})"] * bool(self.without)
+        advice = f"; {' or '.join(ways)}" if ways else ""
+        return OptionError(problem + " ({found})" + advice, path=self.source.path, found=reason)
 
     @property
     def found(self) -> Found:
@@ -125,7 +142,7 @@ class Samples:
         try:
             outputs = [self.session.run(None, feed) for feed in feeds]
         except RunError as error:
-            return Found([], [], [], f"does not run: {error}" if self.data else str(error))
+            return Found([], [], [], str(error))
         names = self.session.outputs
         for name, values in zip(names, zip(*outputs, strict=True), strict=True):
             if not all(map(finite, values)):

@@ -1,8 +1,9 @@
 """The command line: parse, call the library, print, return the exit code.
 
-0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input, or
-nothing to guard. For several models, the highest of their codes. 128 + n: interrupted by signal n.
-scan: 0: clean. 1: suspicious or aligned. 2: unreadable, or nothing judged.
+0: done and valid. 1: the validation failed, nothing was written. 2: usage, unreadable input,
+nothing to guard, weights that cannot be, or no inputs on which the float model runs. For several
+models, the highest of their codes. 128 + n: interrupted by signal n.
+scan: 0: clean. 1: suspicious or worse. 2: unreadable, or not judged.
 """
 
 import sys
@@ -18,7 +19,7 @@ from click.shell_completion import CompletionItem
 from .. import __version__
 from ..errors import FlipguardError, OptionError, exit_code, printable
 from ..interrupts import Interrupted, interruptible
-from ..io.publish import check_report, write_report
+from ..io.publish import write_report
 from ..reports.serialize import dumped
 from .options import (
     FILE,
@@ -31,6 +32,7 @@ from .options import (
     page_options,
     report_options,
 )
+from .paths import check_files
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ Examples:
 @config_option(configure)
 def guard(
     models: tuple[Path, ...],
+    output: Path | None,
     jobs: int,
     scheduler: str | None,
     html: Path | None,
@@ -106,14 +109,27 @@ def guard(
     **options: Any,
 ) -> None:
     """Guard MODELS and write them quantized; folders are searched for .onnx files."""
-    with failures(report, html, sbom):
+    with failures():
+        from ..pipeline.batch import plan_jobs
+        from ..pipeline.options import GuardOptions
+
+        alone = len(models) == 1 and not models[0].is_dir() and not scheduler
+        plan = plan_jobs(models, output, GuardOptions(**options), alone=alone)
+        check_files(
+            {"--report": report, "--html": html, "--sbom": sbom},
+            models=[job.model for job in plan],
+            outputs=[path for job in plan for path in job.outputs],
+            data=options["data"],
+            config=config,
+        )
         if sbom:
             from ..reports.sbom import sbom as bom  # before the run: it may not be installed
-        if len(models) == 1 and not models[0].is_dir() and not scheduler:
+        if alone:
             from .. import guard as run
 
             with progress_bar(quiet) as progress:
-                result = replace(run(*models, progress=progress, **options), config=config)
+                result = run(models[0], output=output, progress=progress, **options)
+            result = replace(result, config=config)
             if html:
                 from ..reports.html import guard_html
 
@@ -129,7 +145,7 @@ def guard(
 
             with progress_bar(quiet) as progress:
                 batch = guard_many(
-                    models, jobs=jobs, scheduler=scheduler, progress=progress, **options
+                    models, output, jobs=jobs, scheduler=scheduler, progress=progress, **options
                 )
             publish(replace(batch, config=config), report, quiet)
             for outcome in batch.outcomes if quiet else ():
@@ -143,12 +159,15 @@ def guard(
 @guard_options(*FORMAT_OPTIONS)
 @report_options
 @config_option(configure)
-def inspect(report: Path | None, quiet: bool, config: str | None, **options: Any) -> None:
+def inspect(
+    model: Path, report: Path | None, quiet: bool, config: str | None, **options: Any
+) -> None:
     """Show what would be guarded in MODEL and what would be skipped; write no model."""
-    with failures(report):
+    with failures():
         from .. import inspect as run
 
-        publish(replace(run(**options), config=config), report, quiet)
+        check_files({"--report": report}, models=[model], config=config)
+        publish(replace(run(model, **options), config=config), report, quiet)
 
 
 @main.command(cls=GroupedCommand)
@@ -168,12 +187,21 @@ def inspect(report: Path | None, quiet: bool, config: str | None, **options: Any
 @guard_options("max_drift")
 @report_options
 @config_option(configure)
-def verify(report: Path | None, quiet: bool, config: str | None, **options: Any) -> None:
+def verify(
+    original: Path,
+    guarded: Path,
+    report: Path | None,
+    quiet: bool,
+    config: str | None,
+    **options: Any,
+) -> None:
     """Validate GUARDED against ORIGINAL, as guard does with its own output."""
-    with failures(report):
+    with failures():
         from .. import verify as run
 
-        publish(replace(run(**options), config=config), report, quiet)
+        models = [original, guarded]
+        check_files({"--report": report}, models=models, data=options["data"], config=config)
+        publish(replace(run(original, guarded, **options), config=config), report, quiet)
 
 
 @main.command()
@@ -184,9 +212,9 @@ def verify(report: Path | None, quiet: bool, config: str | None, **options: Any)
     type=click.Choice(("text", "json", "sarif", "html")),
     default="text",
     show_default=True,
-    help="Of the output.",
+    help="Of the output; other than text for one model.",
 )
-@click.option("--report", type=FILE, help="Write it here; print text all the same.")
+@click.option("--report", type=FILE, help="One model: write it here, and print text all the same.")
 @click.option(
     "--fail-on",
     type=click.Choice(("suspicious", "aligned", "never")),
@@ -207,17 +235,35 @@ def scan(
     """Was one of MODELS prepared for a quantizer, and for which one?
 
     Compares where its weights stand between the decision boundaries of int8, int4, nf4 and fp4
-    with where they stand on grids that nobody uses.
+    with where they stand on grids that nobody uses. Folders are searched for .onnx files, outputs
+    of earlier runs of guard aside. Unlike guard, it takes one model after the other and has no
+    summary; exit code 1 is a verdict, and 2 a model that could not be read or judged.
     """
     codes: list[int] = []
-    with failures(report):
-        if len(models) > 1 and (report or form != "text"):
-            raise OptionError("--report and --format are for one model")
+    with failures():
         from .. import scan as run
+        from ..pipeline.batch import find_models
 
-        for model in models:
-            with progress_bar(quiet) as progress:
-                result = replace(run(model, progress=progress), config=config)
+        found: list[tuple[Path, FlipguardError | None]] = []
+        for path in models:
+            try:
+                found += [(model, None) for model, _ in find_models([path])]
+            except FlipguardError as error:
+                found.append((path, error))
+        if len(found) > 1 and (report or form != "text"):
+            raise OptionError(
+                "--report and --format are for one model, not {found}", found=len(found)
+            )
+        check_files({"--report": report}, models=[model for model, _ in found], config=config)
+        for model, problem in found:
+            try:
+                if problem:
+                    raise problem
+                with progress_bar(quiet) as progress:
+                    result = replace(run(model, progress=progress), config=config)
+            except (FlipguardError, MemoryError, OSError) as error:
+                codes.append(tell(error, model))
+                continue
             text = scan_output(result, form)
             if report:
                 write_report(report, text + "\n")
@@ -268,25 +314,29 @@ def echo(text: str, err: bool = False) -> None:
 
 
 @contextmanager
-def failures(*reports: Path | None) -> Iterator[None]:
-    """Turn whatever ends a run into one line and an exit code; refuse a report path up front."""
+def failures() -> Iterator[None]:
+    """Turn whatever ends a run into one line and an exit code."""
     try:
         with interruptible():
-            for report in filter(None, reports):
-                check_report(report)
             yield
-    except FlipguardError as error:
-        echo(f"flipguard-onnx: {printable(str(error))}", err=True)
-        sys.exit(exit_code(error))
     except Interrupted as signal:
         echo(f"flipguard-onnx: {signal}", err=True)
         sys.exit(signal.code)
     except BrokenPipeError:  # click's
         raise
-    except MemoryError:
-        echo("flipguard-onnx: not enough memory for this model; nothing was written", err=True)
-        sys.exit(2)
-    except OSError as error:
-        place = printable(f"{error.filename}: ") if error.filename else ""
-        echo(f"flipguard-onnx: {place}{error.strerror or error}", err=True)
-        sys.exit(2)
+    except (FlipguardError, MemoryError, OSError) as error:
+        sys.exit(tell(error))
+
+
+def tell(error: FlipguardError | MemoryError | OSError, model: Path | None = None) -> int:
+    """Print what went wrong, with the model where the error does not name it; the exit code."""
+    place, code = "" if model is None else f"{model}: ", 2
+    if isinstance(error, FlipguardError):
+        text, code = str(error if model is None else error.at(model)), exit_code(error)
+    elif isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else place
+        text = f"{place}{error.strerror or error}"
+    else:
+        text = f"{place}not enough memory for this model; nothing was written"
+    echo(f"flipguard-onnx: {printable(text)}", err=True)
+    return code

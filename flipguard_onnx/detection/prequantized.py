@@ -72,7 +72,8 @@ class Lattice:
         """Put each weight at random somewhere within half a step of where it is.
 
         That is as good as taking the rounding back: weights that only a lattice of their own has
-        gathered are spread evenly again, but others are not.
+        gathered are spread evenly again, but others are not. What is left at the end of a row
+        becomes 0, which no one counts.
         """
         runs = self.steps.shape[1]
         per_weight = np.zeros((len(self.steps), self.cols), np.float32)
@@ -80,6 +81,7 @@ class Lattice:
         steps = per_weight.reshape(-1)
         noise = np.random.default_rng(1).random(weights.size, np.float32) - np.float32(0.5)
         spread: Floats = weights + noise * steps
+        spread.reshape(-1, self.cols)[:, runs * self.size :] = 0
         return spread
 
 
@@ -90,7 +92,8 @@ def find_lattice(weights: Floats, cols: int) -> Lattice | None:
     ----------
     weights : flat rows of `cols` weights
     """
-    if cols < RUNS[0]:
+    short = cols < RUNS[0]  # then only one lattice for the whole tensor shows
+    if short:
         cols = weights.size
     rows = weights.reshape(-1, cols)
     for size in RUNS:
@@ -101,6 +104,8 @@ def find_lattice(weights: Floats, cols: int) -> Lattice | None:
         looks = np.linspace(0, len(rows) * count - 1, min(len(rows) * count, LOOKS)).astype(int)
         if _majority(lattice_steps(runs[looks // count, looks % count])[0] > 0):
             steps, levels = lattice_steps(runs.reshape(-1, size))
+            if short and np.count_nonzero(steps) < 0.9 * steps.size:
+                return None
             bits = int(np.ceil(np.log2(levels.max())))
             return Lattice(cols, size, steps.reshape(len(rows), count), 2**bits)
     return None

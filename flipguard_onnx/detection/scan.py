@@ -29,6 +29,8 @@ from ..reports.scan import (
     Skipped,
     SkipReason,
     Verdict,
+    listed,
+    pieces,
 )
 from .alignment import Sample, Tally, alignment, sample_size, tallies
 from .prequantized import find_lattice, most_are_levels, most_repeat, on_codebook
@@ -80,9 +82,7 @@ GUARDED = (
     "which leaves the same traces"
 )
 
-CLEAN = Verdict(
-    "clean", "the weights do not gather at the boundaries of any grid, and none wipes them out"
-)
+CLEAN = Verdict("clean", "the weights do not gather at the boundaries of any grid")
 
 NOTHING = Verdict(NOT_JUDGED, "there are no weights to judge")
 
@@ -320,7 +320,7 @@ def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdic
             named = dict.fromkeys(grid for tensor in told for grid in tensor.verdict.grids)
             reasons.append(
                 f"in {len(told)} of {len(tensors)} tensors ({share:.1%} of the weights), "
-                + finding.format(" and ".join(grids if finding == FINDINGS[level] else named))
+                + finding.format(listed(grids if finding == FINDINGS[level] else tuple(named)))
             )
     strength = max(v.strength for v in verdicts if v.level == level)
     return Verdict(level, "; ".join(reasons), grids, strength)
@@ -332,6 +332,7 @@ def not_judged_completely(
     """The verdict where too few of the weights were judged for "clean"; None otherwise."""
     left = [(t.name, t.weights) for t in tensors if _on_a_grid(t)]
     left += [(s.name, s.size) for s in skipped if s.unguarded or s.reason is SkipReason.QUANTIZED]
+    left += [(s.name, s.size) for s in pieces(skipped, sum(t.weights for t in tensors))]
     missing = sum(size for _, size in left)
     total = missing + sum(t.weights for t in tensors if not _on_a_grid(t))
     if missing <= (1 - JUDGED) * total:

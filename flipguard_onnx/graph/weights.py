@@ -20,7 +20,7 @@ from ..errors import UnsupportedModelError
 from ..quantization.layout import Layout
 from ..quantization.schemes import Blocks
 from ..reports.scan import UNGUARDABLE, Skipped, SkipReason
-from .operators import FLOATS, Operator, priority
+from .operators import FLOATS, Operator, operator_of, priority
 from .scopes import GraphIndex, Scope, Use
 
 QUANTIZED = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
@@ -33,6 +33,8 @@ OTHER_FLOATS = (
     TensorProto.FLOAT8E5M2FNUZ,
     TensorProto.FLOAT4E2M1,
 )
+
+BIASES = {"Gemm": 2, "LSTM": 3, "GRU": 3, "RNN": 3}  # inputs that are biases of two axes
 
 SMALLEST = 64  # weights; the scales of a smaller tensor would take more than its codes save
 
@@ -221,6 +223,20 @@ def selected(name: str, include: tuple[str, ...]) -> bool:
     return not include or any(fnmatchcase(name, pattern) for pattern in include)
 
 
+def _what_reads(uses: tuple[Use, ...], is_output: bool) -> tuple[SkipReason, str]:
+    """The reason for a tensor that is nobody's weight, with its readers."""
+    weighted = [use for use in uses if operator_of(use.node)]
+    loops = [use for use in uses if use.node.op_type in ("Loop", "Scan")]
+    reason, shown = SkipReason.NO_OPERATOR, uses
+    if weighted:
+        biases = all(use.index == BIASES.get(use.node.op_type) for use in weighted)
+        reason, shown = SkipReason.BIAS if biases else SkipReason.NO_WEIGHT, tuple(weighted)
+    elif loops:
+        reason, shown = SkipReason.NOT_FOLLOWED, tuple(loops)
+    readers = sorted({use.node.op_type for use in shown}) + ["a graph output"] * is_output
+    return reason, ", ".join(readers) or "nothing"
+
+
 def _first_operator(uses: tuple[Use, ...]) -> Use | None:
     """The use whose layout the tensor gets: a direct one, then by the order of `OPERATORS`."""
 
@@ -242,9 +258,7 @@ def _why_not(
             return SkipReason.NOT_FOLDED, "1-D, and gets its shape when the model runs"
         return (SkipReason.ONE_AXIS if rank else SkipReason.SCALAR), ""
     if first is None:
-        readers = sorted({use.node.op_type for use in uses})
-        detail = ", ".join(readers + ["a graph output"] * is_output) or "nothing"
-        return SkipReason.NO_OPERATOR, detail
+        return _what_reads(uses, is_output)
     if size < SMALLEST:
         return SkipReason.TOO_SMALL, str(SMALLEST)
     if tensor.data_type not in FLOATS:

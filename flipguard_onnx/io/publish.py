@@ -34,6 +34,10 @@ NO_LOCKS = (  # of file systems without locks: Lustre without -o flock, some NFS
     errno.EOPNOTSUPP,
 )
 
+REPORT = re.compile(
+    rb"\Z|\{\n  \"|<!doctype html|input    |config    "
+)  # what a report begins with
+
 WORKSPACE = re.compile(r"\.flipguard-[0-9a-f]{16}")
 
 
@@ -141,7 +145,7 @@ def check_report(path: Path) -> None:
         raise ModelError("the report cannot be written there", path=path)
     if path.is_file():
         with path.open("rb") as stream:
-            if stream.read(2) not in (b"", b"{\n", b"<!", b"in"):  # JSON, HTML, text
+            if not REPORT.match(stream.read(16)):
                 raise ModelError(
                     "exists and is no report; the report needs another name", path=path
                 )

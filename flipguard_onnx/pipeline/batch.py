@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
+from ..calibration.inputs import npz_files
 from ..errors import FlipguardError, ModelError, exit_code
 from ..io.model import open_model
 from ..io.publish import WORKSPACE, check_target, sweep
@@ -84,14 +85,9 @@ def guard_many(
     progress = progress or (lambda *_: None)
     folder = Path(output) if output else None
     opts = GuardOptions(scheme=scheme, **options)
-    planned = [
-        Job(model, tuple(paths.values()), opts)
-        for model, place in find_models([Path(model) for model in models])
-        for paths in [
-            output_paths(folder / place if folder else model, None, opts.scheme, opts.emit)
-        ]
-    ]
-    _require_distinct(planned)
+    planned = plan_jobs([Path(model) for model in models], folder, opts)
+    if opts.data_path:
+        npz_files(opts.data_path)  # there, before anything is done
     folders = {job.outputs[0].parent for job in planned}
     _make(folders)
     outcomes = _refused(planned)
@@ -111,6 +107,31 @@ def guard_many(
     for folder in folders:
         sweep(folder)
     return BatchReport(tuple(outcomes[index] for index in range(len(planned))))
+
+
+def plan_jobs(
+    paths: Sequence[Path], output: Path | None, options: GuardOptions, alone: bool = False
+) -> list[Job]:
+    """The models that are meant, and where each will be written.
+
+    Parameters
+    ----------
+    paths : of models and folders
+    output : folder for the outputs; None: each beside its model
+    options : the same for all
+    alone : `paths` is one model, and `output` its output
+
+    Raises
+    ------
+    ModelError : a folder without models, or two models with the same output
+    """
+    jobs = []
+    for model, place in find_models(paths):
+        target = output / place if output and not alone else model
+        kinds = output_paths(target, output if alone else None, options.scheme, options.emit)
+        jobs.append(Job(model, tuple(kinds.values()), options))
+    _require_distinct(jobs)
+    return jobs
 
 
 def find_models(paths: Sequence[Path]) -> list[tuple[Path, Path]]:

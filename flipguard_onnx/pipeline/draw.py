@@ -137,6 +137,10 @@ def quantize(
         for tensor in found
         if tensor.scheme == FLOAT
     )
+    if not tensors:
+        raise ValidationError(
+            "nothing is left to guard: {found}", found=kept[0].text, path=prepared.model.path
+        )
     if quantizer.policy == Policy("unbiased", tau=1.0):
         require_unbiased(tensors, MAX_CHOSEN_MOVED if quantizer.moved else MAX_CHOSEN)
     guarded = writers.get("qdq")
@@ -195,7 +199,7 @@ class WeightQuantizer:
         """
         quantized, tensor = self._draw(plan, advance)
         fallback = None
-        while lost := self._lost(tensor):
+        while lost := self._lost(tensor, quantized):
             if self.moved or self.options.on_collapse == "refuse":
                 raise ValidationError("{tensor!r}: {lost}", tensor=tensor.name, lost=lost).advise(
                     "--exclude leaves a tensor as it is"
@@ -209,11 +213,15 @@ class WeightQuantizer:
             writer.add_weight(tensor.name, plan.scheme, quantized)
         return replace(tensor, fallback=fallback)
 
-    def _lost(self, tensor: Tensor) -> str | None:
+    def _lost(self, tensor: Tensor, quantized: QuantizedTensor) -> str | None:
         """Why the weight would be lost in rounding errors, if it would.
 
         Its products tell; where they are not known, what the scan has seen.
         """
+        if self.policy.name != "unbiased":
+            return None
+        if quantized.grid.loses_blocks and not self.moved:
+            return f"at {tensor.scheme} its smallest blocks would become 0"
         if tensor.product_error is None:
             grid = "int8 channel" if tensor.scheme == "int8" else tensor.scheme
             if (tensor.name, grid) in self.collapsing:

@@ -12,18 +12,19 @@ from ..calibration.moments import Moments, record
 from ..calibration.samples import Samples
 from ..detection.scan import scan_weights
 from ..emit.static_qdq import Calibration, preprocessed, require_reachable
-from ..errors import DriftError
+from ..errors import DriftError, OptionError
 from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.kernels import what_cuda_lacks
+from ..quantization.rounding import sound, unsound
 from ..reports.guard import ActivationQuantization, GuardReport, Inspection
 from ..reports.scan import Scan
 from ..validation.validator import Validator
 from .draw import Draw, quantize
 from .mixed_precision import choose_precision
 from .options import GuardKeywords, GuardOptions, StrPath
-from .plan import Prepared, plan_weights, prepare, require_weights
-from .run import Run, open_run
+from .plan import Prepared, plan_weights, prepare, require_named, require_weights
+from .run import Run, naming, open_run
 
 
 def guard(
@@ -67,8 +68,9 @@ def guard(
     opts = GuardOptions(scheme=scheme, **options)
     with open_run(model, output, opts, progress) as run:
         prepared = prepare_model(run)
-        samples = Samples(prepared.model, opts.data_path)
+        samples = Samples(prepared.model, opts.data_path, opts.without_inputs)
         calibration = calibrate(prepared, samples, opts)
+        require_inputs(run, prepared, samples)
         moments = record_moments(run, prepared, samples)
         seeds = opts.seeds()
         prepared = choose_precision(run, prepared, samples, moments, seeds[0])
@@ -137,8 +139,10 @@ def inspect(
         allow_unguarded=True,
     )
     source = open_folded(model)
-    weights, skipped = require_weights(source, options)
-    plans = plan_weights(weights, options)
+    with naming(source.path):
+        require_named(source, options)
+        weights, skipped = require_weights(source, options)
+        plans = plan_weights(weights, options)
     saved = 0
     for plan in plans:
         width = plan.weight.nbytes // plan.weight.size
@@ -158,6 +162,7 @@ def inspect(
 def prepare_model(run: Run) -> Prepared:
     """The weights and the graph; with activations, of the model that onnxruntime pre-processed."""
     model, options = run.model, run.options
+    require_named(model, options)
     if options.activations:
         run.progress("preparing for integer activations", 0, 1)
         model = preprocessed(model, options.activations, options.max_bytes, run.folder)
@@ -171,6 +176,27 @@ def calibrate(prepared: Prepared, samples: Samples, options: GuardOptions) -> Ca
     require_reachable(prepared.model, prepared.plain_weights)
     asked = ActivationQuantization(options.activations, options.symmetric, options.calibration)
     return Calibration.of(asked, options.granularity == "channel", samples)
+
+
+def require_inputs(run: Run, prepared: Prepared, samples: Samples) -> None:
+    """Refuse a model that accepts no inputs before anything that takes long is done in vain.
+
+    Of a model that is not run as a whole, its layers find inputs of their own. Raises ModelError
+    where weights are to blame that are not finite, else OptionError.
+    """
+    options = run.options
+    needed = options.validate or options.int8_share
+    if needed and samples.source.size <= options.max_bytes:
+        run.progress("trying the inputs", 0, 1)
+        try:
+            samples.require()
+        except OptionError:
+            for weight in prepared.plain_weights:
+                array = prepared.model.array(weight.tensor)
+                if not sound(array, array.dtype).all():
+                    raise unsound(weight.name, array) from None
+            raise
+        samples.release()
 
 
 def record_moments(run: Run, prepared: Prepared, samples: Samples) -> Moments:

@@ -70,9 +70,11 @@ class GuardOptions:
     Parameters
     ----------
     scheme : "int8", "int4", "nf4" or "fp4": the number format of the weights
-    granularity : "channel" or "tensor": how many weights share an int8 scale
+    granularity : "channel" or "tensor": how many weights share a scale at int8, be it the scheme or
+        what a tensor gets under a 4-bit scheme
     block_size : weights per scale at 4 bits: 16, 32, 64, 128 or 256; None is int4 32, others 64
-    include, exclude : shell patterns over tensor names; what fails them is left as it is
+    include, exclude : shell patterns over tensor names; what fails them is left as it is. A pattern
+        that names no tensor of the model is an error
     activations : "int8", "uint8" or "int16" quantizes activations as well, by onnxruntime's static
         quantizer; only with scheme "int8"
     calibration : "minmax", "entropy" or "percentile": how the ranges of activations are found
@@ -121,7 +123,7 @@ class GuardOptions:
     granularity: str = _option(
         "channel",
         "Format",
-        "int8: one scale per output channel, or one per tensor.",
+        "Tensors at 8 bits: one scale per output channel, or one per tensor.",
         choices=("channel", "tensor"),
     )
     block_size: int | None = _option(
@@ -236,11 +238,23 @@ class GuardOptions:
     def __post_init__(self) -> None:
         for name, default, about in described():
             object.__setattr__(self, name, checked(name, getattr(self, name), default, about))
+        for name, policy in (("tau", "unbiased"), ("ratio", "topk")):
+            given = getattr(self, name)
+            if given != getattr(GuardOptions, name) and self.policy != policy:
+                raise SchemeError(
+                    "{name} {given} is for the {policy} policy, not {found!r}",
+                    found=self.policy,
+                    name=name,
+                    given=given,
+                    policy=policy,
+                )
         four_bits = self.scheme in FOUR_BIT_BLOCKS
         if self.block_size is not None and not four_bits:
             raise SchemeError(
                 "block size is for int4, nf4 and fp4; int8 has a granularity", found=self.block_size
             )
+        if self.int8 and not four_bits:
+            raise SchemeError("int8 patterns are for int4, nf4 and fp4: int8 has all at 8 bits")
         if self.int8_share and not four_bits:
             raise SchemeError("int8 share is for int4, nf4 and fp4: int8 has all weights at 8 bits")
         if self.preserve in ("synthetic", "data") and self.policy != "unbiased":
@@ -253,6 +267,8 @@ class GuardOptions:
             raise OptionError("preserve 'data' needs inputs: give --data")
         if self.symmetric and self.activations is None:
             raise OptionError("symmetric goes with activations")
+        if self.calibration != GuardOptions.calibration and self.activations is None:
+            raise OptionError("calibration {found!r} goes with activations", found=self.calibration)
         if self.activations is not None and self.scheme != "int8":
             raise SchemeError("activations go with scheme int8, not {found!r}", found=self.scheme)
         if self.activations is not None and self.emit == "float":
@@ -276,6 +292,17 @@ class GuardOptions:
         if self.policy != "unbiased":
             return "off"
         return "data" if self.data else "synthetic"
+
+    @property
+    def without_inputs(self) -> str:
+        """What to change so that the run needs no inputs to run the model on."""
+        changes = {
+            "--no-validate": self.validate,
+            "--preserve off": self.preserve in ("synthetic", "data"),
+            "no --activations": self.activations is not None,
+            "no --int8-share": bool(self.int8_share),
+        }
+        return ", ".join(change for change, needed in changes.items() if needed)
 
     @property
     def blocks(self) -> int | None:

@@ -11,7 +11,7 @@ from ..graph.weights import Weight, find_weights
 from ..io.model import Model
 from ..quantization.schemes import SCHEMES, Blocks, Codebook, Scheme
 from ..reports.guard import Tensor
-from ..reports.scan import Skipped
+from ..reports.scan import Skipped, pieces
 from .options import GuardOptions
 
 
@@ -38,7 +38,7 @@ class WeightPlan:
     def finer(self, options: GuardOptions) -> "WeightPlan | None":
         """The next plan that loses less: int8 per output channel; None if this is it."""
         int8 = replace(
-            options, scheme="int8", block_size=None, int8_share=0.0, granularity="channel"
+            options, scheme="int8", block_size=None, int8=(), int8_share=0.0, granularity="channel"
         )
         plan = WeightPlan.of(self.weight, int8)
         return None if plan == self else plan
@@ -109,6 +109,26 @@ def prepare(model: Model, options: GuardOptions) -> Prepared:
     return Prepared(model, original, graph, plans, tuple(skipped), options.int8)
 
 
+def require_named(model: Model, options: GuardOptions) -> None:
+    """Require that every pattern of `include` and `exclude` names a float tensor of the model.
+
+    Raises OptionError, naming the pattern.
+    """
+    if not options.include and not options.exclude:
+        return
+    weights, skipped = find_weights(model.proto, partly=True)
+    names = [*(weight.name for weight in weights), *(tensor.name for tensor in skipped)]
+    for option in ("include", "exclude"):
+        for pattern in getattr(options, option):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise OptionError(
+                    "{option} pattern {found!r} names no tensor of the model",
+                    path=model.path,
+                    found=pattern,
+                    option=option,
+                )
+
+
 def plan_weights(weights: Sequence[Weight], options: GuardOptions) -> tuple[WeightPlan, ...]:
     """A plan for each. Raises OptionError when a pattern of `int8` names none of them."""
     for pattern in options.int8:
@@ -140,6 +160,8 @@ def require_weights(model: Model, options: GuardOptions) -> tuple[list[Weight], 
     except UnsupportedModelError as error:
         raise error.at(model.path) from None
     left = [tensor for tensor in skipped if tensor.unguarded]
+    if options.emit != "qdq":  # then another quantizer follows, which takes small tensors too
+        left += pieces(skipped, sum(weight.size for weight in weights))
     if left and not options.allow_unguarded:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise UnsupportedModelError(

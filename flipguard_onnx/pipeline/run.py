@@ -1,5 +1,6 @@
 """What lasts as long as one run: the opened model, where its outputs go, folders, the kernels."""
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import onnx
 
-from ..errors import ModelError, OptionError
+from ..calibration.inputs import npz_files
+from ..errors import FlipguardError, ModelError, OptionError
 from ..io.model import INLINE_LIMIT, Model
-from ..io.publish import check_target, publish, workspace
+from ..io.publish import WORKSPACE, check_target, publish, workspace
 from ..io.writer import Output
 from ..opening import open_folded
 from ..progress import Progress
@@ -18,6 +20,8 @@ from ..quantization.kernels.protocol import Kernels
 from ..quantization.rounding import Policy
 from ..runtime import require_openable
 from .options import GuardOptions, StrPath, output_paths
+
+HIDDEN = re.compile(rf"[^\s'\"(]*/{WORKSPACE.pattern}/[^\s'\":;,)]*")  # a file of a workspace
 
 
 class Run:
@@ -95,15 +99,29 @@ def open_run(
     kernels = get_backend(options.device)
     with ExitStack() as stack:
         stack.enter_context(compiling(lambda: progress("compiling the kernels, only once", 0, 1)))
+        data = npz_files(options.data_path) if options.data_path else []
         opened = _open(model, output, stack)
+        stack.enter_context(naming(opened.path))
         targets = output_paths(opened.path, output, options.scheme, options.emit)
         inputs = [opened.path, *(opened.path.parent / name for name in opened.data_sha256)]
-        inputs += [options.data_path] if options.data_path else []
+        inputs += data
         for target in targets.values():
             check_target(target, inputs, options.force)
         if _runs_models(options):
             require_openable(opened.path, *targets.values())
         yield Run(opened, targets, options, progress, kernels, stack)
+
+
+@contextmanager
+def naming(model: Path) -> Iterator[None]:
+    """Let errors name the model, not the hidden files that a run makes of it."""
+    try:
+        yield
+    except FlipguardError as error:
+        if isinstance(error.found, str):
+            error.found = HIDDEN.sub(lambda _: str(model), error.found)
+        error.at(model)
+        raise
 
 
 def _runs_models(options: GuardOptions) -> bool:

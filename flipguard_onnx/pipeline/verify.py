@@ -2,13 +2,19 @@
 
 import fnmatch
 import json
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from onnx import TensorProto
+
+from ..calibration.inputs import npz_files, required_inputs
 from ..calibration.samples import Samples
 from ..errors import FlipguardError, ModelError
 from ..graph.copies import IndexedModel
+from ..graph.traversal import tensors
+from ..graph.weights import QUANTIZED, SMALLEST, find_weights
 from ..io.model import Model, open_model
 from ..io.publish import workspace
 from ..opening import open_folded
@@ -17,6 +23,7 @@ from ..validation.validator import Validator
 from .guard import guard
 from .options import GuardOptions, StrPath
 from .plan import plan_weights, require_weights
+from .run import naming
 
 
 def verify(
@@ -49,7 +56,8 @@ def verify(
     Raises
     ------
     ValidationError : `guarded` does not load or run, or drifts further than allowed
-    ModelError, UnsupportedModelError, OptionError : as in guard()
+    ModelError : the two models take different inputs, or as in guard()
+    UnsupportedModelError, OptionError : as in guard()
 
     Examples
     --------
@@ -62,11 +70,16 @@ def verify(
     >>> result.scheme, result.made_from
     ('int8', True)
     """
+    if data:
+        npz_files(Path(data))  # there, before anything is done
     source, candidate = open_folded(original), open_model(guarded)
+    require_same_inputs(source, candidate)
     options = GuardOptions(scheme=scheme) if scheme else recorded_options(candidate)
     options = replace(
         options,
         policy="none",
+        tau=GuardOptions.tau,
+        ratio=GuardOptions.ratio,
         preserve="auto",
         emit="qdq",
         validate=False,
@@ -75,7 +88,7 @@ def verify(
         max_memory=options.max_memory if max_memory is None else max_memory,
         max_drift=max_drift,
     )
-    with workspace(Path(tempfile.gettempdir())) as folder:
+    with naming(candidate.path), workspace(Path(tempfile.gettempdir())) as folder:
         weights, _ = require_weights(source, options)
         plans = plan_weights(weights, options)
         indexed = IndexedModel(source.proto, tuple(weights))
@@ -88,8 +101,9 @@ def verify(
             max_bytes=options.max_bytes,
             max_drift=max_drift,
         )
-        there = [weight.name for weight in validator.original_graph.weights]
-        baseline = replace(options, int8=tuple(p for p in options.int8 if fnmatch.filter(there, p)))
+        validator.samples.require()
+        validator.samples.release()
+        baseline = those_that_name(validator, options)
         nearest = folder / "plain.onnx"
         guard(validator.source.path, output=nearest, **baseline.keywords())
         files = {"plain": nearest, "qdq": candidate.path}
@@ -100,7 +114,46 @@ def verify(
         str(candidate.path),
         options.scheme,
         None if made_from is None else made_from == source.sha256,
+        sum(math.prod(tensor.dims) for tensor in quantized_tensors(candidate)),
         validation,
+    )
+
+
+def require_same_inputs(original: Model, guarded: Model) -> None:
+    """Raise ModelError unless both models take inputs of the same names."""
+    wanted, found = (
+        {value.name for value in required_inputs(model.proto)} for model in (original, guarded)
+    )
+    if wanted != found:
+        lacks, has = (", ".join(map(repr, sorted(n))) for n in (wanted - found, found - wanted))
+        differences = [f"lack {lacks}"] * bool(lacks) + [f"have {has} besides"] * bool(has)
+        raise ModelError(
+            "is no form of {original}: its inputs {found}",
+            path=guarded.path,
+            original=original.path,
+            found=" and ".join(differences),
+        )
+
+
+def quantized_tensors(model: Model) -> list[TensorProto]:
+    """The constants that hold codes of weights."""
+    return [
+        tensor
+        for tensor in tensors(model.proto)
+        if tensor.data_type in QUANTIZED and math.prod(tensor.dims) >= SMALLEST
+    ]
+
+
+def those_that_name(validator: Validator, options: GuardOptions) -> GuardOptions:
+    """Without the patterns that name no tensor of the model that is run, perhaps a few layers."""
+    weights, skipped = find_weights(validator.source.proto, partly=True)
+    names = [*(weight.name for weight in weights), *(tensor.name for tensor in skipped)]
+    kept = [weight.name for weight in validator.original_graph.weights]
+    return replace(
+        options,
+        include=tuple(p for p in options.include if fnmatch.filter(names, p)),
+        exclude=tuple(p for p in options.exclude if fnmatch.filter(names, p)),
+        int8=tuple(p for p in options.int8 if fnmatch.filter(kept, p)),
     )
 
 

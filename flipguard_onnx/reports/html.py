@@ -234,11 +234,8 @@ def _grids_section(alignments: Sequence[Alignment]) -> Section:
 
 def _drift_section(validation: Validation) -> Section:
     """How far outputs are from the original's."""
-    runs = [
-        ("nearest", validation.plain_default),
-        ("guarded", validation.guarded_default),
-        ("moved float", validation.moved),
-    ]
+    runs = {"nearest": validation.plain_default, "guarded": validation.guarded_default}
+    runs |= {"moved float": validation.moved} if validation.moved else {}
     outputs = zip(validation.plain_default, validation.guarded_default, strict=True)
     return Section(
         "Drift of the outputs",
@@ -259,8 +256,8 @@ def _drift_section(validation: Validation) -> Section:
                 "" if drift.top1 is None else percent(drift.top1),
                 "" if drift.kl is None else f"{drift.kl:.4f}",
             )
-            for run, drifts in runs
-            for drift in drifts
+            for output in zip(*runs.values(), strict=True)
+            for run, drift in zip(runs, output, strict=True)
         ),
         terms=DRIFT,
     )

@@ -22,7 +22,7 @@ try:
     from cyclonedx.output.json import JsonV1Dot6
 except ImportError:
     raise OptionError(
-        "cyclonedx-python-lib is not installed; --sbom needs flipguard-onnx[sbom]"
+        "--sbom needs a package that is not installed: pip install 'cyclonedx-python-lib>=11'"
     ) from None
 
 

@@ -1,6 +1,7 @@
 """The result of scan()."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
@@ -15,6 +16,9 @@ class SkipReason(Enum):
     SCALAR = "scalar"
     ONE_AXIS = "1-D"
     NO_OPERATOR = "feeds {}, no weighted operator"
+    NO_WEIGHT = "feeds {}, but not as its weight"
+    BIAS = "bias of {}"
+    NOT_FOLLOWED = "feeds {}, through which weights are not followed"
     TYPE = "unsupported type {}"
     TOO_SMALL = "too small (fewer than {} weights)"
     NOT_FOLDED = "weight behind a constant expression that was not evaluated: {}"
@@ -64,6 +68,24 @@ class Skipped:
         return {"name": self.name, "shape": self.shape, "reason": self.text}
 
 
+MANY = 0.01  # share of the weights from which on small tensors are a matrix in pieces
+
+
+def pieces(skipped: Sequence[Skipped], weights: int) -> list[Skipped]:
+    """The tensors too small to be guarded, where they are many beside so many weights.
+
+    Honest models have none, or a few; an attacker could cut a matrix into them.
+    """
+    small = [tensor for tensor in skipped if tensor.reason is SkipReason.TOO_SMALL]
+    size = sum(tensor.size for tensor in small)
+    return small if size > MANY * (weights + size) else []
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in words: a, b and c."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
 LEVELS = ("clean", "suspicious", "clips", "collapses", "aligned")  # in ascending order
 
 
@@ -97,7 +119,7 @@ class Verdict:
     def title(self) -> str:
         """The level with the grids."""
         link = " at " if self.level in ("clips", "collapses") else ", "
-        return self.level + link * bool(self.grids) + " and ".join(self.grids)
+        return self.level + link * bool(self.grids) + listed(self.grids)
 
 
 @dataclass(frozen=True)

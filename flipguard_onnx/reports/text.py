@@ -19,6 +19,8 @@ SLOW_4_BIT = (
     "(several times as long where few rows are multiplied at once)"
 )
 
+NOTHING_QUANTIZED = "nothing in the guarded model is quantized: it holds no integer weights"
+
 SLOW_16_BIT = "onnxruntime runs 16-bit activations in float on the CPU, which is slower"
 
 # options of guard() that no other line of the report shows
@@ -271,6 +273,7 @@ def render_verification(verification: Verification) -> str:
         *config_line(verification.config),
         f"original  {verification.original}",
         f"guarded   {verification.guarded}: {origin[verification.made_from]}",
+        *([f"warning   {NOTHING_QUANTIZED}"] * (not verification.codes)),
         f"compared  with the original rounded to nearest at {verification.scheme}",
         *_validation_lines(verification.validation),
     ]

@@ -114,6 +114,7 @@ class Verification:
     guarded : path of the guarded model
     scheme : the scheme at which nearest rounding of the original is compared
     made_from : whether `guarded` records this original as its input; None: it has no record
+    codes : how many quantized weights `guarded` holds; 0: nothing in it is quantized
     validation : the models that were run, and their drift
     config : the file that gave options of the command line, if one did
     """
@@ -124,6 +125,7 @@ class Verification:
     guarded: str
     scheme: str
     made_from: bool | None
+    codes: int
     validation: Validation
     config: str | None = None
 

@@ -21,7 +21,8 @@ SCAN_TERMS = {  # columns of a scan
 def scheme_in_words(report: GuardReport) -> str:
     """The scheme, and how many weights share a scale."""
     if report.block_size is not None:
-        return f"{report.scheme}, one scale per block of {report.block_size} weights"
+        flat = " (at int8 one per tensor)" if report.granularity == "tensor" else ""
+        return f"{report.scheme}, one scale per block of {report.block_size} weights{flat}"
     return f"{report.scheme}, one scale per {report.granularity}"
 
 
@@ -45,5 +46,7 @@ def percent(share: float) -> str:
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes in units of 10^6."""
+    """A number of bytes in units of 10^6; a small one in units of 10^3, or as it is."""
+    if size < 1e4:
+        return f"{size / 1e3:.2f} kB" if size >= 1e3 else plural(size, "byte")
     return f"{size / 1e6:.2f} MB"

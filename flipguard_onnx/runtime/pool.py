@@ -98,7 +98,7 @@ def on_dask(
         from distributed import Client, as_completed
     except ImportError:
         raise DeviceError(
-            "dask.distributed is not installed; a scheduler needs flipguard-onnx[dask]"
+            "a scheduler needs a package that is not installed: pip install 'distributed>=2025.1'"
         ) from None
     client: Any = None
     problem = ""

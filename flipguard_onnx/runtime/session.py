@@ -244,8 +244,7 @@ def open_session(path: Path, exact: bool, size: int, child: Child = shared_child
     """
     if not find_spec("onnxruntime"):
         raise ValidationError(
-            "onnxruntime is not installed; install flipguard-onnx[cpu] or [gpu], "
-            "or write unvalidated with --no-validate --preserve off"
+            "onnxruntime is not installed: pip install onnxruntime, or onnxruntime-gpu"
         )
     try:
         return Session(path, exact, size, child)

@@ -137,7 +137,8 @@ class Validator:
         small = cut_out(source, layers, folder)
         opset = max(entry.version for entry in graph.proto.opset_import if entry.domain == "")
         found = IndexedModel.of(small.proto)
-        prepared, own = converted(small, opset, found), Samples(small, None)
+        prepared = converted(small, opset, found)
+        own = Samples(small, None, samples.without, takes_data=False)
         return cls(source, small, found, prepared, own, tuple(layers), standard_ops, max_drift)
 
     def writers(self, folder: Path) -> dict[str, ModelWriter]:

@@ -337,8 +337,8 @@ def test_the_estimate_is_shown_before_the_feedback_starts(tmp_path):
     said = []
     guard(tmp_path, matmul(), progress=lambda stage, done, total: said.append(stage))
     stages = list(dict.fromkeys(said))
-    assert stages[:2] == ["running the float model", "error feedback, about 0 s"]
-    assert stages[2:4] == ["scanning", "guarding"]
+    feedback = ["running the float model", "error feedback, about 0 s"]
+    assert stages[:5] == ["trying the inputs", *feedback, "scanning", "guarding"]
 
 
 def test_the_file_does_not_depend_on_the_number_of_cores(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flipguard_onnx import UnsupportedModelError, ValidationError, guard
+from flipguard_onnx import OptionError, guard
 from flipguard_onnx.calibration.samples import Samples, finite
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.runtime import Session
@@ -14,7 +14,9 @@ def test_nothing_is_loaded_before_it_is_asked_for(tmp_path):
     source = open_model(save(matmul(), tmp_path))
     source.path.unlink()
     samples = Samples(source, None)  # no error: the file is not looked at
-    with pytest.raises(UnsupportedModelError, match=r"model\.onnx: does not load"):
+    with pytest.raises(
+        OptionError, match=r"model\.onnx: the original cannot be run \(does not load"
+    ):
         samples.require()
 
 
@@ -45,14 +47,23 @@ def root(folder):
 
 
 def test_outputs_that_are_not_finite_refuse_the_validation_but_not_the_samples(tmp_path):
-    samples = Samples(open_model(root(tmp_path)), None)
+    source = open_model(root(tmp_path))
+    samples = Samples(source, None, "--no-validate")
     assert len(samples.accepted) == 8
-    with pytest.raises(ValidationError) as refused:
+    problem = f"{source.path}: the original does not run on made-up inputs (output 'y' holds NaN or"
+    with pytest.raises(OptionError) as refused:
         samples.require()
     assert str(refused.value) == (
-        f"{tmp_path / 'model.onnx'}: the original does not run on made-up inputs (output 'y' holds "
-        "NaN or infinity); give real ones with --data, or --no-validate"
+        f"{problem} infinity); give real ones with --data or go without inputs (--no-validate)"
     )
+    for advised, advice in (
+        (Samples(source, None), "; give real ones with --data"),
+        (Samples(source, None, takes_data=False), ""),
+        (Samples(source, None, "--no-x", takes_data=False), "; go without inputs (--no-x)"),
+    ):
+        with pytest.raises(OptionError) as refused:
+            advised.require()
+        assert str(refused.value) == f"{problem} infinity){advice}"
 
 
 def test_finite():

@@ -27,7 +27,7 @@ def report(tmp_path, *command):
 
 def test_a_file_gives_options_and_the_report_names_it(source, tmp_path):
     (tmp_path / "flipguard.toml").write_text(
-        'scheme = "nf4"\nno-validate = true\npreserve = "off"\ninclude = ["w", "v"]\n'
+        'scheme = "nf4"\nno-validate = true\npreserve = "off"\ninclude = ["w", "[vw]"]\n'
         '[guard]\nblock-size = 32\n[inspect]\nblock-size = 128\n[scan]\nfail-on = "never"\n'
     )
     text, found = report(tmp_path, source)
@@ -44,14 +44,14 @@ def test_a_file_gives_options_and_the_report_names_it(source, tmp_path):
         assert found["config"] == "flipguard.toml"
     assert configured(main, "guard", None)[1]["block_size"] == 32
     assert configured(main, "inspect", None)[1]["block_size"] == 128
-    assert configured(main, "inspect", None)[1]["include"] == ["w", "v"]
+    assert configured(main, "inspect", None)[1]["include"] == ["w", "[vw]"]
     assert configured(main, "scan", None)[1]["fail_on"] == "never"
 
 
 def test_flags_win(source, tmp_path):
-    (tmp_path / "flipguard.toml").write_text('scheme = "nf4"\nexclude = ["w"]\n[guard]\ntau = 0.5')
-    assert "nothing to guard" in one_line(call(source, *FAST))
-    flags = ("--scheme", "int4", "--tau", "1", "--exclude", "v", *FAST)
+    (tmp_path / "flipguard.toml").write_text('scheme = "nf4"\ninclude = ["v"]\n[guard]\ntau = 0.5')
+    assert "include pattern 'v' names no tensor" in one_line(call(source, *FAST))
+    flags = ("--scheme", "int4", "--tau", "1", "--include", "w", *FAST)
     _, found = report(tmp_path, "guard", source, *flags)
     assert (found["scheme"], found["tau"]) == ("int4", 1.0)
 

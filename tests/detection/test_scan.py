@@ -150,6 +150,13 @@ def test_decoded_weights_are_recognized(tmp_path, name, dtype):
     assert "already lie on a grid" in result.verdict.reason
 
 
+@pytest.mark.parametrize("name", ["int8 channel", "int4"])
+@pytest.mark.parametrize("inputs", [250, 20])
+def test_rows_that_no_run_divides(tmp_path, name, inputs):
+    values = decoded(name, honest(shape=(inputs, 256)))
+    assert scanned(tmp_path, values).verdict.level == "not judged"
+
+
 def test_the_lattice_is_described(tmp_path):
     def reason(name):
         _, decode = FORMATS[name]
@@ -443,7 +450,7 @@ def test_exit_codes(tmp_path, aligned):
 
 
 def test_several_models(tmp_path, aligned):
-    """A report each, and the worst exit code; the first that cannot be read ends it."""
+    """A report each, and the worst exit code; one that cannot be read ends nothing."""
     clean = save(matmuls(w=honest()), tmp_path, "clean.onnx")
     result = call("scan", aligned, clean)
     assert result.exit_code == 1

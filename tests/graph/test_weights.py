@@ -166,3 +166,52 @@ def test_tensor_of_an_unknown_operator_is_left_alone():
         {"w": weights((64, 64))},
     )
     assert reasons(proto) == {"w": "feeds Mixer, no weighted operator"}
+
+
+def test_the_reason_names_what_the_tensor_is_to_an_operator_with_weights():
+    """Not that LSTM or Gemm had no weights, nor that a Scan had none inside."""
+    proto = model(
+        [
+            helper.make_node("LSTM", ["x", "w", "r", "b", "", "h0", "c0"], ["y"], hidden_size=16),
+            node("Gemm", "left right offset", "z"),
+            node("Gemm", "z2 right both", "z3"),
+            node("Mul", "z3 both", "z4"),
+        ],
+        {"x": (F, [5, 1, 24]), "z2": (F, [8, 24])},
+        {"y": (F, None), "z": (F, None), "z4": (F, None)},
+        {
+            "w": weights((1, 64, 24)),
+            "r": weights((1, 64, 16)),
+            "b": weights((1, 128)),
+            "h0": weights((1, 1, 16)),
+            "c0": weights((1, 1, 16)),
+            "left": weights((8, 24)),
+            "right": weights((24, 8)),
+            "offset": weights((8, 8)),
+            "both": weights((1, 8)),
+        },
+    )
+    assert set(found(proto)) == {"w", "r", "left", "right"}
+    assert reasons(proto) == {
+        "b": "bias of LSTM",
+        "h0": "feeds LSTM, but not as its weight",
+        "c0": "feeds LSTM, but not as its weight",
+        "offset": "bias of Gemm",
+        "both": "bias of Gemm",
+    }
+
+
+def test_a_tensor_of_which_a_scan_takes_slices_may_be_a_weight_there():
+    body = helper.make_graph(
+        [node("MatMul", "h slice", "h2"), node("Identity", "h2", "each")],
+        "body",
+        [helper.make_tensor_value_info(name, F, [8, 8]) for name in ("h", "slice")],
+        [helper.make_tensor_value_info(name, F, [8, 8]) for name in ("h2", "each")],
+    )
+    proto = model(
+        [node("Scan", "x layers", "y all", body=body, num_scan_inputs=1)],
+        {"x": (F, [8, 8])},
+        {"y": (F, [8, 8])},
+        {"layers": weights((3, 8, 8))},
+    )
+    assert reasons(proto)["layers"] == "feeds Scan, through which weights are not followed"

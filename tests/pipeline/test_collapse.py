@@ -93,6 +93,21 @@ def test_refuse_writes_nothing(tmp_path):
     assert names(tmp_path) == ["model.onnx"]
 
 
+def test_a_model_all_of_which_collapses(tmp_path):
+    """With nothing guarded, there is nothing to write."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((64, 48)).astype(np.float32)
+    matrix[::32] = 4096 * np.abs(matrix.reshape(2, 32, 48)).max(axis=1)
+    nodes = [node("Mul", "x mask", "m"), node("MatMul", "m w", "y")]
+    mask = np.ones(64, np.float32)
+    mask[::32] = 0
+    inputs, outputs = {"x": (F, ["n", 64])}, {"y": (F, ["n", 48])}
+    proto = model(nodes, inputs, outputs, {"w": matrix, "mask": mask})
+    with pytest.raises(ValidationError, match=r"model\.onnx: nothing is left to guard: left float"):
+        guarded(tmp_path, proto, "int4")
+    assert names(tmp_path) == ["model.onnx"]
+
+
 def test_floats_for_another_quantizer_cannot_keep_it(tmp_path):
     with pytest.raises(ValidationError, match="'second': at int4 its products would be off"):
         guarded(tmp_path, with_outliers(512), "int4", emit="float")
@@ -105,3 +120,20 @@ def test_without_inputs_the_scan_tells(tmp_path):
     (kept,) = [tensor for tensor in report.skipped if tensor.name == "second"]
     assert kept.detail == "at int4 outliers wipe out its other weights"
     assert drift(tmp_path) < 0.35
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp4"])
+def test_a_tiny_row_that_a_later_factor_makes_large_is_kept(tmp_path, scheme):
+    """A quantizer rounds it to 0; what depends on it would be lost."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((64, 128)).astype(np.float32) / 8
+    matrix[:, :64] *= np.float32(2e-39)
+    factors = np.ones(128, np.float32)
+    factors[:64] = 5e37
+    nodes = [node("MatMul", "x w", "h"), node("Mul", "h f", "g"), node("Mul", "g ten", "y")]
+    constants = {"w": matrix, "f": factors, "ten": np.repeat(np.float32([10, 1]), 64)}
+    proto = model(nodes, {"x": (F, ["n", 64])}, {"y": (F, ["n", 128])}, constants)
+    report = guarded(tmp_path, proto, scheme)
+    (tensor,) = report.tensors
+    assert tensor.scheme == {"int4": "int4"}.get(scheme, "int8")
+    assert drift(tmp_path) < 0.2

@@ -81,6 +81,11 @@ def test_every_option_is_described_in_the_docstring():
         ({"scheme": "int4", "block_size": 48}, OptionError, "block size is 48; allowed: 16, 32, "),
         ({"block_size": 32}, SchemeError, "block size is for int4, nf4 and fp4"),
         ({"int8_share": 0.25}, SchemeError, "int8 share is for int4, nf4 and fp4"),
+        ({"int8": ("w",)}, SchemeError, "int8 patterns are for int4, nf4 and fp4"),
+        ({"ratio": 0.3}, SchemeError, "ratio 0.3 is for the topk policy, not 'unbiased'"),
+        ({"ratio": 0.3, "policy": "none"}, SchemeError, "ratio 0.3 is for the topk policy, not"),
+        ({"tau": 0.5, "policy": "topk"}, SchemeError, "tau 0.5 is for the unbiased policy, not 't"),
+        ({"calibration": "entropy"}, OptionError, "calibration 'entropy' goes with activations"),
         (
             {"scheme": "int4", "int8_share": 1},
             OptionError,
@@ -102,6 +107,23 @@ def test_what_is_not_allowed_is_named(options, error, message):
         GuardOptions(**options)
     assert type(refused.value) is error
     assert message in str(refused.value)
+
+
+def test_defaults_are_not_refused_where_they_have_no_effect():
+    assert GuardOptions(policy="topk", tau=1.0, ratio=0.3).ratio == 0.3
+    assert GuardOptions(policy="none", tau=1, ratio=0.1, calibration="minmax").policy == "none"
+    assert GuardOptions(policy="unbiased", tau=0.5, activations="int8", calibration="entropy")
+
+
+def test_the_advice_for_a_run_without_inputs_is_all_it_takes():
+    for options, advice in (
+        ({}, "--no-validate"),
+        ({"validate": False}, ""),
+        ({"preserve": "synthetic"}, "--no-validate, --preserve off"),
+        ({"activations": "int8", "validate": False}, "no --activations"),
+        ({"scheme": "int4", "int8_share": 0.2}, "--no-validate, no --int8-share"),
+    ):
+        assert GuardOptions(**options).without_inputs == advice
 
 
 def test_lists_of_patterns_are_kept_as_tuples():
@@ -174,8 +196,8 @@ def test_a_file_may_switch_the_validation_off(tmp_path, flag):
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_what_is_written_records_how_to_repeat_it(tmp_path, scheme):
-    source = save(SAMPLES["matmul"](), tmp_path)
-    asked = GuardOptions(scheme=scheme, exclude=("nothing",), standard_ops=True, max_memory=99)
+    source = save(SAMPLES["gemm_alpha"](), tmp_path)
+    asked = GuardOptions(scheme=scheme, exclude=("b",), standard_ops=True, max_memory=99)
     first = guard(source, output=tmp_path / "first.onnx", **asked.keywords())
     recorded = recorded_options(open_model(tmp_path / "first.onnx"))
     assert recorded == asked

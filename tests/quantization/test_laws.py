@@ -147,3 +147,21 @@ def test_the_mean_of_the_draws_is_the_weight(form, dtype, moved):
     left = LEFT.get((form.split("-")[0], dtype), 1e-3) if moved else 1e-3
     assert np.all(np.abs(bias) <= left + 4.5 * noise / np.sqrt(copies))
     assert noise.max() < 1.01 / 2  # of two levels that are a gap apart
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("form", ["int8-channel", "int4"])
+def test_no_weight_is_so_small_that_it_is_dropped(form, dtype):
+    """Quantizers round rows below 1.5e-36 to 0, whatever a layer behind makes of them."""
+    smallest = ml_dtypes.finfo(dtype).smallest_subnormal
+    rows = [1e-36, 1e-38, 3e-40, 100 * float(smallest), 3 * float(smallest)]
+    rng = np.random.default_rng(0)
+    weights = np.stack([size * rng.uniform(-1, 1, 96) for size in rows]).astype(dtype)
+    bias, noise = bias_and_noise(form, weights, 2000, moved=False)
+    assert np.all(np.abs(bias) <= 1e-3 + 4.5 * noise / np.sqrt(2000))
+    used = weights.reshape(-1) != 0
+    scheme, blocks = setting(form, weights)
+    result = quantize_tensor(
+        "w", weights.reshape(-1), scheme, blocks, Policy(), tensor_key(1, "w"), CPU, moved=False
+    )
+    assert np.count_nonzero(result.codes) >= np.count_nonzero(used) / 2

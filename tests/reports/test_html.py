@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -161,13 +162,24 @@ def test_the_page_of_a_guard(guarded):
     html, text = guarded
     assert html.startswith("<!doctype html>")
     assert '<div class="verdict good"><b>guarded</b> 84,480 weights in 3 tensors at int4' in html
-    assert '<div class="verdict bad"><b>input aligned</b> in 3 of 3 tensors' in html
+    assert '<div class="verdict bad"><b>input aligned, int4</b> in 3 of 3 tensors' in html
     drift = re.search(r"the outputs drift from the original's by ([\d.]+)", text)[1]
     assert f"drift from the original&#39;s by {float(drift):.4f} (relative L2)" in html
     embedded = json.loads(re.search(r'id="histograms">(.*?)</script>', html)[1])
     assert [grid for grid, _ in embedded[0]] == list(GRIDS)
     flipped = re.search(r"Gemm +int4 +3 +84,480 +([\d.]+%)", text)[1]
     assert f"{flipped} of them moved across a boundary" in html
+
+
+def test_the_drift_table_has_the_runs_of_an_output_one_below_the_other(tmp_path):
+    report = guard(FOLDER / "mlp-clean.onnx", emit="both", output=tmp_path / "o.onnx", seed=1)
+    validation = report.validation
+    runs = ("plain_default", "guarded_default", "moved")
+    two = {run: tuple(replace(getattr(validation, run)[0], output=o) for o in "pq") for run in runs}
+    html = guard_html(replace(report, validation=replace(validation, **two)))
+    table = html[html.index("Drift of the outputs") :]
+    rows = re.findall(r"<tr><td>([pq])</td><td class=\"number\">([a-z ]+)</td>", table)
+    assert rows == [(o, run) for o in "pq" for run in ("nearest", "guarded", "moved float")]
 
 
 def test_html_is_for_one_model(tmp_path):
@@ -260,6 +272,37 @@ def test_in_a_browser(browser, tmp_path):
 
     assert requests(browser) == [file.as_uri()]
     assert browser.get_log("browser") == []
+
+
+def test_the_table_of_a_guard_fits_on_a_small_laptop(browser, tmp_path):
+    """With the longest of what usually stands in its columns, at 1300 pixels."""
+    report = guard(FOLDER / "cnn-clean.onnx", output=tmp_path / "out.onnx", seed=1, validate=False)
+    alarming = replace(report.scan.tensors[0].verdict, level="suspicious", strength=0.1234)
+    tensor = replace(
+        report.tensors[0],
+        name="/encoder/layers.11/self_attention/out_proj/weight_fused_with_batch_norm",
+        op="ConvTranspose",
+        shape=(1024, 1024, 3, 3),
+        weights=123_456_789,
+        flips=55_555_555,
+        furthest=12,
+        gain=0.123,
+    )
+    scanned = replace(report.scan.tensors[0], name=tensor.name, verdict=alarming)
+    file = tmp_path / "page.html"
+    wide = replace(report, tensors=(tensor,), scan=replace(report.scan, tensors=(scanned,)))
+    file.write_text(guard_html(wide))
+    before = browser.get_window_size()
+    browser.set_window_size(1300, 1000)
+    opened(browser, file)
+    heads = browser.find_elements("css selector", "#layers th button")
+    heads[-1].click()  # the mark of the sorting takes room
+    table = browser.find_element("id", "layers")
+    widths = browser.execute_script(
+        "const t = arguments[0]; return [t.scrollWidth, t.parentNode.clientWidth]", table
+    )
+    browser.set_window_size(before["width"], before["height"])
+    assert widths[0] <= widths[1]
 
 
 def test_the_page_of_a_guard_in_a_browser(browser, guarded, tmp_path):

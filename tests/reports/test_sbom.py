@@ -100,9 +100,9 @@ def test_a_run_that_fails_leaves_none(tmp_path):
 def test_what_is_asked_for_in_vain(tmp_path, monkeypatch):
     source = save(matmul(), tmp_path)
     assert "for one model" in one_line(call(tmp_path, "--sbom", tmp_path / "b.json"))
-    assert "is no report" in one_line(call(source, "--sbom", source))
+    assert "--sbom and the model are one file" in one_line(call(source, "--sbom", source))
     monkeypatch.delitem(sys.modules, "flipguard_onnx.reports.sbom", raising=False)
     monkeypatch.setitem(sys.modules, "cyclonedx.model", None)
     message = one_line(call(source, "--sbom", tmp_path / "b.json"))
-    assert message.endswith("not installed; --sbom needs flipguard-onnx[sbom]\n")
+    assert message.endswith("not installed: pip install 'cyclonedx-python-lib>=11'\n")
     assert names(tmp_path) == ["model.onnx"]

@@ -1,6 +1,6 @@
 """Affine grids, symmetric: level = code * scale, one scale per block."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -61,12 +61,8 @@ class Int8(Scheme):
         return AffineGrid(blocks, scale=scale, operand=scale, absmax=absmax, levels=levels)
 
     def unclipped(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
-        """A scale that was rounded down puts the extremes beyond 127: it is rounded up."""
-        grid = self.grid(extremes, blocks, storage)
-        exact = 2 * grid.absmax.astype(np.float64) / 254
-        scale = np.where(grid.absmax > 0, not_below(exact, storage), grid.scale)
-        levels = integers(scalar.DIVIDE_HALF_EVEN, -127, 127)
-        return AffineGrid(blocks, scale, operand=scale, absmax=_all_free(grid), levels=levels)
+        """The quantizer rounds its scale, also downwards, and gives up on rows below 1.5e-36."""
+        return _unclipped(blocks, _absmax(extremes) / 127, storage, -127, 127)
 
 
 @dataclass(frozen=True)
@@ -96,17 +92,9 @@ class Int4(Scheme):
 
         scale = -sign(extreme) * max(abs(extreme) / 8, abs(opposite extreme) / 7).
         """
-        clipping = self.grid(extremes, blocks, storage)
         longer, shorter, sign = _ends(extremes)
         exact = np.minimum(np.maximum(longer / 8, shorter / 7), _largest(storage) / 8)
-        signed = (-sign * not_below(exact, storage)).astype(np.float32)
-        scale = np.where(clipping.absmax > 0, signed, clipping.scale)
-        return replace(
-            clipping,
-            scale=scale,
-            operand=np.where(clipping.absmax > 0, finite_reciprocal(scale)[0], clipping.operand),
-            absmax=_all_free(clipping),
-        )
+        return _unclipped(blocks, -sign * exact, storage, -8, 7)
 
     def without_clipping(
         self, values: Values, blocks: Blocks, extremes: Extremes, random: RandomDraw
@@ -163,6 +151,23 @@ def _largest(storage: np.dtype[Any]) -> float:
     return float(ml_dtypes.finfo(storage).max)  # type: ignore[no-untyped-call]
 
 
-def _all_free(grid: Grid) -> Floats:
-    """The bound below which weights may move, where none sets the scale; 0 where none may move."""
-    return np.where(grid.absmax > 0, np.float32(np.inf), np.float32(0))
+def _absmax(extremes: Extremes) -> Doubles:
+    """The largest magnitude of every block."""
+    return _ends(extremes)[0]
+
+
+def _unclipped(
+    blocks: Blocks, exact: Doubles, storage: np.dtype[Any], lowest: int, highest: int
+) -> AffineGrid:
+    """A grid with these scales, rounded so that no weight is clipped; none sets its scale.
+
+    No scale is so small that it would be 0, but for blocks of zeros: a quantizer that rounds small
+    weights to 0 lets an attacker choose what goes.
+    """
+    smallest = float(ml_dtypes.finfo(storage).smallest_subnormal)  # type: ignore[no-untyped-call]
+    magnitudes = not_below(np.maximum(np.abs(exact), smallest), storage)
+    used = exact != 0
+    scale = np.where(used, np.copysign(magnitudes, exact), 1).astype(np.float32)
+    free = np.where(used, np.float32(np.inf), np.float32(0))
+    levels = integers(scalar.DIVIDE_HALF_EVEN, lowest, highest)
+    return AffineGrid(blocks, scale=scale, operand=scale, absmax=free, levels=levels)

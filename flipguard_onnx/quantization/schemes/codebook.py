@@ -26,6 +26,11 @@ class CodebookGrid(Grid):
     def decode(self, codes: Codes) -> Floats:
         return self.blocks.scaled(self.levels.values[codes], self.scale)
 
+    @property
+    def loses_blocks(self) -> bool:
+        """Those whose 1 / absmax overflows: an absmax below 2.9e-39."""
+        return bool(np.any((self.absmax == 0) & (self.scale != 0)))
+
     def errors(self, margins: Margins) -> Floats:
         values = self.levels.values
         gaps: Floats = np.abs(values[margins.neighbours] - values[margins.codes])

@@ -184,6 +184,11 @@ class Grid(ABC):
     def errors(self, margins: Margins) -> Floats:
         """|weight - nearest level| / scale, by which FlipGuard (arXiv 2606.28962) ranks weights."""
 
+    @property
+    def loses_blocks(self) -> bool:
+        """Whether there are blocks so small that their weights all become 0."""
+        return False
+
     def same_as(self, other: "Grid") -> bool:
         """Whether both grids have every level in the same place, bit for bit."""
         return np.array_equal(self.scale, other.scale) and np.array_equal(
@@ -243,15 +248,15 @@ class Scheme(ABC):
 
 
 def not_below(exact: npt.NDArray[np.float64], storage: np.dtype[Any]) -> Floats:
-    """Magnitudes rounded to a type; upwards, where a type is so coarse that it shows.
+    """Magnitudes rounded to a type; upwards, where its values are so coarse that it shows.
 
-    float32 is not: a position beyond the last level by 1e-5 of a step counts as on it.
+    Those of float32 that are not subnormal are fine enough: a position beyond the last level by
+    1e-4 of a step counts as on it.
     """
     rounded = exact.astype(storage)
-    if storage != np.float32:
-        above = np.nextafter(rounded, storage.type(np.inf))
-        rounded = np.where(rounded.astype(np.float64) < exact, above, rounded)
-    return rounded.astype(np.float32)
+    above = np.nextafter(rounded, storage.type(np.inf))
+    short = rounded.astype(np.float64) * (1 + 2.0**-20) < exact
+    return np.where(short, above, rounded).astype(np.float32)
 
 
 def finite_reciprocal(values: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
