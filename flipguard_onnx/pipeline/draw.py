@@ -216,21 +216,22 @@ class WeightQuantizer:
     def _lost(self, tensor: Tensor, quantized: QuantizedTensor) -> str | None:
         """Why the weight would be lost in rounding errors, if it would.
 
-        Its products tell; where they are not known, what the scan has seen.
+        Its products tell; where they are not known, or only on made-up inputs, so does the scan.
         """
         if self.policy.name != "unbiased":
             return None
         if quantized.grid.loses_blocks and not self.moved:
             return f"at {tensor.scheme} its smallest blocks would become 0"
-        if tensor.product_error is None:
-            grid = "int8 channel" if tensor.scheme == "int8" else tensor.scheme
-            if (tensor.name, grid) in self.collapsing:
-                return f"at {tensor.scheme} outliers wipe out its other weights"
-        elif tensor.product_error > MAX_PRODUCT_ERROR:
+        error = tensor.product_error
+        if error is not None and error > MAX_PRODUCT_ERROR:
             return (
-                f"at {tensor.scheme} its products would be off by {tensor.product_error:.0%} "
+                f"at {tensor.scheme} its products would be off by {error:.0%} "
                 f"(allowed: {MAX_PRODUCT_ERROR:.0%})"
             )
+        grid = "int8 channel" if tensor.scheme == "int8" else tensor.scheme
+        known = error is not None and self.moments.inputs == "data"
+        if (tensor.name, grid) in self.collapsing and not known:
+            return f"at {tensor.scheme} outliers wipe out its other weights"
         return None
 
     def _draw(

@@ -47,15 +47,17 @@ class Products(NamedTuple):
         return float(np.mean(self.powers))
 
     def error(self, change: "Products") -> float | None:
-        """By how much a change puts them off, relative to how much they vary: of the median row.
+        """By how much a change puts them off, relative to how much they vary, 0 to 1.
 
-        None where they vary too little to tell. Every row counts by itself, so that a few large
-        ones hide nothing.
+        The root mean square over the rows, none of which counts as more than lost: a few large
+        rows hide nothing, and a few small ones do not condemn the others. None where the products
+        vary too little to tell.
         """
         varied = self.variances > CONSTANT * self.powers
         if not varied.any() or not np.isfinite(change.variances).all():
             return None
-        return float(np.sqrt(np.median(change.variances[varied] / self.variances[varied])))
+        lost = np.minimum(change.variances[varied] / self.variances[varied], 1)
+        return float(np.sqrt(np.mean(lost)))
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class Tensor:
     unfed : why error feedback was not tried
     weight_error : relative L2 of the change of the weights
     product_error : by how much the layer's products with those inputs are off, relative to how much
-        they vary from input to input (root mean squares, of the median output channel)
+        they vary from input to input, 0 to 1 (root mean square over the output channels, none of
+        which counts as more than 1)
     fallback : why it has another scheme than the one asked for
     budget : how much rounding error an attacker could choose, and what is left after the guard if
         the draws are independent
