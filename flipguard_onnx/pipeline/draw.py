@@ -41,6 +41,8 @@ MAX_PRODUCT_ERROR = 0.35  # see `Products.error`; honest weights stay below 0.25
 # weights of 16 bits are too coarse to reach every level, and set their scales themselves.
 MAX_CHOSEN, MAX_CHOSEN_MOVED = 0.01, 0.1
 
+EXACT = 1e-6  # share of the weights themselves that is no more than the rounding of float32
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -161,8 +163,12 @@ def require_unbiased(tensors: Iterable[Tensor], limit: float) -> None:
     ------
     ValidationError : naming the tensors
     """
-    shares = {t.name: t.budget.chosen / (t.budget.nearest or 1.0) for t in tensors if t.budget}
-    if left := {name: share for name, share in shares.items() if not share <= limit}:
+    left = {
+        t.name: t.budget.chosen / t.budget.nearest
+        for t in tensors
+        if t.budget and t.budget.chosen > limit * t.budget.nearest + EXACT * t.budget.total
+    }
+    if left:
         raise ValidationError(
             "of {tensor}: up to {found} of the rounding errors could still be chosen by whoever "
             "prepared the model",
@@ -216,7 +222,8 @@ class WeightQuantizer:
     def _lost(self, tensor: Tensor, quantized: QuantizedTensor) -> str | None:
         """Why the weight would be lost in rounding errors, if it would.
 
-        Its products tell; where they are not known, or only on made-up inputs, so does the scan.
+        Its products tell; where they are not known, or only on made-up inputs, so does the scan
+        (but for weights that another quantizer rounds, whose form nobody can choose).
         """
         if self.policy.name != "unbiased":
             return None
@@ -229,7 +236,7 @@ class WeightQuantizer:
                 f"(allowed: {MAX_PRODUCT_ERROR:.0%})"
             )
         grid = "int8 channel" if tensor.scheme == "int8" else tensor.scheme
-        known = error is not None and self.moments.inputs == "data"
+        known = error is not None and (self.moved or self.moments.inputs == "data")
         if (tensor.name, grid) in self.collapsing and not known:
             return f"at {tensor.scheme} outliers wipe out its other weights"
         return None

@@ -389,13 +389,14 @@ def test_distances_are_those_of_the_grid():
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_budget_before_and_after_a_guard(name):
     values = honest(shape=(128, 96))
-    grid, weights = grid_of(name, values)
-    scheme = SCHEMES[GRIDS[name][0]]
+    theirs, weights = grid_of(name, values)
+    scheme, blocks = SCHEMES[GRIDS[name][0]], theirs.blocks
+    grid = scheme.unclipped(blocks.extremes(weights, CPU), blocks, weights.dtype)
     errors = np.abs(grid.decode(grid.encode(weights, CPU)).astype(np.float64) - weights)
 
     def quantized(key, policy=UNBIASED):
-        blocks = grid.blocks
-        return quantize_tensor("w", weights, scheme, blocks, policy, np.uint64(key), CPU)
+        key = np.uint64(key)
+        return quantize_tensor("w", weights, scheme, blocks, policy, key, CPU, moved=False)
 
     after = budget(weights, quantized(7), UNBIASED)
     whole = tally(weights, weights, Repetition.among(weights), grid).sums
@@ -410,6 +411,7 @@ def test_the_budget_before_and_after_a_guard(name):
     assert np.std(sums) == pytest.approx(after.random, rel=0.2)
 
     none = Policy("none")
+    errors = np.abs(theirs.decode(theirs.encode(weights, CPU)).astype(np.float64) - weights)
     assert budget(weights, quantized(7, none), none).chosen == pytest.approx(errors.sum())
 
 

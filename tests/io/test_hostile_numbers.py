@@ -1,5 +1,7 @@
 """Numbers at the edge of their types: a right result or a clear refusal, in every scheme."""
 
+from contextlib import suppress
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -51,6 +53,15 @@ EDGES = {
 }
 
 
+LOST = {
+    "denormal",
+    "smallest denormal",
+    "denormal float16",
+    "1e38 beside 1e-38",
+    "1e-38 beside -1e38",
+}
+
+
 def decoded(path):
     """The weight that the written file stands for: MatMul of the identity, in onnxruntime."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -64,7 +75,11 @@ def decoded(path):
 def test_every_weight_lands_on_a_level_beside_it(tmp_path, edge, scheme):
     path = save(EDGES[edge](), tmp_path)
     out = tmp_path / "out.onnx"
-    flipguard_onnx.guard(path, scheme, output=out, validate=False, preserve="off", seed=3)
+    with suppress(flipguard_onnx.ValidationError):
+        flipguard_onnx.guard(path, scheme, output=out, validate=False, preserve="off", seed=3)
+    if not out.exists():  # its only weight would be lost
+        assert edge in LOST
+        return
     proto = onnx.load(path)
     wanted = numpy_helper.to_array(proto.graph.initializer[0]).astype(np.float64)
     found = decoded(str(out))
