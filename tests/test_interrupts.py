@@ -247,14 +247,15 @@ def test_a_full_disk(tmp_path, kilobytes):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason=NO_ROOT)
 def test_a_full_disk_under_the_report(tmp_path):
+    earlier = '{\n  "kind": "inspect"\n}\n'
     with mounted(tmp_path / "small", "size=16k") as folder:
-        (folder / "r.json").write_text("{\n}\n")
+        (folder / "r.json").write_text(earlier)
         with suppress(OSError):
             (folder / "filler").write_bytes(bytes(1 << 20))
         result = call("inspect", MLP, "--report", folder / "r.json")
         assert one_line(result).endswith(f"{folder}: cannot be written: No space left on device\n")
         assert result.stdout == ""
-        assert (folder / "r.json").read_text() == "{\n}\n"
+        assert (folder / "r.json").read_text() == earlier
         assert names(folder) == ["filler", "r.json"]
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, combinations, product
 from pathlib import Path
 
-from ..calibration.inputs import npz_files
 from ..errors import OptionError
 from ..io.publish import check_report
 
@@ -36,7 +35,11 @@ def check_files(
     written = [(name, path) for name, path in reports.items() if path]
     made = [("the output", path) for path in outputs]
     settings = [("--config", Path(config))] if config else []
-    samples = [("--data", path) for path in (npz_files(data) if data else [])]
+    samples = []
+    if data:
+        from ..calibration.inputs import npz_files  # loads onnx, which --help can do without
+
+        samples = [("--data", path) for path in npz_files(data)]
     pairs = chain(
         combinations(written, 2),
         product(written, [*made, *samples, *settings, *(("the model", path) for path in models)]),
