@@ -247,7 +247,7 @@ def test_a_full_disk(tmp_path, kilobytes):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason=NO_ROOT)
 def test_a_full_disk_under_the_report(tmp_path):
-    earlier = '{\n  "kind": "inspect"\n}\n'
+    earlier = '{\n  "a": 1\n}\n'
     with mounted(tmp_path / "small", "size=16k") as folder:
         (folder / "r.json").write_text(earlier)
         with suppress(OSError):
