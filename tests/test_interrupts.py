@@ -17,7 +17,7 @@ import pytest
 from flipguard_onnx import ModelError, guard
 from flipguard_onnx.io import publish
 from flipguard_onnx.io.publish import LOCK, Finished, sweep, workspace, write_report
-from tests.helpers.command import call, held, names, one_line, workspaces
+from tests.helpers.command import call, heed_interrupts, held, names, one_line, workspaces
 from tests.helpers.samples import SAMPLES, matmul, save
 
 KILLED = Path(__file__).parent / "helpers" / "killed.py"
@@ -77,7 +77,11 @@ def test_signals_end_the_command_in_one_line(tmp_path):
         running[number] = (
             folder,
             subprocess.Popen(
-                list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                list(map(str, command)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=heed_interrupts,
             ),
         )
     for number, (folder, process) in running.items():

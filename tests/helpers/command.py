@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import signal
 from contextlib import suppress
 from importlib.resources import files
 from itertools import pairwise
@@ -12,6 +13,7 @@ import jsonschema
 from click.testing import CliRunner
 
 from flipguard_onnx.cli.commands import main
+from flipguard_onnx.interrupts import SIGNALS
 from flipguard_onnx.io.publish import LOCK, WORKSPACE
 
 SCHEMA = json.loads((files("flipguard_onnx") / "report.schema.json").read_text())
@@ -33,6 +35,12 @@ def call(*arguments):
             if "kind" in report:  # SARIF is none of ours
                 VALIDATOR.validate(report)
     return result
+
+
+def heed_interrupts():
+    """For the start of a process: what a shell runs in the background ignores some signals."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def one_line(result, code=2):

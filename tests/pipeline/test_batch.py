@@ -21,7 +21,7 @@ from flipguard_onnx.io.publish import LOCK
 from flipguard_onnx.pipeline import batch as fleet
 from flipguard_onnx.pipeline.batch import find_models, model_seed
 from flipguard_onnx.runtime.pool import Lost, core_shares, on_dask
-from tests.helpers.command import call, held, names, one_line, workspaces
+from tests.helpers.command import call, heed_interrupts, held, names, one_line, workspaces
 from tests.helpers.samples import SAMPLES, matmul, model, node, save, weights
 
 FAST = {"validate": False, "preserve": "off"}
@@ -295,6 +295,7 @@ def test_signals_stop_all_processes_and_leave_nothing_half_done(models, tmp_path
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )
     while not workspaces(tmp_path / "out"):
         assert process.poll() is None
