@@ -11,7 +11,7 @@ from tests.helpers.command import call
 from tests.helpers.hostile import files
 from tests.helpers.samples import F, save
 
-SECONDS = 45
+SECONDS = 20
 
 
 def test_mutated_models_end_in_one_of_three_ways():

@@ -57,7 +57,7 @@ def drift(tmp_path):
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["dead", "live"])
-@pytest.mark.parametrize("factor", [8, 64, 512, 4096])
+@pytest.mark.parametrize("factor", [8, 64, 4096])
 @pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp4"])
 def test_an_injected_outlier_costs_no_function(tmp_path, scheme, factor, live):
     report = guarded(tmp_path, with_outliers(factor, live), scheme)
