@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 from onnx import ModelProto, TensorProto
@@ -51,17 +52,17 @@ def open_folded(path: str | os.PathLike[str]) -> Model:
 def fold_constants(source: Model) -> Model:
     """The model with the weights behind constant expressions as initializers."""
     found = constants_of(source)
-    if found.expressions() and source.proto.functions:
+    if found.expressions and source.proto.functions:
         source = replace(source, proto=_inlined(source))
         found = constants_of(source)
     unfolded = found.unreachable()
-    if found.expressions():
+    if found.expressions:
         proto = ModelProto()
         proto.CopyFrom(source.proto)
         source = replace(source, proto=proto, payloads=dict(source.payloads), scratch=Scratch())
         found = constants_of(source)
         evaluation = Evaluation(source, found)
-        evaluation.run(found.expressions())
+        evaluation.run(found.expressions)
         found.replace(evaluation.folded)
         unfolded += evaluation.unfolded
     return replace(source, unfolded=tuple(unfolded)) if unfolded else source
@@ -72,7 +73,7 @@ def constants_of(source: Model) -> ConstantValues:
     plain = ConstantValues(source.proto)
     asked = plain.shapes_asked_for()
     supposed = ConstantValues(source.proto, dict.fromkeys(asked, ())) if asked else plain
-    if len(supposed.expressions()) <= len(plain.expressions()):
+    if len(supposed.expressions) <= len(plain.expressions):
         return plain
     try:
         inferred = runtime.inferred(source.proto).graph
@@ -166,10 +167,7 @@ class Evaluation:
         self, expression: Expression, data_type: int, shape: tuple[int, ...], region: Region
     ) -> None:
         """Keep a value if it is a weight by its type and size."""
-        size = 1
-        for dim in shape:
-            size *= dim
-        if data_type not in (*FLOATS, *OTHER_FLOATS) or size < SMALLEST or len(shape) < 2:
+        if data_type not in (*FLOATS, *OTHER_FLOATS) or len(shape) < 2 or prod(shape) < SMALLEST:
             return
         self._left -= region.length
         tensor = TensorProto(name=expression.name, data_type=data_type, dims=shape)

@@ -252,7 +252,7 @@ def _blurred(alignments: Sequence[Alignment], found: str) -> Verdict | None:
 
 def _collapsed(alignments: Sequence[Alignment]) -> Verdict | None:
     """Does rounding on some grid wipe out all weights but the largest?"""
-    if not any(a.loss > COLLAPSED.get(a.grid, math.inf) for a in alignments):
+    if not any(map(_is_collapsed, alignments)):
         return None
     found = [a for a in alignments if a.loss > COLLAPSED.get(a.grid, max(COLLAPSED.values()))]
     found.sort(key=lambda a: -a.loss)
@@ -271,8 +271,12 @@ def collapses(scan: Scan) -> frozenset[tuple[str, str]]:
         (tensor.name, a.grid)
         for tensor in scan.tensors
         for a in tensor.alignments
-        if a.loss > COLLAPSED.get(a.grid, math.inf)
+        if _is_collapsed(a)
     )
+
+
+def _is_collapsed(alignment: Alignment) -> bool:
+    return alignment.loss > COLLAPSED.get(alignment.grid, math.inf)
 
 
 def _clipped(alignments: Sequence[Alignment]) -> Verdict | None:

@@ -14,6 +14,7 @@ This module looks and edits; `opening` has the expressions evaluated.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -238,6 +239,7 @@ class ConstantValues:
 
     # Expressions.
 
+    @cached_property
     def expressions(self) -> list[Expression]:
         """The values to evaluate, each once."""
         found: dict[Value, Expression] = {}

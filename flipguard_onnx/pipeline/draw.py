@@ -72,11 +72,9 @@ class Draw:
 
         inputs : those on which errors were fed forward, "off" if they were not
         """
-        worst = sorted(self.tensors, key=lambda t: -(t.product_error or t.weight_error or 0))
-        named = ", ".join(
-            f"{t.name!r} ({t.scheme}, {t.product_error or t.weight_error or 0:.0%})"
-            for t in worst[:WORST]
-        )
+        errors = [(t.product_error or t.weight_error or 0, t) for t in self.tensors]
+        worst = sorted(errors, key=lambda pair: -pair[0])[:WORST]
+        named = ", ".join(f"{t.name!r} ({t.scheme}, {error:.0%})" for error, t in worst)
         options = (
             ["--int8-share 0.25", "--int8 NAME"]
             if any(tensor.scheme != "int8" for tensor in self.tensors)
