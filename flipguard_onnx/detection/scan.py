@@ -266,10 +266,14 @@ def _collapsed(alignments: Sequence[Alignment]) -> Verdict | None:
 
 
 def collapses(scan: Scan) -> frozenset[tuple[str, str]]:
-    """Names of tensors, each with a grid on which outliers wipe out its other weights."""
+    """Names of tensors, each with a grid on which outliers wipe out its other weights.
+
+    Tensors of too few weights to be judged by the scan are not among them.
+    """
     return frozenset(
         (tensor.name, a.grid)
         for tensor in scan.tensors
+        if tensor.verdict.alarming
         for a in tensor.alignments
         if _is_collapsed(a)
     )

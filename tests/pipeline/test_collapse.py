@@ -160,3 +160,16 @@ def test_a_tiny_row_that_a_later_factor_makes_large_is_kept(tmp_path, scheme):
     (tensor,) = report.tensors
     assert tensor.scheme == {"int4": "int4"}.get(scheme, "int8")
     assert drift(tmp_path) < 0.2
+
+
+def test_few_weights_are_no_sign_of_outliers(tmp_path):
+    """A small honest tensor may have one weight that is much larger than the others."""
+    rng = np.random.default_rng(0)
+    small = rng.standard_normal((16, 16)).astype(np.float32)
+    small[0] *= 400
+    nodes = [node("MatMul", "x small", "h"), node("MatMul", "h large", "y")]
+    constants = {"small": small, "large": rng.standard_normal((16, 96)).astype(np.float32)}
+    proto = model(nodes, {"x": (F, ["n", 16])}, {"y": (F, ["n", 96])}, constants)
+    report = guarded(tmp_path, proto, "int8")
+    assert [tensor.name for tensor in report.tensors] == ["small", "large"]
+    assert report.scan.verdict.level == "clean"
