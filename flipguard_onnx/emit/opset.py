@@ -2,28 +2,27 @@
 
 from dataclasses import replace
 
-from onnx import FunctionProto, ModelProto
-
 from .. import runtime
 from ..errors import UnsupportedModelError, ValidationError
 from ..graph.copies import IndexedModel
-from ..graph.operators import STANDARD, WeightForm
+from ..graph.operators import WeightForm
+from ..graph.traversal import opset_of
 from ..graph.weights import Weight
 from ..io.model import Model
 from ..quantization.schemes import Scheme
 from .weight_forms import form_of
 
 
-def needed_opset(weights: list[Weight], schemes: list[Scheme], standard_ops: bool) -> int:
+def needed_opset(weights: list[Weight], schemes: list[Scheme], target: str) -> int:
     """The lowest opset that has every form the weights will take.
 
     Parameters
     ----------
     weights, schemes : the weights, and the scheme of each
-    standard_ops : whether the forms do without contrib operators
+    target : as in GuardOptions
     """
     return max(
-        opset_for(form_of(use, weight, scheme, standard_ops), scheme)
+        opset_for(form_of(use, weight, scheme, target), scheme)
         for weight, scheme in zip(weights, schemes, strict=True)
         for use in weight.uses
     )
@@ -39,7 +38,7 @@ def inlined(source: Model, opset: int) -> Model:
     UnsupportedModelError : onnx cannot expand them
     """
     functions = source.proto.functions
-    oldest = min([_opset(source.proto), *map(_opset, functions)])
+    oldest = min([opset_of(source.proto), *map(opset_of, functions)])
     if not functions or oldest >= opset:
         return source
     try:
@@ -57,7 +56,7 @@ def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel
     ------
     UnsupportedModelError : onnx cannot convert it, or not without losing a weight of `original`
     """
-    if _opset(source.proto) >= opset:
+    if opset_of(source.proto) >= opset:
         return original
     try:
         result = IndexedModel.of(runtime.converted(source.proto, opset))
@@ -70,19 +69,15 @@ def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel
             "opset {old} cannot be converted to {new}, which this scheme needs: {found}",
             path=source.path,
             found=str(error),
-            old=_opset(source.proto),
+            old=opset_of(source.proto),
             new=opset,
         ) from None
 
 
-def _opset(entity: ModelProto | FunctionProto) -> int:
-    """The version of the standard operators; above all others for a function without any."""
-    versions = [o.version for o in entity.opset_import if o.domain in STANDARD]
-    return max(versions, default=1 << 31)
-
-
 def opset_for(form: WeightForm, scheme: Scheme) -> int:
     """The lowest opset that has this form."""
-    if scheme.bits == 4 and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED):
+    if scheme.bits == 4 and form not in (WeightForm.BNB4, WeightForm.GATHER_4_BITS):
         return 21  # the first with scales per block, and with 4-bit integers as tensors
-    return 7
+    if form is WeightForm.DEQUANTIZE:
+        return 13  # the first with scales per axis
+    return 10 if form is WeightForm.GATHER else 7

@@ -8,7 +8,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from ..graph.operators import CHAIN, CONTRIB
 from ..graph.scopes import Scope
-from ..graph.traversal import bodies, graphs, output_names
+from ..graph.traversal import bodies, graphs, opset_of, output_names
 from ..io.writer import Output
 from ..quantization.arrays import raw_bytes
 
@@ -44,6 +44,12 @@ class Rewriter:
             unused = f"{name}_{count}"
         self._names.add(unused)
         return unused
+
+    def opset(self, scope: Scope) -> int:
+        """The version of the standard operators in a graph or function."""
+        while scope.parent:
+            scope = scope.parent
+        return opset_of(self._proto if isinstance(scope.body, GraphProto) else scope.body)
 
     def constant(self, scope: Scope, name: str, values: npt.NDArray[Any]) -> str:
         """Add an array as a constant; returns its name."""

@@ -204,7 +204,7 @@ class StaticQdqWriter:
     source, prepared : the model, and its graph at the opset that is written
     output : where it is written
     calibration : what the static quantizer is told
-    standard_ops : whether weight-only tensors do without contrib operators
+    target : as in GuardOptions, for weight-only tensors
     nearest : take the model's own weights, rounded to nearest, instead of the guarded ones
 
     Attributes
@@ -218,7 +218,7 @@ class StaticQdqWriter:
         graph: IndexedModel,
         output: Output,
         calibration: Calibration,
-        standard_ops: bool,
+        target: str,
         nearest: bool = False,
     ) -> None:
         self.output = output
@@ -227,7 +227,7 @@ class StaticQdqWriter:
         self._float = FloatWriter(source, graph, Output(self._folder, None, False), guarded_values)
         self._float_sums = _float_sums(graph.proto.graph)
         self._calibration = calibration
-        self._standard_ops = standard_ops
+        self._target = target
         self._nearest = nearest
         self._guarded: dict[str, _Guarded] = {}
 
@@ -269,7 +269,7 @@ class StaticQdqWriter:
             raise ValidationError(
                 "tensor {tensor!r}: its codes found no place in the graph", tensor=min(lost)
             )
-        emitter = Emitter(proto, self.output, self._standard_ops)
+        emitter = Emitter(proto, self.output, self._target)
         for name, weight in left.items():
             guarded = self._guarded[name]
             emitter.emit(weight, guarded.scheme, guarded.grid, guarded.codes)

@@ -1,23 +1,23 @@
-"""Codes into the graph: each reader of a weight gets them in the form that onnxruntime runs best.
+"""Codes into the graph: each reader of a weight gets them in the form that the target runs best.
 
 Before, a reader takes the float weight w. After, with s for the scales (one axis for whole rows of
 the weight, two for blocks of them):
 
+DEQUANTIZE  MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, s))
+            int8 and int4 for every runtime: compilers look for this operator, and keep such a
+            weight in its codes. onnxruntime's CPU provider fuses it with MatMul and Gemm and runs
+            it again at every inference elsewhere, unless it is told to fold it.
+GATHER      Gather(w, i) -> Mul(DequantizeLinear(Gather(codes, i)), Gather(s, i))
+            Embeddings: only the rows that are looked up are dequantized.
 FOLDED      MatMul(x, w) -> MatMul(x, Mul(Cast(codes), s)), and at 4 bits
                             MatMul(x, Reshape(Mul(Cast(blocks of codes), s)))
-            Ordinary nodes over constants, which onnxruntime computes once, when it loads the file:
-            a small file that runs at the speed and in the memory of floats. DequantizeLinear in
-            their place would run again at every inference, and the kernel that it fuses into at
-            8 bits takes up to 1.7 times as long as float32 where many rows are multiplied at once
-            (tools/latency.py).
-DEQUANTIZE  MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, s))
-            Large matrices at int4, read by MatMul or Gemm: onnxruntime fuses the two into one
-            kernel, so the weight stays in 4 bits in memory.
+            Ordinary nodes over constants, which runtimes compute once, when they load the file: a
+            small file that runs at the speed and in the memory of floats. ONNX has no type for
+            the codes of nf4 and fp4, so that this is their only form of standard operators.
 BNB4        MatMul(x, w) -> MatMulBnb4(x, codes, s)
-            Large matrices at nf4 and fp4, likewise.
-GATHER      Gather(w, i) -> Mul(Cast(Gather(codes, i)), Gather(s, i)), and at 4 bits
-                            GatherBlockQuantized(codes, i, s)
-            Embeddings: only the rows that are looked up are dequantized.
+            Large matrices at nf4 and fp4, which stay in 4 bits in onnxruntime's memory.
+GATHER_4_BITS  Gather(w, i) -> GatherBlockQuantized(codes, i, s)
+            Embeddings that share an int4 matrix, likewise.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..graph.operators import CONTRIB, WeightForm
 from ..graph.scopes import Use
+from ..graph.traversal import attribute
 from ..graph.weights import Weight
 from ..io.writer import Output
 from ..quantization.arrays import contiguous
@@ -37,6 +38,8 @@ from .rewriter import Rewriter, remove_named
 
 MIN_PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory, at the cost of time
 
+FLOAT16_OPSET = 19  # the first whose DequantizeLinear yields float16
+
 PAIRS = 1 << 18  # of codes that are packed at a time, so that they stay in the cache
 
 STRIP = 64  # rows, and their multiples: what a cache line holds of a transposed matrix
@@ -44,39 +47,42 @@ STRIP = 64  # rows, and their multiples: what a cache line holds of a transposed
 Array = npt.NDArray[Any]
 
 
-def form_of(use: Use, weight: Weight, scheme: Scheme, standard_ops: bool) -> WeightForm:
+def form_of(use: Use, weight: Weight, scheme: Scheme, target: str) -> WeightForm:
     """The form in which this reader gets the weight.
 
     Parameters
     ----------
     use, weight : one of the weight's readers
     scheme : that of the weight
-    standard_ops : whether to do without contrib operators
+    target : as in GuardOptions
     """
-    if not use.direct or use.operator is None or use.output_axes() != weight.rows:
-        return WeightForm.FOLDED
-    rank, forms = len(weight.shape), use.operator.forms
-    is_book = isinstance(scheme, Codebook)
-    if scheme.bits == 4 and weight.size >= MIN_PACKED and rank == 2 and use.index == 1:
-        if WeightForm.DEQUANTIZE in forms and not is_book:
-            fuses = use.elem_type != TensorProto.BFLOAT16 and use.scope is weight.scope
-            return WeightForm.DEQUANTIZE if fuses else WeightForm.FOLDED
+    is_book, is_matrix = isinstance(scheme, Codebook), len(weight.shape) == 2
+    four_bits, packs = scheme.bits == 4, target == "onnxruntime"
+    by_row = weight.rows == (0,) and use.perm == tuple(range(len(weight.shape)))
+    if use.reads(WeightForm.GATHER) and by_row and not is_book and (is_matrix or not four_bits):
+        return WeightForm.GATHER_4_BITS if packs and four_bits else WeightForm.GATHER
+    is_second = is_matrix and use.index == 1 and use.output_axes() == weight.rows
+    if packs and four_bits and is_second and weight.size >= MIN_PACKED:
+        fuses = use.elem_type != TensorProto.BFLOAT16 and use.scope is weight.scope
+        if use.reads(WeightForm.DEQUANTIZE) and not is_book and fuses:
+            return WeightForm.DEQUANTIZE
         is_float = use.elem_type == TensorProto.FLOAT
-        if WeightForm.BNB4 in forms and is_book and is_float and not standard_ops:
+        if use.reads(WeightForm.BNB4) and is_book and is_float:
             return WeightForm.BNB4
-    by_row = weight.rows == (0,) and use.perm == tuple(range(rank))
-    if WeightForm.GATHER in forms and by_row:
-        block_quantized = not is_book and rank == 2 and not standard_ops
-        if scheme.bits == 8 or block_quantized:
-            return WeightForm.GATHER
-    return WeightForm.FOLDED
+    return _decoded_form(scheme, target)
+
+
+def _decoded_form(scheme: Scheme, target: str) -> WeightForm:
+    """The form in which any reader can take the weight."""
+    folds = isinstance(scheme, Codebook) or target == "onnxruntime"
+    return WeightForm.FOLDED if folds else WeightForm.DEQUANTIZE
 
 
 class Emitter:
     """Rewrites one model: `emit` every weight, then `finish`."""
 
-    def __init__(self, proto: ModelProto, output: Output, standard_ops: bool) -> None:
-        self._standard_ops = standard_ops
+    def __init__(self, proto: ModelProto, output: Output, target: str) -> None:
+        self._target = target
         self._rewriter = Rewriter(proto, output)
         self.finish = self._rewriter.finish
 
@@ -95,13 +101,13 @@ class Emitter:
         The names of the forms that the readers got, each once.
         """
         codes_of = _WeightCodes(self._rewriter, weight, scheme, grid, codes)
-        forms = [form_of(use, weight, scheme, self._standard_ops) for use in weight.uses]
+        forms = [form_of(use, weight, scheme, self._target) for use in weight.uses]
         for form, use in zip(forms, weight.uses, strict=True):
             codes_of.write(form, use)
         if weight.node is None:
             self._rewriter.remove_initializer(weight.scope, weight.tensor.name)
         if weight.is_output:
-            codes_of.write_under_its_name()
+            codes_of.write_under_its_name(_decoded_form(scheme, self._target))
         return tuple(sorted({form.value for form in forms}))
 
 
@@ -123,17 +129,18 @@ class _WeightCodes:
             WeightForm.DEQUANTIZE: self._write_dequantize,
             WeightForm.BNB4: self._write_bnb4,
             WeightForm.GATHER: self._write_gather,
+            WeightForm.GATHER_4_BITS: self._write_gather_4_bits,
         }
 
     def write(self, form: WeightForm, use: Use) -> None:
         """Let one reader read the codes in this form."""
         self._writers[form](use)
 
-    def write_under_its_name(self) -> None:
+    def write_under_its_name(self, form: WeightForm) -> None:
         """Let what the codes stand for have the weight's name, which an output of the graph has."""
         weight = self._weight
-        perm = tuple(range(len(weight.shape)))
-        value = self._decoded(perm, weight.tensor.data_type)
+        decode = self._folded if form is WeightForm.FOLDED else self._dequantized
+        value = decode(tuple(range(len(weight.shape))), weight.tensor.data_type)
         named = helper.make_node("Identity", [value], [weight.tensor_name])
         if weight.node is None:
             self._rewriter.prepend(weight.scope, named)
@@ -141,21 +148,88 @@ class _WeightCodes:
             self._rewriter.replace(weight.scope, weight.node, [named])
 
     def _write_dequantize(self, use: Use) -> None:
-        """MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, scales)), Gemm likewise.
+        """MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, scales)).
 
-        codes: [inputs, outputs], scales: [blocks, outputs]; a Gemm with transB = 1 loses that.
-        The DequantizeLinear is the reader's own, since onnxruntime fuses one with each reader.
+        The DequantizeLinear is the reader's own, since onnxruntime fuses one with each reader. At
+        4 bits a Gemm with transB = 1 gets the matrix the other way round, since it fuses no other.
         """
-        inputs = self._once(("dequantize", use.elem_type), lambda: self._matrix_and_scales(use))
-        use.node.input[use.index] = self._add_node(
-            "DequantizeLinear", inputs, axis=0, block_size=self._blocks.size
-        )
-        remove_named(use.node.attribute, "transB")
+        perm = use.perm
+        is_gemm = use.index == 1 and use.reads(WeightForm.DEQUANTIZE)
+        if self._scheme.bits == 4 and is_gemm and attribute(use.node, "transB", 0):
+            perm = perm[::-1]
+            remove_named(use.node.attribute, "transB")
+        use.node.input[use.index] = self._dequantized(perm, use.elem_type)
 
-    def _matrix_and_scales(self, use: Use) -> list[str]:
-        matrix = self._codes.reshape([self._weight.shape[a] for a in self._weight.perm]).T
-        scales = self._block_scales().T.astype(helper.tensor_dtype_to_np_dtype(use.elem_type))
-        return [self._add_codes(matrix), self._add_constant("scale", scales)]
+    def _dequantized(self, perm: tuple[int, ...], elem_type: int) -> str:
+        """The value of a DequantizeLinear over the codes, and of the nodes that it needs behind it.
+
+        These are a Cast where it cannot yield the reader's type, and a Reshape where its scales
+        differ along more axes than it takes: then it yields rows of output channels.
+
+        perm, elem_type: as in Use
+        """
+        opset = self._rewriter.opset(self._weight.scope)
+        in_16_bits = elem_type == TensorProto.FLOAT16 and opset >= FLOAT16_OPSET
+        scale_type = TensorProto.FLOAT16 if in_16_bits else TensorProto.FLOAT
+        axis = self._axis_of_scales()
+        key = None if axis is None else perm
+        inputs, attributes = self._once(
+            ("dequantize", key, scale_type), lambda: self._operands(perm, axis, scale_type)
+        )
+        value = self._add_node("DequantizeLinear", inputs, **attributes)
+        if axis is None:
+            value = self._in_shape(value, perm)
+        if elem_type != scale_type:
+            value = self._add_node("Cast", [value], to=elem_type)
+        return value
+
+    def _axis_of_scales(self) -> int | None:
+        """The stored axis with the scales at 8 bits, with the blocks at 4; None if it is not one.
+
+        Axes of length 1 do not count.
+        """
+        rows = self._weight.rows
+        summed = self._weight.perm[len(rows) :]
+        if self._scheme.bits == 4 and self._blocks.cols % self._blocks.size:
+            return None  # the standard allows a shorter last block, but OpenVINO does not load it
+        axes = rows if self._scheme.bits == 8 else summed
+        if self._blocks.rows == 1 and self._scheme.bits == 8:
+            return axes[0]
+        long = [axis for axis in axes if self._weight.shape[axis] > 1] or axes[:1]
+        return long[0] if len(long) == 1 else None
+
+    def _operands(
+        self, perm: tuple[int, ...], axis: int | None, scale_type: int
+    ) -> tuple[list[str], dict[str, int]]:
+        """Inputs and attributes of a DequantizeLinear.
+
+        At 8 bits the zero points, all 0, are there as onnxruntime's own quantizer writes them.
+
+        perm: as in Use; axis: as `_axis_of_scales` returns it. Without it codes: [rows, weights of
+        a row], scales: [rows] or [rows, blocks of a row].
+        """
+        weight, blocks, scales = self._weight, self._blocks, self._grid.scale
+        four_bits = self._scheme.bits == 4
+        if axis is None:
+            codes, place = self._whole_blocks(), 1 if four_bits else 0
+            scales = self._block_scales() if four_bits else scales
+        else:
+            codes, place = weight.stored(self._codes).transpose(perm), perm.index(axis)
+            if four_bits:
+                shape = [blocks.per_row if a == axis else weight.shape[a] for a in weight.perm]
+                order = [weight.perm.index(a) for a in perm]
+                scales = scales.reshape(shape).transpose(order)
+        if not four_bits and blocks.rows == 1:
+            scales, attributes = scales.reshape(()), {}
+        else:
+            attributes = {"axis": place}
+        scale = self._add_constant("scale", scales.astype(_dtype(scale_type)))
+        inputs = [self._add_codes(codes), scale]
+        if four_bits:
+            attributes["block_size"] = blocks.size
+        else:
+            inputs.append(self._add_constant("zero_point", np.zeros(scales.shape, np.int8)))
+        return inputs, attributes
 
     def _write_bnb4(self, use: Use) -> None:
         """MatMul(x, w) -> MatMulBnb4(x, codes, scales).
@@ -184,18 +258,11 @@ class _WeightCodes:
         )
         self._rewriter.replace(use.scope, node, [product])
 
-    def _write_gather(self, use: Use) -> None:
-        """Gather(w, i) -> the looked up rows of codes, times their scales."""
-        table = self._once(
-            ("gather",), lambda: self._add_codes(self._codes.reshape(self._weight.shape))
-        )
-        four_bits = self._scheme.bits == 4
-        nodes = self._gather_4_bits(use, table) if four_bits else self._gather_8_bits(use, table)
-        self._rewriter.replace(use.scope, use.node, nodes)
-
-    def _gather_4_bits(self, use: Use, table: str) -> list[NodeProto]:
+    def _write_gather_4_bits(self, use: Use) -> None:
         """Gather(w, i) -> GatherBlockQuantized(codes, i, scales); scales: [rows, blocks]."""
-        scales = self._block_scales().astype(helper.tensor_dtype_to_np_dtype(use.elem_type))
+        scales = self._block_scales().astype(_dtype(use.elem_type))
+        codes = self._codes.reshape(self._weight.shape)
+        table = self._once(("packed",), lambda: self._add_codes(codes))
         node = helper.make_node(
             "GatherBlockQuantized",
             [table, use.node.input[1], self._add_constant("scale", scales)],
@@ -206,51 +273,74 @@ class _WeightCodes:
             quantize_axis=1,
             block_size=self._blocks.size,
         )
-        return [node]
+        self._rewriter.replace(use.scope, use.node, [node])
 
-    def _gather_8_bits(self, use: Use, table: str) -> list[NodeProto]:
-        """Gather(w, i) -> Mul(Cast(Gather(codes, i)), Gather(scales, i)).
+    def _write_gather(self, use: Use) -> None:
+        """Gather(w, i) -> the rows of codes that are looked up, dequantized.
 
-        One scale for the whole tensor is not gathered. In 16 bits, a Cast follows.
+        At 8 bits Mul(DequantizeLinear(Gather(codes, i), 1), Gather(scales, i)), since compilers
+        want a DequantizeLinear to have constant scales; with one scale for the whole tensor
+        DequantizeLinear(Gather(codes, i), scale). At 4 bits DequantizeLinear(Gather(codes, i),
+        Gather(scales, i)) in blocks, a Slice behind it if a row ends within one; each code takes a
+        byte, as Gather reads no 4-bit integers. In 16 bits, a Cast follows.
         """
         indices, result = use.node.input[1], use.node.output[0]
-        rows, floats = (self._rewriter.fresh(f"{result}_{part}") for part in ("codes", "cast"))
-        nodes = [
-            helper.make_node("Gather", [table, indices], [rows], name=use.node.name, axis=0),
-            helper.make_node("Cast", [rows], [floats], to=TensorProto.FLOAT),
-        ]
-        scale = self._once(
-            ("scale",), lambda: self._add_constant("scale", self._broadcast_scales())
-        )
-        if self._blocks.rows > 1:
-            row_scale = self._rewriter.fresh(f"{result}_scale")
-            nodes.append(helper.make_node("Gather", [scale, indices], [row_scale], axis=0))
-            scale = row_scale
-        is_float = use.elem_type == TensorProto.FLOAT
-        product = result if is_float else self._rewriter.fresh(f"{result}_float")
-        nodes.append(helper.make_node("Mul", [floats, scale], [product]))
-        if not is_float:
-            nodes.append(helper.make_node("Cast", [product], [result], to=use.elem_type))
-        return nodes
+        nodes: list[NodeProto] = []
+
+        def step(op: str, inputs: list[str], **attributes: Any) -> str:
+            name = self._rewriter.fresh(f"{result}_{op}_Output")
+            node_name = name.removesuffix("_Output")
+            nodes.append(helper.make_node(op, inputs, [name], name=node_name, **attributes))
+            return name
+
+        table, scale = self._once(("gather",), self._table_and_scales)
+        codes = step("Gather", [table, indices], axis=0)
+        nodes[0].name = use.node.name
+        if self._blocks.rows == 1 and self._scheme.bits == 8:
+            value = step("DequantizeLinear", [codes, scale])
+        else:
+            scales = step("Gather", [scale, indices], axis=0)
+            if self._scheme.bits == 8:
+                one = self._once(
+                    ("one",), lambda: self._add_constant("one", np.ones((), np.float32))
+                )
+                value = step("Mul", [step("DequantizeLinear", [codes, one]), scales])
+            else:
+                size = self._blocks.size
+                value = step("DequantizeLinear", [codes, scales], axis=-1, block_size=size)
+                if self._blocks.cols % size:
+                    value = step("Slice", [value, *self._within_row(axis=-1)])
+        if use.elem_type != TensorProto.FLOAT:
+            value = step("Cast", [value], to=use.elem_type)
+        nodes[-1].output[0] = result
+        self._rewriter.replace(use.scope, use.node, nodes)
+
+    def _table_and_scales(self) -> list[str]:
+        """The codes of an embedding, a byte each, and its scales."""
+        if self._scheme.bits == 8:
+            table, scales = self._codes.reshape(self._weight.shape), self._broadcast_scales()
+        else:
+            table, scales = self._whole_blocks(), self._block_scales()
+        return [self._add_constant("quantized", table), self._add_constant("scale", scales)]
 
     def _write_folded(self, use: Use) -> None:
         """Reader(w) -> Reader(constants and nodes that yield what the codes stand for)."""
-        use.node.input[use.index] = self._decoded(use.perm, use.elem_type)
+        use.node.input[use.index] = self._folded(use.perm, use.elem_type)
 
-    def _decoded(self, perm: tuple[int, ...], elem_type: int) -> str:
+    def _folded(self, perm: tuple[int, ...], elem_type: int) -> str:
         """The value of constants and nodes that yield what the codes stand for.
 
         perm, elem_type: as in Use
         """
 
-        def decoded() -> str:
+        def folded() -> str:
             fold = self._fold_8_bits if self._scheme.bits == 8 else self._fold_4_bits
             value = fold(perm)
             if elem_type != TensorProto.FLOAT:
                 value = self._add_node("Cast", [value], to=elem_type)
             return value
 
-        name: str = self._once(("folded", perm, elem_type), decoded)
+        name: str = self._once(("folded", perm, elem_type), folded)
         return name
 
     def _fold_8_bits(self, perm: tuple[int, ...]) -> str:
@@ -266,14 +356,11 @@ class _WeightCodes:
         """w -> Transpose(Reshape(Slice(Reshape(Mul(value(codes), scales))))).
 
         codes: [blocks, block_size], scales: [blocks, 1]; value: Cast to float, or for a codebook
-        Gather(codebook, codes). The inner Reshape and the Slice, which drop the padding of each
-        row's last block, and the Transpose are there only if they change something.
+        Gather(codebook, codes). The inner Reshape and the Slice are there only if the last block
+        of a row is shorter, the Transpose if it changes something.
         """
         blocks = self._blocks
-        whole_blocks = (blocks.rows, blocks.per_row * blocks.size)
-        padded = np.zeros(whole_blocks, np.int8)
-        padded[:, : blocks.cols] = self._codes.reshape(blocks.rows, blocks.cols)
-        codes = self._add_codes(padded.reshape(blocks.count, blocks.size))
+        codes = self._add_codes(self._whole_blocks().reshape(blocks.count, blocks.size))
         if isinstance(self._scheme, Codebook):
             index = self._add_node("Cast", [codes], to=TensorProto.INT32)
             book = np.empty(16, np.float32)
@@ -284,13 +371,30 @@ class _WeightCodes:
         scales = self._add_constant("scale", self._grid.scale.reshape(-1, 1))
         value = self._add_node("Mul", [value, scales])
         if blocks.cols % blocks.size:
-            padded_shape = self._add_integers("padded_shape", *whole_blocks)
+            shape = (blocks.rows, blocks.per_row * blocks.size)
+            padded_shape = self._add_integers("padded_shape", *shape)
             value = self._add_node("Reshape", [value, padded_shape])
-            limits = {"starts": 0, "ends": blocks.cols, "axes": 1}
-            added = [self._add_integers(name, limit) for name, limit in limits.items()]
-            value = self._add_node("Slice", [value, *added])
-        shape = (self._weight.shape[axis] for axis in self._weight.perm)
-        value = self._add_node("Reshape", [value, self._add_integers("shape", *shape)])
+        return self._in_shape(value, perm)
+
+    def _whole_blocks(self) -> Array:
+        """The codes, [rows, weights of a row], each row padded with 0 to whole blocks."""
+        blocks = self._blocks
+        codes = self._codes.reshape(blocks.rows, blocks.cols)
+        if missing := -blocks.cols % blocks.size:
+            codes = np.pad(codes, ((0, 0), (0, missing)))
+        return codes
+
+    def _within_row(self, axis: int) -> list[str]:
+        """Inputs of a Slice that drops the padding of each row."""
+        limits = {"starts": 0, "ends": self._blocks.cols, "axes": axis}
+        return [self._add_integers(name, limit) for name, limit in limits.items()]
+
+    def _in_shape(self, value: str, perm: tuple[int, ...]) -> str:
+        """Rows of output channels, padded or not, with the operand's axes."""
+        if self._blocks.cols % self._blocks.size:
+            value = self._add_node("Slice", [value, *self._within_row(axis=1)])
+        canonical = self._weight.layout.canonical_shape
+        value = self._add_node("Reshape", [value, self._add_integers("shape", *canonical)])
         order = [self._weight.perm.index(axis) for axis in perm]
         if order != sorted(order):
             value = self._add_node("Transpose", [value], perm=order)
@@ -335,6 +439,11 @@ class _WeightCodes:
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
+
+
+def _dtype(elem_type: int) -> Any:
+    """numpy's type for one of ONNX."""
+    return helper.tensor_dtype_to_np_dtype(elem_type)
 
 
 def pack(codes: Array, high_first: bool, stored_codes: Array | None = None) -> Array:

@@ -39,7 +39,7 @@ class QdqWriter:
     ----------
     source, prepared : the model, and its graph at the opset that is written
     output : where it is written
-    standard_ops : whether to do without contrib operators
+    target : as in GuardOptions
     nearest : take the codes of rounding to nearest instead of the guarded ones
 
     Attributes
@@ -52,14 +52,14 @@ class QdqWriter:
         source: Model,
         graph: IndexedModel,
         output: Output,
-        standard_ops: bool,
+        target: str,
         nearest: bool = False,
     ) -> None:
         self.output = output
         self._source = source
         self._nearest = nearest
         self._proto, self._weights = graph.copy()
-        self._emitter = Emitter(self._proto, output, standard_ops)
+        self._emitter = Emitter(self._proto, output, target)
         self.forms: dict[str, tuple[str, ...]] = {}
 
     def add_weight(self, name: str, scheme: Scheme, quantized: QuantizedTensor) -> None:

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .operators import FLOATS, STANDARD, VIEWS, Operator, operator_of
+from .operators import FLOATS, VIEWS, Operator, operator_of
 from .scopes import GraphIndex, Scope, Value
-from .traversal import attribute, bodies, output_names, subgraphs
+from .traversal import STANDARD, attribute, bodies, output_names, subgraphs
 from .weights import QUANTIZED, SMALLEST, Unfolded
 
 RANDOM = (

@@ -14,9 +14,7 @@ from onnx import AttributeProto, NodeProto, TensorProto
 
 from . import operands
 from .operands import Axes, LayerInput, MultipliedInput, Operand, Shape
-from .traversal import attribute
-
-STANDARD = ("", "ai.onnx")  # names of the domain of the standard operators
+from .traversal import STANDARD, attribute
 
 CONTRIB = "com.microsoft"
 
@@ -30,13 +28,14 @@ VIEWS = ("Slice", "Split", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Flatten
 class WeightForm(StrEnum):
     """How a reader gets the codes of a weight; emit/weight_forms.py writes them.
 
-    Every operator can read the form FOLDED, constants that become floats when the file is loaded.
+    Every operator can read DEQUANTIZE and FOLDED, which yield a tensor of floats.
     """
 
-    FOLDED = "folded"
     DEQUANTIZE = "dequantize"
-    BNB4 = "bnb4"
     GATHER = "gather"
+    FOLDED = "folded"
+    BNB4 = "bnb4"
+    GATHER_4_BITS = "gather 4 bits"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Operator:
     multiplied_input : what a weight is multiplied with, or the reason why that is not recorded
     layer_input : what varies when a node is run alone, or None if that is not done
     four_bits : whether its weights may get 4 bits; if not they get 8 under every scheme
-    forms : the forms of weights that it reads other than FOLDED
+    forms : the forms that onnxruntime runs without making floats of the whole weight
     static : whether onnxruntime's static quantizer quantizes it
     convolution : whether it is a convolution
     requantized : whether onnxruntime, when it loads a QDQ graph, rounds float weights of it anew
@@ -191,7 +190,7 @@ OPERATORS = (
         output_axes=operands.gather_axes,
         multiplied_input=operands.gather_input,
         layer_input=operands.gather_layer,
-        forms=(WeightForm.GATHER,),
+        forms=(WeightForm.GATHER, WeightForm.GATHER_4_BITS),
         may_vary=(0,),
         behind_views=False,
     ),

@@ -7,8 +7,16 @@ from typing import TypeVar
 
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-from .operators import CHAIN, FLOATS, STANDARD, VIEWS, Operator, operator_of, priority
-from .traversal import attribute, output_names, subgraphs
+from .operators import (
+    CHAIN,
+    FLOATS,
+    VIEWS,
+    Operator,
+    WeightForm,
+    operator_of,
+    priority,
+)
+from .traversal import STANDARD, attribute, output_names, subgraphs
 
 Value = tuple[int, str]  # the id of the scope that defines it, and its name
 
@@ -57,6 +65,10 @@ class Use:
     def op(self) -> str:
         """The operator's name, "" without one."""
         return self.operator.name if self.operator else ""
+
+    def reads(self, form: WeightForm) -> bool:
+        """Whether the node itself reads this form without making floats of the whole weight."""
+        return self.direct and self.operator is not None and form in self.operator.forms
 
     def output_axes(self) -> tuple[int, ...]:
         """The stored tensor's axes that number output channels, in the order of the operand."""

@@ -13,6 +13,8 @@ from onnx import (
     helper,
 )
 
+STANDARD = ("", "ai.onnx")  # names of the domain of the standard operators
+
 
 def attribute(node: NodeProto, name: str, default: Any) -> Any:
     """The value of a node's attribute, or the default."""
@@ -20,6 +22,12 @@ def attribute(node: NodeProto, name: str, default: Any) -> Any:
         if candidate.name == name:
             return helper.get_attribute_value(candidate)
     return default
+
+
+def opset_of(entity: ModelProto | FunctionProto) -> int:
+    """The version of the standard operators; above all others for a function without any."""
+    versions = [o.version for o in entity.opset_import if o.domain in STANDARD]
+    return max(versions, default=1 << 31)
 
 
 def graphs(proto: ModelProto) -> Iterator[GraphProto]:

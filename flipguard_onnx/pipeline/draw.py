@@ -324,16 +324,16 @@ def _writers(
     folder: Path,
 ) -> dict[str, ModelWriter]:
     """Everything that a draw writes, by kind: what was asked for, and what is compared with it."""
-    model, graph, standard_ops = prepared.model, prepared.graph, run.options.standard_ops
+    model, graph, target = prepared.model, prepared.graph, run.options.target
     writers: dict[str, ModelWriter] = {}
     if calibration:
         for kind in ("qdq", "plain") if validator else ("qdq",):
             output = run.output(folder, kind)
             writers[kind] = StaticQdqWriter(
-                model, graph, output, calibration, standard_ops, nearest=kind == "plain"
+                model, graph, output, calibration, target, nearest=kind == "plain"
             )
     elif validator or "qdq" in run.targets:
-        writers["qdq"] = QdqWriter(model, graph, run.output(folder, "qdq"), standard_ops)
+        writers["qdq"] = QdqWriter(model, graph, run.output(folder, "qdq"), target)
     if "float" in run.targets:
         writers["float"] = FloatWriter(
             model, prepared.original, run.output(folder, "float"), guarded_values

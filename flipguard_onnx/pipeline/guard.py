@@ -230,7 +230,7 @@ def make_validator(run: Run, prepared: Prepared, samples: Samples) -> Validator 
         run.folder / "layers",
         max_bytes=options.max_bytes,
         max_drift=options.max_drift,
-        standard_ops=options.standard_ops,
+        target=options.target,
     )
 
 

@@ -82,7 +82,9 @@ class GuardOptions:
     emit : "qdq" (a quantized graph), "float" (the same graph with moved weights) or "both"
     allow_unguarded : write the model although it has weights that a quantizer could reach and that
         cannot be guarded
-    standard_ops : write operators of the ONNX standard only, none of com.microsoft
+    target : what runs the quantized graph: "portable" writes standard operators alone, with a
+        DequantizeLinear for every int8 and int4 weight, which all runtimes and compilers know;
+        "onnxruntime" what onnxruntime's CPU provider runs best
     force : overwrite an existing output
     policy : "unbiased", "topk" (the paper's Algorithm 1) or "none" (rounding to nearest)
     tau : unbiased: draw only weights nearer than this to a boundary, in half-gaps; 0 < tau <= 1
@@ -163,7 +165,12 @@ class GuardOptions:
         "A quantized graph, or the same graph with moved weights for your own quantizer.",
         choices=("qdq", "float", "both"),
     )
-    standard_ops: bool = _option(False, "Model and output", "Write no operators of com.microsoft.")
+    target: str = _option(
+        "portable",
+        "Model and output",
+        "Standard operators with DequantizeLinear, or what onnxruntime's CPU provider runs best.",
+        choices=("portable", "onnxruntime"),
+    )
     force: bool = _option(False, "Model and output", "Overwrite the output.")
     policy: str = _option(
         "unbiased",
@@ -360,7 +367,7 @@ class GuardKeywords(TypedDict, total=False):
     calibration: str
     symmetric: bool
     emit: str
-    standard_ops: bool
+    target: str
     force: bool
     policy: str
     tau: float

@@ -98,7 +98,7 @@ def prepare(model: Model, options: GuardOptions) -> Prepared:
     weights, skipped = require_weights(model, options)
     plans = plan_weights(weights, options)
     opset = needed_opset(
-        [plan.weight for plan in plans], [plan.scheme for plan in plans], options.standard_ops
+        [plan.weight for plan in plans], [plan.scheme for plan in plans], options.target
     )
     if (flat := inlined(model, opset)) is not model:
         model = flat

@@ -100,6 +100,7 @@ def verify(
             folder / "layers",
             max_bytes=options.max_bytes,
             max_drift=max_drift,
+            target=options.target,
         )
         validator.samples.require()
         validator.samples.release()

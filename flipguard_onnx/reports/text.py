@@ -28,7 +28,7 @@ NOT_SHOWN_ELSEWHERE = (
     "include",
     "exclude",
     "allow_unguarded",
-    "standard_ops",
+    "target",
     "max_memory",
 )
 

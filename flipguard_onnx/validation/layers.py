@@ -47,7 +47,7 @@ class Layer:
 
 
 def sample(
-    source: Model, weights: Sequence[Weight], schemes: Sequence[Scheme], standard_ops: bool
+    source: Model, weights: Sequence[Weight], schemes: Sequence[Scheme], target: str
 ) -> list[Layer]:
     """Some layers of every kind (operator, scheme, form in which the codes are written).
 
@@ -55,7 +55,7 @@ def sample(
     ----------
     source : the original
     weights, schemes : its weights, and the scheme of each
-    standard_ops : whether the codes are written without contrib operators
+    target : as in GuardOptions
 
     Raises
     ------
@@ -66,7 +66,7 @@ def sample(
     for weight, scheme in zip(weights, schemes, strict=True):
         layer = _layer(source.proto.graph, weight, origins)
         if layer:
-            form = form_of(weight.uses[0], weight, scheme, standard_ops)
+            form = form_of(weight.uses[0], weight, scheme, target)
             kinds[weight.uses[0].op, scheme.name, form].append((weight, layer))
     chosen = {}
     for found in kinds.values():

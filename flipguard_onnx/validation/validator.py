@@ -20,7 +20,7 @@ from ..emit.opset import converted
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, decoded_values
 from ..errors import RunError, ValidationError
 from ..graph.copies import IndexedModel
-from ..graph.traversal import tensors
+from ..graph.traversal import opset_of, tensors
 from ..graph.weights import Weight
 from ..io.model import Model, open_model
 from ..io.writer import Output
@@ -98,7 +98,7 @@ class Validator:
 
     original: the model that is guarded. source: what is run in its place, itself unless it is too
     large; original_graph: the graph of that, graph: the same at the opset that will be written;
-    samples: those of `source`; layers: those that were cut out, if they were. standard_ops,
+    samples: those of `source`; layers: those that were cut out, if they were. target,
     max_drift: as in GuardOptions.
     """
 
@@ -108,7 +108,7 @@ class Validator:
     graph: IndexedModel
     samples: Samples
     layers: tuple[Layer, ...]
-    standard_ops: bool
+    target: str
     max_drift: float
 
     @classmethod
@@ -122,7 +122,7 @@ class Validator:
         *,
         max_bytes: int,
         max_drift: float,
-        standard_ops: bool = False,
+        target: str,
     ) -> "Validator":
         """For the samples' model: whole if it has no more than `max_bytes`, else layers of it.
 
@@ -131,15 +131,15 @@ class Validator:
         """
         source = samples.source
         if source.size <= max_bytes:
-            return cls(source, source, original, graph, samples, (), standard_ops, max_drift)
+            return cls(source, source, original, graph, samples, (), target, max_drift)
         schemes = [scheme for _, scheme in weights]
-        layers = sample(source, [weight for weight, _ in weights], schemes, standard_ops)
+        layers = sample(source, [weight for weight, _ in weights], schemes, target)
         small = cut_out(source, layers, folder)
-        opset = max(entry.version for entry in graph.proto.opset_import if entry.domain == "")
+        opset = opset_of(graph.proto)
         found = IndexedModel.of(small.proto)
         prepared = converted(small, opset, found)
         own = Samples(small, None, samples.without, takes_data=False)
-        return cls(source, small, found, prepared, own, tuple(layers), standard_ops, max_drift)
+        return cls(source, small, found, prepared, own, tuple(layers), target, max_drift)
 
     def writers(self, folder: Path) -> dict[str, ModelWriter]:
         """The models to compare with: rounded to nearest, and what the codes must compute."""
@@ -148,7 +148,7 @@ class Validator:
             for kind in ("plain", "decoded")
         )
         return {
-            "plain": QdqWriter(self.source, self.graph, nearest, self.standard_ops, nearest=True),
+            "plain": QdqWriter(self.source, self.graph, nearest, self.target, nearest=True),
             "decoded": FloatWriter(self.source, self.original_graph, decoded, decoded_values),
         }
 

@@ -228,7 +228,7 @@ def make_case(seed, index, folder):
     for option, share in (
         (("--no-validate",), 0.4),
         (("--preserve", "off"), 0.4),
-        (("--standard-ops",), 0.1),
+        (("--target", "onnxruntime"), 0.3),
         (("--emit", "both"), 0.2),
         (("--policy", "none"), 0.1),
         (("--include", "*w*"), 0.1),

@@ -29,7 +29,7 @@ NOT_DEFAULT = GuardOptions(
     block_size=64,
     include=("a*", "b"),
     exclude=("c",),
-    standard_ops=True,
+    target="onnxruntime",
     tau=0.5,
     preserve="off",
     int8=("head*",),
@@ -197,7 +197,7 @@ def test_a_file_may_switch_the_validation_off(tmp_path, flag):
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_what_is_written_records_how_to_repeat_it(tmp_path, scheme):
     source = save(SAMPLES["gemm_alpha"](), tmp_path)
-    asked = GuardOptions(scheme=scheme, exclude=("b",), standard_ops=True, max_memory=99)
+    asked = GuardOptions(scheme=scheme, exclude=("b",), target="onnxruntime", max_memory=99)
     first = guard(source, output=tmp_path / "first.onnx", **asked.keywords())
     recorded = recorded_options(open_model(tmp_path / "first.onnx"))
     assert recorded == asked

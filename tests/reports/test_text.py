@@ -22,9 +22,9 @@ def report(tmp_path_factory):
 def test_options_are_shown_where_they_differ_from_the_defaults(report):
     assert report.changed_options == ("scheme", "preserve")  # other lines show them
     assert "options" not in report.render()
-    asked = GuardOptions(include=("a*", "b"), exclude=("c",), standard_ops=True, max_memory=64)
+    asked = GuardOptions(include=("a*", "b"), exclude=("c",), target="onnxruntime", max_memory=64)
     changed = replace(report, options=asked.record(), changed_options=asked.changed())
-    shown = "options   --include a* --include b --exclude c --standard-ops --max-memory 64\n"
+    shown = "options   --include a* --include b --exclude c --target onnxruntime --max-memory 64\n"
     assert shown in changed.render()
     assert changed.to_dict()["options"]["include"] == ["a*", "b"]
 
