@@ -109,12 +109,11 @@ def verify(
         guard(validator.source.path, output=nearest, **baseline.keywords())
         files = {"plain": nearest, "qdq": candidate.path}
         validation = validator.compare(files, folder)
-    made_from = _metadata(candidate).get("flipguard.input_sha256")
     return Verification(
         str(source.path),
         str(candidate.path),
         options.scheme,
-        None if made_from is None else made_from == source.sha256,
+        _made_from(candidate, source),
         sum(math.prod(tensor.dims) for tensor in quantized_tensors(candidate)),
         validation,
     )
@@ -176,6 +175,16 @@ def recorded_options(model: Model) -> GuardOptions:
             allowed="as flipguard-onnx writes it, or none (--scheme ignores it)",
         ) from None
     return replace(options, int8=tuple(metadata.get("flipguard.int8", "").split()), int8_share=0.0)
+
+
+def _made_from(model: Model, original: Model) -> bool | None:
+    """Whether a model records this original, its data files included; None without a record."""
+    recorded = _metadata(model)
+    if "flipguard.input_sha256" not in recorded:
+        return None
+    data = recorded.get("flipguard.input_data_sha256", "").split()
+    found = [original.sha256, *original.data_sha256.values()]
+    return [recorded["flipguard.input_sha256"], *data] == found
 
 
 def _metadata(model: Model) -> dict[str, str]:

@@ -351,11 +351,23 @@ def test_verify_judges_any_two_models(tmp_path):
     result = flipguard_onnx.verify(tmp_path / "model.onnx", tmp_path / "out.onnx")
     assert result.scheme == "int4"
     assert result.made_from is True
-    other = matmul()
-    other.graph.initializer[0].CopyFrom(numpy_helper.from_array(weights((70, 33), 9), "w"))
-    save(other, tmp_path, "other.onnx")
-    with pytest.raises(ValidationError, match="the outputs drift by"):
-        flipguard_onnx.verify(tmp_path / "model.onnx", tmp_path / "other.onnx")
+
+
+def test_an_original_is_known_by_its_data_files_too(tmp_path):
+    """Two models with equal graphs and other weights are not the same original."""
+    paths = []
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        paths.append(save(matmul(), tmp_path / folder, external=True))
+    one, other = paths
+    data = other.with_name("model.onnx.data")
+    values = np.frombuffer(data.read_bytes(), np.float32) * np.float32(1.0001)
+    data.write_bytes(values.tobytes())
+    assert one.read_bytes() == other.read_bytes()
+    output = tmp_path / "out.onnx"
+    flipguard_onnx.guard(one, seed=1, output=output)
+    assert flipguard_onnx.verify(one, output).made_from is True
+    assert flipguard_onnx.verify(other, output).made_from is False
 
 
 def test_data_for_the_validation(tmp_path):
