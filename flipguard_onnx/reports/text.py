@@ -1,5 +1,6 @@
 """Results as text for a terminal: a section per kind of result, and the pieces they share."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,13 +16,13 @@ CELL = 120  # characters of a name in a table
 INDENT = " " * 10  # of lines that go on with the one above them
 
 SLOW_4_BIT = (
-    "large 4-bit matrices stay packed: that saves memory, but takes longer than float32 "
-    "(several times as long where few rows are multiplied at once)"
+    "large 4-bit matrices stay packed: that saves memory, but takes longer than float32",
+    "(several times as long where few rows are multiplied at once)",
 )
 
 DECODED_AGAIN = (
-    "onnxruntime decodes most weights again at every inference; not so with its session option "
-    "session.disable_quant_qdq=1, nor in a model written with --target onnxruntime"
+    "onnxruntime decodes most weights again at every inference, unless its session option",
+    "session.disable_quant_qdq=1 is set or the model was written with --target onnxruntime",
 )
 
 NOTHING_QUANTIZED = "nothing in the guarded model is quantized: it holds no integer weights"
@@ -109,9 +110,10 @@ def render_guard(report: GuardReport) -> str:
 def _speed_lines(report: GuardReport) -> list[str]:
     """What is to be known of the time that the written model takes in onnxruntime."""
     forms = {form for tensor in report.tensors for form in tensor.forms}
+    slow, why = {"dequantize"}, DECODED_AGAIN
     if report.options.get("target") == "onnxruntime":
-        return [] if forms.isdisjoint({"dequantize", "bnb4"}) else [f"speed     {SLOW_4_BIT}"]
-    return [f"speed     {DECODED_AGAIN}"] if "dequantize" in forms else []
+        slow, why = {"dequantize", "bnb4"}, SLOW_4_BIT
+    return [] if forms.isdisjoint(slow) else [f"speed     {why[0]}", f"{INDENT}{why[1]}"]
 
 
 def _option_lines(report: GuardReport) -> list[str]:
@@ -368,7 +370,7 @@ def _validation_lines(validation: Validation) -> list[str]:
     exact = validation.plain_exact, validation.guarded_exact
     default = validation.plain_default, validation.guarded_default
     runs = {"nearest": exact[0], "guarded": exact[1]}
-    fused = exact != default
+    fused = any(map(_differs, [*exact[0], *exact[1]], [*default[0], *default[1]]))
     if fused:
         runs |= {"nearest, fused": default[0], "guarded, fused": default[1]}
     rows = [
@@ -403,6 +405,11 @@ def _validation_lines(validation: Validation) -> list[str]:
             "are decoded first"
         )
     return lines
+
+
+def _differs(one: Drift, other: Drift) -> bool:
+    """Whether two runs drift so differently that it is worth a line."""
+    return not math.isclose(one.relative_l2, other.relative_l2, rel_tol=0.01)
 
 
 def _drift_cells(drift: Drift) -> tuple[str, ...]:
