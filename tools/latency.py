@@ -36,8 +36,8 @@ from onnxruntime.quantization import (
 
 import flipguard_onnx
 from flipguard_onnx.calibration.inputs import signature
+from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.io.model import open_model
-from flipguard_onnx.validation.validator import ModelRunner
 from tools.fetch_models import path_of, select
 from tools.real_models import (
     environment,
@@ -146,7 +146,7 @@ FILES: dict[str, Maker] = {
 def prepared(name: str, folder: Path) -> tuple[Path, list[Feed]]:
     """A copy at an opset that all quantizers take, and inputs."""
     source = open_model(path_of(name))
-    feeds = ModelRunner(source, None).feeds
+    feeds = Samples(source, None).require().feeds
     if shape := SHAPES.get(name):
         rng = np.random.default_rng(0)
         feeds = [
