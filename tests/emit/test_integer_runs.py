@@ -7,9 +7,11 @@ import pytest
 from onnx import numpy_helper
 
 import flipguard_onnx
-from tests.emit.test_static_qdq import convolution, initializers
+from flipguard_onnx.graph.weights import find_weights
+from tests.emit.test_static_qdq import convolution
 from tests.helpers.real import downloaded
 from tests.helpers.samples import F, model, node, save, weights
+from tests.helpers.written import decoded, initializers
 
 SHAPE = [1, 8, 6, 6]
 TINY = 1e-12  # of the other channels' weights: any bias overflows beside it
@@ -44,12 +46,6 @@ def guarded(tmp_path, proto, **options):
     return path, flipguard_onnx.guard(source, activations="uint8", seed=1, output=path, **options)
 
 
-def decoded(path, name):
-    constants = initializers(path)
-    codes, scale = constants[f"{name}_quantized"], constants[f"{name}_scale"]
-    return codes.astype(np.float32) * scale
-
-
 def one_tiny_channel():
     w = weights((16, 8, 3, 3))
     w[3] *= TINY
@@ -60,7 +56,8 @@ def test_weight_only_codes_are_not_rounded_when_loaded(tmp_path):
     path, report = guarded(tmp_path, convolution(np.full(16, 5.0, np.float32), one_tiny_channel()))
     assert list(report.integers.weight_only) == ["w"]
     (found,) = weights_that_run(path).values()
-    assert np.array_equal(found, decoded(path, "w"))
+    (weight,) = find_weights(onnx.load(tmp_path / "model.onnx"))[0]
+    assert np.array_equal(found, decoded(path, weight))
     proto = onnx.load(path)
     (conv,) = (n for n in proto.graph.node if n.op_type == "Conv")
     conv.input[2] = "b"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import secrets
 import sys
 
@@ -25,6 +26,8 @@ from tests.helpers.command import names, workspaces
 from tests.helpers.samples import SAMPLES, matmul, model, node, save, weights
 
 SCHEMES = ("int8", "int4", "nf4", "fp4")
+
+KERNEL_ERROR = 0.01  # relative L2: the kernel that onnxruntime fuses rounds its inputs to 8 bits
 
 
 def run(path, feeds, exact=True):
@@ -70,7 +73,8 @@ def assert_validated(report, proto):
     for drifts in (found.plain_exact, found.plain_default, found.guarded_exact):
         assert [drift.output for drift in drifts] == [output.name for output in proto.graph.output]
         assert all(0 < drift.relative_l2 < 0.3 for drift in drifts)
-    assert pooled(found.guarded_default) == pytest.approx(pooled(found.guarded_exact), rel=0.01)
+    exact, default = pooled(found.guarded_exact), pooled(found.guarded_default)
+    assert 0.99 * exact < default < 1.01 * math.hypot(exact, KERNEL_ERROR)
     assert 1.05 < drift_ratio(found) < 2.1
 
 
@@ -107,9 +111,9 @@ def test_block_size(tmp_path, scheme, size):
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4", "int4"])
 @pytest.mark.parametrize("sample", ["matmul", "gemm_transposed", "gather", "tied_embedding"])
-def test_standard_ops_has_no_contrib_operator(tmp_path, sample, scheme):
+def test_a_portable_model_has_no_contrib_operator(tmp_path, sample, scheme):
     proto = SAMPLES[sample]()
-    report = guarded(tmp_path, proto, scheme, standard_ops=True)
+    report = guarded(tmp_path, proto, scheme)
     assert_validated(report, proto)
     left = onnx.load(tmp_path / "out.onnx")
     assert {n.domain for n in left.graph.node} == {""}
