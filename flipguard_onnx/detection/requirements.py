@@ -30,7 +30,8 @@ class Codes:
     ----------
     name, data_type, shape : of the integers; an activation's name, and no shape
     node : what reads them; for an activation its QuantizeLinear
-    operators : for DequantizeLinear, the types of the nodes that read the floats
+    operators : the types of the nodes that read the result
+    blocks_behind : whether one of these is a DequantizeLinear with blocks
     on_integers : whether what these are multiplied with comes from a DequantizeLinear as well
     scale : None where it is not constant
     has_offset : whether there is a zero point that is not constant or not 0
@@ -41,6 +42,7 @@ class Codes:
     shape: tuple[int, ...]
     node: NodeProto
     operators: frozenset[str]
+    blocks_behind: bool
     on_integers: bool
     scale: Any
     has_offset: bool
@@ -70,19 +72,22 @@ class Codes:
 
 Requirement = tuple[str, Callable[[Codes], bool]]  # in words, and whether it is met
 
-STANDARD_ONLY: Requirement = (
-    "operators of the ONNX standard",
-    lambda codes: codes.node.domain in STANDARD,
-)
-DEQUANTIZED: Requirement = (
-    "DequantizeLinear reads the codes",
-    lambda codes: codes.dequantized or codes.is_activation or codes.node.domain not in STANDARD,
-)
+
+def known(*contrib: str) -> Requirement:
+    """Operators of the standard, or these of onnxruntime's, read the codes."""
+    names = " or ".join(("operators of the ONNX standard", *contrib))
+    return names, lambda codes: codes.node.domain in STANDARD or codes.node.op_type in contrib
+
 
 REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     "tensorrt": (
-        STANDARD_ONLY,
-        DEQUANTIZED,
+        known(),
+        (
+            "DequantizeLinear reads the codes",
+            lambda codes: (
+                codes.dequantized or codes.is_activation or codes.node.domain not in STANDARD
+            ),
+        ),
         ("signed codes", lambda codes: codes.data_type in SIGNED),
         ("no zero points but 0", lambda codes: not codes.has_offset),
         (
@@ -105,16 +110,26 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         ),
     ),
     "qnn": (
-        STANDARD_ONLY,
-        DEQUANTIZED,
+        known("MatMulNBits"),
         ("no blocks", lambda codes: not codes.block_size),
         ("integer activations, too", lambda codes: not codes.dequantized or codes.on_integers),
     ),
     "openvino": (
-        STANDARD_ONLY,
+        known("MatMulNBits", "GatherBlockQuantized"),
         (
             "whole blocks",
             lambda codes: not codes.block_size or codes.shape[codes.axis] % codes.block_size == 0,
+        ),
+        ("no blocks of codes that are looked up", lambda codes: not codes.blocks_behind),
+        (
+            "no codebook, whose weights become floats when the file is loaded",
+            lambda codes: codes.node.op_type != "Cast" or "Gather" not in codes.operators,
+        ),
+        (
+            "weights of MatMul and Gemm, or integer activations, too: others become floats",
+            lambda codes: (
+                not codes.dequantized or codes.on_integers or codes.operators <= {"MatMul", "Gemm"}
+            ),
         ),
     ),
 }
@@ -173,8 +188,7 @@ def _codes(model: Model) -> Iterator[Codes]:
             quantizes = node.op_type == "QuantizeLinear"
             if (dequantizes and place) or (quantizes and place != 2):
                 continue  # a zero point; what is quantized only now
-            outputs = [(id(scope), output) for output in node.output if dequantizes]
-            uses = [use for output in outputs for use in index.readers(output)]
+            uses = [use for output in node.output for use in index.readers((id(scope), output))]
             scale, zero = constant(scope, node, 1), constant(scope, node, 2)
             given = len(node.input) > 2 and bool(node.input[2])
             yield Codes(
@@ -183,6 +197,7 @@ def _codes(model: Model) -> Iterator[Codes]:
                 () if quantizes else tuple(tensor.dims),
                 node,
                 frozenset(use.op_type for _, use, _ in uses),
+                any(attribute(use, "block_size", 0) for _, use, _ in uses),
                 all(is_dequantized(inner, use.input[0]) for inner, use, _ in uses),
                 None if scale is None else model.array(scale),
                 given and (dequantizes or quantizes) and (zero is None or _any(model, zero)),
