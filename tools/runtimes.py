@@ -403,7 +403,7 @@ def problems(cells: Sequence[Cell]) -> str:
     for cell in cells:
         if cell.problem:
             where = " ".join(filter(None, (cell.model, cell.form, cell.target)))
-            found.setdefault((cell.runtime, cell.problem[:200]), []).append(where)
+            found.setdefault((cell.runtime, " ".join(cell.problem.split())[:300]), []).append(where)
     return "\n".join(f"- {r}: {'; '.join(where)}: {why}" for (r, why), where in found.items())
 
 
