@@ -70,9 +70,9 @@ class Tensor:
     fallback : why it has another scheme than the one asked for
     budget : how much rounding error an attacker could choose, and what is left after the guard if
         the draws are independent
-    forms : how its readers get it in a quantized graph with float activations: "folded" (decoded to
-        floats when the file is loaded), "gather" (decoded row by row), or kept in 4 bits in memory
-        by "dequantize" or "bnb4"
+    forms : how its readers get it in a quantized graph with float activations: by "dequantize" (a
+        DequantizeLinear), "gather" (decoded row by row), "folded" (decoded to floats when the file
+        is loaded), or in 4 bits in onnxruntime's memory by "bnb4" and "gather 4 bits"
     others : what else it is or feeds: "a graph output", "a graph input" whose default it is, types
         of operators that are not weighted. All get the guarded value.
     """
@@ -92,11 +92,6 @@ class Tensor:
     budget: Budget | None = None
     forms: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
-
-    @property
-    def packed(self) -> bool:
-        """Whether one of its readers keeps it in 4 bits in memory."""
-        return not {"dequantize", "bnb4"}.isdisjoint(self.forms)
 
     @property
     def preserved(self) -> bool:

@@ -28,6 +28,11 @@ SLOW_4_BIT = (
     "(several times as long where few rows are multiplied at once)"
 )
 
+DECODED_AGAIN = (
+    "onnxruntime decodes most weights again at every inference; not so with its session option "
+    "session.disable_quant_qdq=1, nor in a model written with --target onnxruntime"
+)
+
 NOTHING_QUANTIZED = "nothing in the guarded model is quantized: it holds no integer weights"
 
 SLOW_16_BIT = "onnxruntime runs 16-bit activations in float on the CPU, which is slower"
@@ -110,7 +115,7 @@ def render_guard(report: GuardReport) -> str:
         *_collapse_lines(report),
         *_feedback_lines(report),
         *(_activation_lines(report.integers, report.tensors) if report.integers else []),
-        *([f"speed     {SLOW_4_BIT}"] if any(t.packed for t in report.tensors) else []),
+        *_speed_lines(report),
         "",
         *table(
             ("operator", "scheme", "tensors", "weights", "flipped"), _by_operator(report.tensors)
@@ -130,6 +135,14 @@ def render_guard(report: GuardReport) -> str:
         ),
     ]
     return text(lines)
+
+
+def _speed_lines(report: GuardReport) -> list[str]:
+    """What is to be known of the time that the written model takes in onnxruntime."""
+    forms = {form for tensor in report.tensors for form in tensor.forms}
+    if report.options.get("target") == "onnxruntime":
+        return [] if forms.isdisjoint({"dequantize", "bnb4"}) else [f"speed     {SLOW_4_BIT}"]
+    return [f"speed     {DECODED_AGAIN}"] if "dequantize" in forms else []
 
 
 def _option_lines(report: GuardReport) -> list[str]:

@@ -53,7 +53,8 @@ def one_tiny_channel():
 
 
 def test_weight_only_codes_are_not_rounded_when_loaded(tmp_path):
-    path, report = guarded(tmp_path, convolution(np.full(16, 5.0, np.float32), one_tiny_channel()))
+    proto = convolution(np.full(16, 5.0, np.float32), one_tiny_channel())
+    path, report = guarded(tmp_path, proto, target="onnxruntime")
     assert list(report.integers.weight_only) == ["w"]
     (found,) = weights_that_run(path).values()
     (weight,) = find_weights(onnx.load(tmp_path / "model.onnx"))[0]
@@ -66,6 +67,19 @@ def test_weight_only_codes_are_not_rounded_when_loaded(tmp_path):
     (found,) = weights_that_run(tmp_path / "constant.onnx").values()
     assert found.dtype == np.int8, "the control: with a constant bias onnxruntime rounds the weight"
     assert np.any(found != initializers(path)["w_quantized"])
+
+
+def test_weight_only_codes_are_those_that_run(tmp_path):
+    proto = convolution(np.full(16, 5.0, np.float32), one_tiny_channel())
+    path, report = guarded(tmp_path, proto)
+    assert list(report.integers.weight_only) == ["w"]
+    graph, constants = loaded(path)
+    (conv,) = (n for n in graph.node if n.op_type in ("Conv", "FusedConv"))
+    (decoder,) = (n for n in graph.node if n.output[0] == conv.input[1])
+    found = [constants[name] for name in decoder.input[:2]]
+    written = initializers(path)
+    assert np.array_equal(found[0], written["w_quantized"])
+    assert np.array_equal(found[1], written["w_scale"])
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -17,7 +17,12 @@ PACKED_FORMS = {"int4": "dequantize", "nf4": "bnb4"}
 def test_large_matrices_stay_packed(tmp_path, scheme, kernel, rows):
     path = tmp_path / "out.onnx"
     report = flipguard_onnx.guard(
-        save(matmul((rows, 1024)), tmp_path), scheme, seed=1, preserve="off", output=path
+        save(matmul((rows, 1024)), tmp_path),
+        scheme,
+        target="onnxruntime",
+        seed=1,
+        preserve="off",
+        output=path,
     )
     packed = rows == 1024
     assert (kernel in {n.op_type for n in onnx.load(path).graph.node}) is packed
