@@ -411,7 +411,7 @@ def say(what: object) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--run", nargs="+", default=[], metavar="RUNTIME=PLACE")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
@@ -421,7 +421,7 @@ def main() -> int:
     parser.add_argument(
         "--load", nargs="+", default=[], type=Path, metavar="FILE", help="of earlier runs"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     runtimes = here()
     for given in options.run:
         name, _, place = given.partition("=")
