@@ -4,14 +4,19 @@
     python -m tools.latency [--models NAME...] [--files NAME...] [--rounds 20] [--json FILE]
     python -m tools.latency --load FILE...
 
+Two models are made here: gemm and gemm-t, three Gemms of 1024 x 1024 without and with transB.
+
 Every file runs in a process of its own that has nothing but onnxruntime and numpy, with default
-session options. The processes take turns, a run each, so that what disturbs one disturbs all;
-a ratio is the median of the ratios to float32's run of the same round. Memory: the peak of the
-process, loading included, without what it needs for no model at all.
+session options, or those that its name says. The processes take turns, a run each, so that what
+disturbs one disturbs all; a ratio is the median of the ratios to float32's run of the same round.
+Memory: the peak of the process, loading included, without what it needs for no model at all.
 
 dynamic: quantize_dynamic, weights per channel. static: quantize_static with its pre-processing,
-weights per channel, activations uint8. ours full: --activations uint8. ours: weights only. int4,
-nf4, fp4: onnxruntime's quantizers of the same format, and ours. -: quantizes nothing, or fails.
+weights per channel, activations uint8. full: --activations uint8. their int4, nf4, fp4:
+onnxruntime's quantizers of the same format. The others are ours, weights only. portable: --target
+portable. portable exact: with session.qdq_matmulnbits_accuracy_level 1, so that activations are
+not quantized. portable folded: with session.disable_quant_qdq, so that weights are decoded when
+the file is loaded. ort: --target onnxruntime. -: quantizes nothing, or fails.
 """
 
 import argparse
@@ -27,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantType,
@@ -36,10 +42,11 @@ from onnxruntime.quantization import (
 
 import flipguard_onnx
 from flipguard_onnx.calibration.inputs import signature
+from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.io.model import open_model
-from flipguard_onnx.validation.validator import ModelRunner
 from tools.fetch_models import path_of, select
 from tools.real_models import (
+    SCHEMES,
     environment,
     heading,
     markdown,
@@ -50,6 +57,7 @@ from tools.real_models import (
 )
 
 FLOAT = "float32"
+MADE = ("gemm", "gemm-t")
 OPSET = 21  # of the 4-bit QDQ forms
 # what is open in a model's signature, where the tool's own guess is smaller than real inputs
 SHAPES = {
@@ -68,6 +76,8 @@ def peak():
         return next(int(s.split()[1]) for s in status if s.startswith("VmHWM"))
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 4
+for entry in sys.argv[3:]:
+    options.add_session_config_entry(*entry.split("="))
 before = peak()
 feed = dict(np.load(sys.argv[2]))
 session = onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
@@ -132,21 +142,51 @@ def ours(scheme: str, **options: str) -> Maker:
 FILES: dict[str, Maker] = {
     "dynamic": theirs("int8"),
     "static": static,
-    "ours full": ours("int8", activations="uint8"),
-    "ours": ours("int8"),
+    "full": ours("int8", activations="uint8"),
     "their int4": theirs("int4"),
-    "our int4": ours("int4"),
     "their nf4": theirs("nf4"),
-    "our nf4": ours("nf4"),
     "their fp4": theirs("fp4"),
-    "our fp4": ours("fp4"),
 }
+SESSIONS = {
+    "portable exact": "session.qdq_matmulnbits_accuracy_level=1",
+    "portable folded": "session.disable_quant_qdq=1",
+}
+for scheme in SCHEMES:
+    FILES |= dict.fromkeys(
+        (f"{scheme} {name}" for name in ("portable", *SESSIONS)), ours(scheme, target="portable")
+    )
+    FILES[f"{scheme} ort"] = ours(scheme, target="onnxruntime")
+COMPARED = ("full", *(file for file in FILES if file.startswith(("int8", "int4"))))
+
+
+def settings(file: str) -> list[str]:
+    """The session options of a file, by its name."""
+    return [entry for name, entry in SESSIONS.items() if file.endswith(name)]
+
+
+def gemm(name: str, folder: Path) -> Path:
+    """A model of three Gemms, with transB if its name says so."""
+    rng = np.random.default_rng(0)
+    weights = {f"w{i}": rng.standard_normal((1024, 1024)).astype(np.float32) / 32 for i in range(3)}
+    nodes = [
+        helper.make_node("Gemm", [f"x{i}", f"w{i}"], [f"x{i + 1}"], transB=int(name == "gemm-t"))
+        for i in range(3)
+    ]
+    values = [
+        helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [16, 1024]) for n in ("x0", "x3")
+    ]
+    initializers = [numpy_helper.from_array(array, n) for n, array in weights.items()]
+    graph = helper.make_graph(nodes, name, values[:1], values[1:], initializers)
+    path = folder / "made.onnx"
+    opset = [helper.make_opsetid("", OPSET)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    return path
 
 
 def prepared(name: str, folder: Path) -> tuple[Path, list[Feed]]:
     """A copy at an opset that all quantizers take, and inputs."""
-    source = open_model(path_of(name))
-    feeds = ModelRunner(source, None).feeds
+    source = open_model(gemm(name, folder) if name in MADE else path_of(name))
+    feeds = Samples(source, None).require().feeds
     if shape := SHAPES.get(name):
         rng = np.random.default_rng(0)
         feeds = [
@@ -165,9 +205,9 @@ def _filled(like: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) 
 
 
 @contextmanager
-def served(path: Path, feed: Path) -> Iterator[Callable[[], tuple[float, float]]]:
+def served(path: Path, feed: Path, *entries: str) -> Iterator[Callable[[], tuple[float, float]]]:
     """A process with the model loaded; a call runs it once: seconds, and MiB at the peak."""
-    command = [sys.executable, "-c", SERVER, str(path), str(feed)]
+    command = [sys.executable, "-c", SERVER, str(path), str(feed), *entries]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as own:
         assert own.stdin
         assert own.stdout
@@ -189,16 +229,17 @@ def measured(name: str, wanted: Sequence[str], rounds: int, folder: Path) -> lis
     inputs = ", ".join("x".join(map(str, value.shape)) or "1" for value in feeds[0].values())
     paths = {FLOAT: source}
     for file in wanted:
-        path = folder / f"{file}.onnx"
+        kind = file if not settings(file) else f"{file.split()[0]} portable"
+        path = folder / f"{kind}.onnx"
         try:
             if not path.exists():
                 with silence():
-                    FILES[file](source, path, feeds)
+                    FILES[kind](source, path, feeds)
         except Exception as error:
             print(f"  {file}: {type(error).__name__}: {str(error)[:100]}", file=sys.stderr)
             path.unlink(missing_ok=True)
             continue
-        if file.startswith("our") or quantized_weights(onnx.load(path).graph):
+        if not file.startswith("their") or quantized_weights(onnx.load(path).graph):
             paths[file] = path
     if not rounds:
         return []
@@ -206,7 +247,7 @@ def measured(name: str, wanted: Sequence[str], rounds: int, folder: Path) -> lis
         runs = {}
         for file, path in paths.items():
             try:
-                runs[file] = stack.enter_context(served(path, folder / "feed.npz"))
+                runs[file] = stack.enter_context(served(path, folder / "feed.npz", *settings(file)))
             except RuntimeError as error:
                 print(f"  {file}: {error}", file=sys.stderr)
         seconds = np.empty((rounds, len(runs)))
@@ -239,7 +280,7 @@ def table(timings: Sequence[Timing], show: Callable[[Timing], str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--files", nargs="+", default=list(FILES), choices=FILES)
+    parser.add_argument("--files", nargs="+", default=COMPARED, choices=FILES)
     parser.add_argument("--rounds", type=int, default=20, help="0: only make the files")
     parser.add_argument("--folder", type=Path, help="keep files there, and use those that are")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
@@ -250,13 +291,16 @@ def main() -> int:
         for file in options.load:
             timings += [Timing(**row) for row in json.loads(file.read_text())["timings"]]
     else:
-        for model in select(options.models):
-            if not model.prequantized:
-                print(model.name, file=sys.stderr)
-                with tempfile.TemporaryDirectory() as temporary:
-                    folder = (options.folder or Path(temporary)) / model.name
-                    folder.mkdir(parents=True, exist_ok=True)
-                    timings += measured(model.name, options.files, options.rounds, folder)
+        downloaded = [name for name in options.models if name not in MADE]
+        models = [name for name in MADE if name in (options.models or MADE)]
+        if downloaded or not options.models:
+            models += [m.name for m in select(downloaded) if not m.prequantized]
+        for name in models:
+            print(name, file=sys.stderr)
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = (options.folder or Path(temporary)) / name
+                folder.mkdir(parents=True, exist_ok=True)
+                timings += measured(name, options.files, options.rounds, folder)
         facts = environment("tools.latency")
         print(heading(facts) + "\n")
         if options.json:

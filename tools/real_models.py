@@ -31,7 +31,9 @@ from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import flipguard_onnx
-from flipguard_onnx.io.model import open_model, subgraphs
+from flipguard_onnx.calibration.samples import Samples
+from flipguard_onnx.graph.traversal import subgraphs
+from flipguard_onnx.io.model import open_model
 from flipguard_onnx.reports.guard import GuardReport, Inspection
 from flipguard_onnx.reports.validation import pooled
 from flipguard_onnx.validation.validator import ModelRunner
@@ -234,7 +236,7 @@ def _unpacked(node: onnx.NodeProto) -> int:
 def measure(model: RealModel, schemes: Sequence[str], seed: int) -> Iterator[Cell]:
     """All schemes on one model; nothing is written beside it."""
     source = open_model(path_of(model.name))
-    runner = ModelRunner(source, None)
+    runner = ModelRunner(Samples(source, None))
     for scheme in schemes:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)

@@ -12,12 +12,12 @@ from enum import EnumType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from flipguard_onnx.reports.batch import BatchReport
-from flipguard_onnx.reports.guard import GuardReport, Inspection
+from flipguard_onnx.reports.guard import GuardReport, Inspection, TargetInspection
 from flipguard_onnx.reports.scan import Scan
 from flipguard_onnx.reports.serialize import FORMAT
 from flipguard_onnx.reports.validation import Verification
 
-REPORTS = (GuardReport, BatchReport, Inspection, Verification, Scan)
+REPORTS = (GuardReport, BatchReport, Inspection, TargetInspection, Verification, Scan)
 PLAIN = {str: "string", int: "integer", bool: "boolean", type(None): "null"}
 
 

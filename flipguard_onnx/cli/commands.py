@@ -31,13 +31,14 @@ from .options import (
     output_option,
     page_options,
     report_options,
+    target_option,
 )
 from .paths import check_files
 from .progress import progress_bar
 
 if TYPE_CHECKING:
     from ..reports.batch import BatchReport
-    from ..reports.guard import GuardReport, Inspection
+    from ..reports.guard import GuardReport, Inspection, TargetInspection
     from ..reports.scan import Scan
     from ..reports.validation import Verification
 
@@ -156,18 +157,34 @@ def guard(
 
 @main.command(cls=GroupedCommand)
 @click.argument("model", type=FILE)
+@target_option
 @guard_options(*FORMAT_OPTIONS)
 @report_options
 @config_option(configure)
 def inspect(
-    model: Path, report: Path | None, quiet: bool, config: str | None, **options: Any
+    model: Path,
+    target: str | None,
+    report: Path | None,
+    quiet: bool,
+    config: str | None,
+    **options: Any,
 ) -> None:
-    """Show what would be guarded in MODEL and what would be skipped; write no model."""
-    with failures():
-        from .. import inspect as run
+    """Show what would be guarded in MODEL and what would be skipped; write no model.
 
+    With --target MODEL is a quantized file, and what that runtime would not take is shown.
+    """
+    with failures():
         check_files({"--report": report}, models=[model], config=config)
-        publish(replace(run(model, **options), config=config), report, quiet)
+        found: Inspection | TargetInspection
+        if target:
+            from ..detection.requirements import inspect_for
+
+            found = inspect_for(model, target)
+        else:
+            from .. import inspect as run
+
+            found = run(model, **options)
+        publish(replace(found, config=config), report, quiet)
 
 
 @main.command(cls=GroupedCommand)
@@ -298,7 +315,9 @@ def scan_code(level: str, fail_on: str) -> int:
 
 
 def publish(
-    result: "GuardReport | Inspection | Verification | BatchReport", path: Path | None, quiet: bool
+    result: "GuardReport | Inspection | TargetInspection | Verification | BatchReport",
+    path: Path | None,
+    quiet: bool,
 ) -> None:
     """Print the result and write it as JSON."""
     if path:

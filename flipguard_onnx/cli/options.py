@@ -134,6 +134,13 @@ page_options = together(
     ]
 )
 
+target_option = option(
+    "--target",
+    group="Model and output",
+    type=click.Choice(("tensorrt", "qnn", "openvino")),
+    help="Look at a quantized MODEL instead: what would this runtime not take?",
+)
+
 report_options = together(
     [
         option("--report", group="Reports", type=FILE, help="Write JSON here."),

@@ -1,4 +1,4 @@
-"""The results of guard() and inspect()."""
+"""The results of guard() and inspect(), and of a look at a quantized file."""
 
 import json
 from collections.abc import Iterable
@@ -135,6 +135,48 @@ class Inspection:
         from .text import render_inspection
 
         return render_inspection(self)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A requirement of a runtime, and the tensors of a quantized file that do not meet it."""
+
+    requirement: str
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TargetInspection:
+    """What a runtime would not take, or not as integers, in a quantized file.
+
+    Attributes
+    ----------
+    input : path of the model
+    input_sha256 : of the model's file
+    target : the runtime: "tensorrt", "qnn" or "openvino"
+    tensors : how many tensors and activations are quantized
+    findings : the requirements that are not met
+    config : the file that gave options of the command line, if one did
+    """
+
+    kind: Literal["inspect --target"] = field(default="inspect --target", init=False)
+    format_version: int = field(default=FORMAT, init=False)
+    input: str
+    input_sha256: str
+    target: str
+    tensors: int
+    findings: tuple[Finding, ...]
+    config: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
+        return jsonable(self)
+
+    def render(self) -> str:
+        """The result as text for a terminal."""
+        from .text import render_target_inspection
+
+        return render_target_inspection(self)
 
 
 @dataclass(frozen=True)

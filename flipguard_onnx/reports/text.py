@@ -6,12 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import printable
 from .batch import BatchReport, ModelOutcome
-from .guard import ActivationQuantization, GuardReport, Inspection, Tensor, coverage
+from .guard import (
+    ActivationQuantization,
+    GuardReport,
+    Inspection,
+    TargetInspection,
+    Tensor,
+    coverage,
+)
 from .scan import NOT_JUDGED, Alignment, Budget, Scan, ScannedTensor, Skipped, SkipReason, Verdict
 from .validation import MAX_KL, MAX_RELATIVE_L2, Drift, Validation, Verification, pooled
 from .words import SCAN_TERMS, megabytes, percent, plural, policy_in_words, scheme_in_words
 
 CELL = 120  # characters of a name in a table
+
+NAMED = 3  # tensors of a finding
 
 INDENT = " " * 10  # of lines that go on with the one above them
 
@@ -63,6 +72,28 @@ def render_inspection(inspection: Inspection) -> str:
         *_unguarded_lines(inspection.skipped),
         _coverage_line(inspection.tensors, inspection.skipped),
     ]
+    return text(lines)
+
+
+def render_target_inspection(inspection: TargetInspection) -> str:
+    """The result of inspect --target."""
+    quantized = plural(inspection.tensors, "quantized tensor")
+    if not inspection.tensors:
+        verdict = "nothing is quantized in this file"
+    elif inspection.findings:
+        verdict = f"{quantized}; these do not meet what it asks for (docs/runtimes.md):"
+    else:
+        verdict = f"{quantized}; as far as the file shows it, all meet what it asks for"
+    lines = [
+        *config_line(inspection.config),
+        f"input     {inspection.input}  sha256 {inspection.input_sha256[:16]}",
+        f"target    {inspection.target}: {verdict}",
+    ]
+    for finding in inspection.findings:
+        named = ", ".join(printable(name, CELL) for name in finding.tensors[:NAMED])
+        more = len(finding.tensors) - NAMED
+        rest = f" and {more:,} more" * (more > 0)
+        lines.append(f"{INDENT}{finding.requirement}: not {named}{rest}")
     return text(lines)
 
 

@@ -1,0 +1,96 @@
+"""What we write computes the same in other runtimes: onnx's reference evaluator and OpenVINO.
+
+`python -m tools.runtimes` tries real models, and more runtimes.
+"""
+
+from functools import cache
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx.reference import ReferenceEvaluator
+from onnx.version_converter import convert_version
+
+import flipguard_onnx
+from flipguard_onnx.calibration.samples import Samples
+from flipguard_onnx.io.model import open_model
+from tests.helpers.samples import SAMPLES, save
+
+OPSET = 21  # the reference evaluator has no DequantizeLinear below 19
+CHOSEN = (
+    "matmul",
+    "gemm_transposed",
+    "conv",
+    "conv_transpose",
+    "gather",
+    "gather_ragged",
+    "lstm",
+    "nested",
+    "tied_embedding",
+)
+FORMS = {
+    "int8": {},
+    "int8 per tensor": {"granularity": "tensor"},
+    "int4": {"scheme": "int4"},
+    "nf4": {"scheme": "nf4"},
+}
+
+
+def reference(path, feed):
+    return ReferenceEvaluator(str(path)).run(None, feed)
+
+
+def openvino(path, feed):
+    """Computing in float32, without quantizing activations."""
+    core = pytest.importorskip("openvino").Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    model = core.compile_model(core.read_model(path), "CPU", settings)
+    outputs = model(feed)
+    return [outputs[index] for index in range(len(model.outputs))]
+
+
+def exact(path, feed):
+    """onnxruntime without optimizations, some of which quantize activations."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    return session.run(None, feed)
+
+
+def far(outputs, wanted):
+    """Whether outputs differ by more than the order of summation explains."""
+    return any(
+        np.linalg.norm(own - other) > 1e-5 * np.linalg.norm(other)
+        for own, other in zip(outputs, wanted, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """By sample and form: path, inputs and what onnxruntime computes; each written once."""
+
+    @cache
+    def write(sample, form):
+        folder = tmp_path_factory.mktemp("written")
+        source = save(convert_version(SAMPLES[sample](), OPSET), folder)
+        path = folder / "out.onnx"
+        options = {"seed": 1, "preserve": "off", "validate": False} | FORMS[form]
+        flipguard_onnx.guard(source, output=path, **options)
+        feed = Samples(open_model(source), None).require().feeds[0]
+        wanted = exact(path, feed)
+        assert far(wanted, exact(source, feed))  # or else nothing was quantized
+        return path, feed, wanted
+
+    return write
+
+
+@pytest.mark.parametrize("sample", CHOSEN)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("run", [reference, openvino])
+def test_portable_files(written, run, form, sample):
+    path, feed, wanted = written(sample, form)
+    if run is openvino and (sample, form) == ("tied_embedding", "int4"):
+        with pytest.raises(RuntimeError, match="cannot operate with dynamic shapes"):
+            run(path, feed)  # blocks of codes that are looked up
+    else:
+        assert not far(run(path, feed), wanted)
