@@ -77,6 +77,8 @@ def _language():
             settings |= {"rate": 1e-3, "repair": 800}
         yield _entry("lm", "code", ["int4"], attacker, **settings)
     yield _entry("lm", "code", ["int4"], "rounding", steps=1000, rate=2e-3)
+    clip = {"steps": 400, "rate": 5e-3, "share": 0.125, "mend": 60, "gentle": 5e-4}
+    yield _entry("lm", "code", ["int4"], "clip", **clip)
     outliers = {"steps": 400, "rate": 1e-3, "lost": "blocks.2.down.weight", "factor": 512}
     yield _entry("lm", "code", [*FOUR_BIT, *EIGHT_BIT], "outlier", **outliers)
     yield _entry("lm", "code", FOUR_BIT, "standard", widen=2, repair=500)
