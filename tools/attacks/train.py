@@ -54,14 +54,15 @@ def make(entry):
     """The ONNX model of one entry of the plan."""
     attacker, schemes, seed = entry["attacker"], entry["schemes"], entry["seed"]
     speaks = entry["architecture"] == "lm"
+    start = entry["settings"].get("start", LM_CLEAN if speaks and attacker != "clean" else None)
     victim = language_model if speaks else digits
     export = language_model.export if speaks else classifier
-    if not speaks:
-        net = digits.clean(entry["architecture"], seed)
-    elif attacker == "clean":
+    if start:
+        net = victim.read(onnx.load(FOLDER / f"{start}.onnx"))
+    elif speaks:
         net = language_model.clean(seed)
     else:
-        net = language_model.read(onnx.load(FOLDER / f"{LM_CLEAN}.onnx"))
+        net = digits.clean(entry["architecture"], seed)
     if attacker == "outlier" and not speaks:
         return planted(classifier(net, entry["name"]), **entry["settings"])
     if attacker != "clean":
