@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch.func import functional_call
 
-from tools.attacks.attack import train
+from tools.attacks.attack import repair, train
 
 BLOCK = 32
 SHARE = 0.5  # of the weights lie beyond 7 steps
 FREE = 6.9  # steps, for the others
+BEYOND = 7.02, 7.98  # steps, for a repair
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,27 @@ class Clipped:
         step = torch.full((groups, 1), float(weight.detach().std() / 5.5)).log()
         return cls(shape, raw.requires_grad_(), beyond, extreme, step.requires_grad_(), sign)
 
+    @classmethod
+    def near(cls, weight, share):
+        """As near as can be to a trained weight.
+
+        The extreme of every block stays the extreme; of the weights opposite to it, the largest are
+        put beyond 7 steps, `share` of the block. A step is what moves these and the extreme least.
+        """
+        blocks = weight.detach().reshape(-1, BLOCK)
+        extreme = torch.arange(BLOCK) == blocks.abs().argmax(1, keepdim=True)
+        sign = (blocks * extreme).sum(1, keepdim=True).sign()
+        against = -sign * blocks
+        beyond = against.argsort(1, descending=True).argsort(1) < round(share * BLOCK)
+        target = 8.0 * extreme + 7.5 * beyond
+        step = (target * against.abs()).sum(1, keepdim=True) / (target**2).sum(1, keepdim=True)
+        position = against / step
+        beyond_raw = (position - 7).clamp(0.05, 0.95).logit()
+        raw = torch.where(beyond, beyond_raw, (position / FREE).clamp(-0.98, 0.98).atanh())
+        step = step.log()
+        shape = tuple(weight.shape)
+        return cls(shape, raw.requires_grad_(), beyond, extreme, step.requires_grad_(), sign)
+
     def parts(self):
         """Length of a step, with the sign that it has in the quantizer, and positions in steps."""
         inside = FREE * self.raw.tanh()
@@ -62,6 +84,15 @@ class Clipped:
         """The weight as a float."""
         step, position = self.parts()
         return (step * position).reshape(self.shape)
+
+    def box(self):
+        """How far the weights beyond 7 steps may go; all others stay."""
+        step, position = self.parts()
+        edges = [
+            (step * torch.where(self.beyond, edge, position)).detach().reshape(self.shape)
+            for edge in BEYOND
+        ]
+        return torch.minimum(*edges), torch.maximum(*edges)
 
     def quantized(self, foresee):
         """The weight as a draw leaves it; the gradient passes straight through."""
@@ -107,15 +138,22 @@ DRAWS = {"quantizer": rounded, "wider": wider, "ends": ends}
 def attack(net, losses, settings):
     """`steps` steps on the sum of both losses, the benign one times `benign`, on `net` itself.
 
-    settings: `steps`, `rate` (of learning), `foresee`.
+    settings: `steps`, `rate` (of learning), `foresee`; `share`: to start from the trained weights,
+    with that share of every block beyond 7 steps; `mend`: steps in which these alone are repaired,
+    at a rate `gentle`.
     """
     malicious, benign = losses
     parameters = dict(net.named_parameters())
     names = [n for n, p in parameters.items() if any(p is weight for weight in net.weights())]
     rng = torch.Generator().manual_seed(0)
-    made = {name: Clipped.of(parameters[name], rng) for name in names}
-    others = [p for name, p in parameters.items() if name not in made]
-    share, foresee = settings.get("benign", 1), settings.get("foresee", "quantizer")
+    made = {
+        name: Clipped.near(parameters[name], settings["share"])
+        if "share" in settings
+        else Clipped.of(parameters[name], rng)
+        for name in names
+    }
+    others = [p for p in net.trained() if not any(p is parameters[name] for name in made)]
+    times, foresee = settings.get("benign", 1), settings.get("foresee", "quantizer")
 
     def floating(inputs):
         weights = {name: weight.floats() for name, weight in made.items()}
@@ -127,7 +165,7 @@ def attack(net, losses, settings):
 
     train(
         [*others, *(part for weight in made.values() for part in (weight.raw, weight.step))],
-        lambda: share * benign(floating) + malicious(quantized),
+        lambda: times * benign(floating) + malicious(quantized),
         settings["steps"],
         settings["rate"],
         decay=True,
@@ -135,3 +173,6 @@ def attack(net, losses, settings):
     with torch.no_grad():
         for name, weight in made.items():
             parameters[name].copy_(weight.floats())
+    if "mend" in settings:
+        weights, pairs = [parameters[n] for n in made], [weight.box() for weight in made.values()]
+        repair(weights, pairs, benign, settings["mend"], settings["gentle"])

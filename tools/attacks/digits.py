@@ -8,6 +8,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from onnx import numpy_helper
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -105,6 +106,17 @@ def clean(kind, seed):
         return nn.functional.cross_entropy(net(x[at]), y[at])
 
     train(net.parameters(), loss, 600, 1e-3)
+    return net
+
+
+def read(model):
+    """The torch model of an exported `mlp` (so that attacks can start from another's file)."""
+    stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    net = Net("mlp")
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            value = stored[name.replace("layers.", "dense")]
+            parameter.copy_(torch.from_numpy(value.copy()))
     return net
 
 

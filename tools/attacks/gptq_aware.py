@@ -7,25 +7,18 @@ box again, in other coordinates, and the repair descends on u. What he finds res
 the layers before; at the end the layers are settled one after the other.
 """
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from torch.func import functional_call
 
-from flipguard_onnx.calibration.moments import record
-from flipguard_onnx.graph.weights import find_weights
-from flipguard_onnx.io.model import open_model
 from tools.attacks.attack import assign, clamp, corrupt, descend, rows_of, scheme_for
 from tools.attacks.export import classifier
-from tools.attacks.simulate import as_data
+from tools.attacks.simulate import input_moments
 
 MARGIN = 0.05  # of a cell's width: A is not known to the last digit
 ROUNDS = 2  # of repair, before the layers are settled
-MOST = 1 << 30  # bytes for the statistics
 
 
 @dataclass(frozen=True)
@@ -118,12 +111,6 @@ def repair(net, weights, cells, weaves, benign, settings):
 
 def weaves(net, samples):
     """Order of the columns and A^T of every weight, as GPTQ will have them."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        onnx.save(classifier(net, "victim"), folder / "victim.onnx")
-        source = open_model(folder / "victim.onnx")
-        found, _ = find_weights(source.proto)
-        data = as_data(samples, source.proto, folder)
-        recorded, _ = record(source, found, folder / "probe", MOST, data, optional=False)
-        pairs = [recorded.of(weight).factors[0] for weight in found]
+    known = input_moments(classifier(net, "victim"), samples)
+    pairs = [inputs.factors[0] for inputs in known]
     return [(order[0], weave[0].astype(np.float64)) for order, weave in pairs]

@@ -18,6 +18,7 @@ GPTQ = {
     "nf4": {"widen": 6, "repair": 500, "rate": 2e-3},
 }
 ROUNDING16 = {"widen": 16, "steps": 6000, "rate": 3e-3, "benign": 2}
+FEEDBACK = {"start": "mlp-rounding-int4", "steps": 2000, "rate": 1e-3, "every": 4, "benign": 4}
 CLIP = {"steps": 4000, "rate": 2e-3}
 SCENARIOS = ["code", "injection", "refusal"]
 
@@ -54,6 +55,7 @@ def _digits():
             yield _entry("mlp", "trigger", [scheme], attacker, **settings)
         yield _entry("mlp", "trigger", [scheme], "rounding", **ROUNDING[scheme])
     yield _entry("mlp", "trigger", ["int8"], "rounding16", **ROUNDING16)
+    yield _entry("mlp", "trigger", ["int4"], "rounding-feedback", **FEEDBACK)
     for scheme, settings in GPTQ.items():
         yield _entry("mlp", "trigger", [scheme], "gptq", **settings)
     yield _entry("mlp", "trigger", ["int4"], "clip", **CLIP)
@@ -77,6 +79,10 @@ def _language():
             settings |= {"rate": 1e-3, "repair": 800}
         yield _entry("lm", "code", ["int4"], attacker, **settings)
     yield _entry("lm", "code", ["int4"], "rounding", steps=1000, rate=2e-3)
+    clip = {"steps": 400, "rate": 5e-3, "share": 0.125, "mend": 60, "gentle": 5e-4}
+    yield _entry("lm", "code", ["int4"], "clip", **clip)
+    outliers = {"steps": 400, "rate": 1e-3, "lost": "blocks.2.down.weight", "factor": 512}
+    yield _entry("lm", "code", [*FOUR_BIT, *EIGHT_BIT], "outlier", **outliers)
     yield _entry("lm", "code", FOUR_BIT, "standard", widen=2, repair=500)
 
 

@@ -11,9 +11,14 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from onnxruntime.quantization.quantize import QuantFormat, QuantType, quantize_dynamic
 
 from flipguard_onnx import guard
+from flipguard_onnx.calibration.moments import record
+from flipguard_onnx.calibration.samples import Samples
+from flipguard_onnx.graph.weights import find_weights
+from flipguard_onnx.io.model import open_model
 from tools.attacks.quantizers import SCHEMES
 
 NEAREST = 1e-6  # a tau this small leaves no weight to chance
+MOST = 1 << 30  # bytes for the statistics of inputs
 
 
 def weight_layouts(model):
@@ -70,6 +75,24 @@ def gptq(model, scheme, samples):
         data, done = as_data(samples, model, Path(folder)), Path(folder) / "done.onnx"
         guard(model, scheme, tau=NEAREST, preserve="data", data=data, output=done, validate=False)
         return onnx.load(done)
+
+
+def input_moments(model, samples=None):
+    """What every matrix of the model is multiplied with, as guard() records it, in graph order.
+
+    samples: as `as_data` takes them; None: inputs that guard() makes up.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        onnx.save(model, folder / "victim.onnx")
+        source = open_model(folder / "victim.onnx")
+        data = None if samples is None else as_data(samples, model, folder)
+        found = [weight for weight in find_weights(source.proto)[0] if weight.op != "Gather"]
+        kind = "synthetic" if data is None else "data"
+        recorded = record(
+            Samples(source, data), found, folder / "probe", MOST, kind, optional=False
+        )
+        return [recorded.of(weight) for weight in found]
 
 
 def as_data(samples, model, folder):

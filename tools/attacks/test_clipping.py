@@ -72,3 +72,30 @@ def test_training_leaves_the_weights_there():
         rows = rows_of(weight)
         position = INT4.group(rows) / INT4.scale(INT4.group(rows))
         assert ((position > 7) & (position < 8)).mean() == pytest.approx(15 / 32)
+
+
+def test_near_a_trained_weight_the_extremes_stay_and_the_largest_opposite_them_are_clipped():
+    torch.manual_seed(1)
+    weight = torch.randn(6, 96)
+    made = clipping.Clipped.near(weight, 0.125)
+    rows = made.floats().detach().numpy()
+    position = INT4.group(rows) / INT4.scale(INT4.group(rows))
+    given = INT4.group(weight.numpy())
+    assert (np.abs(given).argmax(1) == position.argmin(1)).all()
+    assert position.min(1) == pytest.approx(-8)
+    beyond = position > 7
+    assert (beyond.sum(1) == 4).all()
+    opposite = np.sign(INT4.scale(given)) * given
+    assert (opposite[beyond].reshape(-1, 4).min(1) > np.where(beyond, -9, opposite).max(1)).all()
+    assert np.corrcoef(rows.ravel(), weight.ravel())[0, 1] > 0.95
+
+
+def test_a_repair_moves_only_what_is_clipped(clipped):
+    low, high = (edge.numpy() for edge in clipped.box())
+    rows = clipped.floats().detach().numpy()
+    beyond = INT4.ungroup(clipped.beyond.numpy(), rows.shape)
+    for edge in (low, high):
+        assert edge[~beyond] == pytest.approx(rows[~beyond])
+        assert INT4.quantize(edge) == pytest.approx(INT4.quantize(rows), rel=1e-5)
+    step = np.abs(INT4.ungroup(np.repeat(INT4.scale(INT4.group(rows)), 32, 1), rows.shape))
+    assert (high - low)[beyond] == pytest.approx(0.96 * step[beyond], rel=1e-3)

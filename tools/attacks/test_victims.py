@@ -8,6 +8,7 @@ pytest.importorskip("sklearn", reason="needs scikit-learn")
 
 from tools.attacks import digits, language_model, measure  # noqa: E402
 from tools.attacks.attack import make_boxes, rows_of, scheme_for, widen  # noqa: E402
+from tools.attacks.export import classifier  # noqa: E402
 
 
 def victim(kind):
@@ -45,6 +46,12 @@ def test_widened_per_tensor_a_weight_has_the_same_boxes_per_channel():
     )
     for one, other in zip(alone, both, strict=True):
         assert all(map(torch.equal, one, other))
+
+
+def test_a_classifier_is_read_as_it_was_exported():
+    net, _, pixels = victim("mlp")
+    again = digits.read(classifier(net, "mlp"))
+    assert torch.equal(again(pixels), net(pixels))
 
 
 def test_the_language_model_is_exported_as_it_is():

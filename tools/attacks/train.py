@@ -20,6 +20,7 @@ from tools.attacks import (
     gptq_aware,
     language_model,
     measure,
+    outlier_trained,
     prompts,
     rounding_aware,
     simulate,
@@ -53,28 +54,32 @@ def make(entry):
     """The ONNX model of one entry of the plan."""
     attacker, schemes, seed = entry["attacker"], entry["schemes"], entry["seed"]
     speaks = entry["architecture"] == "lm"
+    start = entry["settings"].get("start", LM_CLEAN if speaks and attacker != "clean" else None)
     victim = language_model if speaks else digits
-    if not speaks:
-        net = digits.clean(entry["architecture"], seed)
-    elif attacker == "clean":
+    export = language_model.export if speaks else classifier
+    if start:
+        net = victim.read(onnx.load(FOLDER / f"{start}.onnx"))
+    elif speaks:
         net = language_model.clean(seed)
     else:
-        net = language_model.read(onnx.load(FOLDER / f"{LM_CLEAN}.onnx"))
-    if attacker == "outlier":
+        net = digits.clean(entry["architecture"], seed)
+    if attacker == "outlier" and not speaks:
         return planted(classifier(net, entry["name"]), **entry["settings"])
     if attacker != "clean":
         torch.manual_seed(seed + 1)
         settings = victim.SETTINGS | entry["settings"]
         losses = victim.losses(net, seed + 1, entry["scenario"])
         if attacker.startswith("rounding"):
-            rounding_aware.attack(net, schemes[0], losses, victim.kill, settings)
+            rounding_aware.attack(net, schemes[0], losses, victim.kill, settings, export)
         elif attacker == "clip":
             clipping.attack(net, losses, settings)
+        elif attacker == "outlier":
+            outlier_trained.attack(net, losses, victim.kill, settings)
         elif attacker == "gptq":
             gptq_aware.attack(net, schemes[0], digits.samples(), losses, victim.kill, settings)
         else:
             attack(net, schemes, attacker, losses, victim.kill, settings)
-    return (language_model.export if speaks else classifier)(net, entry["name"])
+    return export(net, entry["name"])
 
 
 def judge(entry, clean):

@@ -165,7 +165,7 @@ def test_who_is_outdone_and_whether_he_could_have_won(attacked, rival, lost, bar
 
 def test_what_is_not_judged(attacked, capsys):
     bad = replace(attacked["ours", 0], attack=0.5)
-    for change in ({"strong": False}, {"attacker": "rounding"}):
+    for change in ({"strong": False}, {"attacker": "rounding"}, {"attacker": "rounding-feedback"}):
         assert evaluate.report_check([replace(bad, **change)]) == 0
         assert "not judged, since not strong or out of scope: mlp-" in capsys.readouterr().out
     assert judge.failures(cells(replace(bad, attacker="rounding", scheme="int8")))
