@@ -19,11 +19,11 @@ from ..errors import RunError, UnsupportedModelError, ValidationError
 from ..graph.weights import Weight
 from ..io.writer import Output
 from ..progress import Progress, meter
-from ..quantization.error_feedback import PANEL, Floats, InputMoments
+from ..quantization.error_feedback import DAMPINGS, PANEL, Floats, InputMoments
 from ..runtime.session import Session, open_session
 from .inputs import Feed, samples_at_a_time, signature
 from .samples import Samples
-from .synthetic import sampling_rounds, synthetic_feeds
+from .synthetic import longer_texts, sampling_rounds, synthetic_feeds
 from .weight_inputs import WeightInput, weight_input
 
 ROWS = 8192  # of inputs that a weight should see at least
@@ -36,6 +36,7 @@ GATHERED = 256  # rows at least that are added up at a time, from as many feeds 
 PRODUCTS_PER_SECOND = 3e10  # measured on two cores
 SECONDS_PER_WEIGHT = 3e-7
 SEED = 0  # of the made-up inputs; they need not be secret
+MADE_UP_DAMPINGS = (0.16,)  # what is made up differs from real inputs, wherever it tells little
 BYTES = 4  # of an entry of a matrix H, and of a factor
 BYTES_TO_FACTOR = 40  # per entry, of one H while it is factored
 
@@ -159,19 +160,22 @@ class MomentRecorder:
         return feeds[:-kept] or feeds, feeds[-kept:]
 
     def _made_up(self) -> list[Feed]:
-        samples = self._wanted + max(1, self._wanted // FRESH)
-        batch = samples_at_a_time(self._template, signature(self._source.proto))
-        if batch > 1:
-            try:
-                self._run(self._synthetic(batch, batch)[0], [])
-            except RunError:  # the model takes no batches, whatever its signature says
-                batch = 1
-        return self._synthetic(samples, batch)
-
-    def _synthetic(self, samples: int, batch: int) -> list[Feed]:
-        return synthetic_feeds(
-            self._source, self._session, self._template, samples, batch, SEED, self._progress
-        )
+        source, inputs = self._source, signature(self._source.proto)
+        for template in (longer_texts(source.proto, self._template), self._template):
+            size, longer = (
+                max((x.size for x in t.values()), default=1) for t in (self._template, template)
+            )
+            wanted = -(-self._wanted * size // max(longer, 1))
+            for batch in (samples_at_a_time(template, inputs), 1):
+                try:  # the model may take no batches, or no longer texts, whatever it says
+                    self._run(synthetic_feeds(source, None, template, batch, batch, SEED)[0], [])
+                except RunError:
+                    continue
+                samples = wanted + max(1, wanted // FRESH)
+                return synthetic_feeds(
+                    source, self._session, template, samples, batch, SEED, self._progress
+                )
+        return [self._template]
 
     def prepare(self, progress: Progress) -> None:
         """Record the inputs of the first weights, as many as `max_bytes` allows."""
@@ -223,9 +227,10 @@ class MomentRecorder:
                 part = rows[:, :, span.start : span.stop]
                 with np.errstate(over="ignore", invalid="ignore"):  # `of` finds it
                     total += part.transpose(0, 2, 1) @ part
+        dampings = DAMPINGS if self._samples.given else MADE_UP_DAMPINGS
         fresh = dict(self._rows_of(others, plan, FRESH_ROWS, 2 * FRESH_ROWS, advance))
         return {
-            inputs: InputMoments(spans, sums[inputs], fresh[inputs])
+            inputs: InputMoments(spans, sums[inputs], fresh[inputs], dampings)
             for inputs, spans in plan.items()
         }
 

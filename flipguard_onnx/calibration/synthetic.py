@@ -19,6 +19,8 @@ from ..io.model import Model
 from ..progress import Progress, meter
 from .inputs import BATCH, Feed, Input, node_readers, signature, values
 
+TOKENS = 256  # of a decoder's made-up texts
+
 SAMPLING_ROUNDS = 4  # in which a decoder draws token ids
 
 PATCHES = 60  # per sample
@@ -48,7 +50,8 @@ def synthetic_feeds(
     Parameters
     ----------
     source : the float model
-    session : the same in onnxruntime, from which a decoder's token ids are sampled
+    session : the same in onnxruntime, from which a decoder's token ids are sampled; None leaves
+        them as they are
     template : a feed that the model accepts, whose shapes the feeds get
     samples : in all feeds together
     batch : samples in one feed; 1 where no input has an open first dimension
@@ -207,6 +210,23 @@ def sampling_rounds(proto: ModelProto, template: Feed) -> int:
     return min(SAMPLING_ROUNDS, int(template[ids.name].shape[1]))
 
 
+def longer_texts(proto: ModelProto, template: Feed) -> Feed:
+    """The feed of a decoder with sequences of TOKENS, if their length is open; else the same.
+
+    Its first token is like no other: of a short text it would be too large a part.
+    """
+    ids = _token_ids(proto, template)
+    if ids is None or not isinstance(ids.dims[1], str) or not sampling_rounds(proto, template):
+        return template
+    longer = {}
+    for wanted in signature(proto):
+        like = template[wanted.name]
+        pairs = zip(wanted.dims, like.shape, strict=True)
+        shape = tuple(TOKENS if dim == ids.dims[1] else n for dim, n in pairs)
+        longer[wanted.name] = np.zeros(shape, like.dtype)
+    return longer
+
+
 def _token_ids(proto: ModelProto, feed: Feed) -> Input | None:
     """The input with sequences of token ids, if there is one and only one."""
     ids = [
@@ -235,7 +255,7 @@ def _from_the_model(source: Model, session: Any, feed: Feed, rng: np.random.Gene
     """
     ids = _token_ids(source.proto, feed)
     output = ids and _logits(source.proto, ids)
-    if not (ids and output):
+    if not (ids and output and session):
         return feed
     tokens = feed[ids.name]
     chances = rng.random((*tokens.shape, 1), dtype=np.float32)[:, 1:]
