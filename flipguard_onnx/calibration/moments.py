@@ -23,7 +23,7 @@ from ..quantization.error_feedback import DAMPINGS, PANEL, Floats, InputMoments
 from ..runtime.session import Session, open_session
 from .inputs import Feed, samples_at_a_time, signature
 from .samples import Samples
-from .synthetic import longer_texts, sampling_rounds, synthetic_feeds
+from .synthetic import sampling_rounds, synthetic_feeds
 from .weight_inputs import WeightInput, weight_input
 
 ROWS = 8192  # of inputs that a weight should see at least
@@ -160,22 +160,17 @@ class MomentRecorder:
         return feeds[:-kept] or feeds, feeds[-kept:]
 
     def _made_up(self) -> list[Feed]:
-        source, inputs = self._source, signature(self._source.proto)
-        for template in (longer_texts(source.proto, self._template), self._template):
-            size, longer = (
-                max((x.size for x in t.values()), default=1) for t in (self._template, template)
-            )
-            wanted = -(-self._wanted * size // max(longer, 1))
-            for batch in (samples_at_a_time(template, inputs), 1):
-                try:  # the model may take no batches, or no longer texts, whatever it says
-                    self._run(synthetic_feeds(source, None, template, batch, batch, SEED)[0], [])
-                except RunError:
-                    continue
-                samples = wanted + max(1, wanted // FRESH)
-                return synthetic_feeds(
-                    source, self._session, template, samples, batch, SEED, self._progress
-                )
-        return [self._template]
+        source, template = self._source, self._template
+        batch = samples_at_a_time(template, signature(source.proto))
+        if batch > 1:
+            try:
+                self._run(synthetic_feeds(source, None, template, batch, batch, SEED)[0], [])
+            except RunError:  # the model takes no batches, whatever its signature says
+                batch = 1
+        samples = self._wanted + max(1, self._wanted // FRESH)
+        return synthetic_feeds(
+            source, self._session, template, samples, batch, SEED, self._progress
+        )
 
     def prepare(self, progress: Progress) -> None:
         """Record the inputs of the first weights, as many as `max_bytes` allows."""

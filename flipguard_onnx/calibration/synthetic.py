@@ -19,8 +19,6 @@ from ..io.model import Model
 from ..progress import Progress, meter
 from .inputs import BATCH, Feed, Input, node_readers, signature, values
 
-TOKENS = 256  # of a decoder's made-up texts
-
 SAMPLING_ROUNDS = 4  # in which a decoder draws token ids
 
 PATCHES = 60  # per sample
@@ -208,23 +206,6 @@ def sampling_rounds(proto: ModelProto, template: Feed) -> int:
     if ids is None or _logits(proto, ids) is None:
         return 0
     return min(SAMPLING_ROUNDS, int(template[ids.name].shape[1]))
-
-
-def longer_texts(proto: ModelProto, template: Feed) -> Feed:
-    """The feed of a decoder with sequences of TOKENS, if their length is open; else the same.
-
-    Its first token is like no other: of a short text it would be too large a part.
-    """
-    ids = _token_ids(proto, template)
-    if ids is None or not isinstance(ids.dims[1], str) or not sampling_rounds(proto, template):
-        return template
-    longer = {}
-    for wanted in signature(proto):
-        like = template[wanted.name]
-        pairs = zip(wanted.dims, like.shape, strict=True)
-        shape = tuple(TOKENS if dim == ids.dims[1] else n for dim, n in pairs)
-        longer[wanted.name] = np.zeros(shape, like.dtype)
-    return longer
 
 
 def _token_ids(proto: ModelProto, feed: Feed) -> Input | None:

@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 import flipguard_onnx
 from flipguard_onnx import OptionError, UnsupportedModelError
 from flipguard_onnx.calibration.moments import MomentRecorder, record
 from flipguard_onnx.calibration.samples import Samples
-from flipguard_onnx.calibration.synthetic import input_range, longer_texts, synthetic_feeds
+from flipguard_onnx.calibration.synthetic import input_range, synthetic_feeds
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.quantization.error_feedback import InputMoments
@@ -182,35 +182,6 @@ def test_token_ids_are_sampled_from_a_decoder(tmp_path):
     assert len({first for feed in feeds for first in feed["ids"][:, 0]}) > 3
     again = synthetic_feeds(source, session, template, samples=6, batch=3, seed=0)
     np.testing.assert_array_equal(again[1]["ids"], feeds[1]["ids"])
-
-
-def test_made_up_texts_are_long_where_their_length_is_open():
-    template = {"ids": np.zeros((1, 5), np.int64)}
-    proto = decoder()
-    assert longer_texts(proto, template)["ids"].shape == (1, 256)
-    proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 5
-    assert longer_texts(proto, template) is template
-
-
-def test_a_decoder_that_takes_no_long_texts_gets_short_ones(tmp_path):
-    """Positions beyond its 100 do not exist."""
-    proto = decoder()
-    graph = proto.graph
-    graph.initializer.append(numpy_helper.from_array(np.zeros((100, 50), np.float32), "places"))
-    nodes = [
-        node("Shape", "ids", "size", start=1),
-        node("Slice", "places zero size zero", "some"),
-        node("Add", "table_rows some", "h"),
-    ]
-    graph.initializer.append(numpy_helper.from_array(np.array([0]), "zero"))
-    graph.node[0].output[0] = "table_rows"
-    for place, each in enumerate(nodes, 1):
-        graph.node.insert(place, each)
-    said = []
-    recorded, found = recorder(tmp_path, proto)
-    recorded.prepare(lambda stage, done, total: said.append((stage, total)))
-    assert ("making up inputs", 9) in said  # 128 texts of 64 ids, and 16 to compare
-    assert isinstance(recorded.of(next(w for w in found if w.name == "w")), InputMoments)
 
 
 def _normalized(nodes, constants):
