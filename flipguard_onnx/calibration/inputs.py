@@ -12,7 +12,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -44,6 +44,10 @@ MADE_UP_LIMIT = 1 << 30  # bytes of one candidate
 NONE_FIT = f"none takes less than {MADE_UP_LIMIT >> 20} MiB"  # when nothing could be tried
 
 DATA_LIMIT = 4 << 30  # bytes of an .npz file, unpacked
+
+SAMPLES = 16  # that a model runs on at once, at most
+
+LOGITS = 1 << 25  # of a decoder, in each run
 
 BATCH = "batch"  # stands for a dimension that is open and counts samples
 
@@ -203,6 +207,28 @@ def _require_fit(path: Path, wanted: Input, array: npt.NDArray[Any]) -> None:
             found=f"{array.dtype} {array.shape}",
             allowed=f"{wanted.dtype} {dims}",
         )
+
+
+def samples_at_a_time(feed: Feed, inputs: Sequence[Input]) -> int:
+    """How many samples like those of a feed the model runs on at once; fewer of long texts."""
+    count = SAMPLES
+    for wanted in inputs:
+        shape = feed[wanted.name].shape
+        if wanted.table_rows and shape:
+            logits = math.prod(shape[wanted.dims[0] == BATCH :]) * wanted.table_rows
+            count = max(1, min(count, LOGITS // max(logits, 1)))
+    return count
+
+
+def cut_up(feed: Feed, inputs: Sequence[Input]) -> Iterator[Feed]:
+    """The samples of a feed, as many at a time as the model takes well; whole if they are one."""
+    sizes = {len(feed[i.name]) if i.dims[:1] == (BATCH,) else 0 for i in inputs}
+    if len(sizes) != 1 or sizes == {0}:
+        yield feed
+        return
+    step = samples_at_a_time(feed, inputs)
+    for start in range(0, sizes.pop(), step):
+        yield {name: array[start : start + step] for name, array in feed.items()}
 
 
 def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterator[list[Feed]]:

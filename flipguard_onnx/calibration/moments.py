@@ -4,7 +4,9 @@ Whatever a weight is multiplied with is made an output of a copy of the model, w
 onnxruntime on given or made-up samples. Kept are the second moments of it, and a few rows.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,26 +18,34 @@ from onnx import ModelProto, helper
 from ..errors import RunError, UnsupportedModelError, ValidationError
 from ..graph.weights import Weight
 from ..io.writer import Output
-from ..quantization.error_feedback import PANEL, Floats, InputMoments
+from ..progress import Progress, meter
+from ..quantization.error_feedback import DAMPINGS, PANEL, Floats, InputMoments
 from ..runtime.session import Session, open_session
-from .inputs import Feed, signature
+from .inputs import Feed, samples_at_a_time, signature
 from .samples import Samples
-from .synthetic import synthetic_feeds
+from .synthetic import sampling_rounds, synthetic_feeds
 from .weight_inputs import WeightInput, weight_input
 
-ROWS = 4096  # of inputs that a weight should see at least
+ROWS = 8192  # of inputs that a weight should see at least
 SAMPLES = range(64, 1025)  # how many are made up
-BATCH = 16
-LOGITS = 1 << 25  # of a decoder, in each run
-MAX_ROWS = 8192  # of inputs that are kept of each value
+MAX_ROWS = 32768  # of inputs that are kept of each value
+MAX_PATCHES = 8192  # ... that a convolution reads: they overlap, and tell less
 FRESH_ROWS = 512  # ... for the comparison of a draw with feedback and each without
 FRESH = 8  # one feed in so many is kept for that comparison
-GATHERED = 1024  # rows that are added up at a time
+GATHERED = 256  # rows at least that are added up at a time, from as many feeds as it takes
 PRODUCTS_PER_SECOND = 3e10  # measured on two cores
 SECONDS_PER_WEIGHT = 3e-7
-MAX_SECONDS = 60.0  # feedback that takes longer is not switched on by itself
 SEED = 0  # of the made-up inputs; they need not be secret
-BYTES_PER_ENTRY = 32  # of a matrix H, with its damped copy, factor and float32 form
+MADE_UP_DAMPINGS = (0.16,)  # what is made up differs from real inputs, wherever it tells little
+BYTES = 4  # of an entry of a matrix H, and of a factor
+BYTES_TO_FACTOR = 40  # per entry, of one H while it is factored
+
+
+RECORDING = "recording what weights are multiplied with"
+
+Inputs = tuple[WeightInput, ...]  # of all readers of a weight
+
+Plan = dict[Inputs, tuple[range, ...]]  # what one pass over the samples records, and in which spans
 
 
 class MomentRecorder:
@@ -58,6 +68,7 @@ class MomentRecorder:
         the statistics.
         """
         self._samples = samples
+        self._progress: Progress = lambda stage, done, total: None
         self._source = source = samples.source
         self._max_bytes = max_bytes
         main = source.proto.graph
@@ -78,9 +89,11 @@ class MomentRecorder:
         )
         if not self._all_inputs:
             raise UnsupportedModelError("the inputs of no weight can be recorded")
-        self._gathered: dict[tuple[WeightInput, ...], InputMoments] = {}
+        self._passes = list(self._plan())
+        self._gathered: dict[Inputs, InputMoments] = {}
+        self._latest: tuple[Inputs, InputMoments] | None = None
         self._session = self._open(Output(folder, folder / "probe.onnx", external=True))
-        self._template, self._counts = self._probe()
+        self._template, self._counts, self._seconds_per_run = self._probe()
 
     def _open(self, output: Output) -> Session:
         proto = ModelProto()
@@ -94,41 +107,44 @@ class MomentRecorder:
         output.save(proto, self._source)
         return open_session(output.path, exact=True, size=self._source.size)
 
-    def _probe(self) -> tuple[Feed, dict[WeightInput, int]]:
-        """A feed that the model accepts, and how many rows each of the inputs gets."""
+    def _probe(self) -> tuple[Feed, dict[WeightInput, int], float]:
+        """A feed that the model accepts, how many rows each input gets, and seconds of the run."""
         if not self._samples.accepted:
             raise UnsupportedModelError(
                 "the model does not run on these inputs: {found}",
                 found=self._samples.found.problem,
             )
         feed = self._samples.accepted[0]
+        started = time.perf_counter()
         try:
             values = self._run(feed, self._all_inputs)
         except RunError as error:
             raise UnsupportedModelError(
                 "the model does not run on these inputs: {found}", found=str(error)
             ) from None
+        seconds = time.perf_counter() - started
         rng = np.random.default_rng(SEED)
         rows = {each: each.rows(values[each.value], MAX_ROWS, rng) for each in self._all_inputs}
-        return feed, {each: found.shape[1] for each, found in rows.items()}
+        return feed, {each: found.shape[1] for each, found in rows.items()}, seconds
 
     @property
     def seconds(self) -> float:
         """About how long the statistics and the feedback will take on a machine with two cores."""
         samples = len(self._samples.given) or self._wanted
+        runs = samples * len(self._passes)
+        if not self._samples.given:
+            runs += samples * sampling_rounds(self._source.proto, self._template)
         work, size = 0.0, 0
         for name, inputs in self._inputs.items():
-            cut = self._cuts[name]
-            rows = samples * sum(self._counts[each] for each in inputs)
-            work += cut.rows * cut.cols * (cut.cols / 2 * bool(inputs) + rows)
-            size += cut.rows * cut.cols * bool(inputs)
-        for each in self._all_inputs:
-            columns = next(
-                self._cuts[n].cols for n, inputs in self._inputs.items() if each in inputs
-            )
-            rows = min(samples * self._counts[each], MAX_ROWS)
-            work += each.groups * columns**2 * (columns + rows)
-        return work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
+            if inputs:
+                cut = self._cuts[name]
+                size += cut.rows * cut.cols
+                work += cut.rows * cut.cols * (cut.cols / 2 + 3 * FRESH_ROWS)
+        for plan in self._passes:
+            for inputs, spans in plan.items():
+                rows = min(samples * sum(self._counts[each] for each in inputs), MAX_ROWS)
+                work += inputs[0].groups * sum(len(s) ** 2 * (len(s) / 3 + rows) for s in spans)
+        return runs * self._seconds_per_run + work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
 
     @property
     def _wanted(self) -> int:
@@ -144,21 +160,23 @@ class MomentRecorder:
         return feeds[:-kept] or feeds, feeds[-kept:]
 
     def _made_up(self) -> list[Feed]:
-        samples = self._wanted + max(1, self._wanted // FRESH)
-        batch = BATCH
-        for wanted in signature(self._source.proto):
-            if wanted.table_rows:
-                logits = self._template[wanted.name].size * wanted.table_rows
-                batch = max(1, min(batch, LOGITS // max(logits, 1)))
+        source, template = self._source, self._template
+        batch = samples_at_a_time(template, signature(source.proto))
         if batch > 1:
             try:
-                self._run(self._synthetic(batch, batch)[0], [])
+                self._run(synthetic_feeds(source, None, template, batch, batch, SEED)[0], [])
             except RunError:  # the model takes no batches, whatever its signature says
                 batch = 1
-        return self._synthetic(samples, batch)
+        samples = self._wanted + max(1, self._wanted // FRESH)
+        return synthetic_feeds(
+            source, self._session, template, samples, batch, SEED, self._progress
+        )
 
-    def _synthetic(self, samples: int, batch: int) -> list[Feed]:
-        return synthetic_feeds(self._source, self._session, self._template, samples, batch, SEED)
+    def prepare(self, progress: Progress) -> None:
+        """Record the inputs of the first weights, as many as `max_bytes` allows."""
+        self._progress = progress
+        if not self._gathered:
+            self._gathered = self._statistics(self._passes[0])
 
     def of(self, weight: Weight) -> InputMoments | str:
         """The inputs of a weight, or the reason why there are none."""
@@ -166,72 +184,73 @@ class MomentRecorder:
         if not inputs:
             return self._reasons[weight.name]
         if inputs not in self._gathered:
-            self._gathered = self._statistics(weight)
-        moments = self._gathered[inputs]
+            self._gathered = {}
+            self._gathered = self._statistics(next(p for p in self._passes if inputs in p))
+        if self._latest is None or self._latest[0] != inputs:  # those before lose their factors
+            self._latest = inputs, replace(self._gathered[inputs])
+        moments = self._latest[1]
         finite = all(np.isfinite(hessian).all() for hessian in moments.hessians)
         return moments if finite and np.isfinite(moments.fresh).all() else "its inputs overflow"
 
-    def _spans(self, inputs: tuple[WeightInput, ...], columns: int) -> tuple[range, ...]:
-        """The columns cut up so that their matrices fit into memory."""
-        width = columns
-        while inputs[0].groups * columns * width * BYTES_PER_ENTRY > self._max_bytes:
-            width = (width - 1) // PANEL * PANEL
-            if width <= PANEL:
-                break
-        return tuple(range(a, min(a + width, columns)) for a in range(0, columns, max(width, 1)))
-
-    def _pass(self, first: Weight) -> Iterator[tuple[tuple[WeightInput, ...], tuple[range, ...]]]:
-        """The inputs from this weight on whose matrices fit into memory together."""
+    def _plan(self) -> Iterator[Plan]:
+        """The inputs whose matrices fit into memory together, in the order of the weights."""
+        plan: Plan = {}
+        seen: set[Inputs] = set()
         used = 0
-        seen: set[tuple[WeightInput, ...]] = set()
-        names = list(self._inputs)
-        for name in names[names.index(first.name) :]:
-            inputs = self._inputs[name]
+        for name, inputs in self._inputs.items():
             if not inputs or inputs in seen:
                 continue
-            spans = self._spans(inputs, self._cuts[name].cols)
-            used += sum(inputs[0].groups * len(s) ** 2 * BYTES_PER_ENTRY for s in spans)
-            if seen and used > self._max_bytes:
-                return
             seen.add(inputs)
-            yield inputs, spans
+            groups, columns = inputs[0].groups, self._cuts[name].cols
+            spans = _spans(groups, columns, self._max_bytes)
+            used += _bytes_kept(groups, spans)
+            if plan and used + _bytes_to_factor(groups, spans) > self._max_bytes:
+                yield plan
+                plan, used = {}, _bytes_kept(groups, spans)
+            plan[inputs] = spans
+        yield plan
 
-    def _statistics(self, first: Weight) -> dict[tuple[WeightInput, ...], InputMoments]:
-        plan = dict(self._pass(first))
+    def _statistics(self, plan: Plan) -> dict[Inputs, InputMoments]:
         sums = {
-            inputs: [np.zeros((inputs[0].groups, len(s), len(s)), np.float64) for s in spans]
+            inputs: tuple(np.zeros((inputs[0].groups, len(s), len(s)), np.float32) for s in spans)
             for inputs, spans in plan.items()
         }
-        for inputs, rows in self._rows_of(self._feeds[0], list(plan), MAX_ROWS, GATHERED):
+        feeds, others = self._feeds
+        advance = meter(self._progress, RECORDING, len(feeds) + len(others))
+        for inputs, rows in self._rows_of(feeds, plan, MAX_ROWS, GATHERED, advance):
             for total, span in zip(sums[inputs], plan[inputs], strict=True):
                 part = rows[:, :, span.start : span.stop]
                 with np.errstate(over="ignore", invalid="ignore"):  # `of` finds it
                     total += part.transpose(0, 2, 1) @ part
-        fresh = dict(self._rows_of(self._feeds[1], list(plan), FRESH_ROWS, 2 * FRESH_ROWS))
+        dampings = DAMPINGS if self._samples.given else MADE_UP_DAMPINGS
+        fresh = dict(self._rows_of(others, plan, FRESH_ROWS, 2 * FRESH_ROWS, advance))
         return {
-            inputs: InputMoments(spans, tuple(sums[inputs]), fresh[inputs])
+            inputs: InputMoments(spans, sums[inputs], fresh[inputs], dampings)
             for inputs, spans in plan.items()
         }
 
     def _rows_of(
         self,
         feeds: list[Feed],
-        wanted: list[tuple[WeightInput, ...]],
+        wanted: Iterable[Inputs],
         max_rows: int,
         at_a_time: int,
-    ) -> Iterator[tuple[tuple[WeightInput, ...], Floats]]:
+        advance: Callable[[int], None],
+    ) -> Iterator[tuple[Inputs, Floats]]:
         """Rows for the inputs of each weight, up to about `max_rows`, some feeds together."""
         rng = np.random.default_rng(SEED)
-        share = -(-max_rows // len(feeds))
-        waiting: dict[tuple[WeightInput, ...], list[Floats]] = {inputs: [] for inputs in wanted}
-        flat = [each for inputs in wanted for each in inputs]
+        waiting: dict[Inputs, list[Floats]] = {inputs: [] for inputs in wanted}
+        flat = [each for inputs in waiting for each in inputs]
         for feed in feeds:
             values = self._run(feed, flat)
             for inputs, rows in waiting.items():
+                limit = min(max_rows, MAX_PATCHES) if inputs[0].window else max_rows
+                share = -(-limit // len(feeds))
                 rows += [each.rows(values[each.value], share, rng) for each in inputs]
-                if sum(part.shape[1] for part in rows) > at_a_time:
-                    yield inputs, np.concatenate(rows, axis=1)
+                if sum(part.shape[1] for part in rows) >= at_a_time:
+                    yield inputs, rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
                     rows.clear()
+            advance(1)
         for inputs, rows in waiting.items():
             if rows:
                 yield inputs, np.concatenate(rows, axis=1)
@@ -240,6 +259,28 @@ class MomentRecorder:
         names = [n for n in dict.fromkeys(each.value for each in inputs) if n not in feed]
         names = names or self._session.outputs[:1]
         return feed | dict(zip(names, self._session.run(names, feed), strict=True))
+
+
+def _spans(groups: int, columns: int, max_bytes: int) -> tuple[range, ...]:
+    """The columns cut up so that their matrices fit into memory."""
+    width = columns
+    while True:
+        spans = tuple(range(a, min(a + width, columns)) for a in range(0, columns, max(width, 1)))
+        needed = _bytes_kept(groups, spans) + _bytes_to_factor(groups, spans)
+        if needed <= max_bytes or width <= PANEL:
+            return spans
+        width = (width - 1) // PANEL * PANEL
+
+
+def _bytes_kept(groups: int, spans: tuple[range, ...]) -> int:
+    """Of the matrices H of one input, and of its rows for the comparison."""
+    return BYTES * groups * sum(len(s) * (len(s) + FRESH_ROWS) for s in spans)
+
+
+def _bytes_to_factor(groups: int, spans: tuple[range, ...]) -> int:
+    """Of the factors of one input, for the best damping and another, and what computing takes."""
+    squares = [len(s) ** 2 for s in spans]
+    return 2 * BYTES * groups * sum(squares) + BYTES_TO_FACTOR * max(squares, default=0)
 
 
 class Moments:
@@ -254,7 +295,6 @@ class Moments:
         self._recorder = recorder
         self.inputs = inputs if recorder else "off"
         self.note = note
-        self.seconds = recorder.seconds if recorder else 0.0
 
     def of(self, weight: Weight) -> InputMoments | str | None:
         """The moments of a weight's inputs, or why there are none; None where feedback is off."""
@@ -268,30 +308,27 @@ def record(
     max_bytes: int,
     inputs: str,
     optional: bool,
-    max_seconds: float = MAX_SECONDS,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Moments:
     """The moments of what the weights are multiplied with.
 
     max_bytes: for the statistics. inputs: "synthetic" or "data"; "off" records nothing. optional:
-    go without, and say why, where they cannot be had, where the model is larger than `max_bytes`
-    or where they would take longer than `max_seconds`.
+    go without, and say why, where they cannot be had or where the model is larger than `max_bytes`.
     """
     if inputs == "off":
         return Moments(None)
     if optional and samples.source.size > max_bytes:
         return Moments(
-            None, note=f"the model is larger than --max-memory ({max_bytes >> 20:,} MiB)"
+            None,
+            note=f"the model is larger than --max-memory ({max_bytes >> 20:,} MiB); "
+            f"--max-memory {-(-samples.source.size >> 20):,} or --preserve {inputs} switches it on",
         )
     try:
         recorder = MomentRecorder(samples, weights, folder, max_bytes)
+        progress(f"error feedback, about {recorder.seconds:.0f} s", 0, 1)
+        recorder.prepare(progress)
     except (UnsupportedModelError, ValidationError) as error:
         if not optional:
             raise
         return Moments(None, note=str(error))
-    if optional and recorder.seconds > max_seconds:
-        minutes = recorder.seconds / 60
-        return Moments(
-            None,
-            note=f"it would take about {minutes:.0f} min; --preserve synthetic switches it on",
-        )
     return Moments(recorder, inputs)

@@ -11,14 +11,18 @@ import numpy.typing as npt
 from .. import runtime
 from ..errors import LoadError, OptionError, RunError, UnsupportedModelError, ValidationError
 from ..io.model import Model
-from .inputs import NONE_FIT, Feed, load_feeds, made_up_feeds
+from .inputs import NONE_FIT, Feed, cut_up, load_feeds, made_up_feeds, signature
 
 Array = npt.NDArray[Any]
+
+OUTPUTS = 512 << 20  # bytes that are kept at most, unless a single sample has more
 
 
 @dataclass(frozen=True)
 class Found:
     """Samples, and the outputs of the original for each of them, in the order of its outputs.
+
+    Of many samples with large outputs, these are some, spread evenly.
 
     names: of the outputs. problem: why no samples were found, or that the outputs for these are not
     all finite.
@@ -68,8 +72,13 @@ class Samples:
 
     @cached_property
     def given(self) -> list[Feed]:
-        """The feeds of `data`; none without. Raises ModelError when they do not fit the model."""
-        return load_feeds(self.data, self.source.proto) if self.data else []
+        """The feeds of `data`, cut up where they hold many samples; none without.
+
+        Raises ModelError when they do not fit the model.
+        """
+        feeds = load_feeds(self.data, self.source.proto) if self.data else []
+        inputs = signature(self.source.proto) if feeds else []
+        return [part for feed in feeds for part in cut_up(feed, inputs)]
 
     @property
     def accepted(self) -> list[Feed]:
@@ -140,7 +149,10 @@ class Samples:
 
     def _run(self, feeds: list[Feed]) -> Found:
         try:
-            outputs = [self.session.run(None, feed) for feed in feeds]
+            outputs = [self.session.run(None, feed) for feed in feeds[:1]]
+            size = sum(values.nbytes for some in outputs for values in some)
+            feeds = feeds[:: max(1, -(-len(feeds) * size // OUTPUTS))]
+            outputs += [self.session.run(None, feed) for feed in feeds[1:]]
         except RunError as error:
             return Found([], [], [], str(error))
         names = self.session.outputs

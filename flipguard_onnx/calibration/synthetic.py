@@ -16,9 +16,10 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto
 
 from ..io.model import Model
+from ..progress import Progress, meter
 from .inputs import BATCH, Feed, Input, node_readers, signature, values
 
-SAMPLING_ROUNDS = 16  # in which a decoder draws token ids
+SAMPLING_ROUNDS = 4  # in which a decoder draws token ids
 
 PATCHES = 60  # per sample
 
@@ -34,14 +35,21 @@ _VALUE_KEEPING = ("Cast", "Identity", "Transpose", "Unsqueeze", "Reshape")
 
 
 def synthetic_feeds(
-    source: Model, session: Any, template: Feed, samples: int, batch: int, seed: int
+    source: Model,
+    session: Any,
+    template: Feed,
+    samples: int,
+    batch: int,
+    seed: int,
+    progress: Progress = lambda stage, done, total: None,
 ) -> list[Feed]:
     """Synthetic feeds.
 
     Parameters
     ----------
     source : the float model
-    session : the same in onnxruntime, from which a decoder's token ids are sampled
+    session : the same in onnxruntime, from which a decoder's token ids are sampled; None leaves
+        them as they are
     template : a feed that the model accepts, whose shapes the feeds get
     samples : in all feeds together
     batch : samples in one feed; 1 where no input has an open first dimension
@@ -51,10 +59,13 @@ def synthetic_feeds(
     inputs = signature(source.proto)
     if not any(BATCH in wanted.dims for wanted in inputs):
         batch = 1
+    count = -(-samples // batch)
+    advance = meter(progress, "making up inputs", count)
     feeds = []
-    for _ in range(-(-samples // batch)):
+    for _ in range(count):
         feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in inputs}
-        feeds.append(_from_the_model(source, session, feed, inputs, rng))
+        feeds.append(_from_the_model(source, session, feed, rng))
+        advance(1)
     return feeds
 
 
@@ -189,30 +200,61 @@ def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
         name = node.output[0]
 
 
-def _from_the_model(
-    source: Model, session: Any, feed: Feed, inputs: list[Input], rng: np.random.Generator
-) -> Feed:
+def sampling_rounds(proto: ModelProto, template: Feed) -> int:
+    """How often a decoder runs on each sample whose token ids are drawn; 0 for another model."""
+    ids = _token_ids(proto, template)
+    if ids is None or _logits(proto, ids) is None:
+        return 0
+    return min(SAMPLING_ROUNDS, int(template[ids.name].shape[1]))
+
+
+def _token_ids(proto: ModelProto, feed: Feed) -> Input | None:
+    """The input with sequences of token ids, if there is one and only one."""
+    ids = [
+        i
+        for i in signature(proto)
+        if i.table_rows and feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1
+    ]
+    return ids[0] if len(ids) == 1 else None
+
+
+def _logits(proto: ModelProto, ids: Input) -> str | None:
+    """The first output with three axes whose last one may be as long as the table of the ids."""
+    for value in proto.graph.output:
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 3 and dims[2].dim_value in (0, ids.table_rows):
+            return value.name
+    return None
+
+
+def _from_the_model(source: Model, session: Any, feed: Feed, rng: np.random.Generator) -> Feed:
     """The feed with token ids sampled from the model's own logits, if it is a decoder.
 
     Every round draws all positions at once, each from the logits that the model computes from the
-    positions before it as the last round left them. The Gumbel noise is the same in all rounds, so
-    position t is an exact sample from round t on.
+    positions before it as the last round left them. A position gets the same random number in all
+    rounds, so position t is an exact sample from round t on.
     """
-    ids = [
-        i for i in inputs if i.table_rows and feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1
-    ]
-    outputs = [value.name for value in source.proto.graph.output]
-    if len(ids) != 1:
+    ids = _token_ids(source.proto, feed)
+    output = ids and _logits(source.proto, ids)
+    if not (ids and output and session):
         return feed
-    name, shape = ids[0].name, (*feed[ids[0].name].shape, ids[0].table_rows)
-    results = zip(outputs, session.run(outputs, feed), strict=True)
-    output, logits = next((r for r in results if np.shape(r[1]) == shape), (None, None))
-    if logits is None:
-        return feed
-    noise = rng.gumbel(size=logits[:, :-1].shape).astype(np.float32)
-    for _ in range(min(SAMPLING_ROUNDS, feed[name].shape[1])):
-        tokens = feed[name].copy()
-        tokens[:, 1:] = np.argmax(logits[:, :-1] + noise, axis=-1)
-        feed = feed | {name: tokens}
-        logits = session.run([output], feed)[0]
+    tokens = feed[ids.name]
+    chances = rng.random((*tokens.shape, 1), dtype=np.float32)[:, 1:]
+    for _ in range(min(SAMPLING_ROUNDS, tokens.shape[1])):
+        (logits,) = session.run([output], feed)
+        if logits.shape != (*tokens.shape, ids.table_rows):
+            return feed
+        tokens = tokens.copy()
+        tokens[:, 1:] = _drawn(logits[:, :-1].astype(np.float32, copy=False), chances)
+        feed = feed | {ids.name: tokens}
     return feed
+
+
+def _drawn(
+    logits: npt.NDArray[np.float32], chances: npt.NDArray[np.float32]
+) -> npt.NDArray[np.int64]:
+    """Ids from the distributions that the logits stand for, one for each number in [0, 1)."""
+    logits -= logits.max(axis=-1, keepdims=True)
+    sums = np.cumsum(np.exp(logits, out=logits), axis=-1, out=logits)
+    drawn: npt.NDArray[np.int64] = np.sum(sums < chances * sums[..., -1:], axis=-1)
+    return drawn

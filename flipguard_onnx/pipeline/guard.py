@@ -204,17 +204,15 @@ def record_moments(run: Run, prepared: Prepared, samples: Samples) -> Moments:
     options = run.options
     if options.feedback_inputs != "off":
         run.progress("running the float model", 0, 1)
-    moments = record(
+    return record(
         samples,
         prepared.plain_weights,
         run.folder / "probe",
         options.max_bytes,
         inputs=options.feedback_inputs,
         optional=options.preserve == "auto",
+        progress=run.progress,
     )
-    if moments.inputs != "off":
-        run.progress(f"error feedback, about {moments.seconds:.0f} s", 0, 1)
-    return moments
 
 
 def make_validator(run: Run, prepared: Prepared, samples: Samples) -> Validator | None:

@@ -93,7 +93,7 @@ class GuardOptions:
         three draws when one drifts too far
     preserve : feed rounding errors forward so that layers compute what they did: "synthetic" (on
         made-up inputs), "data" (on those of `data`), "off", or "auto": "data" where there is any,
-        else "synthetic", unless it would take longer than a minute
+        else "synthetic"
     data : .npz file, or folder of such files, with inputs for `preserve`, for the calibration of
         `activations` and for the validation; None makes inputs up
     int8 : shell patterns over the names of weights that stay at 8 bits under a 4-bit scheme
@@ -197,7 +197,7 @@ class GuardOptions:
         "auto",
         "Accuracy",
         "Feed rounding errors forward so that layers compute what they did, on made-up inputs or "
-        "those of --data; auto: where it takes less than a minute.",
+        "those of --data; auto: on the latter where they are given.",
         choices=("auto", "off", "synthetic", "data"),
     )
     data: StrPath | None = _option(  # noqa: RUF009  # as above; the rule trips over os.PathLike

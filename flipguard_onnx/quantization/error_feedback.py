@@ -11,6 +11,7 @@ that weights are drawn, not rounded to nearest: for H = sum of x x^T = (A + I) D
 strictly upper triangular, column k is drawn from w_k + sum over j < k of (w_j - q_j) A_jk.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from .kernels.protocol import Kernels, Panel, RandomDraw
 from .schemes import Grid
 
-DAMPING = 0.05  # of the mean of H's diagonal is added to the diagonal
+DAMPINGS = (0.01, 0.04, 0.16)  # one of these shares of H's mean diagonal is added to the diagonal
 
 PANEL = 128  # columns of a panel; what one passes on to the next is one matrix product
 
@@ -70,18 +71,23 @@ class InputMoments:
     Parameters
     ----------
     spans : ranges of columns that share a matrix H; errors do not pass from one span to the next
-    hessians : second moments of the inputs per span, float64 [groups, columns, columns of the span]
+    hessians : second moments of the inputs per span, float32 [groups, columns, columns] of the span
     fresh : inputs that are not in H, float32 [groups, samples, columns], by which errors are judged
+    dampings : how much H may be damped, as shares of the mean of its diagonal
     """
 
     spans: tuple[range, ...]
-    hessians: tuple[npt.NDArray[np.float64], ...]
+    hessians: tuple[Floats, ...]
     fresh: Floats
+    dampings: tuple[float, ...] = DAMPINGS
 
     @cached_property
     def factors(self) -> Sequence[tuple[npt.NDArray[np.int64], Floats]]:
         """Per span: the order of its columns, and A^T in that order; both for every group."""
-        return [_factored(hessian) for hessian in self.hessians]
+        return [
+            _factored(hessian, self.fresh[:, :, span.start : span.stop], self.dampings)
+            for span, hessian in zip(self.spans, self.hessians, strict=True)
+        ]
 
     def products(self, weights: Floats) -> Products:
         """Size of the products of weights [n], or of their errors, with `fresh`."""
@@ -136,20 +142,47 @@ def draw_with_feedback(
     return codes.reshape(-1)
 
 
-def _factored(hessian: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], Floats]:
+def _factored(
+    hessian: Floats, fresh: Floats, dampings: Sequence[float]
+) -> tuple[npt.NDArray[np.int64], Floats]:
     """The order of the columns and A^T, for every group.
 
     The columns with the largest inputs come first, when most others are left to make up for them.
-    H is damped so that it is positive definite.
+    H is damped so that it is positive definite, and so that errors stay small where it tells little
+    of inputs that are not in it. If every draw has the same variance, the errors are
+    e (A + I)^-1 with e white; of the dampings, the best makes their products with `fresh` smallest.
     """
     diagonal = np.einsum("gii->gi", hessian)
     order = np.argsort(-diagonal, axis=1, kind="stable")
-    damping = DAMPING * diagonal.mean(axis=1)
-    damping[damping == 0] = 1.0
-    sorted_ = np.take_along_axis(hessian, order[:, :, None], axis=1)
-    sorted_ = np.take_along_axis(sorted_, order[:, None, :], axis=2)
-    np.einsum("gii->gi", sorted_)[:] += damping[:, None]
-    # H = R R^T, R upper triangular: numpy has the lower factor, so both axes are reversed
-    upper = np.linalg.cholesky(sorted_[:, ::-1, ::-1])[:, ::-1, ::-1]
-    factors = upper / np.einsum("gii->gi", upper)[:, None, :]
-    return order, np.ascontiguousarray(factors.transpose(0, 2, 1), np.float32)
+    means = diagonal.mean(axis=1, dtype=np.float64)
+    means[means == 0] = 1.0
+    best, least = np.empty_like(hessian), math.inf
+    for damping in dampings:
+        factors = np.empty(hessian.shape, np.float32)
+        expected = 0.0
+        for group, columns in enumerate(order):
+            # H = R R^T, R upper triangular: numpy has the lower factor, so both axes are reversed
+            backwards = columns[::-1]
+            damped = hessian[group][np.ix_(backwards, backwards)].astype(np.float64)
+            damped[np.diag_indices(len(columns))] += damping * means[group]
+            upper = np.linalg.cholesky(damped)[::-1, ::-1]
+            factors[group] = (upper / np.diag(upper)).T
+            if len(dampings) > 1:
+                expected += _expected_power(factors[group], fresh[group][:, columns])
+        if not expected >= least:
+            best, least = factors, expected
+    return order, best
+
+
+def _expected_power(factors: Floats, fresh: Floats) -> float:
+    """Sum of the squared products of fresh inputs with errors that feedback leaves of white ones.
+
+    factors: A^T, [columns, columns]; fresh: [samples, columns], both in the order of feedback.
+    """
+    left = fresh.T.copy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        for first in reversed(range(0, len(left), PANEL)):
+            panel = slice(first, first + PANEL)
+            left[panel] = np.linalg.solve(factors[panel, panel].T, left[panel])
+            left[:first] -= factors[panel, :first].T @ left[panel]
+        return float(np.sum(np.square(left)))

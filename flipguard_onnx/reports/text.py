@@ -171,7 +171,17 @@ def _collapse_lines(report: GuardReport) -> list[str]:
 
 def _feedback_lines(report: GuardReport) -> list[str]:
     if report.preserve == "off":
-        return [f"preserve  off: {report.preserve_note}"] if report.preserve_note else []
+        lines = [f"preserve  off: {report.preserve_note}"] if report.preserve_note else []
+        errors = sorted(
+            tensor.weight_error or 0 for tensor in report.tensors if tensor.scheme != "int8"
+        )
+        if lines and errors:
+            lines.append(
+                f"{INDENT}at 4 bits that costs accuracy: weights are off by "
+                f"{errors[len(errors) // 2]:.1%} (relative L2, median of the tensors), and no "
+                "other weights make up for it"
+            )
+        return lines
     fed = [tensor for tensor in report.tensors if tensor.preserved]
     share = sum(tensor.weights for tensor in fed) / max(report.weights, 1)
     lines = [

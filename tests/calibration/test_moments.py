@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -127,7 +129,9 @@ def test_less_memory_means_spans_and_more_passes_but_the_same_sums(tmp_path):
         {"a": weights((300, 200)), "b": weights((200, 80), 1)},
     )
     ample, its_weights = recorder(tmp_path, proto)
-    tight, _ = recorder(tmp_path, proto, max_bytes=32 * 300 * 128)
+    tight, _ = recorder(tmp_path, proto, max_bytes=1_600_000)
+    said = []
+    tight.prepare(lambda stage, done, total: said.append((stage, done)))
     for weight in its_weights:
         one, other = ample.of(weight), tight.of(weight)
         assert len(one.spans) == 1
@@ -138,6 +142,22 @@ def test_less_memory_means_spans_and_more_passes_but_the_same_sums(tmp_path):
             part = one.hessians[0][:, span.start : span.stop, span.start : span.stop]
             np.testing.assert_allclose(hessian, part, rtol=1e-5, atol=1e-3)
         np.testing.assert_array_equal(one.fresh, other.fresh)
+    assert said.count(("recording what weights are multiplied with", 0)) == 2
+
+
+def test_sums_in_float32_draw_as_well_as_sums_in_float64(tmp_path):
+    """Many inputs with a large common mean and one column far larger than the others."""
+    rng = np.random.default_rng(0)
+    x = 3 + rng.standard_normal((400, 60, 70)) @ (rng.standard_normal((70, 70)) / 8)
+    x[..., 5] *= 1000
+    x = x.astype(np.float32)
+    recorded, (weight,) = recorder(tmp_path, matmul(), given(tmp_path, x=x))
+    inputs = recorded.of(weight)
+    rows = x[:350].reshape(-1, 70).astype(np.float64)
+    exact = replace(inputs, hessians=((rows.T @ rows)[None],))
+    (order, factors), (exact_order, exact_factors) = inputs.factors[0], exact.factors[0]
+    np.testing.assert_array_equal(order, exact_order)
+    assert np.abs(factors - exact_factors).max() < 1e-3 * np.abs(exact_factors).max()
 
 
 def decoder(vocabulary=50):
@@ -154,12 +174,12 @@ def decoder(vocabulary=50):
 def test_token_ids_are_sampled_from_a_decoder(tmp_path):
     source = open_model(save(decoder(), tmp_path))
     session = onnxruntime.InferenceSession(str(source.path), providers=["CPUExecutionProvider"])
-    template = {"ids": np.zeros((1, 12), np.int64)}
+    template = {"ids": np.zeros((1, 5), np.int64)}  # so many rounds make exact samples
     feeds = synthetic_feeds(source, session, template, samples=6, batch=3, seed=0)
-    assert [feed["ids"].shape for feed in feeds] == [(3, 12)] * 2
+    assert [feed["ids"].shape for feed in feeds] == [(3, 5)] * 2
     for feed in feeds:
         np.testing.assert_array_equal(np.diff(feed["ids"]) % 50, 1)
-    assert len({feed["ids"][0, 0] for feed in feeds}) == 2
+    assert len({first for feed in feeds for first in feed["ids"][:, 0]}) > 3
     again = synthetic_feeds(source, session, template, samples=6, batch=3, seed=0)
     np.testing.assert_array_equal(again[1]["ids"], feeds[1]["ids"])
 
@@ -321,14 +341,15 @@ def test_auto_takes_the_data_if_there_is_any_and_is_off_for_other_policies(tmp_p
 
 
 @pytest.mark.parametrize("optional", [True, False])
-def test_what_takes_too_long_is_off_unless_it_was_asked_for(tmp_path, optional):
+def test_a_model_larger_than_the_memory_is_run_only_if_it_was_asked_for(tmp_path, optional):
     samples = Samples(open_model(save(matmul(), tmp_path)), None)
     found = find_weights(samples.source.proto)[0]
-    moments = record(
-        samples, found, tmp_path / "probe", PLENTY, "synthetic", optional, max_seconds=1e-9
-    )
+    moments = record(samples, found, tmp_path / "probe", 1 << 12, "synthetic", optional)
     assert moments.inputs == ("off" if optional else "synthetic")
-    note = "it would take about 0 min; --preserve synthetic switches it on"
+    note = (
+        "the model is larger than --max-memory (0 MiB); --max-memory 1 or --preserve synthetic "
+        "switches it on"
+    )
     assert moments.note == (note if optional else None)
     assert isinstance(moments.of(found[0]), InputMoments) is not optional
 
@@ -336,9 +357,10 @@ def test_what_takes_too_long_is_off_unless_it_was_asked_for(tmp_path, optional):
 def test_the_estimate_is_shown_before_the_feedback_starts(tmp_path):
     said = []
     guard(tmp_path, matmul(), progress=lambda stage, done, total: said.append(stage))
-    stages = list(dict.fromkeys(said))
-    feedback = ["running the float model", "error feedback, about 0 s"]
-    assert stages[:5] == ["trying the inputs", *feedback, "scanning", "guarding"]
+    stages = [re.sub(r"about \d+ s", "about N s", stage) for stage in dict.fromkeys(said)]
+    feedback = ["running the float model", "error feedback, about N s", "making up inputs"]
+    recording = "recording what weights are multiplied with"
+    assert stages[:6] == ["trying the inputs", *feedback, recording, "scanning"]
 
 
 def test_the_file_does_not_depend_on_the_number_of_cores(tmp_path):

@@ -39,6 +39,14 @@ def test_given_samples_are_taken_as_they_are(tmp_path):
     assert samples.description == str(tmp_path / "d.npz")
 
 
+def test_large_batches_are_cut_up(tmp_path):
+    x = np.random.default_rng(1).standard_normal((37, 70)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x)
+    samples = Samples(open_model(save(matmul(), tmp_path)), tmp_path / "d.npz")
+    assert [len(feed["x"]) for feed in samples.given] == [16, 16, 5]
+    np.testing.assert_array_equal(np.concatenate([feed["x"] for feed in samples.given]), x)
+
+
 def root(folder):
     """NaN for negative inputs, which made-up ones have."""
     nodes = [node("Sqrt", "x", "r"), node("MatMul", "r w", "y")]

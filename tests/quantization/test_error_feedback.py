@@ -23,7 +23,7 @@ def weights_of(rows=6, columns=40, seed=0):
     return (0.05 * np.random.default_rng(seed).standard_normal((rows, columns))).astype(np.float32)
 
 
-def inputs_of(columns, groups=1, spans=None, seed=0):
+def inputs_of(columns, groups=1, spans=None, seed=0, dampings=(0.01,)):
     """Correlated inputs, some columns much larger than others."""
     rng = np.random.default_rng(seed)
     mixed = rng.standard_normal((groups, 400, 8)) @ rng.standard_normal((groups, 8, columns))
@@ -31,8 +31,8 @@ def inputs_of(columns, groups=1, spans=None, seed=0):
     x *= np.exp(rng.standard_normal(columns))
     spans = tuple(spans or [range(columns)])
     parts = [x[:, 100:, span.start : span.stop] for span in spans]
-    hessians = tuple(p.transpose(0, 2, 1) @ p for p in parts)
-    return InputMoments(spans, hessians, x[:, :100].astype(np.float32))
+    hessians = tuple((p.transpose(0, 2, 1) @ p).astype(np.float32) for p in parts)
+    return InputMoments(spans, hessians, x[:, :100].astype(np.float32), dampings)
 
 
 def grid_of(form, weights):
@@ -71,9 +71,9 @@ def oracle(form, weights, inputs):
     decoded = grid.decode(rounded.reshape(-1)).reshape(rows, columns)
     result = rounded.copy()
     for row in range(rows):
-        hessian = inputs.hessians[0][row // (rows // len(inputs.fresh))]
+        hessian = inputs.hessians[0][row // (rows // len(inputs.fresh))].astype(np.float64)
         order = np.argsort(-np.diag(hessian), kind="stable")
-        damped = hessian + 0.05 * np.mean(np.diag(hessian)) * np.eye(columns)
+        damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(columns)
         factor = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
         left = weights[row].astype(np.float64)
         for place, column in enumerate(order):
@@ -116,7 +116,9 @@ def test_equals_the_update_rule_of_obq(form, groups):
 @pytest.mark.parametrize("form", CUTS)
 def test_without_correlation_it_is_the_draw_without_feedback(form):
     weights = weights_of(8, 200)
-    identity = InputMoments((range(200),), (np.eye(200)[None],), np.ones((1, 1, 200), np.float32))
+    identity = InputMoments(
+        (range(200),), (np.eye(200, dtype=np.float32)[None],), np.ones((1, 1, 200), np.float32)
+    )
     _, alone = grid_of(form, weights).draw(weights.reshape(-1), random(), CPU)
     np.testing.assert_array_equal(drawn(form, weights, identity), alone)
 
@@ -184,7 +186,7 @@ def test_feedback_asks_no_weight_beyond_the_ends_of_the_grid():
 @pytest.mark.parametrize("form", CUTS)
 def test_spans_are_blocks_of_h_of_their_own(form):
     weights, inputs = weights_of(), inputs_of(40, spans=[range(24), range(24, 40)])
-    whole = np.zeros((1, 40, 40))
+    whole = np.zeros((1, 40, 40), np.float32)
     for span, hessian in zip(inputs.spans, inputs.hessians, strict=True):
         whole[:, span.start : span.stop, span.start : span.stop] = hessian
     for part in inputs.hessians:  # the damping is relative to the mean of each: make these equal
@@ -226,6 +228,25 @@ def test_invariants_hold_with_feedback_and_codes_move_further(form, dtype):
     np.testing.assert_array_equal(again.grid.scale, result.grid.scale)
 
 
+@pytest.mark.parametrize(("seen", "best"), [(45, 0.16), (300, 0.01)])
+def test_the_damping_is_the_best_for_fresh_inputs(seen, best):
+    """As few inputs as there are columns fit H too well; many tell nearly all of it."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 700, 40)) @ (rng.standard_normal((40, 40)) * 0.98 ** np.arange(40))
+    x = x.astype(np.float32)
+    hessian, fresh = x[:, :seen].transpose(0, 2, 1) @ x[:, :seen], x[:, 300:]
+    weights = weights_of(256, 40)
+    grid = grid_of("int4", weights)
+
+    def error(*dampings):
+        inputs = InputMoments((range(40),), (hessian,), fresh, dampings)
+        codes = drawn("int4", weights, inputs)
+        return inputs.products(weights.reshape(-1) - grid.decode(codes)).power
+
+    errors = {damping: error(damping) for damping in (0.01, 0.16)}
+    assert error(0.01, 0.16) == errors[best] == min(errors.values())
+
+
 def test_feedback_that_does_not_help_is_not_used():
     """Inputs in H and fresh ones that have nothing in common."""
     weights, inputs = weights_of(32, 128), inputs_of(128)
@@ -237,6 +258,8 @@ def test_feedback_that_does_not_help_is_not_used():
 
 def test_inputs_that_are_all_zero_change_nothing():
     weights = weights_of()
-    dead = InputMoments((range(40),), (np.zeros((1, 40, 40)),), np.zeros((1, 5, 40), np.float32))
+    dead = InputMoments(
+        (range(40),), (np.zeros((1, 40, 40), np.float32),), np.zeros((1, 5, 40), np.float32)
+    )
     fed = quantized("int4", weights, dead)
     np.testing.assert_array_equal(fed.codes, quantized("int4", weights).codes)

@@ -29,6 +29,16 @@ def test_options_are_shown_where_they_differ_from_the_defaults(report):
     assert changed.to_dict()["options"]["include"] == ["a*", "b"]
 
 
+def test_feedback_that_could_not_run_is_named_with_what_that_costs_at_4_bits(report):
+    [tensor] = report.tensors
+    assert "preserve" not in report.render()  # nobody wanted it
+    without = replace(report, preserve_note="the inputs of no weight can be recorded")
+    cost = f"at 4 bits that costs accuracy: weights are off by {tensor.weight_error:.1%} "
+    assert cost in without.render()
+    at_8_bits = replace(without, tensors=(replace(tensor, scheme="int8"),))
+    assert "costs accuracy" not in at_8_bits.render()
+
+
 def test_the_budget_is_a_share_of_the_weights(report):
     [w] = onnx.load(report.input).graph.initializer
     total = np.abs(numpy_helper.to_array(w).astype(np.float64)).sum()
