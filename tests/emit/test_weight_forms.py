@@ -38,8 +38,16 @@ def test_large_matrices_stay_packed(tmp_path, scheme, kernel, rows):
 def test_what_is_not_packed_is_not_called_slow(tmp_path):
     source = save(matmul((1024, 1024)), tmp_path)
     options = {"seed": 1, "preserve": "off", "output": tmp_path / "out.onnx", "force": True}
-    standard = flipguard_onnx.guard(source, "nf4", standard_ops=True, **options)
-    assert standard.tensors[0].forms == ("folded",)
+    portable = flipguard_onnx.guard(source, "nf4", **options)
+    assert portable.tensors[0].forms == ("folded",)
     moved = flipguard_onnx.guard(source, "nf4", emit="float", **options)
     assert moved.tensors[0].forms == ()
-    assert "speed" not in standard.render() + moved.render()
+    assert "speed" not in portable.render() + moved.render()
+
+
+def test_what_onnxruntime_decodes_again_at_every_inference_is_said(tmp_path):
+    source = save(matmul((256, 64)), tmp_path)
+    options = {"seed": 1, "preserve": "off", "output": tmp_path / "out.onnx", "force": True}
+    assert "session.disable_quant_qdq" in flipguard_onnx.guard(source, **options).render()
+    folded = flipguard_onnx.guard(source, target="onnxruntime", **options)
+    assert "speed" not in folded.render()
