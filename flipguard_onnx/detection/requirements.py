@@ -3,7 +3,7 @@
 Sources: docs/runtimes.md.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, numpy_helper
 
+from ..graph.operators import FLOATS
 from ..graph.scopes import GraphIndex, Scope
 from ..graph.traversal import STANDARD, attribute
 from ..io.model import Model, open_model
@@ -60,14 +61,17 @@ class Codes:
     @property
     def block_size(self) -> int:
         """How many share a scale; 0 without blocks."""
-        size: int = attribute(self.node, "block_size", 0)
-        return size
+        return _integer(self.node, "block_size", 0)
 
     @property
     def axis(self) -> int:
         """The axis of the blocks, from 0."""
-        axis: int = attribute(self.node, "axis", 1)
-        return axis % max(len(self.shape), 1)
+        return _integer(self.node, "axis", 1) % max(len(self.shape), 1)
+
+    @property
+    def length(self) -> int:
+        """Of that axis."""
+        return self.shape[self.axis] if self.shape else 1
 
 
 Requirement = tuple[str, Callable[[Codes], bool]]  # in words, and whether it is met
@@ -118,7 +122,7 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
         known("MatMulNBits", "GatherBlockQuantized"),
         (
             "whole blocks",
-            lambda codes: not codes.block_size or codes.shape[codes.axis] % codes.block_size == 0,
+            lambda codes: not codes.block_size or codes.length % codes.block_size == 0,
         ),
         ("no blocks of codes that are looked up", lambda codes: not codes.blocks_behind),
         (
@@ -172,9 +176,12 @@ def _codes(model: Model) -> Iterator[Codes]:
         for name in node.output
     }
 
-    def constant(scope: Scope, node: NodeProto, place: int) -> TensorProto | None:
+    def constant(
+        scope: Scope, node: NodeProto, place: int, types: Collection[int]
+    ) -> TensorProto | None:
         name = node.input[place] if place < len(node.input) else ""
-        return constants.get((id(scope.owner(name)), name))
+        tensor = constants.get((id(scope.owner(name)), name))
+        return tensor if tensor is not None and tensor.data_type in types else None
 
     def is_dequantized(scope: Scope, name: str) -> bool:
         maker = makers.get((id(scope.owner(name)), name))
@@ -189,7 +196,7 @@ def _codes(model: Model) -> Iterator[Codes]:
             if (dequantizes and place) or (quantizes and place != 2):
                 continue  # a zero point; what is quantized only now
             uses = [use for output in node.output for use in index.readers((id(scope), output))]
-            scale, zero = constant(scope, node, 1), constant(scope, node, 2)
+            scale, zero = constant(scope, node, 1, FLOATS), constant(scope, node, 2, CODES)
             given = len(node.input) > 2 and bool(node.input[2])
             yield Codes(
                 node.input[0] if quantizes else name,
@@ -197,11 +204,17 @@ def _codes(model: Model) -> Iterator[Codes]:
                 () if quantizes else tuple(tensor.dims),
                 node,
                 frozenset(use.op_type for _, use, _ in uses),
-                any(attribute(use, "block_size", 0) for _, use, _ in uses),
+                any(_integer(use, "block_size", 0) for _, use, _ in uses),
                 all(is_dequantized(inner, use.input[0]) for inner, use, _ in uses),
                 None if scale is None else model.array(scale),
                 given and (dequantizes or quantizes) and (zero is None or _any(model, zero)),
             )
+
+
+def _integer(node: NodeProto, name: str, default: int) -> int:
+    """An attribute; the default also where it is no integer."""
+    value = attribute(node, name, default)
+    return value if isinstance(value, int) else default
 
 
 def _any(model: Model, tensor: TensorProto) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from ml_dtypes import int4
+from onnx import numpy_helper
 
 import flipguard_onnx
 from flipguard_onnx.detection.requirements import REQUIREMENTS, inspect_for
@@ -138,6 +139,17 @@ def test_codes_that_are_gathered_are_not_dequantized_first(tmp_path):
 def test_files_that_others_wrote(tmp_path, proto, broken):
     onnx.checker.check_model(proto)
     assert list(unmet(save(proto, tmp_path), "tensorrt")) == broken
+
+
+@pytest.mark.parametrize("target", REQUIREMENTS)
+def test_files_that_nobody_should_have_written(tmp_path, target):
+    """Nothing in them ends the look at them."""
+    proto = dequantized(ones(np.int8, 4, 4), axis=9, block_size=64)
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.int8(1), "c"))
+    assert inspect_for(save(proto, tmp_path), target).tensors == 1
+    proto = dequantized(ones(np.int8, 4, 4), axis=[1], block_size="many")
+    proto.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.array("one"), "s"))
+    assert inspect_for(save(proto, tmp_path), target).tensors == 1
 
 
 def test_a_node_between_is_named(tmp_path):
