@@ -76,7 +76,7 @@ def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel
 
 def opset_for(form: WeightForm, scheme: Scheme) -> int:
     """The lowest opset that has this form."""
-    if scheme.bits == 4 and form not in (WeightForm.BNB4, WeightForm.GATHER_4_BITS):
+    if scheme.bits == 4 and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED):
         return 21  # the first with scales per block, and with 4-bit integers as tensors
     if form is WeightForm.DEQUANTIZE:
         return 13  # the first with scales per axis

@@ -278,11 +278,11 @@ class _WeightCodes:
     def _write_gather(self, use: Use) -> None:
         """Gather(w, i) -> the rows of codes that are looked up, dequantized.
 
-        At 8 bits Mul(DequantizeLinear(Gather(codes, i), 1), Gather(scales, i)), since compilers
-        want a DequantizeLinear to have constant scales; with one scale for the whole tensor
-        DequantizeLinear(Gather(codes, i), scale). At 4 bits DequantizeLinear(Gather(codes, i),
-        Gather(scales, i)) in blocks, a Slice behind it if a row ends within one; each code takes a
-        byte, as Gather reads no 4-bit integers. In 16 bits, a Cast follows.
+        Mul(DequantizeLinear(Gather(codes, i), 1), Gather(scales, i)), since compilers want a
+        DequantizeLinear to have constant scales; with one scale for the whole tensor
+        DequantizeLinear(Gather(codes, i), scale). A row of int4 is a matrix of blocks until it is
+        multiplied, and a code takes a byte, as Gather reads no 4-bit integers. In 16 bits, a Cast
+        follows.
         """
         indices, result = use.node.input[1], use.node.output[0]
         nodes: list[NodeProto] = []
@@ -293,35 +293,36 @@ class _WeightCodes:
             nodes.append(helper.make_node(op, inputs, [name], name=node_name, **attributes))
             return name
 
-        table, scale = self._once(("gather",), self._table_and_scales)
-        codes = step("Gather", [table, indices], axis=0)
+        blocks = self._blocks
+        table, scale, row_scales = self._once(("gather",), self._table_and_scales)
+        value = step("DequantizeLinear", [step("Gather", [table, indices], axis=0), scale])
         nodes[0].name = use.node.name
-        if self._blocks.rows == 1 and self._scheme.bits == 8:
-            value = step("DequantizeLinear", [codes, scale])
-        else:
-            scales = step("Gather", [scale, indices], axis=0)
-            if self._scheme.bits == 8:
-                one = self._once(
-                    ("one",), lambda: self._add_constant("one", np.ones((), np.float32))
-                )
-                value = step("Mul", [step("DequantizeLinear", [codes, one]), scales])
-            else:
-                size = self._blocks.size
-                value = step("DequantizeLinear", [codes, scales], axis=-1, block_size=size)
-                if self._blocks.cols % size:
-                    value = step("Slice", [value, *self._within_row(axis=-1)])
+        if row_scales:
+            value = step("Mul", [value, step("Gather", [row_scales, indices], axis=0)])
+        if self._scheme.bits == 4:
+            length = self._add_integers("row", blocks.per_row * blocks.size)
+            shape = step("Concat", [step("Shape", [indices]), length], axis=0)
+            value = step("Reshape", [value, shape])
+            if blocks.cols % blocks.size:
+                value = step("Slice", [value, *self._within_row(axis=-1)])
         if use.elem_type != TensorProto.FLOAT:
             value = step("Cast", [value], to=use.elem_type)
         nodes[-1].output[0] = result
         self._rewriter.replace(use.scope, use.node, nodes)
 
-    def _table_and_scales(self) -> list[str]:
-        """The codes of an embedding, a byte each, and its scales."""
-        if self._scheme.bits == 8:
-            table, scales = self._codes.reshape(self._weight.shape), self._broadcast_scales()
+    def _table_and_scales(self) -> tuple[str, str, str]:
+        """The codes of an embedding, a byte each; their scale; a further one per row, or ""."""
+        blocks = self._blocks
+        if self._scheme.bits == 4:
+            table = self._whole_blocks().reshape(blocks.rows, blocks.per_row, blocks.size)
+            scales = self._block_scales()[:, :, None]
         else:
-            table, scales = self._whole_blocks(), self._block_scales()
-        return [self._add_constant("quantized", table), self._add_constant("scale", scales)]
+            table, scales = self._codes.reshape(self._weight.shape), self._broadcast_scales()
+        codes = self._add_constant("quantized", table)
+        if not scales.ndim:
+            return codes, self._add_constant("scale", scales), ""
+        one = self._add_constant("one", np.ones((), np.float32))
+        return codes, one, self._add_constant("scale", scales)
 
     def _write_folded(self, use: Use) -> None:
         """Reader(w) -> Reader(constants and nodes that yield what the codes stand for)."""
