@@ -151,6 +151,7 @@ def inspect(
     return Inspection(
         str(source.path),
         source.sha256,
+        source.data_sha256,
         source.size,
         source.size - saved,
         scheme,

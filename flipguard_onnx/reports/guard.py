@@ -107,6 +107,7 @@ class Inspection:
     ----------
     input : path of the model
     input_sha256 : of the model's file
+    input_data_sha256 : of its external data files, by their names
     input_bytes : size of the model, data files included
     output_bytes : size that the quantized model would have, estimated
     scheme : "int8", "int4", "nf4" or "fp4"
@@ -119,6 +120,7 @@ class Inspection:
     format_version: int = field(default=FORMAT, init=False)
     input: str
     input_sha256: str
+    input_data_sha256: dict[str, str]
     input_bytes: int
     output_bytes: int
     scheme: str

@@ -16,7 +16,15 @@ from .guard import (
 )
 from .scan import NOT_JUDGED, Alignment, Budget, Scan, ScannedTensor, Skipped, SkipReason, Verdict
 from .validation import MAX_KL, MAX_RELATIVE_L2, Drift, Validation, Verification, pooled
-from .words import SCAN_TERMS, megabytes, percent, plural, policy_in_words, scheme_in_words
+from .words import (
+    SCAN_TERMS,
+    fingerprint,
+    megabytes,
+    percent,
+    plural,
+    policy_in_words,
+    scheme_in_words,
+)
 
 CELL = 120  # characters of a name in a table
 
@@ -56,7 +64,7 @@ def render_inspection(inspection: Inspection) -> str:
     lines = [
         *config_line(inspection.config),
         f"{inspection.input}  {megabytes(inspection.input_bytes)}, "
-        f"sha256 {inspection.input_sha256[:16]}",
+        f"{fingerprint(inspection.input_sha256, inspection.input_data_sha256)}",
         f"scheme    {inspection.scheme}: about {megabytes(inspection.output_bytes)} when written",
         "",
         *table(
@@ -106,7 +114,7 @@ def render_guard(report: GuardReport) -> str:
     lines = [
         *config_line(report.config),
         f"input     {report.input}  {megabytes(report.input_bytes)}, "
-        f"sha256 {report.input_sha256[:16]}",
+        f"{fingerprint(report.input_sha256, report.input_data_sha256)}",
         f"scheme    {scheme_in_words(report)}",
         f"policy    {policy_in_words(report)}"
         + ("" if report.seed is None else f", seed {report.seed}"),
@@ -260,7 +268,8 @@ def render_scan(scan: Scan) -> str:
     head = ("grid", "weights", *SCAN_TERMS)
     lines = [
         *config_line(scan.config),
-        f"input     {scan.input}  {megabytes(scan.input_bytes)}, sha256 {scan.input_sha256[:16]}",
+        f"input     {scan.input}  {megabytes(scan.input_bytes)}, "
+        f"{fingerprint(scan.input_sha256, scan.input_data_sha256)}",
         *verdict_lines(scan.verdict),
         "",
     ]

@@ -1,5 +1,7 @@
 """Numbers, settings and columns in words, for the text and for the HTML page."""
 
+from collections.abc import Mapping
+
 from .guard import GuardReport
 
 SCAN_TERMS = {  # columns of a scan
@@ -33,6 +35,15 @@ def policy_in_words(report: GuardReport) -> str:
         "topk": f"topk, ratio {report.ratio}",
         "none": "none (round to nearest)",
     }[report.policy]
+
+
+def fingerprint(sha256: str, data_sha256: Mapping[str, str]) -> str:
+    """What a model is known by: the starts of the digests of its file and of its data files."""
+    starts = [digest[:16] for digest in data_sha256.values()]
+    if len(starts) > 3:
+        starts[3:] = [f"{len(starts) - 3:,} more"]
+    data = f", of its data {', '.join(starts)}" if starts else ""
+    return f"sha256 {sha256[:16]}{data}"
 
 
 def plural(count: int, noun: str) -> str:

@@ -364,6 +364,8 @@ def test_an_original_is_known_by_its_data_files_too(tmp_path):
     values = np.frombuffer(data.read_bytes(), np.float32) * np.float32(1.0001)
     data.write_bytes(values.tobytes())
     assert one.read_bytes() == other.read_bytes()
+    shown = {flipguard_onnx.inspect(path).render().partition("sha256")[2] for path in paths}
+    assert len(shown) == 2
     output = tmp_path / "out.onnx"
     flipguard_onnx.guard(one, seed=1, output=output)
     assert flipguard_onnx.verify(one, output).made_from is True
