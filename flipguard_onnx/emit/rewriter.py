@@ -32,9 +32,10 @@ class Rewriter:
         self._proto = proto
         self._output = output
         self._names = _all_names(proto)
-        self._scopes: list[Scope] = []
+        self._scopes: dict[int, Scope] = {}  # that have edits, by graph
         self._first: dict[int, list[NodeProto]] = defaultdict(list)  # by graph
         self._instead: dict[int, list[NodeProto]] = {}  # by the node replaced
+        self._removed: dict[int, set[str]] = defaultdict(set)  # initializers, by graph
 
     def fresh(self, name: str) -> str:
         """The name itself, or with a number where the model has it already."""
@@ -84,37 +85,42 @@ class Rewriter:
 
     def replace(self, scope: Scope, node: NodeProto, nodes: list[NodeProto]) -> None:
         """Put `nodes` where `node` stands; the last one yields its outputs."""
-        self._scopes.append(scope)
+        self._scopes[id(scope.body)] = scope
         self._instead[id(node)] = nodes
 
     def remove_initializer(self, scope: Scope, name: str) -> None:
         """Drop an initializer, and the graph input that stands for it in old models."""
         if isinstance(scope.body, GraphProto):
-            remove_named(scope.body.initializer, name)
-            remove_named(scope.body.input, name)
+            self._scopes[id(scope.body)] = scope
+            self._removed[id(scope.body)].add(name)
 
     def finish(self) -> None:
         """Put the new nodes in place and drop the ones that nothing reads any more."""
         # innermost graphs first: rebuilding a graph copies the ones inside it
-        for scope in sorted(self._scopes, key=_depth, reverse=True):
+        for scope in sorted(self._scopes.values(), key=_depth, reverse=True):
             nodes = self._first.pop(id(scope.body), [])
             for node in scope.body.node:
                 nodes.extend(self._instead.pop(id(node), [node]))
             del scope.body.node[:]
             scope.body.node.extend(nodes)
+            if isinstance(scope.body, GraphProto):
+                names = self._removed.pop(id(scope.body), set())
+                remove_named(scope.body.initializer, *names)
+                remove_named(scope.body.input, *names)
         _drop_unread_nodes(self._proto)
         _import_what_is_used(self._proto)
 
     def prepend(self, scope: Scope, node: NodeProto) -> None:
         """Add a node before all that were there, behind those added before."""
-        self._scopes.append(scope)
+        self._scopes[id(scope.body)] = scope
         self._first[id(scope.body)].append(node)
 
 
-def remove_named(fields: Any, name: str) -> None:
-    """Delete the entries of that name from a repeated protobuf field."""
+def remove_named(fields: Any, *names: str) -> None:
+    """Delete the entries of these names from a repeated protobuf field."""
+    gone = set(names)
     for index in reversed(range(len(fields))):
-        if fields[index].name == name:
+        if fields[index].name in gone:
             del fields[index]
 
 
