@@ -134,7 +134,8 @@ def test_onnxruntimes_tools_turn_the_moved_model_into_our_codes(tmp_path, monkey
     """The float model that we write, put through onnxruntime's own quantizer of that format."""
     monkeypatch.setattr(qdq, "MIN_PACKED", 0)  # all in the kernels' layouts, which are theirs
     moved, output = tmp_path / "out-float.onnx", tmp_path / "out.onnx"
-    flipguard_onnx.guard(downloaded("fsmn_vad"), scheme, output=output, emit="both")
+    options = {"output": output, "emit": "both", "target": "onnxruntime"}
+    flipguard_onnx.guard(downloaded("fsmn_vad"), scheme, **options)
     theirs = tmp_path / "theirs.onnx"
     if scheme == "int8":
         options = {"WeightSymmetric": True}

@@ -100,7 +100,7 @@ class Emitter:
         -------
         The names of the forms that the readers got, each once.
         """
-        codes_of = _WeightCodes(self._rewriter, weight, scheme, grid, codes)
+        codes_of = _WeightCodes(self._rewriter, weight, scheme, grid, codes, self._target)
         forms = [form_of(use, weight, scheme, self._target) for use in weight.uses]
         for form, use in zip(forms, weight.uses, strict=True):
             codes_of.write(form, use)
@@ -115,7 +115,13 @@ class _WeightCodes:
     """Writes the codes of one weight, in several forms; what readers can share is stored once."""
 
     def __init__(
-        self, rewriter: Rewriter, weight: Weight, scheme: Scheme, grid: Grid, codes: Array
+        self,
+        rewriter: Rewriter,
+        weight: Weight,
+        scheme: Scheme,
+        grid: Grid,
+        codes: Array,
+        target: str,
     ) -> None:
         self._rewriter = rewriter
         self._weight = weight
@@ -123,6 +129,7 @@ class _WeightCodes:
         self._grid = grid
         self._blocks = grid.blocks
         self._codes = codes
+        self._pads = target != "onnxruntime"
         self._shared: dict[tuple[Any, ...], Any] = {}
         self._writers: dict[WeightForm, Callable[[Use], None]] = {
             WeightForm.FOLDED: self._write_folded,
@@ -190,7 +197,8 @@ class _WeightCodes:
         """
         rows = self._weight.rows
         summed = self._weight.perm[len(rows) :]
-        if self._scheme.bits == 4 and self._blocks.cols % self._blocks.size:
+        is_ragged = self._scheme.bits == 4 and self._blocks.cols % self._blocks.size
+        if is_ragged and self._pads:
             return None  # the standard allows a shorter last block, but OpenVINO does not load it
         axes = rows if self._scheme.bits == 8 else summed
         if self._blocks.rows == 1 and self._scheme.bits == 8:
