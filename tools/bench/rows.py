@@ -1,6 +1,7 @@
 """One row per guarded file: what it does, what it cost, beside the float model."""
 
 import json
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flipguard_onnx import der
+from flipguard_onnx import ValidationError, der
 from tools.attacks.measure import FOLDER, rates
 from tools.bench.defences import Case, Defence
 from tools.bench.remembered import remembered
@@ -128,7 +129,11 @@ def evaluate(
             for seed in range(seeds) if defence.draws else (0,):
                 target = Path(folder) / "guarded.onnx"
                 started = time.perf_counter()
-                flips = defence.make(case, target, seed)
+                try:
+                    flips = defence.make(case, target, seed)
+                except ValidationError as refusal:  # nothing was written: there is no row
+                    print(f"{name}, seed {seed}: {refusal}", file=sys.stderr)
+                    continue
                 seconds = time.perf_counter() - started
                 found = rates(target, entry)
                 rows.append(
