@@ -6,7 +6,9 @@ the weight, two for blocks of them):
 DEQUANTIZE  MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, s))
             int8 and int4 for every runtime: compilers look for this operator, and keep such a
             weight in its codes. onnxruntime's CPU provider fuses it with MatMul and Gemm and runs
-            it again at every inference elsewhere, unless it is told to fold it.
+            it again at every inference elsewhere, unless it is told to fold it. A reader whose
+            output channels are not those with the scales has a Max with the lowest float in
+            between: OpenVINO 2026.4 takes the scales for those of the output channels.
 GATHER      Gather(w, i) -> Mul(DequantizeLinear(Gather(codes, i)), Gather(s, i))
             Embeddings: only the rows that are looked up are dequantized.
 FOLDED      MatMul(x, w) -> MatMul(x, Mul(Cast(codes), s)), and at 4 bits
@@ -58,9 +60,10 @@ def form_of(use: Use, weight: Weight, scheme: Scheme, target: str) -> WeightForm
     """
     is_book, is_matrix = isinstance(scheme, Codebook), len(weight.shape) == 2
     four_bits, packs = scheme.bits == 4, target == "onnxruntime"
-    by_row = weight.rows == (0,) and use.perm == tuple(range(len(weight.shape)))
-    if use.reads(WeightForm.GATHER) and by_row and not is_book and (is_matrix or not four_bits):
-        return WeightForm.GATHER_4_BITS if packs and four_bits else WeightForm.GATHER
+    if use.reads(WeightForm.GATHER) and not is_book:
+        picks_rows = weight.rows == use.output_axes() and use.perm == tuple(range(len(use.perm)))
+        if picks_rows and (not four_bits or (is_matrix and weight.rows == (0,))):
+            return WeightForm.GATHER_4_BITS if packs and four_bits else WeightForm.GATHER
     is_second = is_matrix and use.index == 1 and use.output_axes() == weight.rows
     if packs and four_bits and is_second and weight.size >= MIN_PACKED:
         fuses = use.elem_type != TensorProto.BFLOAT16 and use.scope is weight.scope
@@ -165,15 +168,16 @@ class _WeightCodes:
         if self._scheme.bits == 4 and is_gemm and attribute(use.node, "transB", 0):
             perm = perm[::-1]
             remove_named(use.node.attribute, "transB")
-        use.node.input[use.index] = self._dequantized(perm, use.elem_type)
+        summed = use.direct and use.operator and use.output_axes() != self._weight.rows
+        use.node.input[use.index] = self._dequantized(perm, use.elem_type, apart=bool(summed))
 
-    def _dequantized(self, perm: tuple[int, ...], elem_type: int) -> str:
+    def _dequantized(self, perm: tuple[int, ...], elem_type: int, apart: bool = False) -> str:
         """The value of a DequantizeLinear over the codes, and of the nodes that it needs behind it.
 
         These are a Cast where it cannot yield the reader's type, and a Reshape where its scales
         differ along more axes than it takes: then it yields rows of output channels.
 
-        perm, elem_type: as in Use
+        perm, elem_type: as in Use. apart: whether the reader must not see that these are codes
         """
         opset = self._rewriter.opset(self._weight.scope)
         in_16_bits = elem_type == TensorProto.FLOAT16 and opset >= FLOAT16_OPSET
@@ -186,6 +190,9 @@ class _WeightCodes:
         value = self._add_node("DequantizeLinear", inputs, **attributes)
         if axis is None:
             value = self._in_shape(value, perm)
+        if apart:
+            lowest = np.array(np.finfo(_dtype(scale_type)).min)
+            value = self._add_node("Max", [value, self._add_constant("lowest", lowest)])
         if elem_type != scale_type:
             value = self._add_node("Cast", [value], to=elem_type)
         return value
@@ -200,6 +207,8 @@ class _WeightCodes:
         is_ragged = self._scheme.bits == 4 and self._blocks.cols % self._blocks.size
         if is_ragged and self._pads:
             return None  # the standard allows a shorter last block, but OpenVINO does not load it
+        if self._weight.shape[:2] == (1, 1) and len(self._weight.shape) > 3 and self._pads:
+            return None  # another that OpenVINO does not load
         axes = rows if self._scheme.bits == 8 else summed
         if self._blocks.rows == 1 and self._scheme.bits == 8:
             return axes[0]
@@ -303,10 +312,11 @@ class _WeightCodes:
 
         blocks = self._blocks
         table, scale, row_scales = self._once(("gather",), self._table_and_scales)
-        value = step("DequantizeLinear", [step("Gather", [table, indices], axis=0), scale])
+        axis = self._weight.rows[0]
+        value = step("DequantizeLinear", [step("Gather", [table, indices], axis=axis), scale])
         nodes[0].name = use.node.name
         if row_scales:
-            value = step("Mul", [value, step("Gather", [row_scales, indices], axis=0)])
+            value = step("Mul", [value, step("Gather", [row_scales, indices], axis=axis)])
         if self._scheme.bits == 4:
             length = self._add_integers("row", blocks.per_row * blocks.size)
             shape = step("Concat", [step("Shape", [indices]), length], axis=0)
