@@ -6,6 +6,7 @@
 from functools import cache
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
@@ -14,8 +15,9 @@ from onnx.version_converter import convert_version
 import flipguard_onnx
 from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.io.model import open_model
-from tests.helpers.samples import SAMPLES, save
+from tests.helpers.samples import SAMPLES, F, model, node, save, weights
 
+INDICES = onnx.TensorProto.INT64
 OPSET = 21  # the reference evaluator has no DequantizeLinear below 19
 CHOSEN = (
     "matmul",
@@ -28,6 +30,38 @@ CHOSEN = (
     "nested",
     "tied_embedding",
 )
+
+
+def two_ways():
+    """One weight whose inputs and outputs change places, read by rows, and by columns."""
+    nodes = [
+        node("Gemm", "x w", "z", transB=1),
+        node("Gemm", "z w", "y"),
+        node("Gather", "w i", "r", axis=0),
+        node("Gather", "w i", "c", axis=1),
+    ]
+    inputs = {"x": (F, [2, 128]), "i": (INDICES, [3])}
+    outputs = {"y": (F, [2, 128]), "r": (F, [3, 128]), "c": (F, [64, 3])}
+    return model(nodes, inputs, outputs, {"w": weights((64, 128))})
+
+
+def columns():
+    """Embeddings along the second axis, which then has the scales."""
+    nodes = [node("Gather", "e i", "y", axis=1)]
+    return model(nodes, {"i": (INDICES, [3])}, {"y": (F, [20, 3])}, {"e": weights((20, 40))})
+
+
+def four_axes():
+    nodes = [node("MatMul", "x w", "y")]
+    constants = {"w": weights((1, 1, 40, 20))}
+    return model(nodes, {"x": (F, [1, 1, 2, 40])}, {"y": (F, [1, 1, 2, 20])}, constants)
+
+
+MODELS = {name: SAMPLES[name] for name in CHOSEN} | {
+    "two ways": two_ways,
+    "columns": columns,
+    "four axes": four_axes,
+}
 FORMS = {
     "int8": {},
     "int8 per tensor": {"granularity": "tensor"},
@@ -72,7 +106,7 @@ def written(tmp_path_factory):
     @cache
     def write(sample, form):
         folder = tmp_path_factory.mktemp("written")
-        source = save(convert_version(SAMPLES[sample](), OPSET), folder)
+        source = save(convert_version(MODELS[sample](), OPSET), folder)
         path = folder / "out.onnx"
         options = {"seed": 1, "preserve": "off", "validate": False} | FORMS[form]
         flipguard_onnx.guard(source, output=path, **options)
@@ -84,7 +118,7 @@ def written(tmp_path_factory):
     return write
 
 
-@pytest.mark.parametrize("sample", CHOSEN)
+@pytest.mark.parametrize("sample", MODELS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("run", [reference, openvino])
 def test_portable_files(written, run, form, sample):

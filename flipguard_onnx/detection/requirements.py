@@ -116,7 +116,10 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     "qnn": (
         known("MatMulNBits"),
         ("no blocks", lambda codes: not codes.block_size),
-        ("integer activations, too", lambda codes: not codes.dequantized or codes.on_integers),
+        (
+            "integer activations, too",
+            lambda codes: codes.is_activation or (codes.dequantized and codes.on_integers),
+        ),
     ),
     "openvino": (
         known("MatMulNBits", "GatherBlockQuantized"),
@@ -205,7 +208,10 @@ def _codes(model: Model) -> Iterator[Codes]:
                 node,
                 frozenset(use.op_type for _, use, _ in uses),
                 any(_integer(use, "block_size", 0) for _, use, _ in uses),
-                all(is_dequantized(inner, use.input[0]) for inner, use, _ in uses),
+                all(
+                    any(is_dequantized(inner, name) for name in {*use.input} - {*node.output})
+                    for inner, use, _ in uses
+                ),
                 None if scale is None else model.array(scale),
                 given and (dequantizes or quantizes) and (zero is None or _any(model, zero)),
             )

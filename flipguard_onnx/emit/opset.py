@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 
+from onnx import ModelProto, helper
+
 from .. import runtime
 from ..errors import UnsupportedModelError, ValidationError
 from ..graph.copies import IndexedModel
 from ..graph.operators import WeightForm
-from ..graph.traversal import opset_of
+from ..graph.traversal import bodies, opset_of
 from ..graph.weights import Weight
 from ..io.model import Model
 from ..quantization.schemes import Scheme
 from .weight_forms import form_of
+
+RESIZE_OPSET = 11  # the first whose Resize says how coordinates are found
 
 
 def needed_opset(weights: list[Weight], schemes: list[Scheme], target: str) -> int:
@@ -59,7 +63,10 @@ def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel
     if opset_of(source.proto) >= opset:
         return original
     try:
-        result = IndexedModel.of(runtime.converted(source.proto, opset))
+        proto = runtime.converted(source.proto, opset)
+        if opset_of(source.proto) < RESIZE_OPSET:
+            _keep_interpolation(proto)
+        result = IndexedModel.of(proto)
         there = {weight.name for weight in result.weights}
         if lost := {weight.name for weight in original.weights} - there:
             raise ValidationError("tensor {tensor!r} would no longer be a weight", tensor=min(lost))
@@ -72,6 +79,23 @@ def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel
             old=opset_of(source.proto),
             new=opset,
         ) from None
+
+
+def _keep_interpolation(proto: ModelProto) -> None:
+    """Let Resize nodes of before RESIZE_OPSET compute what they did.
+
+    onnx's converter leaves them with newer defaults.
+    """
+    before = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    for body in bodies(proto):
+        for node in body.node:
+            named = {each.name for each in node.attribute}
+            if node.op_type == "Resize":
+                node.attribute.extend(
+                    helper.make_attribute(name, value)
+                    for name, value in before.items()
+                    if name not in named
+                )
 
 
 def opset_for(form: WeightForm, scheme: Scheme) -> int:

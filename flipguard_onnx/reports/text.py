@@ -38,8 +38,9 @@ SLOW_4_BIT = (
 )
 
 DECODED_AGAIN = (
-    "onnxruntime decodes most weights again at every inference, unless its session option",
-    "session.disable_quant_qdq=1 is set or the model was written with --target onnxruntime",
+    "in onnxruntime, MatMul and Gemm round what these weights are multiplied with to 8 bits, and",
+    "other operators decode the weights again at every inference; not so with the session option",
+    "session.disable_quant_qdq=1, nor in a model written with --target onnxruntime",
 )
 
 NOTHING_QUANTIZED = "nothing in the guarded model is quantized: it holds no integer weights"
@@ -149,10 +150,18 @@ def render_guard(report: GuardReport) -> str:
 def _speed_lines(report: GuardReport) -> list[str]:
     """What is to be known of the time that the written model takes in onnxruntime."""
     forms = {form for tensor in report.tensors for form in tensor.forms}
-    slow, why = {"dequantize"}, DECODED_AGAIN
+    why: tuple[str, ...] = DECODED_AGAIN
+    slow = {"dequantize"}
     if report.options.get("target") == "onnxruntime":
         slow, why = {"dequantize", "bnb4"}, SLOW_4_BIT
-    return [] if forms.isdisjoint(slow) else [f"speed     {why[0]}", f"{INDENT}{why[1]}"]
+    return (
+        []
+        if forms.isdisjoint(slow)
+        else [
+            f"speed     {why[0]}",
+            *(f"{INDENT}{line}" for line in why[1:]),
+        ]
+    )
 
 
 def _option_lines(report: GuardReport) -> list[str]:

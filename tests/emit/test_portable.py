@@ -217,3 +217,18 @@ def test_the_decoders_are_those_of_onnxruntimes_quantizer(tmp_path, per_channel)
             assert np.array_equal(own[constant], wanted[constant])
         if per_channel:
             assert attribute(n, "axis", 1) == attribute(like, "axis", 1)
+
+
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+def test_what_an_old_resize_computes_survives_the_conversion(tmp_path, mode):
+    """onnx's converter leaves it with the coordinates of opset 11."""
+    nodes = [
+        node("Conv", "x c", "h", pads=[1, 1, 1, 1]),
+        node("Resize", "h s", "y", mode=mode),
+    ]
+    constants = {"c": weights((8, 3, 3, 3)), "s": np.array([1, 1, 1.7, 2], np.float32)}
+    floats = onnx.TensorProto.FLOAT
+    shapes = {"x": (floats, [1, 3, 6, 6])}, {"y": (floats, [1, 8, 10, 12])}
+    path, report = written(tmp_path, model(nodes, *shapes, constants, opset=10))
+    assert onnx.load(path).opset_import[0].version == 13
+    assert report.validation.guarded_exact[0].relative_l2 < 0.02
