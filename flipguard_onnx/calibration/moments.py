@@ -36,7 +36,7 @@ GATHERED = 256  # rows at least that are added up at a time, from as many feeds 
 PRODUCTS_PER_SECOND = 3e10  # measured on two cores
 SECONDS_PER_WEIGHT = 3e-7
 SEED = 0  # of the made-up inputs; they need not be secret
-MADE_UP_DAMPINGS = (0.16,)  # what is made up differs from real inputs, wherever it tells little
+MADE_UP_DAMPINGS = (0.05,)  # what is made up says little of fresh inputs, so it does not choose
 BYTES = 4  # of an entry of a matrix H, and of a factor
 BYTES_TO_FACTOR = 40  # per entry, of one H while it is factored
 

@@ -19,7 +19,7 @@ from ..io.model import Model
 from ..progress import Progress, meter
 from .inputs import BATCH, Feed, Input, node_readers, signature, values
 
-SAMPLING_ROUNDS = 4  # in which a decoder draws token ids
+SAMPLING_ROUNDS = 8  # in which a decoder draws token ids
 
 PATCHES = 60  # per sample
 
