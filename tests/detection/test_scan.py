@@ -40,7 +40,9 @@ MODELS = FOLDER.parent
 NAMES = {"int8": "int8 channel", "int8_tensor": "int8 tensor"}  # those of the manifest
 OTHER_MARKS = {"clip": "clips", "outlier": "collapses", "rounding16": "collapses"}  # verdicts
 ON_CODES = [
-    e for e in MANIFEST.values() if e["attacker"] not in ("clean", "rounding", *OTHER_MARKS)
+    e
+    for e in MANIFEST.values()
+    if e["attacker"] not in ("clean", "rounding", "rounding-feedback", *OTHER_MARKS)
 ]
 FAINT = {  # attacks that move so few weights, or so little, that they are only suspicious
     "mlp-random-int4",

@@ -147,5 +147,8 @@ def test_a_model_above_the_limit_is_not_run(tmp_path):
     report = flipguard_onnx.guard(source, max_memory=1)
     assert report.validation.layers == 6
     assert report.preserve == "off"
-    assert report.preserve_note == "the model is larger than --max-memory (1 MiB)"
+    assert report.preserve_note == (
+        "the model is larger than --max-memory (1 MiB); "
+        "--max-memory 3 or --preserve synthetic switches it on"
+    )
     assert flipguard_onnx.guard(source, max_memory=64, force=True).validation.layers == 0
