@@ -28,7 +28,6 @@ from tests.helpers import oracles
 from tests.helpers.command import call, one_line
 from tests.helpers.real import FLOAT_MODELS, INTEGER_MODELS, downloaded
 
-
 SLOW = ("ddddocr", "ppocr_det", "ppocr_rec")  # to run for statistics; open_nsfw has Convs as well
 
 
