@@ -51,6 +51,14 @@ def columns():
     return model(nodes, {"i": (INDICES, [3])}, {"y": (F, [20, 3])}, {"e": weights((20, 40))})
 
 
+def tied_columns():
+    """The same, and a MatMul reads them as well: int4."""
+    nodes = [node("Gather", "w i", "c", axis=1), node("MatMul", "x w", "y")]
+    inputs = {"x": (F, [2, 64]), "i": (INDICES, [3])}
+    outputs = {"c": (F, [64, 3]), "y": (F, [2, 40])}
+    return model(nodes, inputs, outputs, {"w": weights((64, 40))})
+
+
 def four_axes():
     nodes = [node("MatMul", "x w", "y")]
     constants = {"w": weights((1, 1, 40, 20))}
@@ -60,6 +68,7 @@ def four_axes():
 MODELS = {name: SAMPLES[name] for name in CHOSEN} | {
     "two ways": two_ways,
     "columns": columns,
+    "tied columns": tied_columns,
     "four axes": four_axes,
 }
 FORMS = {

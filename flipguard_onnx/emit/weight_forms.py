@@ -7,8 +7,8 @@ DEQUANTIZE  MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, s))
             int8 and int4 for every runtime: compilers look for this operator, and keep such a
             weight in its codes. onnxruntime's CPU provider fuses it with MatMul and Gemm and runs
             it again at every inference elsewhere, unless it is told to fold it. A reader whose
-            output channels are not those with the scales has a Max with the lowest float in
-            between: OpenVINO 2026.4 takes the scales for those of the output channels.
+            output channels are not those with the scales, and a Gather, has a Max with the lowest
+            float in between: OpenVINO 2026.4 would take the scales for those of other channels.
 GATHER      Gather(w, i) -> Mul(DequantizeLinear(Gather(codes, i)), Gather(s, i))
             Embeddings: only the rows that are looked up are dequantized.
 FOLDED      MatMul(x, w) -> MatMul(x, Mul(Cast(codes), s)), and at 4 bits
@@ -169,7 +169,8 @@ class _WeightCodes:
             perm = perm[::-1]
             remove_named(use.node.attribute, "transB")
         summed = use.direct and use.operator and use.output_axes() != self._weight.rows
-        use.node.input[use.index] = self._dequantized(perm, use.elem_type, apart=bool(summed))
+        apart = bool(summed) or use.reads(WeightForm.GATHER)
+        use.node.input[use.index] = self._dequantized(perm, use.elem_type, apart)
 
     def _dequantized(self, perm: tuple[int, ...], elem_type: int, apart: bool = False) -> str:
         """The value of a DequantizeLinear over the codes, and of the nodes that it needs behind it.
