@@ -5,6 +5,10 @@ from collections.abc import Callable
 Progress = Callable[[str, int, int], None]  # stage, bytes (or steps) done, and in all
 
 
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress that nobody watches."""
+
+
 def meter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
     """Takes the bytes done one after the other and reports their sum."""
     done = 0

@@ -18,7 +18,7 @@ from onnx import ModelProto, helper
 from ..errors import RunError, UnsupportedModelError, ValidationError
 from ..graph.weights import Weight
 from ..io.writer import Output
-from ..progress import Progress, meter
+from ..progress import Progress, meter, silent
 from ..quantization.error_feedback import DAMPINGS, PANEL, Floats, InputMoments
 from ..runtime.session import Session, open_session
 from .inputs import Feed, samples_at_a_time, signature
@@ -68,7 +68,7 @@ class MomentRecorder:
         the statistics.
         """
         self._samples = samples
-        self._progress: Progress = lambda stage, done, total: None
+        self._progress: Progress = silent
         self._source = source = samples.source
         self._max_bytes = max_bytes
         main = source.proto.graph
@@ -175,8 +175,7 @@ class MomentRecorder:
     def prepare(self, progress: Progress) -> None:
         """Record the inputs of the first weights, as many as `max_bytes` allows."""
         self._progress = progress
-        if not self._gathered:
-            self._gathered = self._statistics(self._passes[0])
+        self._gathered = self._statistics(self._passes[0])
 
     def of(self, weight: Weight) -> InputMoments | str:
         """The inputs of a weight, or the reason why there are none."""
@@ -308,7 +307,7 @@ def record(
     max_bytes: int,
     inputs: str,
     optional: bool,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Moments:
     """The moments of what the weights are multiplied with.
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto
 
 from ..io.model import Model
-from ..progress import Progress, meter
+from ..progress import Progress, meter, silent
 from .inputs import BATCH, Feed, Input, node_readers, signature, values
 
 SAMPLING_ROUNDS = 8  # in which a decoder draws token ids
@@ -41,7 +41,7 @@ def synthetic_feeds(
     samples: int,
     batch: int,
     seed: int,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> list[Feed]:
     """Synthetic feeds.
 
@@ -64,7 +64,7 @@ def synthetic_feeds(
     feeds = []
     for _ in range(count):
         feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in inputs}
-        feeds.append(_from_the_model(source, session, feed, rng))
+        feeds.append(_from_the_model(source, session, feed, inputs, rng))
         advance(1)
     return feeds
 
@@ -202,18 +202,16 @@ def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
 
 def sampling_rounds(proto: ModelProto, template: Feed) -> int:
     """How often a decoder runs on each sample whose token ids are drawn; 0 for another model."""
-    ids = _token_ids(proto, template)
+    ids = _token_ids(signature(proto), template)
     if ids is None or _logits(proto, ids) is None:
         return 0
     return min(SAMPLING_ROUNDS, int(template[ids.name].shape[1]))
 
 
-def _token_ids(proto: ModelProto, feed: Feed) -> Input | None:
+def _token_ids(inputs: list[Input], feed: Feed) -> Input | None:
     """The input with sequences of token ids, if there is one and only one."""
     ids = [
-        i
-        for i in signature(proto)
-        if i.table_rows and feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1
+        i for i in inputs if i.table_rows and feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1
     ]
     return ids[0] if len(ids) == 1 else None
 
@@ -227,14 +225,16 @@ def _logits(proto: ModelProto, ids: Input) -> str | None:
     return None
 
 
-def _from_the_model(source: Model, session: Any, feed: Feed, rng: np.random.Generator) -> Feed:
+def _from_the_model(
+    source: Model, session: Any, feed: Feed, inputs: list[Input], rng: np.random.Generator
+) -> Feed:
     """The feed with token ids sampled from the model's own logits, if it is a decoder.
 
     Every round draws all positions at once, each from the logits that the model computes from the
     positions before it as the last round left them. A position gets the same random number in all
     rounds, so position t is an exact sample from round t on.
     """
-    ids = _token_ids(source.proto, feed)
+    ids = _token_ids(inputs, feed)
     output = ids and _logits(source.proto, ids)
     if not (ids and output and session):
         return feed

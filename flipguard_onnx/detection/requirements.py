@@ -172,12 +172,7 @@ def inspect_for(model: str | Path, target: str) -> TargetInspection:
 def _codes(model: Model) -> Iterator[Codes]:
     index = GraphIndex(model.proto)
     constants = {(id(s), name): tensor for s, name, tensor, _ in index.constants()}
-    makers = {
-        (id(scope), name): node
-        for scope in index.scopes
-        for node in scope.body.node
-        for name in node.output
-    }
+    makers = index.makers()
 
     def constant(
         scope: Scope, node: NodeProto, place: int, types: Collection[int]
@@ -187,7 +182,7 @@ def _codes(model: Model) -> Iterator[Codes]:
         return tensor if tensor is not None and tensor.data_type in types else None
 
     def is_dequantized(scope: Scope, name: str) -> bool:
-        maker = makers.get((id(scope.owner(name)), name))
+        _, maker = makers.get((id(scope.owner(name)), name), (scope, None))
         return maker is not None and maker.op_type == "DequantizeLinear"
 
     for (owner, name), tensor in constants.items():

@@ -89,8 +89,8 @@ def _keep_interpolation(proto: ModelProto) -> None:
     before = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     for body in bodies(proto):
         for node in body.node:
-            named = {each.name for each in node.attribute}
             if node.op_type == "Resize":
+                named = {each.name for each in node.attribute}
                 node.attribute.extend(
                     helper.make_attribute(name, value)
                     for name, value in before.items()

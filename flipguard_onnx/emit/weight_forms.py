@@ -205,11 +205,10 @@ class _WeightCodes:
         """
         rows = self._weight.rows
         summed = self._weight.perm[len(rows) :]
-        is_ragged = self._scheme.bits == 4 and self._blocks.cols % self._blocks.size
-        if is_ragged and self._pads:
-            return None  # the standard allows a shorter last block, but OpenVINO does not load it
-        if self._weight.shape[:2] == (1, 1) and len(self._weight.shape) > 3 and self._pads:
-            return None  # another that OpenVINO does not load
+        is_ragged = self._scheme.bits == 4 and self._blocks.cols % self._blocks.size > 0
+        is_stack_of_one = self._weight.shape[:2] == (1, 1) and len(self._weight.shape) > 3
+        if self._pads and (is_ragged or is_stack_of_one):
+            return None  # the standard allows both, but OpenVINO does not load them
         axes = rows if self._scheme.bits == 8 else summed
         if self._blocks.rows == 1 and self._scheme.bits == 8:
             return axes[0]

@@ -138,6 +138,15 @@ class GraphIndex:
         """The nodes that read a value, each with its scope and the index of the input."""
         return self._edges.get(value, [])
 
+    def makers(self) -> dict[Value, tuple[Scope, NodeProto]]:
+        """By value: the node that yields it, with its scope."""
+        return {
+            (id(scope), name): (scope, node)
+            for scope in self.scopes
+            for node in scope.body.node
+            for name in node.output
+        }
+
     def is_weight(self, scope: Scope, name: str) -> bool:
         """Whether a value is read as a weight, itself or behind chains, views and calls."""
         behind = self._weight_of.get((id(scope), name), set())
@@ -265,13 +274,7 @@ class GraphIndex:
     def computed(self) -> Iterator[tuple[str, str]]:
         """Weights that no constant reaches, by name, with the names of their operators."""
         constant = {(id(scope), name) for scope, name, _, _ in self.constants()}
-        makers = {
-            (id(scope), name): (scope, node)
-            for scope in self.scopes
-            for node in scope.body.node
-            for name in node.output
-        }
-
+        makers = self.makers()
         known = dict.fromkeys(constant, True)
 
         def is_constant(scope: Scope, name: str) -> bool:

@@ -14,7 +14,7 @@ from ..io.model import INLINE_LIMIT, Model
 from ..io.publish import WORKSPACE, check_target, publish, workspace
 from ..io.writer import Output
 from ..opening import open_folded
-from ..progress import Progress
+from ..progress import Progress, silent
 from ..quantization.kernels import compiling, get_backend
 from ..quantization.kernels.protocol import Kernels
 from ..quantization.rounding import Policy
@@ -95,7 +95,7 @@ def open_run(
     Raises ModelError when the model cannot be read or an output may not be written, OptionError
     for a ModelProto without `output`.
     """
-    progress = progress or (lambda stage, done, total: None)
+    progress = progress or silent
     kernels = get_backend(options.device)
     with ExitStack() as stack:
         stack.enter_context(compiling(lambda: progress("compiling the kernels, only once", 0, 1)))

@@ -150,18 +150,11 @@ def render_guard(report: GuardReport) -> str:
 def _speed_lines(report: GuardReport) -> list[str]:
     """What is to be known of the time that the written model takes in onnxruntime."""
     forms = {form for tensor in report.tensors for form in tensor.forms}
-    why: tuple[str, ...] = DECODED_AGAIN
-    slow = {"dequantize"}
-    if report.options.get("target") == "onnxruntime":
-        slow, why = {"dequantize", "bnb4"}, SLOW_4_BIT
-    return (
-        []
-        if forms.isdisjoint(slow)
-        else [
-            f"speed     {why[0]}",
-            *(f"{INDENT}{line}" for line in why[1:]),
-        ]
-    )
+    packs = report.options.get("target") == "onnxruntime"
+    if forms.isdisjoint({"dequantize", "bnb4"} if packs else {"dequantize"}):
+        return []
+    first, *others = SLOW_4_BIT if packs else DECODED_AGAIN
+    return [f"speed     {first}", *(f"{INDENT}{line}" for line in others)]
 
 
 def _option_lines(report: GuardReport) -> list[str]:
