@@ -7,11 +7,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 import flipguard_onnx
 from flipguard_onnx.graph.traversal import attribute, bodies, output_names
 from flipguard_onnx.graph.weights import find_weights
+from tests.emit.test_static_qdq import plain_static
 from tests.helpers.samples import SAMPLES, model, node, save, weights
 from tests.helpers.written import decoded, initializers
 
@@ -188,20 +188,12 @@ def test_the_decoders_are_those_of_onnxruntimes_quantizer(tmp_path, per_channel)
     granularity = "channel" if per_channel else "tensor"
     path, _ = written(tmp_path, three_layers(), policy="none", granularity=granularity)
 
-    class Reader(CalibrationDataReader):
-        feeds = iter([{"x": np.random.default_rng(0).random((1, 3, 6, 6), np.float32)}])
-
-        def get_next(self):
-            return next(self.feeds, None)
-
     theirs = tmp_path / "theirs.onnx"
-    quantize_static(
+    plain_static(
         tmp_path / "model.onnx",
         theirs,
-        Reader(),
-        quant_format=QuantFormat.QDQ,
+        [{"x": np.random.default_rng(0).random((1, 3, 6, 6), np.float32)}],
         per_channel=per_channel,
-        weight_type=QuantType.QInt8,
         extra_options={"QDQDisableWeightAdjustForInt32Bias": True},
     )
     own, wanted = initializers(path), initializers(theirs)

@@ -17,6 +17,7 @@ from tests.helpers import oracles
 from tests.helpers.attacked import FOLDER, MANIFEST, classifier_rates
 from tests.helpers.command import call, names, one_line
 from tests.helpers.samples import F, model, node, save, weights
+from tests.helpers.written import initializers
 
 TYPES = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8, "int16": QuantType.QInt16}
 CALIBRATED_ON = 64  # images
@@ -45,17 +46,12 @@ def convolution(bias, weight=None, **constants):
 
 def decoders(path):
     """Codes, scales and zero points of what a graph decodes, by the float tensor's name."""
-    graph = onnx.load(path).graph
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    graph, arrays = onnx.load(path).graph, initializers(path)
     return {
         n.input[0].removesuffix("_quantized"): tuple(arrays[name] for name in n.input)
         for n in graph.node
         if n.op_type == "DequantizeLinear" and n.input[0] in arrays
     }
-
-
-def initializers(path):
-    return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
 
 
 def decoded_bias(path):
