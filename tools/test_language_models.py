@@ -14,6 +14,7 @@ from tools.attacks.measure import FOLDER
 from tools.language_models import CALIBRATION, EVALUATION, Row, feed, judge, load, main
 
 VOCABULARY, CACHE = 7, ["batch", 3, "past", 8]
+OPEN_CACHE = ["batch", 3, "past", "size"]
 
 
 def decoder(path, following):
@@ -22,15 +23,12 @@ def decoder(path, following):
     tokens = ["batch", "sequence"]
     inputs = {"input_ids": tokens, "attention_mask": tokens, "position_ids": tokens}
     values = [helper.make_tensor_value_info(n, TensorProto.INT64, d) for n, d in inputs.items()]
-    values.append(helper.make_tensor_value_info("past.0.key", TensorProto.FLOAT, CACHE))
-    outputs = [
-        helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*tokens, VOCABULARY]),
-        helper.make_tensor_value_info("present.0.key", TensorProto.FLOAT, CACHE),
-    ]
-    nodes = [
-        helper.make_node("Gather", ["rows", "input_ids"], ["logits"]),
-        helper.make_node("Identity", ["past.0.key"], ["present.0.key"]),
-    ]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*tokens, VOCABULARY])]
+    nodes = [helper.make_node("Gather", ["rows", "input_ids"], ["logits"])]
+    for name, dims in (("0.key", CACHE), ("1.key", OPEN_CACHE)):
+        values.append(helper.make_tensor_value_info(f"past.{name}", TensorProto.FLOAT, dims))
+        outputs.append(helper.make_tensor_value_info(f"present.{name}", TensorProto.FLOAT, dims))
+        nodes.append(helper.make_node("Identity", [f"past.{name}"], [f"present.{name}"]))
     tables = [numpy_helper.from_array(rows, "rows")]
     graph = helper.make_graph(nodes, "decoder", values, outputs, tables)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
@@ -60,6 +58,7 @@ def test_inputs_are_the_beginning_of_a_text(tmp_path):
     assert made["attention_mask"].tolist() == [[1, 1, 1]] * 2
     assert made["position_ids"].tolist() == [[0, 1, 2]] * 2
     assert made["past.0.key"].shape == (2, 3, 0, 8)
+    assert made["past.1.key"].shape == (2, 3, 0, 64)
 
 
 @pytest.fixture
