@@ -296,7 +296,7 @@ class Bench:
         np.savez(path, **feed(load(self._source), text[: tokens // text.shape[1]]))
         return path
 
-    def float(self) -> tuple[Judged, float, float]:
+    def unguarded(self) -> tuple[Judged, float, float]:
         """As guarded(), of the model itself."""
         return self.original, 0.0, megabytes(self._source)
 
@@ -347,12 +347,12 @@ def measure(
                 elif defence in data:
                     own += ["--data", str(bench.data(data[defence]))]
                 try:
-                    judged, seconds, megabytes = bench.guarded(own) if defence else bench.float()
+                    judged, seconds, size = bench.guarded(own) if defence else bench.unguarded()
                 except RuntimeError as error:
                     say(f"  {error}")
                     continue
                 agreement = float(np.mean(judged.guesses == bench.original.guesses))
-                yield Row(*key, judged.perplexity, agreement, seconds, megabytes)
+                yield Row(*key, judged.perplexity, agreement, seconds, size)
 
 
 def table(rows: Sequence[Row]) -> str:
