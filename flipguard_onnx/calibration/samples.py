@@ -1,5 +1,6 @@
 """Samples: inputs that the model accepts, searched for once per run, and what it makes of them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -140,12 +141,16 @@ class Samples:
         if self.data:
             return self._run(self.given)
         best = Found([], [], [], NONE_FIT)
-        for feeds in made_up_feeds(self.source.proto, self.source.size):
+        for feeds in self.candidates():
             found = self._run(feeds)
             if found.feeds and not found.problem:
                 return found
             best = best if best.feeds else found
         return best
+
+    def candidates(self) -> Iterator[list[Feed]]:
+        """Made-up feeds, of which the model may accept the first."""
+        return made_up_feeds(self.source.proto, self.source.size)
 
     def _run(self, feeds: list[Feed]) -> Found:
         try:

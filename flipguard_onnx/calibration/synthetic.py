@@ -8,8 +8,8 @@ The state of a streaming model is zero, as at the start of a stream: it never me
 Everything else is made up as in `inputs`.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +34,18 @@ _AFFINE = ("Sub", "Add", "Mul", "Div")
 _VALUE_KEEPING = ("Cast", "Identity", "Transpose", "Unsqueeze", "Reshape")
 
 
+class Runner(Protocol):
+    """A model that runs."""
+
+    def run_all(
+        self, names: Sequence[str], feeds: Sequence[Feed]
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """These outputs, by name, for one feed after the other."""
+
+
 def synthetic_feeds(
     source: Model,
-    session: Any,
+    runner: Runner | None,
     template: Feed,
     samples: int,
     batch: int,
@@ -48,7 +57,7 @@ def synthetic_feeds(
     Parameters
     ----------
     source : the float model
-    session : the same in onnxruntime, from which a decoder's token ids are sampled; None leaves
+    runner : the same in onnxruntime, from which a decoder's token ids are sampled; None leaves
         them as they are
     template : a feed that the model accepts, whose shapes the feeds get
     samples : in all feeds together
@@ -60,12 +69,20 @@ def synthetic_feeds(
     if not any(BATCH in wanted.dims for wanted in inputs):
         batch = 1
     count = -(-samples // batch)
-    advance = meter(progress, "making up inputs", count)
-    feeds = []
+    ids = _token_ids(inputs, template)
+    logits = ids and _logits(source.proto, ids)
+    rounds = sampling_rounds(source.proto, template) if runner else 0
+    advance = meter(progress, "making up inputs", count * (1 + rounds))
+    feeds, chances = [], []
     for _ in range(count):
         feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in inputs}
-        feeds.append(_from_the_model(source, session, feed, inputs, rng))
+        feeds.append(feed)
+        if ids and logits and runner:
+            chances.append(rng.random((*feed[ids.name].shape, 1), dtype=np.float32)[:, 1:])
         advance(1)
+    if ids and logits and runner:
+        for _ in range(rounds):
+            feeds = list(_sampled(runner, logits, feeds, ids, chances, advance))
     return feeds
 
 
@@ -225,29 +242,26 @@ def _logits(proto: ModelProto, ids: Input) -> str | None:
     return None
 
 
-def _from_the_model(
-    source: Model, session: Any, feed: Feed, inputs: list[Input], rng: np.random.Generator
-) -> Feed:
-    """The feed with token ids sampled from the model's own logits, if it is a decoder.
+def _sampled(
+    runner: Runner,
+    output: str,
+    feeds: Sequence[Feed],
+    ids: Input,
+    chances: Sequence[npt.NDArray[np.float32]],
+    advance: Callable[[int], None],
+) -> Iterator[Feed]:
+    """The feeds with token ids sampled from the decoder's own logits.
 
     Every round draws all positions at once, each from the logits that the model computes from the
     positions before it as the last round left them. A position gets the same random number in all
     rounds, so position t is an exact sample from round t on.
     """
-    ids = _token_ids(inputs, feed)
-    output = ids and _logits(source.proto, ids)
-    if not (ids and output and session):
-        return feed
-    tokens = feed[ids.name]
-    chances = rng.random((*tokens.shape, 1), dtype=np.float32)[:, 1:]
-    for _ in range(min(SAMPLING_ROUNDS, tokens.shape[1])):
-        (logits,) = session.run([output], feed)
-        if logits.shape != (*tokens.shape, ids.table_rows):
-            return feed
-        tokens = tokens.copy()
-        tokens[:, 1:] = _drawn(logits[:, :-1].astype(np.float32, copy=False), chances)
-        feed = feed | {ids.name: tokens}
-    return feed
+    for feed, numbers, found in zip(feeds, chances, runner.run_all([output], feeds), strict=True):
+        tokens, logits = feed[ids.name].copy(), found[output]
+        if logits.shape == (*tokens.shape, ids.table_rows):
+            tokens[:, 1:] = _drawn(logits[:, :-1].astype(np.float32, copy=False), numbers)
+        yield feed | {ids.name: tokens}
+        advance(1)
 
 
 def _drawn(
