@@ -135,7 +135,7 @@ class MomentRecorder:
         samples = len(self._samples.given) or self._wanted
         rounds = 0
         if not self._samples.given:
-            rounds = sampling_rounds(self._source.proto, self._template)
+            rounds = sampling_rounds(self._source.proto, self._template, self._pieces.whole)
         runs = samples * (len(self._passes) / self._pieces.count + rounds)
         work, size = 0.0, 0
         for name, inputs in self._inputs.items():

@@ -88,6 +88,11 @@ class Pieces:
         """How many pieces there are."""
         return len(self._pieces)
 
+    @property
+    def whole(self) -> bool:
+        """Whether there is only one, so that it stays loaded."""
+        return self.count == 1
+
     def number_of(self, names: Iterable[str]) -> int:
         """The first piece after which all of these values are known."""
         return max((self._made_by.get(name, 0) for name in names), default=0)

@@ -13,6 +13,7 @@ from .. import runtime
 from ..errors import LoadError, OptionError, RunError, UnsupportedModelError, ValidationError
 from ..io.model import Model
 from .inputs import NONE_FIT, Feed, cut_up, load_feeds, made_up_feeds, signature
+from .text_model import TextModel
 
 Array = npt.NDArray[Any]
 
@@ -77,9 +78,13 @@ class Samples:
 
         Raises ModelError when they do not fit the model.
         """
-        feeds = load_feeds(self.data, self.source.proto) if self.data else []
-        inputs = signature(self.source.proto) if feeds else []
-        return [part for feed in feeds for part in cut_up(feed, inputs)]
+        if not self.data:
+            return []
+        text = TextModel.of(self.source.proto)
+        feeds = load_feeds(self.data, self.source.proto, text.determined if text else ())
+        inputs = signature(self.source.proto)
+        parts = (part for feed in feeds for part in cut_up(feed, inputs))
+        return [text.filled(part) for part in parts] if text else list(parts)
 
     @property
     def accepted(self) -> list[Feed]:
@@ -149,8 +154,11 @@ class Samples:
         return best
 
     def candidates(self) -> Iterator[list[Feed]]:
-        """Made-up feeds, of which the model may accept the first."""
-        return made_up_feeds(self.source.proto, self.source.size)
+        """Made-up feeds that the model may accept; first those with empty caches, if it has any."""
+        text = TextModel.of(self.source.proto)
+        if text and text.past:
+            yield from text.starting(made_up_feeds(self.source.proto, self.source.size))
+        yield from made_up_feeds(self.source.proto, self.source.size)
 
     def _run(self, feeds: list[Feed]) -> Found:
         try:

@@ -178,7 +178,10 @@ class Session:
     Attributes
     ----------
     outputs : names of the model's outputs
+    whole : it is in memory, always
     """
+
+    whole = True
 
     def __init__(self, path: Path, exact: bool, size: int, child: Child) -> None:
         self._name, self._size, self._child = path.name, size, child
