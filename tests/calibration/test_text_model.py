@@ -3,8 +3,13 @@
 import numpy as np
 import pytest
 
+from flipguard_onnx.calibration.pieces import Pieces
 from flipguard_onnx.calibration.samples import Samples
-from flipguard_onnx.calibration.synthetic import sampling_rounds, synthetic_feeds
+from flipguard_onnx.calibration.synthetic import (
+    SAMPLING_ROUNDS,
+    sampling_rounds,
+    synthetic_feeds,
+)
 from flipguard_onnx.calibration.text_model import TextModel
 from flipguard_onnx.io.model import open_model
 from tests.helpers.decoders import VOCABULARY, WIDTH, decoder
@@ -52,7 +57,7 @@ def test_sampled_tokens_are_what_the_model_says_of_the_whole_text(tmp_path, form
     samples = samples_of(tmp_path, decoder(sharpness=3000.0, **FORMS[form]))
     feeds = sampled(samples, 6, batch=3)
     assert [feed["input_ids"].shape for feed in feeds] == [(3, 64)] * 2
-    assert sampling_rounds(samples.source.proto, feeds[0]) == 1
+    assert sampling_rounds(samples.source.proto, feeds[0], whole=True) == 1
     for feed in feeds:
         (logits,) = samples.session.run(["logits"], feed)
         top = np.sort(logits[:, :-1], axis=-1)
@@ -88,3 +93,19 @@ def test_sampled_tokens_follow_the_model_s_distribution(tmp_path):
         found = np.bincount(next_tokens, minlength=VOCABULARY) / len(next_tokens)
         error = np.sqrt(expected * (1 - expected) / len(next_tokens))
         assert np.all(np.abs(found - expected) < 4 * error + 1e-3)
+
+
+def test_a_decoder_in_pieces_samples_all_places_at_once_from_empty_caches(tmp_path):
+    """In the first SAMPLING_ROUNDS places the tokens are exact."""
+    samples = samples_of(tmp_path, decoder(sharpness=3000.0))
+    pieces = Pieces(samples.source, [], tmp_path / "pieces", 1)
+    assert not pieces.whole
+    template = samples.accepted[0]
+    feeds = synthetic_feeds(samples.source, pieces, template, 6, batch=3, seed=0)
+    assert sampling_rounds(samples.source.proto, feeds[0], whole=False) == SAMPLING_ROUNDS
+    for feed in feeds:
+        assert feed[CACHES[0]].size == 0
+        (logits,) = samples.session.run(["logits"], feed)
+        exact = slice(0, SAMPLING_ROUNDS)
+        likeliest = logits[:, exact].argmax(-1)
+        np.testing.assert_array_equal(likeliest, feed["input_ids"][:, 1 : SAMPLING_ROUNDS + 1])
