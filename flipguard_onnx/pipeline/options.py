@@ -104,7 +104,8 @@ class GuardOptions:
     max_drift : allowed drift of the outputs from the original's, as a multiple of the drift that
         rounding to nearest causes
     validate : run the result with onnxruntime before it appears at the output
-    max_memory : MiB for the statistics of `preserve`; of a larger model only sampled layers are run
+    max_memory : MiB for the statistics of `preserve`, which runs a larger model piece by piece; it
+        is validated by sampled layers
     device : "auto", "cpu" or "cuda": where the kernels run
 
     Raises

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -178,7 +178,10 @@ class Session:
     Attributes
     ----------
     outputs : names of the model's outputs
+    whole : it is in memory, always
     """
+
+    whole = True
 
     def __init__(self, path: Path, exact: bool, size: int, child: Child) -> None:
         self._name, self._size, self._child = path.name, size, child
@@ -217,6 +220,13 @@ class Session:
             raise RunError(str(error)) from None
         except ValidationError as error:
             raise error.at(self._name) from None
+
+    def run_all(
+        self, names: Sequence[str], feeds: Iterable[dict[str, Array]]
+    ) -> Iterator[dict[str, Array]]:
+        """These outputs, by name, for one feed after the other. Raises as `run` does."""
+        for feed in feeds:
+            yield dict(zip(names, self.run(list(names), feed), strict=True))
 
     def __del__(self) -> None:
         if hasattr(self, "_life"):
