@@ -70,10 +70,10 @@ def synthetic_feeds(
             return _one_by_one(text, session, template, count, batch, rng, progress)
     advance = meter(progress, "making up inputs", count)
     feeds = []
+    drawn = [i for i in inputs if not text or i.name not in text.determined]
     for _ in range(count):
-        feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in inputs}
-        if text:
-            feed = text.filled({n: a for n, a in feed.items() if n not in text.determined})
+        feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in drawn}
+        feed = text.filled(feed) if text else feed
         feeds.append(_from_the_model(source, session, feed, inputs, rng))
         advance(1)
     return feeds
