@@ -1,5 +1,7 @@
 """The child process in which onnx's and onnxruntime's C++ see the model; `session` starts it.
 
+The tokenizer beside a model is read here as well, by the tokenizers package.
+
 It takes requests from one pipe and answers into another until that closes. It is no sandbox: what
 it keeps away from the caller are crashes, endless runs and the use of too much memory.
 """
