@@ -13,6 +13,7 @@ from .. import runtime
 from ..errors import LoadError, OptionError, RunError, UnsupportedModelError, ValidationError
 from ..io.model import Model
 from .inputs import NONE_FIT, Feed, cut_up, load_feeds, made_up_feeds, signature
+from .text_files import is_text, text_feeds
 from .text_model import TextModel
 
 Array = npt.NDArray[Any]
@@ -45,7 +46,7 @@ class Samples:
     Parameters
     ----------
     source : the original; it is run as it stands in its file
-    data : .npz file, or a folder of them; None makes inputs up
+    data : .npz file, or a folder of them, or a file of text; None makes inputs up
     without : the options with which a run needs no inputs, as advice; "" where there are none
     takes_data : whether `data` could be given, as advice
     """
@@ -81,7 +82,12 @@ class Samples:
         if not self.data:
             return []
         text = TextModel.of(self.source.proto)
-        feeds = load_feeds(self.data, self.source.proto, text.determined if text else ())
+        if is_text(self.data):
+            feeds = text_feeds(self.data, self.source, text)
+        else:
+            feeds = load_feeds(self.data, self.source.proto, text.determined if text else ())
+        if text:
+            text.require_known(feeds, self.data)
         inputs = signature(self.source.proto)
         parts = (part for feed in feeds for part in cut_up(feed, inputs))
         return [text.filled(part) for part in parts] if text else list(parts)

@@ -87,12 +87,11 @@ def synthetic_feeds(
     logits = ids and logits_of(source.proto, ids)
     rounds = _rounds(source.proto, template) if runner else 0
     advance = meter(progress, "making up inputs", count * (1 + rounds))
+    drawn = [i for i in inputs if not text or i.name not in text.determined]
     feeds, chances = [], []
     for _ in range(count):
-        feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in inputs}
-        if text:
-            feed = text.filled({n: a for n, a in feed.items() if n not in text.determined})
-        feeds.append(feed)
+        feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in drawn}
+        feeds.append(text.filled(feed) if text else feed)
         if ids and logits and runner:
             chances.append(rng.random((*feed[ids.name].shape, 1), dtype=np.float32)[:, 1:])
         advance(1)

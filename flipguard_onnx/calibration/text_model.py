@@ -16,12 +16,14 @@ transformers.js lay them out:
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
+from ..errors import ModelError
 from .inputs import BATCH, MADE_UP_LIMIT, Feed, Input, node_readers, signature
 
 Array = npt.NDArray[Any]
@@ -125,6 +127,23 @@ class TextModel:
             for name, (wanted, values) in made.items()
             if values is not None and name not in given
         }
+
+    def require_known(self, feeds: Iterable[Feed], path: Path) -> None:
+        """Raise ModelError, naming the file, for token ids beyond the vocabulary."""
+        rows = self.ids.table_rows
+        if rows is None:
+            return
+        for feed in feeds:
+            ids = feed[self.ids.name]
+            beyond = ids[(ids < 0) | (ids >= rows)]
+            if beyond.size:
+                raise ModelError(
+                    "input {tensor!r} gets the token id {found}",
+                    path=path,
+                    tensor=self.ids.name,
+                    found=int(beyond[0]),
+                    allowed=f"0 to {rows - 1}, the model's vocabulary",
+                )
 
     def starting(self, candidates: Iterable[list[Feed]]) -> Iterator[list[Feed]]:
         """Made-up feeds, with masks, positions and caches as at the start of a text."""

@@ -6,6 +6,7 @@ answers. These are JSON and arrays (see `messages`), which cannot run code here.
 """
 
 import atexit
+import json
 import os
 import signal
 import subprocess
@@ -364,6 +365,16 @@ def quantize_static(
         raise ValidationError("onnxruntime's static quantizer: {found}", found=str(error)) from None
 
 
+def tokenized(path: Path, texts: Sequence[str]) -> Array:
+    """The token ids of texts, one text after the other, by a tokenizer.json.
+
+    Raises RemoteError, ValidationError.
+    """
+    content = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+    size = path.stat().st_size + content.size
+    return shared_child.ask("tokenize", {"path": str(path)}, size, _token_ids, [content])
+
+
 def _paths(path: Path, result: Path) -> dict[str, Any]:
     return {"path": str(path.absolute()), "result": str(result.absolute())}
 
@@ -385,6 +396,12 @@ def _problem(answer: Message) -> Exception | None:
 
 def _nothing(answer: Message) -> None:
     """The result of a request that has none."""
+
+
+def _token_ids(answer: Message) -> Array:
+    if len(answer.arrays) != 1 or answer.arrays[0].ndim != 1 or answer.arrays[0].dtype != np.int64:
+        raise MessageError("no list of token ids")
+    return answer.arrays[0]
 
 
 def _evaluated(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from flipguard_onnx.calibration.pieces import Pieces
 from flipguard_onnx.calibration.samples import Samples
@@ -12,8 +13,8 @@ from flipguard_onnx.calibration.synthetic import (
 )
 from flipguard_onnx.calibration.text_model import TextModel
 from flipguard_onnx.io.model import open_model
-from tests.helpers.decoders import VOCABULARY, WIDTH, decoder
-from tests.helpers.samples import save
+from tests.helpers.decoders import INT64, VOCABULARY, WIDTH, decoder
+from tests.helpers.samples import F, model, node, save, weights
 
 CACHES = ("past_key_values.0.key", "past_key_values.0.value")
 
@@ -109,3 +110,131 @@ def test_a_decoder_in_pieces_samples_all_places_at_once_from_empty_caches(tmp_pa
         exact = slice(0, SAMPLING_ROUNDS)
         likeliest = logits[:, exact].argmax(-1)
         np.testing.assert_array_equal(likeliest, feed["input_ids"][:, 1 : SAMPLING_ROUNDS + 1])
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_without_the_caches_tokens_are_sampled_in_rounds(tmp_path, cache):
+    """No cache, or one that no output becomes."""
+    proto = decoder(cache=cache, sharpness=3000.0)
+    renamed(proto, "present.0.key", "keys.so.far")
+    samples = samples_of(tmp_path, proto)
+    template = {n: a[:, :5] if a.ndim == 2 else a for n, a in samples.accepted[0].items()}
+    np.testing.assert_array_equal(template["position_ids"], [range(5)])
+    assert sampling_rounds(proto, template, whole=True) == 5  # which make exact samples
+    (feed,) = synthetic_feeds(samples.source, samples.session, template, 40, 40, seed=0)
+    (logits,) = samples.session.run(["logits"], feed)
+    np.testing.assert_array_equal(feed["position_ids"], [range(5)] * 40)
+    top = np.sort(logits[:, :-1], axis=-1)
+    sure = top[..., -1] > top[..., -2] + 20
+    assert sure.mean() > 0.9
+    assert (feed["input_ids"][:, 1:] == logits[:, :-1].argmax(axis=-1))[sure].all()
+
+
+def test_a_model_that_does_not_take_its_caches_back_is_sampled_in_rounds(tmp_path):
+    proto = decoder(sharpness=3000.0)
+    renamed(proto, "present.0.value", "values.so.far")
+    proto.graph.node.append(node("Squeeze", "values.so.far const.1", "present.0.value"))
+    proto.graph.output[-1].CopyFrom(helper.make_tensor_value_info("present.0.value", F, None))
+    samples = samples_of(tmp_path, proto)
+    assert TextModel.of(proto).goes_on
+    (feed,) = sampled(samples, 4, batch=4)
+    assert feed["past_key_values.0.value"].shape == (4, 1, 0, WIDTH)
+    (logits,) = samples.session.run(["logits"], feed)
+    found, said = feed["input_ids"][:, 1:], logits[:, :-1].argmax(axis=-1)
+    assert (found == said)[:, :7].mean() > 0.9
+
+
+def renamed(proto, name, other):
+    """Give a value another name, wherever it stands."""
+    for each in proto.graph.node:
+        each.input[:] = [other if n == name else n for n in each.input]
+        each.output[:] = [other if n == name else n for n in each.output]
+    for value in proto.graph.output:
+        if value.name == name:
+            value.name = other
+
+
+def test_what_is_not_text_is_made_up_beside_it(tmp_path):
+    proto = decoder()
+    states = helper.make_tensor_value_info("encoder_hidden_states", F, ["batch", "places", 4])
+    proto.graph.input.append(states)
+    text = TextModel.of(proto)
+    assert not text.goes_on
+    feed = samples_of(tmp_path, proto).require().feeds[0]
+    assert feed["encoder_hidden_states"].shape == (1, 64, 4)
+    assert feed["encoder_hidden_states"].std() > 0.5
+    assert feed["past_key_values.0.key"].shape == (1, 1, 0, WIDTH)
+    assert text.is_start(feed)
+
+
+def test_two_texts_are_none():
+    proto = decoder()
+    proto.graph.input.append(helper.make_tensor_value_info("decoder_input_ids", INT64, ["b", "s"]))
+    assert TextModel.of(proto) is None
+
+
+def test_how_many_logits_are_kept():
+    proto = decoder()
+    proto.graph.input.append(helper.make_tensor_value_info("num_logits_to_keep", INT64, []))
+    feed = TextModel.of(proto).filled({"input_ids": np.ones((2, 3), np.int64)})
+    assert feed["num_logits_to_keep"] == 0
+    assert feed["num_logits_to_keep"].shape == ()
+
+
+@pytest.mark.parametrize(("packed", "width"), [(True, 8 * 4 * 2), (False, 8 * 4)])
+def test_the_size_of_a_head_that_is_left_open(tmp_path, packed, width):
+    """Four heads with a size of 8 each; packed: two more of keys and two of values."""
+    inputs = ["qkv", "", ""] if packed else ["q", "k", "v"]
+    inputs += ["past_key_values.0.key", "past_key_values.0.value", "lengths", "total"]
+    outputs = ["attended", "present.0.key", "present.0.value"]
+    kinds = {"qkv": width} if packed else {"q": width, "k": 16, "v": 16}
+    nodes = [
+        node("Gather", "table input_ids", "hidden"),
+        *(node("MatMul", f"hidden w.{kind}", kind) for kind in kinds),
+        node("ReduceSum", "attention_mask axis", "counts", keepdims=0),
+        node("Sub", "counts axis", "lasts"),
+        node("Cast", "lasts", "lengths", to=TensorProto.INT32),
+        node("Shape", "attention_mask", "shape", start=1, end=2),
+        node("Squeeze", "shape", "total.long"),
+        node("Cast", "total.long", "total", to=TensorProto.INT32),
+        helper.make_node(
+            "GroupQueryAttention",
+            inputs,
+            outputs,
+            domain="com.microsoft",
+            num_heads=4,
+            kv_num_heads=2,
+        ),
+        node("MatMul", "attended head", "logits"),
+    ]
+    open_dims = ["batch_size", 2, "past_sequence_length", "kv_cache_dim"]
+    caches = [f"past_key_values.0.{kind}" for kind in ("key", "value")]
+    proto = model(
+        nodes,
+        {
+            "input_ids": (INT64, ["batch_size", "sequence_length"]),
+            "attention_mask": (INT64, ["batch_size", "total_sequence_length"]),
+            **dict.fromkeys(caches, (F, open_dims)),
+        },
+        {
+            "logits": (F, ["batch_size", "sequence_length", VOCABULARY]),
+            **{name.replace("past_key_values", "present"): (F, None) for name in caches},
+        },
+        {
+            "table": weights((VOCABULARY, WIDTH), 1) * 20,
+            "head": weights((32, VOCABULARY), 2) * 20,
+            "axis": np.array([1], np.int64),
+            **{f"w.{kind}": weights((WIDTH, size), 3) * 5 for kind, size in kinds.items()},
+        },
+    )
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    proto.graph.value_info.extend(
+        helper.make_tensor_value_info(kind, F, ["batch_size", "sequence_length", size])
+        for kind, size in kinds.items()
+    )
+    samples = samples_of(tmp_path, proto)
+    feed = samples.require().feeds[0]
+    assert [feed[name].shape for name in caches] == [(1, 2, 0, 8)] * 2
+    (feed,) = sampled(samples, 3, batch=3)
+    assert [feed[name].shape for name in caches] == [(3, 2, 0, 8)] * 2
+    assert len({tuple(text[1:]) for text in feed["input_ids"]}) == 3

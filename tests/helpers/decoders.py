@@ -10,11 +10,11 @@ VOCABULARY, WIDTH, PLACES = 50, 16, 70
 INT64 = TensorProto.INT64
 
 
-def decoder(cache=True, merged=False, tied=False, sharpness=1.0):
+def decoder(cache=True, merged=False, tied=False, sharpness=1.0, length="sequence_length"):
     """Adds up the tokens before, where the mask has them, and says what may follow.
 
     cache: takes the keys of earlier tokens, [batch, 1 head, past, WIDTH], and returns all of them
-    as values of two caches; merged: ids and caches are read inside If; tied: the table is the
+    in two caches; merged: ids and caches are read inside If; tied: the table is the
     transposed weight of the last layer. The larger sharpness, the surer of the next token.
     """
     table = weights((VOCABULARY, WIDTH), 1) * 20
@@ -67,7 +67,7 @@ def decoder(cache=True, merged=False, tied=False, sharpness=1.0):
         node("MatMul", "context head", "logits"),
     ]
     inputs = {
-        "input_ids": (INT64, ["batch_size", "sequence_length"]),
+        "input_ids": (INT64, ["batch_size", length]),
         "attention_mask": (INT64, ["batch_size", "past_sequence_length + sequence_length"]),
         "position_ids": (INT64, ["batch_size", "sequence_length"]),
     }
@@ -80,6 +80,30 @@ def decoder(cache=True, merged=False, tied=False, sharpness=1.0):
     if merged:
         inputs["use_cache_branch"] = (TensorProto.BOOL, [1])
     return model(nodes, inputs, outputs, constants)
+
+
+def encoder(batch="batch_size", length="sequence_length"):
+    """Adds up what the token ids and their types stand for, where the mask has them."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return model(
+        [
+            node("Gather", "table input_ids", "embedded"),
+            node("Gather", "types token_type_ids", "typed"),
+            node("Add", "embedded typed", "hidden"),
+            node("Cast", "attention_mask", "shown", to=F),
+            node("Unsqueeze", "shown axis", "rows"),
+            node("MatMul", "rows hidden", "sums"),
+            node("MatMul", "sums head", "y"),
+        ],
+        dict.fromkeys(names, (INT64, [batch, length])),
+        {"y": (F, None)},
+        {
+            "table": weights((VOCABULARY, WIDTH), 1),
+            "types": weights((2, WIDTH), 2),
+            "head": weights((WIDTH, WIDTH), 3),
+            "axis": np.array([1], np.int64),
+        },
+    )
 
 
 def branched(merged, name, with_past, without=None):
