@@ -32,10 +32,16 @@ NAMED = 3  # tensors of a finding
 
 INDENT = " " * 10  # of lines that go on with the one above them
 
-SLOW_4_BIT = (
-    "large 4-bit matrices stay packed: that saves memory, but takes longer than float32",
-    "(several times as long where few rows are multiplied at once)",
-)
+PACKED: dict[str, tuple[str, ...]] = {  # by form
+    "nbits": (
+        "matrices stay packed in memory, and what they are multiplied with is rounded to 8 bits:",
+        "faster than float32 where few rows are multiplied at once",
+    ),
+    "bnb4": (
+        "4-bit matrices stay packed: that saves memory, but takes longer than float32",
+        "(several times as long where few rows are multiplied at once; not so at int4)",
+    ),
+}
 
 DECODED_AGAIN = (
     "in onnxruntime, MatMul and Gemm round what these weights are multiplied with to 8 bits, and",
@@ -150,11 +156,14 @@ def render_guard(report: GuardReport) -> str:
 def _speed_lines(report: GuardReport) -> list[str]:
     """What is to be known of the time that the written model takes in onnxruntime."""
     forms = {form for tensor in report.tensors for form in tensor.forms}
-    packs = report.options.get("target") == "onnxruntime"
-    if forms.isdisjoint({"dequantize", "bnb4"} if packs else {"dequantize"}):
-        return []
-    first, *others = SLOW_4_BIT if packs else DECODED_AGAIN
-    return [f"speed     {first}", *(f"{INDENT}{line}" for line in others)]
+    if report.options.get("target") == "onnxruntime":
+        known = [PACKED[form] for form in PACKED if form in forms]
+    else:
+        known = [DECODED_AGAIN] if "dequantize" in forms else []
+    lines = []
+    for first, *others in known:
+        lines += [f"speed     {first}", *(f"{INDENT}{line}" for line in others)]
+    return lines
 
 
 def _option_lines(report: GuardReport) -> list[str]:
