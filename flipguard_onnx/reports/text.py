@@ -28,7 +28,7 @@ from .words import (
 
 CELL = 120  # characters of a name in a table
 
-NAMED = 3  # tensors of a finding
+NAMED = 3  # of many tensors or models
 
 INDENT = " " * 10  # of lines that go on with the one above them
 
@@ -105,10 +105,8 @@ def render_target_inspection(inspection: TargetInspection) -> str:
         f"target    {inspection.target}: {verdict}",
     ]
     for finding in inspection.findings:
-        named = ", ".join(printable(name, CELL) for name in finding.tensors[:NAMED])
-        more = len(finding.tensors) - NAMED
-        rest = f" and {more:,} more" * (more > 0)
-        lines.append(f"{INDENT}{finding.requirement}: not {named}{rest}")
+        named = _some([printable(name, CELL) for name in finding.tensors])
+        lines.append(f"{INDENT}{finding.requirement}: not {named}")
     return text(lines)
 
 
@@ -378,8 +376,33 @@ def render_batch(batch: BatchReport) -> str:
             "drift     of the outputs from the original's, relative L2; beside it that of rounding "
             "to nearest"
         )
+    lines += _warning_lines([outcome.report for outcome in batch.outcomes if outcome.report])
+    if batch.copied:
+        lines.append(f"copied    {plural(len(batch.copied), 'other file')} of the models' folders")
     lines.append(f"guarded   {plural(len(batch.outcomes) - failed, 'model')}, {failed} failed")
     return "\n".join(lines)
+
+
+def _warning_lines(reports: Sequence[GuardReport]) -> list[str]:
+    """What the reports of single models warn of, each warning once, with its models below it."""
+    warned: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for report in reports:
+        scan = report.scan
+        for lines in (
+            _collapse_lines(report),
+            _feedback_lines(report) if report.preserve == "off" else [],
+            _speed_lines(report),
+            _unguarded_lines(report.skipped),
+            verdict_lines(scan.verdict) if scan and scan.verdict.level != "clean" else [],
+        ):
+            if lines:
+                warned[tuple(map(printable, lines))].append(printable(report.input, CELL))
+    return [
+        line
+        for lines, models in warned.items()
+        for line in (*lines, f"{INDENT}({_some(models)})" if len(reports) > 1 else "")
+        if line
+    ]
 
 
 def _outcome_cells(outcome: ModelOutcome) -> tuple[str, ...]:
@@ -399,6 +422,12 @@ def _outcome_cells(outcome: ModelOutcome) -> tuple[str, ...]:
 
 
 # pieces of more than one of them
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + f" and {more:,} more" * (more > 0)
 
 
 def _shared_lines(tensors: Sequence[Tensor]) -> list[str]:
