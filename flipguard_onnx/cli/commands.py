@@ -33,7 +33,7 @@ from .options import (
     report_options,
     target_option,
 )
-from .paths import check_files
+from .paths import check_files, folder_of
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def guard(
         if alone:
             from .. import guard as run
 
-            with progress_bar(quiet) as progress:
+            with folder_of(output), progress_bar(quiet) as progress:
                 result = run(models[0], output=output, progress=progress, **options)
             result = replace(result, config=config)
             if html:

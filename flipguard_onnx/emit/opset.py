@@ -12,18 +12,18 @@ from ..graph.traversal import bodies, opset_of
 from ..graph.weights import Weight
 from ..io.model import Model
 from ..quantization.schemes import Scheme
-from .weight_forms import form_of
+from .weight_forms import Target, form_of
 
 RESIZE_OPSET = 11  # the first whose Resize says how coordinates are found
 
 
-def needed_opset(weights: list[Weight], schemes: list[Scheme], target: str) -> int:
+def needed_opset(weights: list[Weight], schemes: list[Scheme], target: Target) -> int:
     """The lowest opset that has every form the weights will take.
 
     Parameters
     ----------
     weights, schemes : the weights, and the scheme of each
-    target : as in GuardOptions
+    target : what the graph is written for
     """
     return max(
         opset_for(form_of(use, weight, scheme, target), scheme)
@@ -104,4 +104,4 @@ def opset_for(form: WeightForm, scheme: Scheme) -> int:
         return 21  # the first with scales per block, and with 4-bit integers as tensors
     if form is WeightForm.DEQUANTIZE:
         return 13  # the first with scales per axis
-    return 10 if form is WeightForm.GATHER else 7
+    return 10 if form in (WeightForm.GATHER, WeightForm.GATHER_PACKED) else 7

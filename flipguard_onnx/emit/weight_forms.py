@@ -16,19 +16,25 @@ FOLDED      MatMul(x, w) -> MatMul(x, Mul(Cast(codes), s)), and at 4 bits
             Ordinary nodes over constants, which runtimes compute once, when they load the file: a
             small file that runs at the speed and in the memory of floats. ONNX has no type for
             the codes of nf4 and fp4, so that this is their only form of standard operators.
+NBITS       MatMul(x, w) -> MatMulNBits(x, codes, s)
+            For onnxruntime alone, whose memory holds the codes as the file does: matrices of a
+            decoder, and large ones of other models at int4. It rounds x to 8 bits, in blocks.
 BNB4        MatMul(x, w) -> MatMulBnb4(x, codes, s)
-            Large matrices at nf4 and fp4, which stay in 4 bits in onnxruntime's memory.
-GATHER_4_BITS  Gather(w, i) -> GatherBlockQuantized(codes, i, s)
-            Embeddings that share an int4 matrix, likewise.
+            The same at nf4 and fp4; x stays float.
+GATHER_PACKED  Gather(w, i) -> GatherBlockQuantized(codes, i, s)
+            Embeddings that share such a matrix: both read the same codes.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from ..calibration.inputs import signature
+from ..errors import UnsupportedModelError
 from ..graph.operators import CONTRIB, WeightForm
 from ..graph.scopes import Use
 from ..graph.traversal import attribute
@@ -38,7 +44,13 @@ from ..quantization.arrays import contiguous
 from ..quantization.schemes import Codebook, Grid, Scheme
 from .rewriter import Rewriter, remove_named
 
-MIN_PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory, at the cost of time
+MIN_PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory where speed counts
+
+PACKED_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)  # that MatMulNBits multiplies
+
+ROUNDED_TO_8_BITS = 4  # the accuracy level of MatMulNBits; all others are slow at 8 bits
+
+BLOCKS_OF_8_BITS = (128, 64, 32)  # of a row of int8 codes with one scale, the larger the better
 
 FLOAT16_OPSET = 19  # the first whose DequantizeLinear yields float16
 
@@ -49,35 +61,89 @@ STRIP = 64  # rows, and their multiples: what a cache line holds of a transposed
 Array = npt.NDArray[Any]
 
 
-def form_of(use: Use, weight: Weight, scheme: Scheme, target: str) -> WeightForm:
+@dataclass(frozen=True)
+class Target:
+    """What a graph is written for.
+
+    Attributes
+    ----------
+    name : as in GuardOptions
+    decodes : whether the model yields token after token, and so multiplies a row at a time: what
+        it reads from memory is what takes time then
+    """
+
+    name: str
+    decodes: bool = False
+
+    @classmethod
+    def of(cls, proto: ModelProto, name: str) -> "Target":
+        """The target of this name, for this model."""
+        return cls(name, decodes(proto))
+
+
+def decodes(proto: ModelProto) -> bool:
+    """Whether a model is a decoder: it takes a cache of the tokens before, or yields logits.
+
+    Logits are an output with a value for every row of the table that token ids index.
+    """
+    try:
+        inputs = signature(proto)
+    except UnsupportedModelError:
+        return False
+    if any(i.name.startswith("past") and i.dtype.kind == "f" for i in inputs):
+        return True
+    tables = {i.table_rows for i in inputs if i.table_rows and len(i.dims) == 2}
+    shapes = [value.type.tensor_type.shape.dim for value in proto.graph.output]
+    return any(len(dims) == 3 and dims[2].dim_value in tables for dims in shapes)
+
+
+def form_of(use: Use, weight: Weight, scheme: Scheme, target: Target) -> WeightForm:
     """The form in which this reader gets the weight.
 
     Parameters
     ----------
     use, weight : one of the weight's readers
     scheme : that of the weight
-    target : as in GuardOptions
+    target : what the graph is written for
     """
-    is_book, is_matrix = isinstance(scheme, Codebook), len(weight.shape) == 2
-    four_bits, packs = scheme.bits == 4, target == "onnxruntime"
-    if use.reads(WeightForm.GATHER) and not is_book:
-        picks_rows = weight.rows == use.output_axes() and use.perm == tuple(range(len(use.perm)))
-        if picks_rows and (not four_bits or (is_matrix and weight.rows == (0,))):
-            return WeightForm.GATHER_4_BITS if packs and four_bits else WeightForm.GATHER
-    is_second = is_matrix and use.index == 1 and use.output_axes() == weight.rows
-    if packs and four_bits and is_second and weight.size >= MIN_PACKED:
-        fuses = use.elem_type != TensorProto.BFLOAT16 and use.scope is weight.scope
-        if use.reads(WeightForm.DEQUANTIZE) and not is_book and fuses:
-            return WeightForm.DEQUANTIZE
-        is_float = use.elem_type == TensorProto.FLOAT
-        if use.reads(WeightForm.BNB4) and is_book and is_float:
-            return WeightForm.BNB4
+    is_matrix = len(weight.shape) == 2
+    picks_rows = use.reads(WeightForm.GATHER) and weight.rows == use.output_axes()
+    picks_rows = picks_rows and use.perm == tuple(range(len(use.perm)))
+    if target.name == "onnxruntime" and is_matrix:
+        if picks_rows and _shares_packed(use, weight, scheme, target):
+            return WeightForm.GATHER_PACKED
+        if packed := _packed_form(use, weight, scheme, target):
+            return packed
+    decodable = scheme.bits == 8 or (is_matrix and weight.rows == (0,))
+    if picks_rows and decodable and not isinstance(scheme, Codebook):
+        return WeightForm.GATHER
     return _decoded_form(scheme, target)
 
 
-def _decoded_form(scheme: Scheme, target: str) -> WeightForm:
+def _shares_packed(use: Use, weight: Weight, scheme: Scheme, target: Target) -> bool:
+    """Whether the rows that a Gather picks can be read from the packed codes of a matrix."""
+    fits = weight.rows == (0,) and use.elem_type in PACKED_TYPES
+    forms = (_packed_form(each, weight, scheme, target) for each in weight.uses)
+    return fits and WeightForm.NBITS in forms
+
+
+def _packed_form(use: Use, weight: Weight, scheme: Scheme, target: Target) -> WeightForm | None:
+    """The form in which the matrix stays packed in onnxruntime's memory, if there is one."""
+    large = scheme.bits == 4 and weight.size >= MIN_PACKED
+    if not (large or target.decodes) or use.index != 1 or use.output_axes() != weight.rows:
+        return None
+    if isinstance(scheme, Codebook):
+        is_float = use.elem_type == TensorProto.FLOAT
+        return WeightForm.BNB4 if use.reads(WeightForm.BNB4) and is_float else None
+    plain = all(attribute(use.node, name, 1) == 1 for name in ("alpha", "beta"))
+    plain = plain and not attribute(use.node, "transA", 0)
+    fits = use.reads(WeightForm.NBITS) and use.elem_type in PACKED_TYPES and plain
+    return WeightForm.NBITS if fits else None
+
+
+def _decoded_form(scheme: Scheme, target: Target) -> WeightForm:
     """The form in which any reader can take the weight."""
-    folds = isinstance(scheme, Codebook) or target == "onnxruntime"
+    folds = isinstance(scheme, Codebook) or target.name == "onnxruntime"
     return WeightForm.FOLDED if folds else WeightForm.DEQUANTIZE
 
 
@@ -85,7 +151,7 @@ class Emitter:
     """Rewrites one model: `emit` every weight, then `finish`."""
 
     def __init__(self, proto: ModelProto, output: Output, target: str) -> None:
-        self._target = target
+        self._target = Target.of(proto, target)
         self._rewriter = Rewriter(proto, output)
         self.finish = self._rewriter.finish
 
@@ -124,7 +190,7 @@ class _WeightCodes:
         scheme: Scheme,
         grid: Grid,
         codes: Array,
-        target: str,
+        target: Target,
     ) -> None:
         self._rewriter = rewriter
         self._weight = weight
@@ -132,14 +198,15 @@ class _WeightCodes:
         self._grid = grid
         self._blocks = grid.blocks
         self._codes = codes
-        self._pads = target != "onnxruntime"
+        self._pads = target.name != "onnxruntime"
         self._shared: dict[tuple[Any, ...], Any] = {}
         self._writers: dict[WeightForm, Callable[[Use], None]] = {
             WeightForm.FOLDED: self._write_folded,
             WeightForm.DEQUANTIZE: self._write_dequantize,
+            WeightForm.NBITS: self._write_nbits,
             WeightForm.BNB4: self._write_bnb4,
             WeightForm.GATHER: self._write_gather,
-            WeightForm.GATHER_4_BITS: self._write_gather_4_bits,
+            WeightForm.GATHER_PACKED: self._write_gather_packed,
         }
 
     def write(self, form: WeightForm, use: Use) -> None:
@@ -248,6 +315,100 @@ class _WeightCodes:
             inputs.append(self._add_constant("zero_point", np.zeros(scales.shape, np.int8)))
         return inputs, attributes
 
+    def _write_nbits(self, use: Use) -> None:
+        """MatMul(x, w) -> MatMulNBits(x, codes, scales); the bias of a Gemm is added behind."""
+        node = use.node
+        outputs, contracted = self._matrix_shape()
+        codes, scale, size = self._packed(use.elem_type)
+        bias = [name for name in node.input[2:] if name]
+        result = node.output[0]
+        product = self._rewriter.fresh(f"{result}_MatMulNBits_Output") if bias else result
+        nodes = [
+            helper.make_node(
+                "MatMulNBits",
+                [node.input[0], codes, scale],
+                [product],
+                name=node.name,
+                domain=CONTRIB,
+                K=contracted,
+                N=outputs,
+                bits=self._scheme.bits,
+                block_size=size,
+                accuracy_level=ROUNDED_TO_8_BITS,
+            )
+        ]
+        if bias:
+            nodes.append(helper.make_node("Add", [product, *bias], [result]))
+        self._rewriter.replace(use.scope, node, nodes)
+
+    def _write_gather_packed(self, use: Use) -> None:
+        """Gather(w, i) -> GatherBlockQuantized(codes, i, scales), of the codes of MatMulNBits.
+
+        These have an axis for the blocks of a row, which a Reshape joins with that of the codes.
+        Rows that are no whole number of blocks are cut.
+        """
+        indices, result = use.node.input[1], use.node.output[0]
+        outputs, contracted = self._matrix_shape()
+        codes, scale, size = self._packed(use.elem_type)
+        shape = self._add_integers("table_shape", outputs, -1)
+        table = self._add_node("Reshape", [codes, shape])
+        ragged = contracted % size > 0
+        whole = self._rewriter.fresh(f"{result}_GatherBlockQuantized_Output") if ragged else result
+        nodes = [
+            helper.make_node(
+                "GatherBlockQuantized",
+                [table, indices, scale],
+                [whole],
+                name=use.node.name,
+                domain=CONTRIB,
+                bits=self._scheme.bits,
+                gather_axis=0,
+                quantize_axis=1,
+                block_size=size,
+            )
+        ]
+        if ragged:
+            limits = [self._add_integers("row", limit) for limit in (0, contracted, -1)]
+            nodes.append(helper.make_node("Slice", [whole, *limits], [result]))
+        self._rewriter.replace(use.scope, use.node, nodes)
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        """Output channels of a matrix, and weights of each."""
+        outputs, contracted = (self._weight.shape[axis] for axis in self._weight.perm)
+        return outputs, contracted
+
+    def _packed(self, elem_type: int) -> tuple[str, str, int]:
+        """Codes as MatMulNBits reads them, their scales in a type, and the size of a block.
+
+        Codes: [outputs, blocks of a row, bytes of a block], without a sign: 0 stands for the lowest
+        level, and fills the last block of a row. Scales: [outputs, blocks of a row].
+        """
+        outputs, contracted = self._matrix_shape()
+        size = self._blocks.size
+        if self._scheme.bits == 8:
+            fitting = (block for block in BLOCKS_OF_8_BITS if contracted % block == 0)
+            size = next(fitting, BLOCKS_OF_8_BITS[-1])
+        per_row = -(-contracted // size)
+
+        def codes() -> str:
+            codes = self._codes.reshape(outputs, contracted)
+            lowest = -(1 << self._scheme.bits - 1)
+            missing = per_row * size - contracted
+            codes = np.pad(codes, ((0, 0), (0, missing)), constant_values=lowest)
+            if self._scheme.bits == 8:
+                unsigned = codes.view(np.uint8) ^ np.uint8(128)
+            else:
+                unsigned = pack(codes, False, np.arange(16) ^ 8)
+            return self._add_constant("quantized", unsigned.reshape(outputs, per_row, -1))
+
+        def scales() -> str:
+            scales = self._grid.scale.astype(_dtype(elem_type))
+            if self._scheme.bits == 8:
+                scales = np.broadcast_to(scales.reshape(-1, 1), (outputs, per_row))
+            return self._add_constant("scale", scales.reshape(outputs, per_row))
+
+        return self._once(("packed",), codes), self._once(("packed", elem_type), scales), size
+
     def _write_bnb4(self, use: Use) -> None:
         """MatMul(x, w) -> MatMulBnb4(x, codes, scales).
 
@@ -260,7 +421,7 @@ class _WeightCodes:
             codes = self._add_constant("quantized", pack(self._codes, True, scheme.stored))
             return [codes, self._add_constant("scale", self._grid.scale)]
 
-        outputs, contracted = (self._weight.shape[axis] for axis in self._weight.perm)
+        outputs, contracted = self._matrix_shape()
         product = helper.make_node(
             "MatMulBnb4",
             [node.input[0], *self._once(("bnb4",), stored)],
@@ -274,23 +435,6 @@ class _WeightCodes:
             training_mode=0,
         )
         self._rewriter.replace(use.scope, node, [product])
-
-    def _write_gather_4_bits(self, use: Use) -> None:
-        """Gather(w, i) -> GatherBlockQuantized(codes, i, scales); scales: [rows, blocks]."""
-        scales = self._block_scales().astype(_dtype(use.elem_type))
-        codes = self._codes.reshape(self._weight.shape)
-        table = self._once(("packed",), lambda: self._add_codes(codes))
-        node = helper.make_node(
-            "GatherBlockQuantized",
-            [table, use.node.input[1], self._add_constant("scale", scales)],
-            [use.node.output[0]],
-            name=use.node.name,
-            domain=CONTRIB,
-            gather_axis=0,
-            quantize_axis=1,
-            block_size=self._blocks.size,
-        )
-        self._rewriter.replace(use.scope, use.node, [node])
 
     def _write_gather(self, use: Use) -> None:
         """Gather(w, i) -> the rows of codes that are looked up, dequantized.

@@ -34,8 +34,9 @@ class WeightForm(StrEnum):
     DEQUANTIZE = "dequantize"
     GATHER = "gather"
     FOLDED = "folded"
+    NBITS = "nbits"
     BNB4 = "bnb4"
-    GATHER_4_BITS = "gather 4 bits"
+    GATHER_PACKED = "gather packed"
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ OPERATORS = (
         multiplied_input=operands.matmul_input,
         layer_input=operands.matmul_layer,
         four_bits=True,
-        forms=(WeightForm.DEQUANTIZE, WeightForm.BNB4),
+        forms=(WeightForm.DEQUANTIZE, WeightForm.NBITS, WeightForm.BNB4),
         static=True,
         may_vary=(1, 0),
     ),
@@ -152,7 +153,7 @@ OPERATORS = (
         multiplied_input=operands.gemm_input,
         layer_input=operands.gemm_layer,
         four_bits=True,
-        forms=(WeightForm.DEQUANTIZE,),
+        forms=(WeightForm.DEQUANTIZE, WeightForm.NBITS),
         static=True,
         requantized=True,
         may_vary=(0,),
@@ -190,7 +191,7 @@ OPERATORS = (
         output_axes=operands.gather_axes,
         multiplied_input=operands.gather_input,
         layer_input=operands.gather_layer,
-        forms=(WeightForm.GATHER, WeightForm.GATHER_4_BITS),
+        forms=(WeightForm.GATHER, WeightForm.GATHER_PACKED),
         may_vary=(0,),
         behind_views=False,
     ),

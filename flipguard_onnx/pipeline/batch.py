@@ -1,12 +1,14 @@
 """guard() for many models: in processes of this machine, or on a Dask cluster."""
 
+import filecmp
 import hashlib
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
@@ -22,6 +24,10 @@ from .guard import guard
 from .options import GuardKeywords, GuardOptions, StrPath, output_paths
 
 OURS = re.compile(r"\.flipguard-\w+(-float)?\.onnx$")  # outputs of earlier runs
+
+SETTINGS = ("genai_config.json", "config.json")  # one of them is in every model folder
+
+LINKED = 1 << 24  # bytes from which a file that goes along is a hard link where it can be
 
 _ONE_AT_A_TIME = threading.Lock()  # a Dask worker may have many threads, a run uses all cores
 
@@ -52,7 +58,10 @@ def guard_many(
     models : paths of ONNX files and of folders; those are searched for more, outputs of earlier
         runs aside. Links to files are followed, links to folders are not.
     output : folder for the outputs, made where it is missing; what was found in a folder keeps
-        its place below. By default every output goes beside its input.
+        its place below. By default every output goes beside its input. Of a model folder, which
+        has a config.json or genai_config.json in it, outputs have the names of their inputs, and
+        all else in it goes along except the data of its models, so that what ran from the one
+        folder runs from the other.
     scheme, **options : the fields of `GuardOptions`, the same for all models. Of `seed`, every
         model gets one of its own, made from it and the model's content, since models of one
         architecture have the same tensor names and would get the same draws. guard() repeats a
@@ -69,7 +78,7 @@ def guard_many(
     Raises
     ------
     ModelError : a folder without models, two models with the same output, an output folder that
-        cannot be made; nothing is written
+        cannot be made, a file that would go along and is there already; nothing is written
     OptionError : an option is not usable; nothing is written
     DeviceError : the scheduler cannot be used
 
@@ -88,6 +97,7 @@ def guard_many(
     planned = plan_jobs([Path(model) for model in models], folder, opts)
     if opts.data_path:
         npz_files(opts.data_path)  # there, before anything is done
+    companions = [] if folder is None else plan_copies(map(Path, models), folder, opts.force)
     folders = {job.outputs[0].parent for job in planned}
     _make(folders)
     outcomes = _refused(planned)
@@ -104,9 +114,11 @@ def guard_many(
                 result = ModelOutcome(model, 2, error=f"{model}: {result.reason}")
             outcomes[left[place]] = replace(result, model=model)
             progress("guarding models", len(outcomes), len(planned))
-    for folder in folders:
-        sweep(folder)
-    return BatchReport(tuple(outcomes[index] for index in range(len(planned))))
+    for written in folders:
+        sweep(written)
+    done = tuple(outcomes[index] for index in range(len(planned)))
+    guarded = any(outcome.report for outcome in done)
+    return BatchReport(done, tuple(map(_copy, companions)) if guarded else ())
 
 
 def plan_jobs(
@@ -126,12 +138,44 @@ def plan_jobs(
     ModelError : a folder without models, or two models with the same output
     """
     jobs = []
-    for model, place in find_models(paths):
-        target = output / place if output and not alone else model
-        kinds = output_paths(target, output if alone else None, options.scheme, options.emit)
-        jobs.append(Job(model, tuple(kinds.values()), options))
+    for path in paths:
+        for model, place in find_models([path]):
+            target = output / place if output and not alone else model
+            named = output if alone else target if is_model_folder(path, output) else None
+            kinds = output_paths(target, named, options.scheme, options.emit)
+            jobs.append(Job(model, tuple(kinds.values()), options))
     _require_distinct(jobs)
     return jobs
+
+
+def is_model_folder(path: Path, output: Path | None) -> bool:
+    """Whether a folder is what a runtime loads whole, and is to be written to another place."""
+    settings = any((path / name).is_file() for name in SETTINGS)
+    return settings and output is not None and not _same(path, output)
+
+
+def plan_copies(paths: Iterable[Path], output: Path, force: bool) -> list[tuple[Path, Path]]:
+    """What goes along with the models of model folders: files, each with its place in `output`.
+
+    That is all but models, their data, and what is hidden.
+
+    Raises
+    ------
+    ModelError : another file is there already, and `force` does not say to replace it
+    """
+    copies = []
+    for folder in paths:
+        if is_model_folder(folder, output):
+            files = sorted(_files_in(folder, output))
+            models = [file for file in files if file.suffix.lower() == ".onnx"]
+            left = {os.path.realpath(file) for model in models for file in _files_of(model)}
+            for file in files:
+                if os.path.realpath(file) not in left and not file.name.startswith("."):
+                    copies.append((file, output / file.relative_to(folder)))
+    for file, target in copies:
+        if os.path.lexists(target) and not (target.is_file() and (force or _equal(file, target))):
+            raise ModelError("exists already; --force overwrites it", path=target)
+    return copies
 
 
 def find_models(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
@@ -173,15 +217,66 @@ def run(job: Job) -> ModelOutcome:
 
 
 def _models_in(folder: Path) -> Iterator[Path]:
+    for place, _, files in _walk(folder):
+        for name in files:
+            path = Path(place, name)
+            if path.suffix.lower() == ".onnx" and not OURS.search(name):
+                yield path
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk() without our own temporary folders."""
+
     def refuse(error: OSError) -> None:
         raise ModelError("cannot be searched: {found}", path=error.filename, found=error.strerror)
 
     for place, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not WORKSPACE.fullmatch(name)]
-        for name in files:
-            path = Path(place, name)
-            if path.suffix.lower() == ".onnx" and not OURS.search(name):
-                yield path
+        yield place, folders, files
+
+
+def _files_in(folder: Path, output: Path) -> Iterator[Path]:
+    """The regular files of a folder, links to some included; not what is hidden or in `output`."""
+    for place, folders, files in _walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and not _same(Path(place, name), output)
+        ]
+        yield from (Path(place, name) for name in files if Path(place, name).is_file())
+
+
+def _files_of(model: Path) -> Iterable[Path]:
+    """A model's file and those with its data."""
+    try:
+        return open_model(model, digests=False).stamps
+    except FlipguardError:  # its own run says what is wrong with it
+        return [model]
+
+
+def _same(path: Path, other: Path) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def _equal(file: Path, other: Path) -> bool:
+    return filecmp.cmp(file, other, shallow=False)
+
+
+def _copy(pair: tuple[Path, Path]) -> str:
+    """Let a file go along; where it went."""
+    file, target = pair
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not (target.is_file() and target.samefile(file)):
+            target.unlink(missing_ok=True)
+            if file.stat().st_size >= LINKED:
+                with suppress(OSError):  # another file system
+                    os.link(os.path.realpath(file), target)
+            if not target.exists():
+                shutil.copyfile(file, target)
+    except OSError as error:
+        raise ModelError("cannot be written: {found}", path=target, found=error.strerror) from None
+    return str(target)
 
 
 def _require_distinct(jobs: Sequence[Job]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from ..emit.opset import converted, inlined, needed_opset
+from ..emit.weight_forms import Target
 from ..errors import OptionError, UnsupportedModelError
 from ..graph.copies import IndexedModel
 from ..graph.weights import Weight, find_weights
@@ -98,7 +99,9 @@ def prepare(model: Model, options: GuardOptions) -> Prepared:
     weights, skipped = require_weights(model, options)
     plans = plan_weights(weights, options)
     opset = needed_opset(
-        [plan.weight for plan in plans], [plan.scheme for plan in plans], options.target
+        [plan.weight for plan in plans],
+        [plan.scheme for plan in plans],
+        Target.of(model.proto, options.target),
     )
     if (flat := inlined(model, opset)) is not model:
         model = flat

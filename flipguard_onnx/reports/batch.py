@@ -34,12 +34,14 @@ class BatchReport:
     Attributes
     ----------
     outcomes : one per model, in the order of the models
+    copied : files that went along with the models of a model folder
     config : the file that gave options of the command line, if one did
     """
 
     kind: Literal["guard_many"] = field(default="guard_many", init=False)
     format_version: int = field(default=FORMAT, init=False)
     outcomes: tuple[ModelOutcome, ...]
+    copied: tuple[str, ...] = ()
     config: str | None = None
 
     @property
@@ -58,6 +60,7 @@ class BatchReport:
             "format_version": self.format_version,
             "config": self.config,
             "code": self.code,
+            "copied": list(self.copied),
             "models": models,
         }
 

@@ -72,7 +72,7 @@ class Tensor:
         the draws are independent
     forms : how its readers get it in a quantized graph with float activations: by "dequantize" (a
         DequantizeLinear), "gather" (decoded row by row), "folded" (decoded to floats when the file
-        is loaded), or in 4 bits in onnxruntime's memory by "bnb4" and "gather 4 bits"
+        is loaded), or packed in onnxruntime's memory by "nbits", "bnb4" and "gather packed"
     others : what else it is or feeds: "a graph output", "a graph input" whose default it is, types
         of operators that are not weighted. All get the guarded value.
     """

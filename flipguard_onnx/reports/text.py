@@ -28,14 +28,20 @@ from .words import (
 
 CELL = 120  # characters of a name in a table
 
-NAMED = 3  # tensors of a finding
+NAMED = 3  # of many tensors or models
 
 INDENT = " " * 10  # of lines that go on with the one above them
 
-SLOW_4_BIT = (
-    "large 4-bit matrices stay packed: that saves memory, but takes longer than float32",
-    "(several times as long where few rows are multiplied at once)",
-)
+PACKED: dict[str, tuple[str, ...]] = {  # by form
+    "nbits": (
+        "matrices stay packed in memory, and what they are multiplied with is rounded to 8 bits:",
+        "faster than float32 where few rows are multiplied at once",
+    ),
+    "bnb4": (
+        "4-bit matrices stay packed: that saves memory, but takes longer than float32",
+        "(several times as long where few rows are multiplied at once; not so at int4)",
+    ),
+}
 
 DECODED_AGAIN = (
     "in onnxruntime, MatMul and Gemm round what these weights are multiplied with to 8 bits, and",
@@ -100,10 +106,8 @@ def render_target_inspection(inspection: TargetInspection) -> str:
         f"target    {inspection.target}: {verdict}",
     ]
     for finding in inspection.findings:
-        named = ", ".join(printable(name, CELL) for name in finding.tensors[:NAMED])
-        more = len(finding.tensors) - NAMED
-        rest = f" and {more:,} more" * (more > 0)
-        lines.append(f"{INDENT}{finding.requirement}: not {named}{rest}")
+        named = _some([printable(name, CELL) for name in finding.tensors])
+        lines.append(f"{INDENT}{finding.requirement}: not {named}")
     return text(lines)
 
 
@@ -151,11 +155,14 @@ def render_guard(report: GuardReport) -> str:
 def _speed_lines(report: GuardReport) -> list[str]:
     """What is to be known of the time that the written model takes in onnxruntime."""
     forms = {form for tensor in report.tensors for form in tensor.forms}
-    packs = report.options.get("target") == "onnxruntime"
-    if forms.isdisjoint({"dequantize", "bnb4"} if packs else {"dequantize"}):
-        return []
-    first, *others = SLOW_4_BIT if packs else DECODED_AGAIN
-    return [f"speed     {first}", *(f"{INDENT}{line}" for line in others)]
+    if report.options.get("target") == "onnxruntime":
+        known = [PACKED[form] for form in PACKED if form in forms]
+    else:
+        known = [DECODED_AGAIN] if "dequantize" in forms else []
+    lines = []
+    for first, *others in known:
+        lines += [f"speed     {first}", *(f"{INDENT}{line}" for line in others)]
+    return lines
 
 
 def _option_lines(report: GuardReport) -> list[str]:
@@ -370,8 +377,33 @@ def render_batch(batch: BatchReport) -> str:
             "drift     of the outputs from the original's, relative L2; beside it that of rounding "
             "to nearest"
         )
+    lines += _warning_lines([outcome.report for outcome in batch.outcomes if outcome.report])
+    if batch.copied:
+        lines.append(f"copied    {plural(len(batch.copied), 'other file')} of the models' folders")
     lines.append(f"guarded   {plural(len(batch.outcomes) - failed, 'model')}, {failed} failed")
     return "\n".join(lines)
+
+
+def _warning_lines(reports: Sequence[GuardReport]) -> list[str]:
+    """What the reports of single models warn of, each warning once, with its models below it."""
+    warned: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for report in reports:
+        scan = report.scan
+        for lines in (
+            _collapse_lines(report),
+            _feedback_lines(report) if report.preserve == "off" else [],
+            _speed_lines(report),
+            _unguarded_lines(report.skipped),
+            verdict_lines(scan.verdict) if scan and scan.verdict.level != "clean" else [],
+        ):
+            if lines:
+                warned[tuple(map(printable, lines))].append(printable(report.input, CELL))
+    return [
+        line
+        for lines, models in warned.items()
+        for line in (*lines, f"{INDENT}({_some(models)})" if len(reports) > 1 else "")
+        if line
+    ]
 
 
 def _outcome_cells(outcome: ModelOutcome) -> tuple[str, ...]:
@@ -391,6 +423,12 @@ def _outcome_cells(outcome: ModelOutcome) -> tuple[str, ...]:
 
 
 # pieces of more than one of them
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + f" and {more:,} more" * (more > 0)
 
 
 def _shared_lines(tensors: Sequence[Tensor]) -> list[str]:

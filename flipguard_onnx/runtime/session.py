@@ -240,9 +240,9 @@ def open_session(path: Path, exact: bool, size: int, child: Child = shared_child
     Parameters
     ----------
     path : the model
-    exact : fold DequantizeLinear to float32 at load, so that weights count as they are stored;
-        without it onnxruntime replaces parts of the graph by integer kernels, which round
-        activations as well
+    exact : fold DequantizeLinear to float32 at load, and let MatMulNBits compute in float32, so
+        that weights count as they are stored; without it onnxruntime also replaces parts of the
+        graph by integer kernels, which round activations
     size : bytes of the model with its data
     child : the process that loads it
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,15 @@ import onnx.reference
 from onnx import ModelProto
 
 from ..errors import first_line
+from ..graph.traversal import bodies
 from .messages import Array, Channel, Message, UnsendableError, outputs_message
 from .settings import StaticQuantization
 
 SESSIONS: dict[int, Any] = {}  # onnxruntime's, by number
 
 PARENT_CHECK_SECONDS = 1.0
+
+DATA_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph given as bytes
 
 
 def load(path: str, exact: bool) -> Message:
@@ -41,13 +45,30 @@ def load(path: str, exact: bool) -> Message:
     if len(cores := os.sched_getaffinity(0)) < (os.cpu_count() or 1):
         # without a number onnxruntime starts a thread on every core, also on those of others
         options.intra_op_num_threads = len(cores)
+    model: str | bytes = path
     if exact:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        options.add_session_config_entry(DATA_FOLDER, str(Path(path).parent))
+        model = _in_float32(path)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     number = max(SESSIONS, default=0) + 1
     SESSIONS[number] = session
     names = [output.name for output in session.get_outputs()]
     return Message({"session": number, "outputs": names})
+
+
+def _in_float32(path: str) -> str | bytes:
+    """The file, or its graph without the accuracy levels at which MatMulNBits rounds its inputs."""
+    data = Path(path).read_bytes()
+    if b"accuracy_level" not in data:
+        return path
+    proto = ModelProto.FromString(data)
+    for node in (node for body in bodies(proto) for node in body.node):
+        kept = [each for each in node.attribute if each.name != "accuracy_level"]
+        if node.op_type == "MatMulNBits" and len(kept) < len(node.attribute):
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return proto.SerializeToString()
 
 
 def run(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from ..emit.weight_forms import form_of
+from ..emit.weight_forms import Target, form_of
 from ..errors import ValidationError
 from ..graph.operands import Operand
 from ..graph.operators import WeightForm
@@ -63,10 +63,11 @@ def sample(
     """
     kinds: dict[tuple[str, str, WeightForm], list[tuple[Weight, Layer]]] = defaultdict(list)
     origins = _origins(source.proto.graph)
+    aim = Target.of(source.proto, target)
     for weight, scheme in zip(weights, schemes, strict=True):
         layer = _layer(source.proto.graph, weight, origins)
         if layer:
-            form = form_of(weight.uses[0], weight, scheme, target)
+            form = form_of(weight.uses[0], weight, scheme, aim)
             kinds[weight.uses[0].op, scheme.name, form].append((weight, layer))
     chosen = {}
     for found in kinds.values():

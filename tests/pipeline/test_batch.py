@@ -22,7 +22,7 @@ from flipguard_onnx.pipeline import batch as fleet
 from flipguard_onnx.pipeline.batch import find_models, model_seed
 from flipguard_onnx.runtime.pool import Lost, core_shares, on_dask
 from tests.helpers.command import call, heed_interrupts, held, names, one_line, workspaces
-from tests.helpers.samples import SAMPLES, matmul, model, node, save, weights
+from tests.helpers.samples import SAMPLES, matmul, model, node, save, tied_embedding, weights
 
 FAST = {"validate": False, "preserve": "off"}
 PLAIN = ("--no-validate", "--preserve", "off")
@@ -68,6 +68,12 @@ def test_a_summary_and_the_worst_exit_code(models, tmp_path):
         ),
         str(other),
         "drift",
+        "preserve",
+        f"({models}/below/good.onnx)",
+        "speed",
+        "other",
+        "session.disable_quant_qdq=1,",
+        f"({models}/below/good.onnx,",
         "guarded",
     ]
     assert lines["guarded"] == "guarded   3 models, 2 failed"
@@ -90,6 +96,100 @@ def test_a_summary_and_the_worst_exit_code(models, tmp_path):
     alone = call("guard", other, "--quiet", "--report", report, "-o", tmp_path / "alone.onnx")
     assert alone.exit_code == 0
     assert set(json.loads(report.read_text())) == set(first["report"])
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """As for onnxruntime-genai and transformers.js: settings, and graphs in a folder below."""
+    folder = tmp_path / "llm"
+    (folder / "onnx").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "lock").touch()
+    settings = {"model": {"decoder": {"filename": "onnx/model.onnx"}}}
+    (folder / "genai_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").write_text("{}")
+    proto = onnx.load(save(tied_embedding(), tmp_path))
+    data = {"save_as_external_data": True, "size_threshold": 0, "location": "model.onnx.data"}
+    onnx.save(proto, folder / "onnx" / "model.onnx", **data)
+    save(matmul(), folder / "onnx", "encoder.onnx")
+    (folder / "onnx" / "added.json").write_text("[]")
+    return folder
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_a_model_folder_is_written_to_can_be_run(model_folder, tmp_path):
+    out, report = tmp_path / "out", tmp_path / "r.json"
+    result = call("guard", model_folder, "-o", out, *PLAIN, "--report", report)
+    assert result.exit_code == 0
+    assert "copied    3 other files of the models' folders\n" in result.stdout
+    copied = ["genai_config.json", "onnx/added.json", "tokenizer.json"]
+    (data,) = out.glob("onnx/model.onnx.*.data")
+    written = ["onnx/encoder.onnx", "onnx/model.onnx", f"onnx/{data.name}"]
+    assert outputs(out) == sorted([*copied, *written])
+    read = json.loads(report.read_text())
+    assert read["copied"] == [str(out / name) for name in copied]
+    settings = json.loads((out / "genai_config.json").read_text())
+    graph = onnx.load(out / settings["model"]["decoder"]["filename"]).graph
+    assert "DequantizeLinear" in {n.op_type for n in graph.node}
+
+
+@pytest.mark.usefixtures("one_process")
+def test_files_that_are_there_are_replaced_only_if_that_is_wanted(model_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tokenizer.json").write_text("mine")
+    message = one_line(call("guard", model_folder, "-o", out, *PLAIN))
+    assert message.endswith("tokenizer.json: exists already; --force overwrites it\n")
+    assert outputs(out) == ["tokenizer.json"]
+    assert call("guard", model_folder, "-o", out, "--force", *PLAIN).exit_code == 0
+    assert (out / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_model_folder_is_written_below_itself_or_beside_its_models(model_folder):
+    below = model_folder / "guarded"
+    assert call("guard", model_folder, "-o", below, *PLAIN).exit_code == 0
+    assert not (below / "guarded").exists()
+    result = guard_many([model_folder], output=model_folder, **FAST)
+    written = [path for o in result.outcomes if o.report for path in o.report.outputs]
+    assert len(written) == 2
+    assert all(path.endswith(".flipguard-int8.onnx") for path in written)
+    assert not result.copied
+
+
+@pytest.mark.usefixtures("one_process")
+def test_nothing_goes_along_where_no_model_was_guarded(model_folder, tmp_path):
+    (model_folder / "onnx" / "model.onnx").write_text("broken")
+    (model_folder / "onnx" / "encoder.onnx").write_text("broken")
+    assert call("guard", model_folder, "-o", tmp_path / "out", *PLAIN).exit_code == 2
+    assert outputs(tmp_path / "out") == []
+
+
+def test_large_files_of_a_model_folder_are_linked(model_folder, tmp_path):
+    weights = model_folder / "model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(fleet.LINKED)
+    result = guard_many([model_folder], output=tmp_path / "out", **FAST)
+    assert result.code == 0
+    assert (tmp_path / "out" / "model.safetensors").samefile(weights)
+    assert not (tmp_path / "out" / "tokenizer.json").samefile(model_folder / "tokenizer.json")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_summary_warns_as_reports_of_single_models_do(tmp_path):
+    for name in "abcd":
+        save(matmul((64, 40)), tmp_path, f"{name}.onnx")
+    (nested := tmp_path / "n").mkdir()
+    save(SAMPLES["nested"](), nested, "nested.onnx")
+    result = call("guard", tmp_path, "-o", tmp_path / "out", "--no-validate")
+    assert result.exit_code == 0
+    single = call("guard", nested / "nested.onnx", "-o", tmp_path / "x.onnx", "--no-validate")
+    (warning,) = (line for line in single.stdout.splitlines() if line.startswith("preserve"))
+    lines = result.stdout.splitlines()
+    assert lines[lines.index(warning) + 1] == f"          ({nested / 'nested.onnx'})"
+    speed = lines.index(next(line for line in lines if line.startswith("speed")))
+    named = ", ".join(str(tmp_path / f"{name}.onnx") for name in "abc")
+    assert lines[speed + 3] == f"          ({named} and 2 more)"
 
 
 @pytest.mark.usefixtures("one_process")
