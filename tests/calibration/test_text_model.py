@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+import flipguard_onnx
 from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.calibration.synthetic import sampling_rounds, synthetic_feeds
 from flipguard_onnx.calibration.text_model import TextModel
@@ -144,6 +145,21 @@ def test_what_is_not_text_is_made_up_beside_it(tmp_path):
     assert feed["encoder_hidden_states"].std() > 0.5
     assert feed["past_key_values.0.key"].shape == (1, 1, 0, WIDTH)
     assert text.is_start(feed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_guard_feeds_errors_forward_on_sampled_text(tmp_path, form):
+    source, said = save(decoder(**FORMS[form]), tmp_path), []
+    report = flipguard_onnx.guard(
+        source,
+        "int4",
+        output=tmp_path / "out.onnx",
+        progress=lambda stage, done, total: said.append((stage, total)),
+    )
+    assert report.preserve == "synthetic"
+    assert any(tensor.preserved for tensor in report.tensors)
+    assert not [tensor.unfed for tensor in report.tensors if tensor.unfed and tensor.op == "MatMul"]
+    assert ("making up inputs", 63) in said  # a step for each token but the first
 
 
 def test_two_texts_are_none():
