@@ -121,12 +121,14 @@ class TextModel:
         ]
         ones = np.ones((batch, max(sizes, default=0) + length), np.int64)
         mask = next((given[i.name] for i in self.inputs if _is_mask(i) and i.name in given), ones)
-        made = {i.name: (i, _values(i, mask, length)) for i in self.inputs}
-        return given | {
-            name: values.astype(wanted.dtype)
-            for name, (wanted, values) in made.items()
-            if values is not None and name not in given
-        }
+        feed = {}
+        for wanted in self.inputs:
+            values = given.get(wanted.name)
+            if values is None:
+                values = _values(wanted, mask, length)
+            if values is not None:
+                feed[wanted.name] = values.astype(wanted.dtype, copy=False)
+        return feed
 
     def require_known(self, feeds: Iterable[Feed], path: Path) -> None:
         """Raise ModelError, naming the file, for token ids beyond the vocabulary."""
@@ -147,16 +149,13 @@ class TextModel:
 
     def starting(self, candidates: Iterable[list[Feed]]) -> Iterator[list[Feed]]:
         """Made-up feeds, with masks, positions and caches as at the start of a text."""
+        kept = [wanted.name for wanted in self.inputs if wanted.name not in self.determined]
         tried = set()
         for feeds in candidates:
-            rest = [
-                {name: array for name, array in feed.items() if name not in self.determined}
-                for feed in feeds
-            ]
-            shapes = tuple(array.shape for array in rest[0].values())
+            shapes = tuple(feeds[0][name].shape for name in kept)
             if shapes not in tried:
                 tried.add(shapes)
-                yield [self.filled(feed) for feed in rest]
+                yield [self.filled({name: feed[name] for name in kept}) for feed in feeds]
 
 
 def logits_of(proto: ModelProto, ids: Input) -> str | None:
@@ -185,7 +184,9 @@ def _values(wanted: Input, mask: Array, length: int) -> Array | None:
     if rank <= 1 and "logits_to_keep" in name:
         return np.zeros([1] * rank)
     if rank in (1, 2) and "position" in name:
-        before: Array = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, total - length :]
+        before: Array = np.maximum(np.cumsum(mask, axis=1, dtype=np.int64) - 1, 0)[
+            :, total - length :
+        ]
         return before if rank == 2 else before[0]
     if rank == 2 and ("type" in name or "segment" in name):
         return np.zeros((batch, length))

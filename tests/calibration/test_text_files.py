@@ -240,3 +240,11 @@ def test_a_file_that_is_no_tokenizer(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     message = refused(tmp_path, "a.txt", "w1")
     assert message.startswith(f"{tmp_path / 'tokenizer.json'}: does not tokenize the text: ")
+
+
+@reads_text
+def test_text_that_is_no_unicode(tmp_path):
+    """Half of a surrogate pair, which JSON can write and UTF-8 cannot."""
+    write_tokenizer(tmp_path)
+    message = refused(tmp_path, "a.jsonl", '{"text": "w1 \\ud800"}')
+    assert message.startswith(f"{tmp_path / 'tokenizer.json'}: does not tokenize the text: ")

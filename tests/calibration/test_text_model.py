@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+import flipguard_onnx
 from flipguard_onnx.calibration.pieces import Pieces
 from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.calibration.synthetic import (
@@ -58,7 +59,7 @@ def test_sampled_tokens_are_what_the_model_says_of_the_whole_text(tmp_path, form
     samples = samples_of(tmp_path, decoder(sharpness=3000.0, **FORMS[form]))
     feeds = sampled(samples, 6, batch=3)
     assert [feed["input_ids"].shape for feed in feeds] == [(3, 64)] * 2
-    assert sampling_rounds(samples.source.proto, feeds[0], whole=True) == 1
+    assert sampling_rounds(samples.source.proto, feeds[0], whole=True) == 2
     for feed in feeds:
         (logits,) = samples.session.run(["logits"], feed)
         top = np.sort(logits[:, :-1], axis=-1)
@@ -165,6 +166,21 @@ def test_what_is_not_text_is_made_up_beside_it(tmp_path):
     assert feed["encoder_hidden_states"].std() > 0.5
     assert feed["past_key_values.0.key"].shape == (1, 1, 0, WIDTH)
     assert text.is_start(feed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_guard_feeds_errors_forward_on_sampled_text(tmp_path, form):
+    source, said = save(decoder(**FORMS[form]), tmp_path), []
+    report = flipguard_onnx.guard(
+        source,
+        "int4",
+        output=tmp_path / "out.onnx",
+        progress=lambda stage, done, total: said.append((stage, total)),
+    )
+    assert report.preserve == "synthetic"
+    assert any(tensor.preserved for tensor in report.tensors)
+    assert not [tensor.unfed for tensor in report.tensors if tensor.unfed and tensor.op == "MatMul"]
+    assert ("making up inputs", 63) in said  # a step for each token but the first
 
 
 def test_two_texts_are_none():
