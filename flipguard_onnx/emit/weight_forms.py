@@ -108,13 +108,12 @@ def form_of(use: Use, weight: Weight, scheme: Scheme, target: Target) -> WeightF
     """
     is_matrix = len(weight.shape) == 2
     picks_rows = use.reads(WeightForm.GATHER) and weight.rows == use.output_axes()
-    picks_rows = picks_rows and use.perm == tuple(range(len(use.perm)))
     if target.name == "onnxruntime" and is_matrix:
         if picks_rows and _shares_packed(use, weight, scheme, target):
             return WeightForm.GATHER_PACKED
         if packed := _packed_form(use, weight, scheme, target):
             return packed
-    decodable = scheme.bits == 8 or (is_matrix and weight.rows == (0,))
+    decodable = scheme.bits == 8 or (is_matrix and use.perm == weight.perm)
     if picks_rows and decodable and not isinstance(scheme, Codebook):
         return WeightForm.GATHER
     return _decoded_form(scheme, target)
@@ -122,7 +121,7 @@ def form_of(use: Use, weight: Weight, scheme: Scheme, target: Target) -> WeightF
 
 def _shares_packed(use: Use, weight: Weight, scheme: Scheme, target: Target) -> bool:
     """Whether the rows that a Gather picks can be read from the packed codes of a matrix."""
-    fits = weight.rows == (0,) and use.elem_type in PACKED_TYPES
+    fits = use.perm == weight.perm and use.elem_type in PACKED_TYPES
     forms = (_packed_form(each, weight, scheme, target) for each in weight.uses)
     return fits and WeightForm.NBITS in forms
 
@@ -455,8 +454,11 @@ class _WeightCodes:
             return name
 
         blocks = self._blocks
-        table, scale, row_scales = self._once(("gather",), self._table_and_scales)
-        axis = self._weight.rows[0]
+        perm = use.perm
+        table, scale, row_scales = self._once(
+            ("gather", perm), lambda: self._table_and_scales(perm)
+        )
+        axis = perm.index(self._weight.rows[0])
         value = step("DequantizeLinear", [step("Gather", [table, indices], axis=axis), scale])
         nodes[0].name = use.node.name
         if row_scales:
@@ -472,14 +474,19 @@ class _WeightCodes:
         nodes[-1].output[0] = result
         self._rewriter.replace(use.scope, use.node, nodes)
 
-    def _table_and_scales(self) -> tuple[str, str, str]:
-        """The codes of an embedding, a byte each; their scale; a further one per row, or ""."""
+    def _table_and_scales(self, perm: tuple[int, ...]) -> tuple[str, str, str]:
+        """The codes of an embedding, a byte each; their scale; a further one per row, or "".
+
+        perm: as in Use
+        """
         blocks = self._blocks
         if self._scheme.bits == 4:
             table = self._whole_blocks().reshape(blocks.rows, blocks.per_row, blocks.size)
             scales = self._block_scales()[:, :, None]
         else:
-            table, scales = self._codes.reshape(self._weight.shape), self._broadcast_scales()
+            table = self._weight.stored(self._codes).transpose(perm)
+            scales = self._broadcast_scales()
+            scales = scales.transpose(perm) if scales.ndim else scales
         codes = self._add_constant("quantized", table)
         if not scales.ndim:
             return codes, self._add_constant("scale", scales), ""

@@ -55,27 +55,32 @@ def test_what_onnxruntime_decodes_again_at_every_inference_is_said(tmp_path):
 
 
 IDS = (TensorProto.INT64, ["n", "m"])
+PAST = {"past": np.zeros(1, np.float32)}
 
 
-def decoder(width=64, dtype=np.float32, hidden="h"):
-    """An embedding, a layer of each kind, and logits from the same table."""
+def decoder(width=64, dtype=np.float32, of_the_head=False):
+    """An embedding, a layer of each kind, and logits from the same table.
+
+    of_the_head: the table is stored as the MatMul reads it, not as the Gather does
+    """
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     layers = {"a": (width, 40), "b": (width, 40), "c": (width,)}
+    gathered, multiplied = ("wt", "w") if of_the_head else ("w", "wt")
     return model(
         [
-            node("Gather", "w ids", "h"),
+            node("Transpose", "w", "wt"),
+            node("Gather", f"{gathered} ids", "h"),
             node("MatMul", "h a", "h1"),
             node("Reshape", "h1 flat", "h2"),
             node("Gemm", "h2 b c", "h3", transB=1),
             node("Shape", "h", "shape"),
             node("Reshape", "h3 shape", "h4"),
-            node("Transpose", "w", "wt"),
-            node("MatMul", "h4 wt", "y"),
+            node("MatMul", f"h4 {multiplied}", "y"),
         ],
-        {"ids": IDS},
+        {"ids": IDS, "past": (F, [1])},
         {"y": (kind, ["n", "m", 96]), "h": (kind, ["n", "m", width])},
         {
-            "w": weights((96, width), dtype=dtype),
+            "w": weights((width, 96) if of_the_head else (96, width), dtype=dtype),
             **{name: weights(shape, 1, dtype) for name, shape in layers.items()},
             "flat": np.array([-1, 40]),
         },
@@ -107,9 +112,12 @@ def assert_close(found, wanted):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("width", [64, 128, 70])  # the last is no whole number of blocks
+@pytest.mark.parametrize("of_the_head", [False, True])
 @pytest.mark.parametrize("scheme", ["int4", "int8"])
-def test_a_decoder_stays_packed_with_its_table_stored_once(tmp_path, scheme, width, dtype):
-    path, portable = both_targets(tmp_path, decoder(width, dtype), scheme)
+def test_a_decoder_stays_packed_with_its_table_stored_once(
+    tmp_path, scheme, of_the_head, width, dtype
+):
+    path, portable = both_targets(tmp_path, decoder(width, dtype, of_the_head), scheme)
     graph = onnx.load(path).graph
     types = [n.op_type for n in graph.node]
     assert types.count("MatMulNBits") == 3
@@ -118,10 +126,32 @@ def test_a_decoder_stays_packed_with_its_table_stored_once(tmp_path, scheme, wid
     packed = [t for t in graph.initializer if t.data_type == TensorProto.UINT8]
     assert len(packed) == 3
     ids = np.array([[3, 95, 0], [7, 7, 50]])
-    logits, rows = run(path, ids=ids)
-    their_logits, their_rows = run(portable, ids=ids)
+    logits, rows = run(path, ids=ids, **PAST)
+    their_logits, their_rows = run(portable, ids=ids, **PAST)
     np.testing.assert_allclose(rows, their_rows, rtol=1e-3 if dtype == np.float16 else 1e-6)
     assert_close(logits, their_logits)
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8"])
+def test_portable_embeddings_are_decoded_row_by_row_whatever_their_layout(tmp_path, scheme):
+    _, portable = both_targets(tmp_path, decoder(70, of_the_head=True), scheme)
+    graph = onnx.load(portable).graph
+    sizes = {t.name: np.prod(t.dims) for t in graph.initializer}
+    (gather,) = (n for n in graph.node if n.op_type == "Gather" and "quantized" in n.input[0])
+    assert sizes[gather.input[0]] >= 96 * 70
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "portable"])
+def test_a_gather_of_columns_is_decoded_column_by_column(tmp_path, target):
+    proto = model(
+        [node("Gather", "w ids", "y", axis=1)],
+        {"ids": (TensorProto.INT64, ["n"])},
+        {"y": (F, [40, "n"])},
+        {"w": weights((40, 48))},
+    )
+    path = tmp_path / "out.onnx"
+    report = flipguard_onnx.guard(save(proto, tmp_path), target=target, output=path)
+    assert report.tensors[0].forms == ("gather",)
 
 
 def test_a_decoder_stays_packed_at_nf4(tmp_path):
@@ -129,7 +159,7 @@ def test_a_decoder_stays_packed_at_nf4(tmp_path):
     types = [n.op_type for n in onnx.load(path).graph.node]
     assert types.count("MatMulBnb4") == 2
     ids = np.array([[3, 95, 0]])
-    assert_close(run(path, ids=ids)[0], run(portable, ids=ids)[0])
+    assert_close(run(path, ids=ids, **PAST)[0], run(portable, ids=ids, **PAST)[0])
 
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
