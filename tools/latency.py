@@ -23,7 +23,8 @@ the file is loaded. ort: --target onnxruntime. -: quantizes nothing, or fails.
 have, with a scale per row at int8 and per block of 32 at int4. float32: Gather. gather: Gather of
 codes, a byte each, and Mul by the gathered scales, which is our form. whole: DequantizeLinear of
 all, then Gather. blocks: DequantizeLinear in blocks of gathered codes, a byte each, with gathered
-scales. contrib: GatherBlockQuantized.
+scales. contrib: GatherBlockQuantized, as --target onnxruntime has it for tied tables: of codes in
+bytes, at int4 two in each; INT4: of codes of that type.
 """
 
 import argparse
@@ -74,7 +75,8 @@ SHAPES = {
     "ppocr_rec": (1, 3, 48, 320),
     "ddddocr": (1, 1, 64, 160),
 }
-EMBEDDING, BLOCK, LOOKUPS = (49152, 576), 32, (1, 128)
+EMBEDDING, LOOKUPS = (49152, 576), (1, 128)
+BLOCK, WIDE = 32, 64  # at int4; of an operator that takes no whole row at int8
 EMBEDDINGS = {
     FLOAT: "y = Gather (table, i)",
     "int8 gather": """
@@ -89,6 +91,10 @@ EMBEDDINGS = {
         c = Gather (codes, i)
         s = Gather (scales, i)
         y = DequantizeLinear <axis = -1, block_size = WIDTH> (c, s)""",
+    "int8 contrib": """
+        y = com.microsoft.GatherBlockQuantized
+            <bits = 8, gather_axis = 0, quantize_axis = 1, block_size = WIDE>
+            (unsigned, i, wide_scales)""",
     "int4 gather": """
         c = Gather (blocks, i)
         s = Gather (deep_scales, i)
@@ -105,6 +111,10 @@ EMBEDDINGS = {
         s = Gather (block_scales, i)
         y = DequantizeLinear <axis = -1, block_size = BLOCK> (c, s)""",
     "int4 contrib": """
+        y = com.microsoft.GatherBlockQuantized
+            <bits = 4, gather_axis = 0, quantize_axis = 1, block_size = BLOCK>
+            (pairs, i, block_scales)""",
+    "int4 contrib INT4": """
         y = com.microsoft.GatherBlockQuantized
             <gather_axis = 0, quantize_axis = 1, block_size = BLOCK> (packed, i, block_scales)""",
 }
@@ -233,20 +243,26 @@ def embedding(form: str, shape: tuple[int, int], path: Path) -> None:
     nibbles = rng.integers(-8, 8, shape).astype(np.int8)
     scales = rng.uniform(0.5, 1, (rows, 1)).astype(np.float32) / 127
     block_scales = rng.uniform(0.5, 1, (rows, width // BLOCK)).astype(np.float32) / 8
+    halves = (nibbles + 8).astype(np.uint8)
     known = {
         "table": codes * scales,
         "codes": codes,
         "scales": scales,
         "flat_scales": scales.ravel(),
+        "unsigned": codes.view(np.uint8) ^ np.uint8(128),
+        "wide_scales": scales.repeat(width // WIDE, axis=1),
         "nibbles": nibbles,
         "blocks": nibbles.reshape(rows, -1, BLOCK),
         "packed": nibbles.astype(ml_dtypes.int4),
+        "pairs": halves[:, ::2] | halves[:, 1::2] << 4,
         "block_scales": block_scales,
         "deep_scales": block_scales[:, :, None],
         "one": np.ones((), np.float32),
         "width": np.array([width]),
     }
-    nodes = EMBEDDINGS[form].replace("WIDTH", str(width)).replace("BLOCK", str(BLOCK))
+    nodes = EMBEDDINGS[form]
+    for size, value in {"WIDTH": width, "WIDE": WIDE, "BLOCK": BLOCK}.items():
+        nodes = nodes.replace(size, str(value))
     model = onnx.parser.parse_model(f"""
         <ir_version: 10, opset_import: ["": {OPSET}, "com.microsoft": 1]>
         embedding (int64[texts, length] i) => (float[texts, length, {width}] y) {{ {nodes} }}

@@ -21,8 +21,8 @@ def test_all_forms_of_an_embedding_yield_the_same_rows(tmp_path, scheme):
     first, *others = [looked_up(form, tmp_path, indices) for form in forms]
     assert first.shape == (1, 3, 64)
     assert np.ptp(first) > 1
-    assert len(others) >= 2
+    assert len(others) == {"int8": 3, "int4": 4}[scheme]
     for rows in others:
-        np.testing.assert_allclose(rows, first, rtol=1e-6)
+        np.testing.assert_allclose(rows, first, rtol=1e-5)
     if scheme == "int8":
-        np.testing.assert_allclose(looked_up(FLOAT, tmp_path, indices), first, rtol=1e-6)
+        np.testing.assert_allclose(looked_up(FLOAT, tmp_path, indices), first, rtol=1e-5)

@@ -32,7 +32,7 @@ class Codes:
     name, data_type, shape : of the integers; an activation's name, and no shape
     node : what reads them; for an activation its QuantizeLinear
     operators : the types of the nodes that read the result
-    blocks_behind : whether one of these is a DequantizeLinear with blocks
+    blocks_behind : whether one of these reads them in blocks
     on_integers : whether what these are multiplied with comes from a DequantizeLinear as well
     scale : None where it is not constant
     has_offset : whether there is a zero point that is not constant or not 0
@@ -127,7 +127,10 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
             "whole blocks",
             lambda codes: not codes.block_size or codes.length % codes.block_size == 0,
         ),
-        ("no blocks of codes that are looked up", lambda codes: not codes.blocks_behind),
+        (
+            "no blocks of codes that are looked up or reshaped",
+            lambda codes: not codes.blocks_behind,
+        ),
         (
             "no codebook, whose weights become floats when the file is loaded",
             lambda codes: codes.node.op_type != "Cast" or "Gather" not in codes.operators,

@@ -14,6 +14,7 @@ from flipguard_onnx.detection.requirements import REQUIREMENTS, inspect_for
 from tests.helpers.command import call, one_line
 from tests.helpers.samples import SAMPLES, F, conv, gather, matmul, model, node, save
 
+BETWEEN = "no blocks of codes that are looked up or reshaped"
 BLOCKS = "4 bits in blocks of 64 or 128"
 DEQUANTIZED = "DequantizeLinear reads the codes"
 DIRECTLY = "DequantizeLinear directly before Conv, ConvTranspose, Gemm or MatMul"
@@ -31,6 +32,15 @@ def written(proto, folder, scheme="int8", **options):
     options = {"seed": 1, "preserve": "off", "validate": False, "force": True} | options
     flipguard_onnx.guard(source, scheme, output=output, **options)
     return output
+
+
+def loads_in_openvino(path):
+    core = pytest.importorskip("openvino").Core()
+    try:
+        core.compile_model(core.read_model(path), "CPU")
+    except RuntimeError:
+        return False
+    return True
 
 
 def sha256(path):
@@ -104,6 +114,21 @@ def test_what_openvino_does_not_keep_as_integers(tmp_path):
     assert unmet(path, "openvino") == {}
     path = written(matmul((256, 32)), tmp_path, "nf4")
     assert [text[:11] for text in unmet(path, "openvino")] == ["no codebook"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_codes_that_a_gather_shares_with_matmulnbits_are_reshaped(tmp_path, shared):
+    shape, indices = (20, 1, 32) if shared else (20, 32), onnx.TensorProto.INT64
+    attributes = {"bits": 8, "block_size": 32, "gather_axis": 0, "quantize_axis": 1}
+    nodes = [node("Reshape", "c n", "t")] * shared
+    read = "t i s" if shared else "c i s"
+    nodes.append(node("GatherBlockQuantized", read, "y", domain="com.microsoft", **attributes))
+    constants = {"c": ones(np.uint8, *shape), "s": ones(np.float32, 20, 1)}
+    constants |= {"n": np.array([20, -1])} if shared else {}
+    proto = model(nodes, {"i": (indices, [3])}, {"y": (F, [3, 32])}, constants, opset=21)
+    path = save(proto, tmp_path)
+    assert unmet(path, "openvino") == ({BETWEEN: ("c",)} if shared else {})
+    assert loads_in_openvino(path) == (not shared)
 
 
 def test_codes_that_are_gathered_are_not_dequantized_first(tmp_path):
