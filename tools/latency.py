@@ -2,6 +2,7 @@
 
     python tools/fetch_models.py
     python -m tools.latency [--models NAME...] [--files NAME...] [--rounds 20] [--json FILE]
+    python -m tools.latency --embeddings [--rounds 20] [--json FILE]
     python -m tools.latency --load FILE...
 
 Two models are made here: gemm and gemm-t, three Gemms of 1024 x 1024 without and with transB.
@@ -17,6 +18,12 @@ onnxruntime's quantizers of the same format. The others are ours, weights only. 
 portable. portable exact: with session.qdq_matmulnbits_accuracy_level 1, so that activations are
 not quantized. portable folded: with session.disable_quant_qdq, so that weights are decoded when
 the file is loaded. ort: --target onnxruntime. -: quantizes nothing, or fails.
+
+--embeddings: a table of 49,152 x 576 of which 1 or 128 rows are looked up, in the forms that it can
+have, with a scale per row at int8 and per block of 32 at int4. float32: Gather. gather: Gather of
+codes, a byte each, and Mul by the gathered scales, which is our form. whole: DequantizeLinear of
+all, then Gather. blocks: DequantizeLinear in blocks of gathered codes, a byte each, with gathered
+scales. contrib: GatherBlockQuantized.
 """
 
 import argparse
@@ -30,6 +37,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
@@ -65,6 +73,40 @@ SHAPES = {
     "ppocr_det": (1, 3, 320, 320),
     "ppocr_rec": (1, 3, 48, 320),
     "ddddocr": (1, 1, 64, 160),
+}
+EMBEDDING, BLOCK, LOOKUPS = (49152, 576), 32, (1, 128)
+EMBEDDINGS = {
+    FLOAT: "y = Gather (table, i)",
+    "int8 gather": """
+        c = Gather (codes, i)
+        s = Gather (scales, i)
+        d = DequantizeLinear (c, one)
+        y = Mul (d, s)""",
+    "int8 whole": """
+        w = DequantizeLinear <axis = 0> (codes, flat_scales)
+        y = Gather (w, i)""",
+    "int8 blocks": """
+        c = Gather (codes, i)
+        s = Gather (scales, i)
+        y = DequantizeLinear <axis = -1, block_size = WIDTH> (c, s)""",
+    "int4 gather": """
+        c = Gather (blocks, i)
+        s = Gather (deep_scales, i)
+        d = DequantizeLinear (c, one)
+        m = Mul (d, s)
+        n = Shape (i)
+        shape = Concat <axis = 0> (n, width)
+        y = Reshape (m, shape)""",
+    "int4 whole": """
+        w = DequantizeLinear <axis = 1, block_size = BLOCK> (packed, block_scales)
+        y = Gather (w, i)""",
+    "int4 blocks": """
+        c = Gather (nibbles, i)
+        s = Gather (block_scales, i)
+        y = DequantizeLinear <axis = -1, block_size = BLOCK> (c, s)""",
+    "int4 contrib": """
+        y = com.microsoft.GatherBlockQuantized
+            <gather_axis = 0, quantize_axis = 1, block_size = BLOCK> (packed, i, block_scales)""",
 }
 TURN = 0.1  # seconds at least for which one file runs again and again before the next has its turn
 PAUSE = 0.05  # seconds in which the threads of the process before come to rest
@@ -183,6 +225,50 @@ def gemm(name: str, folder: Path) -> Path:
     return path
 
 
+def embedding(form: str, shape: tuple[int, int], path: Path) -> None:
+    """Write one of EMBEDDINGS."""
+    rows, width = shape
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-127, 128, shape).astype(np.int8)
+    nibbles = rng.integers(-8, 8, shape).astype(np.int8)
+    scales = rng.uniform(0.5, 1, (rows, 1)).astype(np.float32) / 127
+    block_scales = rng.uniform(0.5, 1, (rows, width // BLOCK)).astype(np.float32) / 8
+    known = {
+        "table": codes * scales,
+        "codes": codes,
+        "scales": scales,
+        "flat_scales": scales.ravel(),
+        "nibbles": nibbles,
+        "blocks": nibbles.reshape(rows, -1, BLOCK),
+        "packed": nibbles.astype(ml_dtypes.int4),
+        "block_scales": block_scales,
+        "deep_scales": block_scales[:, :, None],
+        "one": np.ones((), np.float32),
+        "width": np.array([width]),
+    }
+    nodes = EMBEDDINGS[form].replace("WIDTH", str(width)).replace("BLOCK", str(BLOCK))
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["": {OPSET}, "com.microsoft": 1]>
+        embedding (int64[texts, length] i) => (float[texts, length, {width}] y) {{ {nodes} }}
+    """)
+    read = {name for node in model.graph.node for name in node.input}
+    kept = (numpy_helper.from_array(known[name], name) for name in sorted(read & known.keys()))
+    model.graph.initializer.extend(kept)
+    onnx.save(model, path)
+
+
+def looked_up(rounds: int, folder: Path) -> list[Timing]:
+    """All of EMBEDDINGS."""
+    paths = {form: folder / f"{form}.onnx" for form in EMBEDDINGS}
+    for form, path in paths.items():
+        embedding(form, EMBEDDING, path)
+    rng, timings = np.random.default_rng(0), []
+    for count in LOOKUPS:
+        feed = {"i": rng.integers(0, EMBEDDING[0], (1, count))}
+        timings += timed(f"{count} row{'s' * (count > 1)}", paths, feed, rounds, folder)
+    return timings
+
+
 def prepared(name: str, folder: Path) -> tuple[Path, list[Feed]]:
     """A copy at an opset that all quantizers take, and inputs."""
     source = open_model(gemm(name, folder) if name in MADE else path_of(name))
@@ -225,8 +311,6 @@ def served(path: Path, feed: Path, *entries: str) -> Iterator[Callable[[], tuple
 
 def measured(name: str, wanted: Sequence[str], rounds: int, folder: Path) -> list[Timing]:
     source, feeds = prepared(name, folder)
-    np.savez(folder / "feed.npz", **feeds[0])
-    inputs = ", ".join("x".join(map(str, value.shape)) or "1" for value in feeds[0].values())
     paths = {FLOAT: source}
     for file in wanted:
         kind = file if not settings(file) else f"{file.split()[0]} portable"
@@ -241,8 +325,13 @@ def measured(name: str, wanted: Sequence[str], rounds: int, folder: Path) -> lis
             continue
         if not file.startswith("their") or quantized_weights(onnx.load(path).graph):
             paths[file] = path
-    if not rounds:
-        return []
+    return timed(name, paths, feeds[0], rounds, folder) if rounds else []
+
+
+def timed(name: str, paths: dict[str, Path], feed: Feed, rounds: int, folder: Path) -> list[Timing]:
+    """Files that take turns; the first is the one that the others are compared with."""
+    np.savez(folder / "feed.npz", **feed)
+    inputs = ", ".join("x".join(map(str, value.shape)) or "1" for value in feed.values())
     with ExitStack() as stack:
         runs = {}
         for file, path in paths.items():
@@ -265,14 +354,15 @@ def measured(name: str, wanted: Sequence[str], rounds: int, folder: Path) -> lis
 
 
 def table(timings: Sequence[Timing], show: Callable[[Timing], str]) -> str:
-    files = [file for file in FILES if any(t.file == file for t in timings)]
+    known = {t.file for t in timings} - {FLOAT}
+    files = [file for file in (*FILES, *EMBEDDINGS) if file in known]
     rows = []
     for model in dict.fromkeys(t.model for t in timings):
         own = {t.file: t for t in timings if t.model == model}
         base = own[FLOAT]
         cells = [show(own[file]) if file in own else "–" for file in files]
         rows.append(
-            [model, base.inputs, f"{base.milliseconds:.2f} ms, {base.mebibytes:.0f} MiB", *cells]
+            [model, base.inputs, f"{base.milliseconds:.3g} ms, {base.mebibytes:.0f} MiB", *cells]
         )
     return markdown(("model", "inputs", FLOAT, *files), rows)
 
@@ -281,6 +371,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--files", nargs="+", default=COMPARED, choices=FILES)
+    parser.add_argument("--embeddings", action="store_true", help="forms of a table instead")
     parser.add_argument("--rounds", type=int, default=20, help="0: only make the files")
     parser.add_argument("--folder", type=Path, help="keep files there, and use those that are")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
@@ -290,6 +381,9 @@ def main() -> int:
     if options.load:
         for file in options.load:
             timings += [Timing(**row) for row in json.loads(file.read_text())["timings"]]
+    elif options.embeddings:
+        with tempfile.TemporaryDirectory() as temporary:
+            timings = looked_up(options.rounds, Path(temporary))
     else:
         downloaded = [name for name in options.models if name not in MADE]
         models = [name for name in MADE if name in (options.models or MADE)]
@@ -301,6 +395,7 @@ def main() -> int:
                 folder = (options.folder or Path(temporary)) / name
                 folder.mkdir(parents=True, exist_ok=True)
                 timings += measured(name, options.files, options.rounds, folder)
+    if not options.load:
         facts = environment("tools.latency")
         print(heading(facts) + "\n")
         if options.json:

@@ -1,7 +1,7 @@
 """Run what we write in other runtimes, and compare with onnxruntime: a Markdown table.
 
     python tools/fetch_models.py
-    python -m tools.runtimes [--run RUNTIME=PLACE...] [--models NAME...] [--forms NAME...]
+    python -m tools.runtimes [--run RUNTIME=PLACE...] [--models NAME[=FILE]...] [--forms NAME...]
         [--targets NAME...] [--json FILE]
 
 RUNTIME=PLACE is one of these; the name may go on behind a colon (onnxruntime:oldest=...):
@@ -125,7 +125,7 @@ finish([outputs[index] for index in range(len(model.outputs))])
 """
 
 WEB = """
-async function run(ort, model, given, provider) {
+async function run(ort, model, given, provider, externalData) {
     const of = {float32: Float32Array, int32: Int32Array, int64: BigInt64Array, bool: Uint8Array,
                 uint8: Uint8Array, int8: Int8Array};
     const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
@@ -134,7 +134,8 @@ async function run(ort, model, given, provider) {
         feed[name] = new ort.Tensor(type, new of[type](bytes(data).buffer), shape);
     ort.env.logLevel = "fatal";
     ort.env.wasm.numThreads = 1;
-    const session = await ort.InferenceSession.create(model, {executionProviders: [provider]});
+    const session = await ort.InferenceSession.create(
+        model, {executionProviders: [provider], externalData});
     const results = await session.run(feed);
     const outputs = [];
     for (const name of session.outputNames) {
@@ -152,9 +153,11 @@ async function run(ort, model, given, provider) {
 NODE = """
 import {readFileSync} from "fs";
 import {createRequire} from "module";
-const [folder, model, feed] = process.argv.slice(2);
+import {dirname, join} from "path";
+const [folder, model, feed, ...names] = process.argv.slice(2);
 const ort = createRequire(folder + "/")("onnxruntime-web");
-run(ort, readFileSync(model), JSON.parse(readFileSync(feed)), "wasm").then(
+const data = names.map(path => ({path, data: readFileSync(join(dirname(model), path))}));
+run(ort, readFileSync(model), JSON.parse(readFileSync(feed)), "wasm", data).then(
     facts => console.log(JSON.stringify(facts)),
     error => { console.error(String(error)); process.exit(1); });
 """
@@ -163,8 +166,11 @@ PAGE = """
 const done = arguments[arguments.length - 1];
 (async () => {
     const ort = await import(`/dist/${arguments[0]}`);
-    const model = new Uint8Array(await (await fetch("/model")).arrayBuffer());
-    return run(ort, model, await (await fetch("/feed")).json(), arguments[1]);
+    const read = async path => new Uint8Array(await (await fetch(path)).arrayBuffer());
+    const data = [];
+    for (const path of arguments[2]) data.push({path, data: await read(`/data/${path}`)});
+    const feed = await (await fetch("/feed")).json();
+    return run(ort, await read("/model"), feed, arguments[1], data);
 })().then(done, error => done({error: String(error)}));
 """
 
@@ -214,7 +220,8 @@ def node(folder: str, model: Path, feed: Path) -> Result:
     with tempfile.NamedTemporaryFile("w", suffix=".mjs") as script:
         script.write(WEB + NODE)
         script.flush()
-        return answer(["node", script.name, str(Path(folder).resolve()), str(model), str(feed)])
+        places = [str(Path(folder).resolve()), str(model), str(feed)]
+        return answer(["node", script.name, *places, *open_model(model).data_sha256])
 
 
 def answer(command: Sequence[str]) -> Result:
@@ -243,10 +250,12 @@ def browser(provider: str, bundle: str, folder: str, model: Path, feed: Path) ->
     from selenium.common.exceptions import WebDriverException
 
     package = Path(folder) / "node_modules" / "onnxruntime-web"
+    data = list(open_model(model).data_sha256)
+    own = {"/model": model, "/feed": feed}
+    own |= {f"/data/{name}": model.parent / name for name in data}
 
     class Handler(SimpleHTTPRequestHandler):
         def translate_path(self, path: str) -> str:
-            own = {"/model": model, "/feed": feed}
             return str(own.get(path) or package / path.lstrip("/"))
 
         def log_message(self, format: str, *args: object) -> None:
@@ -262,8 +271,9 @@ def browser(provider: str, bundle: str, folder: str, model: Path, feed: Path) ->
         driver = webdriver.Chrome(options, service)
         try:
             driver.set_script_timeout(LIMIT)
+            driver.command_executor.client_config.timeout = 2 * LIMIT  # or it gives up before
             driver.get(f"http://127.0.0.1:{server.server_address[1]}/package.json")
-            facts = driver.execute_async_script(WEB + PAGE, bundle, provider)
+            facts = driver.execute_async_script(WEB + PAGE, bundle, provider, data)
         except WebDriverException as error:
             return Result(problem=str(error.msg).splitlines()[0])
         finally:
@@ -317,10 +327,11 @@ def encoded(feed: Feed) -> str:
 
 
 def compare(
-    name: str, forms: Sequence[str], targets: Sequence[str], runtimes: dict[str, Run], folder: Path
+    model: str, forms: Sequence[str], targets: Sequence[str], runtimes: dict[str, Run], folder: Path
 ) -> Iterator[Cell]:
-    """Every form of one model in every runtime."""
-    source, feed = path_of(name), folder / f"{name}.json"
+    """Every form of one model in every runtime. model: a name that can be fetched, or name=file."""
+    name, _, file = model.partition("=")
+    source, feed = Path(file) if file else path_of(name), folder / f"{name}.json"
     feed.write_text(encoded(inputs(source)))
     original = exact(source, feed)
     asked = {}
@@ -414,7 +425,7 @@ def say(what: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--run", nargs="+", default=[], metavar="RUNTIME=PLACE")
-    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME[=FILE]")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")

@@ -35,6 +35,19 @@ def test_a_run_is_a_process_that_gets_and_gives_json(tmp_path, runtime):
     assert "out of" in RUNTIMES[runtime](sys.executable)(model, feed).problem
 
 
+def test_a_file_with_external_data_takes_the_name_that_it_is_given(tmp_path, capsys):
+    path = save(SAMPLES["matmul"](), tmp_path, external=True)
+    rows = tmp_path / "rows.json"
+    asked = ["--forms", "int8", "--targets", "portable", "--json", str(rows)]
+    main(["--models", f"mine={path}", *asked])
+    assert "| mine | int8 | portable |" in capsys.readouterr().out
+    cells = [Cell(**row) for row in json.loads(rows.read_text())["cells"]]
+    assert {cell.model for cell in cells} == {"mine"}
+    far = {(cell.form, cell.runtime): cell.distance for cell in cells}
+    assert far["int8", "drift"] > 1e-4
+    assert far["int8", "reference"] < 1e-5
+
+
 def test_the_table_and_the_problems():
     cells = [
         cell("drift", 0.1),

@@ -12,7 +12,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ..errors import ModelError, UnsupportedModelError, first_line
+from ..graph.traversal import attribute, graphs
 from ..io.model import file_sha256
 
 Feed = dict[str, npt.NDArray[Any]]
@@ -71,7 +72,7 @@ class Input:
     table_rows: int | None
 
 
-def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
+def load_feeds(path: Path, proto: ModelProto, optional: Collection[str] = ()) -> list[Feed]:
     """Feeds from an .npz file with one array per graph input, or from a folder of such files.
 
     Parameters
@@ -79,6 +80,7 @@ def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
     path : of the file or folder. Arrays have the names of the inputs. Those with one axis more
         than their inputs hold several feeds along the first axis.
     proto : the model
+    optional : names of inputs that may be missing
 
     Returns
     -------
@@ -91,7 +93,7 @@ def load_feeds(path: Path, proto: ModelProto) -> list[Feed]:
     UnsupportedModelError
         When the model has inputs that are no tensors of numbers.
     """
-    return [feed for file in npz_files(path) for feed in _feeds_of(file, proto)]
+    return [feed for file in npz_files(path) for feed in _feeds_of(file, proto, optional)]
 
 
 def npz_files(path: Path) -> list[Path]:
@@ -124,9 +126,9 @@ def feeds_sha256(path: Path) -> str:
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
-def _feeds_of(path: Path, proto: ModelProto) -> list[Feed]:
+def _feeds_of(path: Path, proto: ModelProto, optional: Collection[str]) -> list[Feed]:
     arrays = _read_npz(path)
-    inputs = signature(proto)
+    inputs = [i for i in signature(proto) if i.name in arrays or i.name not in optional]
     for wanted in inputs:
         if wanted.name not in arrays:
             raise ModelError(
@@ -222,6 +224,7 @@ def samples_at_a_time(feed: Feed, inputs: Sequence[Input]) -> int:
 
 def cut_up(feed: Feed, inputs: Sequence[Input]) -> Iterator[Feed]:
     """The samples of a feed, as many at a time as the model takes well; whole if they are one."""
+    inputs = [i for i in inputs if i.name in feed]
     sizes = {len(feed[i.name]) if i.dims[:1] == (BATCH,) else 0 for i in inputs}
     if len(sizes) != 1 or sizes == {0}:
         yield feed
@@ -276,7 +279,12 @@ def signature(proto: ModelProto) -> list[Input]:
 
     Raises UnsupportedModelError for one that is no tensor of numbers.
     """
-    return [_input(proto, value) for value in required_inputs(proto)]
+    tables = _tables(proto)
+    readers = node_readers(node for graph in graphs(proto) for node in graph.node)
+    return [
+        _input(value, _indexed_table(value.name, tables, readers))
+        for value in required_inputs(proto)
+    ]
 
 
 def required_inputs(proto: ModelProto) -> list[ValueInfoProto]:
@@ -285,7 +293,7 @@ def required_inputs(proto: ModelProto) -> list[ValueInfoProto]:
     return [value for value in proto.graph.input if value.name not in constants]
 
 
-def _input(proto: ModelProto, value: ValueInfoProto) -> Input:
+def _input(value: ValueInfoProto, table_rows: int | None) -> Input:
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type"):
         raise UnsupportedModelError(
@@ -314,17 +322,33 @@ def _input(proto: ModelProto, value: ValueInfoProto) -> Input:
             found=dtype.name if dtype.kind == "c" else "strings",
             allowed="tensors of real numbers",
         )
-    return Input(value.name, dtype, tuple(dims), _indexed_table(proto, value.name))
+    return Input(value.name, dtype, tuple(dims), table_rows)
 
 
-def _indexed_table(proto: ModelProto, name: str) -> int | None:
+def _tables(proto: ModelProto) -> dict[str, Sequence[int]]:
+    """The shapes of constants by name, subgraphs included.
+
+    Tables of float16 are often stored behind a Cast, those that are the last layer's weight as
+    well behind a Transpose.
+    """
+    tables: dict[str, Sequence[int]] = {}
+    for graph in graphs(proto):
+        tables.update((tensor.name, tensor.dims) for tensor in graph.initializer)
+        for node in graph.node:
+            if node.op_type in ("Cast", "Identity", "Transpose") and node.input[0] in tables:
+                dims = tables[node.input[0]]
+                axes = attribute(node, "perm", range(len(dims))[::-1])
+                if node.op_type == "Transpose" and sorted(axes) == [*range(len(dims))]:
+                    dims = [dims[axis] for axis in axes]
+                tables[node.output[0]] = dims
+    return tables
+
+
+def _indexed_table(
+    name: str, tables: Mapping[str, Sequence[int]], readers: Mapping[str, list[NodeProto]]
+) -> int | None:
     """Rows of the smallest constant table that a Gather indexes with this value."""
-    tables = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
-    for node in proto.graph.node:  # float16 tables are often stored behind a Cast
-        if node.op_type in ("Cast", "Identity") and node.input[0] in tables:
-            tables[node.output[0]] = tables[node.input[0]]
-    readers = node_readers(proto)
-    sizes = []
+    sizes: list[int] = []
     pending, seen = [name], {name}
     while pending:
         current = pending.pop()
@@ -339,10 +363,10 @@ def _indexed_table(proto: ModelProto, name: str) -> int | None:
     return min(sizes, default=None)
 
 
-def node_readers(proto: ModelProto) -> dict[str, list[NodeProto]]:
-    """The nodes of the main graph that read a value, each once, by the value's name."""
+def node_readers(nodes: Iterable[NodeProto]) -> dict[str, list[NodeProto]]:
+    """Which of these nodes read a value, each once, by the value's name."""
     readers: dict[str, list[NodeProto]] = defaultdict(list)
-    for node in proto.graph.node:
+    for node in nodes:
         for name in dict.fromkeys(node.input):
             readers[name].append(node)
     return readers
@@ -355,7 +379,7 @@ def values(
     name = wanted.name.lower()
     if wanted.dtype == np.bool_ or "mask" in name:
         return np.ones(shape, wanted.dtype)
-    if wanted.table_rows:
+    if wanted.table_rows and "position" not in name:
         return rng.integers(0, wanted.table_rows, shape).astype(wanted.dtype)
     if np.issubdtype(wanted.dtype, np.integer):
         if name in ("sr", "sample_rate", "sampling_rate"):

@@ -1,27 +1,25 @@
 """The moments of what the weights are multiplied with, from running the float model.
 
 Whatever a weight is multiplied with is made an output of a copy of the model, which runs in
-onnxruntime on given or made-up samples. Kept are the second moments of it, and a few rows.
+onnxruntime on given or made-up samples, a large one piece by piece. Kept are the second moments of
+it, and a few rows.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from onnx import ModelProto, helper
 
 from ..errors import RunError, UnsupportedModelError, ValidationError
 from ..graph.weights import Weight
-from ..io.writer import Output
 from ..progress import Progress, meter, silent
 from ..quantization.error_feedback import DAMPINGS, PANEL, Floats, InputMoments
-from ..runtime.session import Session, open_session
-from .inputs import Feed, samples_at_a_time, signature
+from .inputs import NONE_FIT, Feed, samples_at_a_time, signature
+from .pieces import Pieces, Stream
 from .samples import Samples
 from .synthetic import sampling_rounds, synthetic_feeds
 from .weight_inputs import WeightInput, weight_input
@@ -65,7 +63,7 @@ class MomentRecorder:
         ValidationError without onnxruntime.
 
         weights: those of the samples' source; folder: new, for a copy of the model; max_bytes: for
-        the statistics.
+        the statistics, and of a model that is run as a whole.
         """
         self._samples = samples
         self._progress: Progress = silent
@@ -89,51 +87,56 @@ class MomentRecorder:
         )
         if not self._all_inputs:
             raise UnsupportedModelError("the inputs of no weight can be recorded")
+        groups = dict.fromkeys(filter(None, self._inputs.values()))
+        self._pieces = Pieces(source, [_names(group) for group in groups], folder, max_bytes)
         self._passes = list(self._plan())
         self._gathered: dict[Inputs, InputMoments] = {}
         self._latest: tuple[Inputs, InputMoments] | None = None
-        self._session = self._open(Output(folder, folder / "probe.onnx", external=True))
         self._template, self._counts, self._seconds_per_run = self._probe()
 
-    def _open(self, output: Output) -> Session:
-        proto = ModelProto()
-        proto.CopyFrom(self._source.proto)
-        known = {value.name for value in (*proto.graph.output, *proto.graph.input)}
-        for each in self._all_inputs:
-            if each.value not in known:
-                known.add(each.value)
-                value = helper.make_tensor_value_info(each.value, each.elem_type, None)
-                proto.graph.output.append(value)
-        output.save(proto, self._source)
-        return open_session(output.path, exact=True, size=self._source.size)
+    @property
+    def pieces(self) -> int:
+        """In how many pieces the model runs."""
+        return self._pieces.count
 
     def _probe(self) -> tuple[Feed, dict[WeightInput, int], float]:
         """A feed that the model accepts, how many rows each input gets, and seconds of the run."""
-        if not self._samples.accepted:
-            raise UnsupportedModelError(
-                "the model does not run on these inputs: {found}",
-                found=self._samples.found.problem,
-            )
-        feed = self._samples.accepted[0]
-        started = time.perf_counter()
-        try:
-            values = self._run(feed, self._all_inputs)
-        except RunError as error:
-            raise UnsupportedModelError(
-                "the model does not run on these inputs: {found}", found=str(error)
-            ) from None
-        seconds = time.perf_counter() - started
+        samples, problem = self._samples, NONE_FIT
+        if samples.given or self._source.size <= self._max_bytes:
+            candidates: Iterable[list[Feed]] = [samples.accepted] if samples.accepted else []
+            problem = samples.found.problem if not candidates else ""
+        else:
+            candidates = samples.candidates()
+        for feed, *_ in candidates:
+            started = time.perf_counter() - self._pieces.loading
+            try:
+                counts = self._counted(feed)
+            except RunError as error:
+                problem = str(error)
+                continue
+            return feed, counts, time.perf_counter() - self._pieces.loading - started
+        raise UnsupportedModelError(
+            "the model does not run on these inputs: {found}", found=problem
+        )
+
+    def _counted(self, feed: Feed) -> dict[WeightInput, int]:
+        """How many rows each input has in a feed. Raises RunError."""
         rng = np.random.default_rng(SEED)
-        rows = {each: each.rows(values[each.value], MAX_ROWS, rng) for each in self._all_inputs}
-        return feed, {each: found.shape[1] for each, found in rows.items()}, seconds
+        stream, counts = self._pieces.stream([feed]), {}
+        for plan in self._passes:
+            (values,) = stream.run(_names(chain(*plan)))
+            for each in chain(*plan):
+                counts[each] = each.rows(values[each.value], MAX_ROWS, rng).shape[1]
+        return counts
 
     @property
     def seconds(self) -> float:
         """About how long the statistics and the feedback will take on a machine with two cores."""
         samples = len(self._samples.given) or self._wanted
-        runs = samples * len(self._passes)
+        rounds = 0
         if not self._samples.given:
-            runs += samples * sampling_rounds(self._source.proto, self._template)
+            rounds = sampling_rounds(self._source.proto, self._template, self._pieces.whole)
+        runs = samples * (len(self._passes) / self._pieces.count + rounds)
         work, size = 0.0, 0
         for name, inputs in self._inputs.items():
             if inputs:
@@ -144,7 +147,8 @@ class MomentRecorder:
             for inputs, spans in plan.items():
                 rows = min(samples * sum(self._counts[each] for each in inputs), MAX_ROWS)
                 work += inputs[0].groups * sum(len(s) ** 2 * (len(s) / 3 + rows) for s in spans)
-        return runs * self._seconds_per_run + work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
+        seconds = runs * self._seconds_per_run + (1 + rounds) * self._pieces.loading
+        return seconds + work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
 
     @property
     def _wanted(self) -> int:
@@ -153,24 +157,22 @@ class MomentRecorder:
         return int(np.clip(-(-ROWS // max(rows, 1)), SAMPLES.start, SAMPLES.stop - 1))
 
     @cached_property
-    def _feeds(self) -> tuple[list[Feed], list[Feed]]:
+    def _streams(self) -> tuple[Stream, Stream]:
         """Feeds for the statistics, and others for the comparison (the same if only one)."""
         feeds = self._samples.given or self._made_up()
         kept = max(1, len(feeds) // FRESH)
-        return feeds[:-kept] or feeds, feeds[-kept:]
+        return self._pieces.stream(feeds[:-kept] or feeds), self._pieces.stream(feeds[-kept:])
 
     def _made_up(self) -> list[Feed]:
         source, template = self._source, self._template
         batch = samples_at_a_time(template, signature(source.proto))
         if batch > 1:
             try:
-                self._run(synthetic_feeds(source, None, template, batch, batch, SEED)[0], [])
+                self._counted(synthetic_feeds(source, None, template, batch, batch, SEED)[0])
             except RunError:  # the model takes no batches, whatever its signature says
                 batch = 1
         samples = self._wanted + max(1, self._wanted // FRESH)
-        return synthetic_feeds(
-            source, self._session, template, samples, batch, SEED, self._progress
-        )
+        return synthetic_feeds(source, self._pieces, template, samples, batch, SEED, self._progress)
 
     def prepare(self, progress: Progress) -> None:
         """Record the inputs of the first weights, as many as `max_bytes` allows."""
@@ -192,10 +194,13 @@ class MomentRecorder:
         return moments if finite and np.isfinite(moments.fresh).all() else "its inputs overflow"
 
     def _plan(self) -> Iterator[Plan]:
-        """The inputs whose matrices fit into memory together, in the order of the weights."""
+        """The inputs whose matrices fit into memory together, in the order of the weights.
+
+        All are known after the same piece.
+        """
         plan: Plan = {}
         seen: set[Inputs] = set()
-        used = 0
+        used, piece = 0, -1
         for name, inputs in self._inputs.items():
             if not inputs or inputs in seen:
                 continue
@@ -203,7 +208,9 @@ class MomentRecorder:
             groups, columns = inputs[0].groups, self._cuts[name].cols
             spans = _spans(groups, columns, self._max_bytes)
             used += _bytes_kept(groups, spans)
-            if plan and used + _bytes_to_factor(groups, spans) > self._max_bytes:
+            full = used + _bytes_to_factor(groups, spans) > self._max_bytes
+            before, piece = piece, self._pieces.number_of(_names(inputs))
+            if plan and (full or piece != before):
                 yield plan
                 plan, used = {}, _bytes_kept(groups, spans)
             plan[inputs] = spans
@@ -214,7 +221,7 @@ class MomentRecorder:
             inputs: tuple(np.zeros((inputs[0].groups, len(s), len(s)), np.float32) for s in spans)
             for inputs, spans in plan.items()
         }
-        feeds, others = self._feeds
+        feeds, others = self._streams
         advance = meter(self._progress, RECORDING, len(feeds) + len(others))
         for inputs, rows in self._rows_of(feeds, plan, MAX_ROWS, GATHERED, advance):
             for total, span in zip(sums[inputs], plan[inputs], strict=True):
@@ -230,7 +237,7 @@ class MomentRecorder:
 
     def _rows_of(
         self,
-        feeds: list[Feed],
+        feeds: Stream,
         wanted: Iterable[Inputs],
         max_rows: int,
         at_a_time: int,
@@ -239,9 +246,7 @@ class MomentRecorder:
         """Rows for the inputs of each weight, up to about `max_rows`, some feeds together."""
         rng = np.random.default_rng(SEED)
         waiting: dict[Inputs, list[Floats]] = {inputs: [] for inputs in wanted}
-        flat = [each for inputs in waiting for each in inputs]
-        for feed in feeds:
-            values = self._run(feed, flat)
+        for values in feeds.run(_names(chain(*waiting))):
             for inputs, rows in waiting.items():
                 limit = min(max_rows, MAX_PATCHES) if inputs[0].window else max_rows
                 share = -(-limit // len(feeds))
@@ -254,10 +259,10 @@ class MomentRecorder:
             if rows:
                 yield inputs, np.concatenate(rows, axis=1)
 
-    def _run(self, feed: Feed, inputs: Sequence[WeightInput]) -> dict[str, npt.NDArray[Any]]:
-        names = [n for n in dict.fromkeys(each.value for each in inputs) if n not in feed]
-        names = names or self._session.outputs[:1]
-        return feed | dict(zip(names, self._session.run(names, feed), strict=True))
+
+def _names(inputs: Iterable[WeightInput]) -> list[str]:
+    """The values that they are, each once."""
+    return list(dict.fromkeys(each.value for each in inputs))
 
 
 def _spans(groups: int, columns: int, max_bytes: int) -> tuple[range, ...]:
@@ -311,17 +316,11 @@ def record(
 ) -> Moments:
     """The moments of what the weights are multiplied with.
 
-    max_bytes: for the statistics. inputs: "synthetic" or "data"; "off" records nothing. optional:
-    go without, and say why, where they cannot be had or where the model is larger than `max_bytes`.
+    max_bytes: for the statistics, and of a model that is run as a whole. inputs: "synthetic" or
+    "data"; "off" records nothing. optional: go without, and say why, where they cannot be had.
     """
     if inputs == "off":
         return Moments(None)
-    if optional and samples.source.size > max_bytes:
-        return Moments(
-            None,
-            note=f"the model is larger than --max-memory ({max_bytes >> 20:,} MiB); "
-            f"--max-memory {-(-samples.source.size >> 20):,} or --preserve {inputs} switches it on",
-        )
     try:
         recorder = MomentRecorder(samples, weights, folder, max_bytes)
         progress(f"error feedback, about {recorder.seconds:.0f} s", 0, 1)

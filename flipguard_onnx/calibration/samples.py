@@ -1,5 +1,6 @@
 """Samples: inputs that the model accepts, searched for once per run, and what it makes of them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,8 @@ from .. import runtime
 from ..errors import LoadError, OptionError, RunError, UnsupportedModelError, ValidationError
 from ..io.model import Model
 from .inputs import NONE_FIT, Feed, cut_up, load_feeds, made_up_feeds, signature
+from .text_files import is_text, text_feeds
+from .text_model import TextModel
 
 Array = npt.NDArray[Any]
 
@@ -43,7 +46,7 @@ class Samples:
     Parameters
     ----------
     source : the original; it is run as it stands in its file
-    data : .npz file, or a folder of them; None makes inputs up
+    data : .npz file, or a folder of them, or a file of text; None makes inputs up
     without : the options with which a run needs no inputs, as advice; "" where there are none
     takes_data : whether `data` could be given, as advice
     """
@@ -76,9 +79,18 @@ class Samples:
 
         Raises ModelError when they do not fit the model.
         """
-        feeds = load_feeds(self.data, self.source.proto) if self.data else []
-        inputs = signature(self.source.proto) if feeds else []
-        return [part for feed in feeds for part in cut_up(feed, inputs)]
+        if not self.data:
+            return []
+        text = TextModel.of(self.source.proto)
+        if is_text(self.data):
+            feeds = text_feeds(self.data, self.source, text)
+        else:
+            feeds = load_feeds(self.data, self.source.proto, text.determined if text else ())
+        if text:
+            text.require_known(feeds, self.data)
+        inputs = signature(self.source.proto)
+        parts = (part for feed in feeds for part in cut_up(feed, inputs))
+        return [text.filled(part) for part in parts] if text else list(parts)
 
     @property
     def accepted(self) -> list[Feed]:
@@ -140,12 +152,19 @@ class Samples:
         if self.data:
             return self._run(self.given)
         best = Found([], [], [], NONE_FIT)
-        for feeds in made_up_feeds(self.source.proto, self.source.size):
+        for feeds in self.candidates():
             found = self._run(feeds)
             if found.feeds and not found.problem:
                 return found
             best = best if best.feeds else found
         return best
+
+    def candidates(self) -> Iterator[list[Feed]]:
+        """Made-up feeds that the model may accept; first those with empty caches, if it has any."""
+        text = TextModel.of(self.source.proto)
+        if text and text.past:
+            yield from text.starting(made_up_feeds(self.source.proto, self.source.size))
+        yield from made_up_feeds(self.source.proto, self.source.size)
 
     def _run(self, feeds: list[Feed]) -> Found:
         try:

@@ -1,25 +1,33 @@
 """Inputs for statistics of activations, made up so that they resemble real ones.
 
-Token ids of a decoder are sampled from the decoder itself, which models what it was trained on.
-Other ids are drawn uniformly. Images and sequences are patches that cover each other ("dead
+Token ids of a decoder are sampled from the decoder itself, which models what it was trained on:
+one token after the other where it takes back its caches, else all at once in several rounds. Other
+ids are drawn uniformly. Images and sequences are patches that cover each other ("dead
 leaves", which have the edges and the spectrum of natural images) under a texture whose amplitude
 falls with frequency, in the range that the graph suggests; vectors are white noise in that range.
 The state of a streaming model is zero, as at the start of a stream: it never meets noise there.
 Everything else is made up as in `inputs`.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto
 
+from ..errors import RunError
 from ..io.model import Model
 from ..progress import Progress, meter, silent
 from .inputs import BATCH, Feed, Input, node_readers, signature, values
+from .text_model import STATES, TextModel, logits_of
 
-SAMPLING_ROUNDS = 8  # in which a decoder draws token ids
+SAMPLING_ROUNDS = 8  # in which a decoder without caches draws token ids
+
+ONE_BY_ONE = 2  # rounds that take as long as drawing token after token with caches (measured)
+
+CACHES = 1 << 28  # bytes of a decoder's caches for the samples that are drawn together
 
 PATCHES = 60  # per sample
 
@@ -27,16 +35,29 @@ MAX_TEXTURE_EXPONENT = 1.5  # of frequency, with which the amplitude of a textur
 
 CHANNELS = (1, 3, 4)  # sizes of an axis of channels; larger axes are spatial
 
-STATES = ("cache", "past")  # in the names of inputs that hold a state
-
 _AFFINE = ("Sub", "Add", "Mul", "Div")
 
 _VALUE_KEEPING = ("Cast", "Identity", "Transpose", "Unsqueeze", "Reshape")
 
 
+class Runner(Protocol):
+    """A model that runs.
+
+    whole: it is in memory, so that it can be run often.
+    """
+
+    @property
+    def whole(self) -> bool: ...
+
+    def run_all(
+        self, names: Sequence[str], feeds: Sequence[Feed]
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """These outputs, by name, for one feed after the other."""
+
+
 def synthetic_feeds(
     source: Model,
-    session: Any,
+    runner: Runner | None,
     template: Feed,
     samples: int,
     batch: int,
@@ -48,7 +69,7 @@ def synthetic_feeds(
     Parameters
     ----------
     source : the float model
-    session : the same in onnxruntime, from which a decoder's token ids are sampled; None leaves
+    runner : the same in onnxruntime, from which a decoder's token ids are sampled; None leaves
         them as they are
     template : a feed that the model accepts, whose shapes the feeds get
     samples : in all feeds together
@@ -60,13 +81,32 @@ def synthetic_feeds(
     if not any(BATCH in wanted.dims for wanted in inputs):
         batch = 1
     count = -(-samples // batch)
-    advance = meter(progress, "making up inputs", count)
-    feeds = []
+    text = _with_caches(source.proto, template)
+    if text and runner and runner.whole and text.goes_on:
+        with suppress(RunError):  # all at once, if it does not go on from its caches
+            return _one_by_one(text, runner, template, count, batch, rng, progress)
+    ids = _token_ids(inputs, template)
+    logits = ids and logits_of(source.proto, ids)
+    rounds = _rounds(source.proto, template) if runner else 0
+    advance = meter(progress, "making up inputs", count * (1 + rounds))
+    drawn = [i for i in inputs if not text or i.name not in text.determined]
+    feeds, chances = [], []
     for _ in range(count):
-        feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in inputs}
-        feeds.append(_from_the_model(source, session, feed, inputs, rng))
+        feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in drawn}
+        feeds.append(text.filled(feed) if text else feed)
+        if ids and logits and runner:
+            chances.append(rng.random((*feed[ids.name].shape, 1), dtype=np.float32)[:, 1:])
         advance(1)
+    if ids and logits and runner:
+        for _ in range(rounds):
+            feeds = list(_sampled(runner, logits, feeds, ids, chances, advance))
     return feeds
+
+
+def _with_caches(proto: ModelProto, template: Feed) -> TextModel | None:
+    """The model of text if it has caches, which are empty in the template."""
+    text = TextModel.of(proto)
+    return text if text and text.past and text.is_start(template) else None
 
 
 def _value(
@@ -191,7 +231,7 @@ def _inverted(gain: float, shift: float, mean: float, deviation: float) -> tuple
 
 def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
     """The nodes that read the value in turn, as long as each value has a single reader."""
-    readers = node_readers(proto)
+    readers = node_readers(proto.graph.node)
     while len(readers[name]) == 1:
         node = readers[name][0]
         if node.op_type not in (*_AFFINE, *_VALUE_KEEPING, "BatchNormalization"):
@@ -200,54 +240,94 @@ def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
         name = node.output[0]
 
 
-def sampling_rounds(proto: ModelProto, template: Feed) -> int:
-    """How often a decoder runs on each sample whose token ids are drawn; 0 for another model."""
+def sampling_rounds(proto: ModelProto, template: Feed, whole: bool) -> int:
+    """As long as how many runs drawing the token ids of a sample takes; 0 if it is no decoder.
+
+    whole: as `Runner` has it.
+    """
+    text = _with_caches(proto, template)
+    if text and text.goes_on and whole:
+        return ONE_BY_ONE
+    return _rounds(proto, template)
+
+
+def _rounds(proto: ModelProto, template: Feed) -> int:
+    """How often a decoder runs on a sample to draw its token ids, all at once."""
     ids = _token_ids(signature(proto), template)
-    if ids is None or _logits(proto, ids) is None:
+    if ids is None or logits_of(proto, ids) is None:
         return 0
     return min(SAMPLING_ROUNDS, int(template[ids.name].shape[1]))
 
 
 def _token_ids(inputs: list[Input], feed: Feed) -> Input | None:
     """The input with sequences of token ids, if there is one and only one."""
-    ids = [
-        i for i in inputs if i.table_rows and feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1
-    ]
+    ids = [i for i in inputs if i.table_rows and "position" not in i.name.lower()]
+    ids = [i for i in ids if feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1]
     return ids[0] if len(ids) == 1 else None
 
 
-def _logits(proto: ModelProto, ids: Input) -> str | None:
-    """The first output with three axes whose last one may be as long as the table of the ids."""
-    for value in proto.graph.output:
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) == 3 and dims[2].dim_value in (0, ids.table_rows):
-            return value.name
-    return None
+def _one_by_one(
+    text: TextModel,
+    runner: Runner,
+    template: Feed,
+    count: int,
+    batch: int,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[Feed]:
+    """So many feeds of a decoder, each token id sampled from the logits that those before it give.
+
+    Samples are drawn together, as many as CACHES allows, if the model takes more than one.
+    Raises RunError when the model does not go on from what it returned.
+    """
+    name, vocabulary, output = text.ids.name, text.ids.table_rows, text.logits
+    assert output
+    assert vocabulary
+    rows, length = template[name].shape
+    rows = batch if text.ids.dims[0] == BATCH else rows
+    together = CACHES // (text.cache_bytes * length * rows) if batch > 1 else 1
+    groups = np.array_split(np.arange(count), -(-count // max(together, 1)))
+    advance = meter(progress, "making up inputs", len(groups) * (length - 1))
+    feeds: list[Feed] = []
+    for group in groups:
+        shape = len(group) * rows, length
+        tokens = rng.integers(0, vocabulary, shape).astype(text.ids.dtype)
+        chances = rng.random((*shape, 1), dtype=np.float32)
+        past: Feed = {}
+        for place in range(length - 1):
+            feed = text.filled({name: tokens[:, place : place + 1]} | past)
+            (found,) = runner.run_all([output, *text.present], [feed])
+            logits = found[output]
+            if logits.shape != (len(tokens), 1, vocabulary):
+                raise RunError("its logits have the shape {found}", found=logits.shape)
+            drawn = _drawn(logits[:, 0].astype(np.float32, copy=False), chances[:, place + 1])
+            tokens[:, place + 1] = drawn
+            past = {c.name: found[n] for c, n in zip(text.past, text.present, strict=True)}
+            advance(1)
+        feeds += [text.filled({name: part}) for part in np.split(tokens, len(group))]
+    return feeds
 
 
-def _from_the_model(
-    source: Model, session: Any, feed: Feed, inputs: list[Input], rng: np.random.Generator
-) -> Feed:
-    """The feed with token ids sampled from the model's own logits, if it is a decoder.
+def _sampled(
+    runner: Runner,
+    output: str,
+    feeds: Sequence[Feed],
+    ids: Input,
+    chances: Sequence[npt.NDArray[np.float32]],
+    advance: Callable[[int], None],
+) -> Iterator[Feed]:
+    """The feeds with token ids sampled from the decoder's own logits.
 
     Every round draws all positions at once, each from the logits that the model computes from the
     positions before it as the last round left them. A position gets the same random number in all
     rounds, so position t is an exact sample from round t on.
     """
-    ids = _token_ids(inputs, feed)
-    output = ids and _logits(source.proto, ids)
-    if not (ids and output and session):
-        return feed
-    tokens = feed[ids.name]
-    chances = rng.random((*tokens.shape, 1), dtype=np.float32)[:, 1:]
-    for _ in range(min(SAMPLING_ROUNDS, tokens.shape[1])):
-        (logits,) = session.run([output], feed)
-        if logits.shape != (*tokens.shape, ids.table_rows):
-            return feed
-        tokens = tokens.copy()
-        tokens[:, 1:] = _drawn(logits[:, :-1].astype(np.float32, copy=False), chances)
-        feed = feed | {ids.name: tokens}
-    return feed
+    for feed, numbers, found in zip(feeds, chances, runner.run_all([output], feeds), strict=True):
+        tokens, logits = feed[ids.name].copy(), found[output]
+        if logits.shape == (*tokens.shape, ids.table_rows):
+            tokens[:, 1:] = _drawn(logits[:, :-1].astype(np.float32, copy=False), numbers)
+        yield feed | {ids.name: tokens}
+        advance(1)
 
 
 def _drawn(

@@ -166,7 +166,9 @@ def inspect_for(model: str | Path, target: str) -> TargetInspection:
         if names:
             findings.append(Finding(text, tuple(names)))
     tensors = len({codes.name for codes in found})
-    return TargetInspection(str(source.path), source.sha256, target, tensors, tuple(findings))
+    return TargetInspection(
+        str(source.path), source.sha256, source.data_sha256, target, tensors, tuple(findings)
+    )
 
 
 def _codes(model: Model) -> Iterator[Codes]:

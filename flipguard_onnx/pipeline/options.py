@@ -94,8 +94,8 @@ class GuardOptions:
     preserve : feed rounding errors forward so that layers compute what they did: "synthetic" (on
         made-up inputs), "data" (on those of `data`), "off", or "auto": "data" where there is any,
         else "synthetic"
-    data : .npz file, or folder of such files, with inputs for `preserve`, for the calibration of
-        `activations` and for the validation; None makes inputs up
+    data : .npz file, or folder of such files, or text (.txt, .jsonl), with inputs for `preserve`,
+        for the calibration of `activations` and for the validation; None makes inputs up
     int8 : shell patterns over the names of weights that stay at 8 bits under a 4-bit scheme
     int8_share : keep, besides, the most sensitive weights at 8 bits, up to this share of the
         weights at 4 bits; 0 <= int8_share < 1
@@ -104,7 +104,8 @@ class GuardOptions:
     max_drift : allowed drift of the outputs from the original's, as a multiple of the drift that
         rounding to nearest causes
     validate : run the result with onnxruntime before it appears at the output
-    max_memory : MiB for the statistics of `preserve`; of a larger model only sampled layers are run
+    max_memory : MiB for the statistics of `preserve`, which runs a larger model piece by piece; it
+        is validated by sampled layers
     device : "auto", "cpu" or "cuda": where the kernels run
 
     Raises
@@ -203,7 +204,8 @@ class GuardOptions:
     data: StrPath | None = _option(  # noqa: RUF009  # as above; the rule trips over os.PathLike
         None,
         "Accuracy",
-        ".npz file, or folder of them, with inputs to run the model on.  [default: made up]",
+        ".npz file, or folder of them, with inputs to run the model on; for one that takes token "
+        "ids also text, .txt or .jsonl.  [default: made up]",
     )
     int8: tuple[str, ...] = _option(
         (),

@@ -45,7 +45,7 @@ def verify(
     original : path of the float model
     guarded : path of the model to judge; it need not have been made by guard()
     scheme : round to this instead, with every other option at its default
-    data : .npz file, or folder of such files, with inputs; by default they are made up
+    data : .npz file, or folder of such files, or text (.txt, .jsonl); by default inputs are made up
     max_memory : MiB; of a larger model only sampled layers are run (default: as recorded, or 1024)
     max_drift : allowed drift, as a multiple of the drift that rounding to nearest causes
 

@@ -155,6 +155,7 @@ class TargetInspection:
     ----------
     input : path of the model
     input_sha256 : of the model's file
+    input_data_sha256 : of its external data files, by their names
     target : the runtime: "tensorrt", "qnn" or "openvino"
     tensors : how many tensors and activations are quantized
     findings : the requirements that are not met
@@ -165,6 +166,7 @@ class TargetInspection:
     format_version: int = field(default=FORMAT, init=False)
     input: str
     input_sha256: str
+    input_data_sha256: dict[str, str]
     target: str
     tensors: int
     findings: tuple[Finding, ...]

@@ -109,7 +109,8 @@ def render_target_inspection(inspection: TargetInspection) -> str:
         verdict = f"{quantized}; as far as the file shows it, all meet what it asks for"
     lines = [
         *config_line(inspection.config),
-        f"input     {inspection.input}  sha256 {inspection.input_sha256[:16]}",
+        f"input     {inspection.input}  "
+        f"{fingerprint(inspection.input_sha256, inspection.input_data_sha256)}",
         f"target    {inspection.target}: {verdict}",
     ]
     for finding in inspection.findings:

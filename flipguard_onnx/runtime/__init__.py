@@ -18,6 +18,7 @@ from .session import (
     quantize_static,
     require_openable,
     shared_child,
+    tokenized,
 )
 from .settings import Limits, StaticQuantization
 
@@ -37,4 +38,5 @@ __all__ = [
     "quantize_static",
     "require_openable",
     "shared_child",
+    "tokenized",
 ]

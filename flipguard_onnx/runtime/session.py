@@ -6,13 +6,14 @@ answers. These are JSON and arrays (see `messages`), which cannot run code here.
 """
 
 import atexit
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -178,7 +179,10 @@ class Session:
     Attributes
     ----------
     outputs : names of the model's outputs
+    whole : it is in memory, always
     """
+
+    whole = True
 
     def __init__(self, path: Path, exact: bool, size: int, child: Child) -> None:
         self._name, self._size, self._child = path.name, size, child
@@ -217,6 +221,13 @@ class Session:
             raise RunError(str(error)) from None
         except ValidationError as error:
             raise error.at(self._name) from None
+
+    def run_all(
+        self, names: Sequence[str], feeds: Iterable[dict[str, Array]]
+    ) -> Iterator[dict[str, Array]]:
+        """These outputs, by name, for one feed after the other. Raises as `run` does."""
+        for feed in feeds:
+            yield dict(zip(names, self.run(list(names), feed), strict=True))
 
     def __del__(self) -> None:
         if hasattr(self, "_life"):
@@ -354,6 +365,16 @@ def quantize_static(
         raise ValidationError("onnxruntime's static quantizer: {found}", found=str(error)) from None
 
 
+def tokenized(path: Path, texts: Sequence[str]) -> Array:
+    """The token ids of texts, one text after the other, by a tokenizer.json.
+
+    Raises RemoteError, ValidationError.
+    """
+    content = np.frombuffer(json.dumps(texts).encode(), np.uint8)
+    size = path.stat().st_size + content.size
+    return shared_child.ask("tokenize", {"path": str(path)}, size, _token_ids, [content])
+
+
 def _paths(path: Path, result: Path) -> dict[str, Any]:
     return {"path": str(path.absolute()), "result": str(result.absolute())}
 
@@ -375,6 +396,12 @@ def _problem(answer: Message) -> Exception | None:
 
 def _nothing(answer: Message) -> None:
     """The result of a request that has none."""
+
+
+def _token_ids(answer: Message) -> Array:
+    if len(answer.arrays) != 1 or answer.arrays[0].ndim != 1 or answer.arrays[0].dtype != np.int64:
+        raise MessageError("no list of token ids")
+    return answer.arrays[0]
 
 
 def _evaluated(

@@ -1,9 +1,12 @@
 """The child process in which onnx's and onnxruntime's C++ see the model; `session` starts it.
 
+The tokenizer beside a model is read here as well, by the tokenizers package.
+
 It takes requests from one pipe and answers into another until that closes. It is no sandbox: what
 it keeps away from the caller are crashes, endless runs and the use of too much memory.
 """
 
+import json
 import os
 import resource
 import signal
@@ -188,9 +191,24 @@ def quantize(
     return Message({})
 
 
+def tokenize(path: str, arrays: Sequence[Array]) -> Message:
+    """The token ids of texts, one text after the other, by a tokenizer.json.
+
+    arrays: the texts, as bytes of JSON.
+    """
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    encodings = tokenizer.encode_batch(json.loads(arrays[0].tobytes()))
+    ids = [number for encoding in encodings for number in encoding.ids]
+    return Message({}, [np.array(ids, np.int64)])
+
+
 REQUESTS = {
     f.__name__: f
-    for f in (load, run, evaluate, check, convert, inline, infer, preprocess, quantize)
+    for f in (load, run, evaluate, check, convert, inline, infer, preprocess, quantize, tokenize)
 }
 
 

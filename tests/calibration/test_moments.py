@@ -15,12 +15,13 @@ from onnx import TensorProto, helper
 
 import flipguard_onnx
 from flipguard_onnx import OptionError, UnsupportedModelError
-from flipguard_onnx.calibration.moments import MomentRecorder, record
+from flipguard_onnx.calibration.moments import MomentRecorder
 from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.calibration.synthetic import input_range, synthetic_feeds
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.quantization.error_feedback import InputMoments
+from flipguard_onnx.runtime.session import open_session
 from tests.helpers.command import call
 from tests.helpers.samples import SAMPLES, matmul, model, node, save, weights
 
@@ -173,7 +174,7 @@ def decoder(vocabulary=50):
 
 def test_token_ids_are_sampled_from_a_decoder(tmp_path):
     source = open_model(save(decoder(), tmp_path))
-    session = onnxruntime.InferenceSession(str(source.path), providers=["CPUExecutionProvider"])
+    session = open_session(source.path, exact=True, size=source.size)
     template = {"ids": np.zeros((1, 5), np.int64)}  # so many rounds make exact samples
     feeds = synthetic_feeds(source, session, template, samples=6, batch=3, seed=0)
     assert [feed["ids"].shape for feed in feeds] == [(3, 5)] * 2
@@ -340,18 +341,21 @@ def test_auto_takes_the_data_if_there_is_any_and_is_off_for_other_policies(tmp_p
     assert guard(tmp_path, matmul(), policy="topk").preserve == "off"
 
 
-@pytest.mark.parametrize("optional", [True, False])
-def test_a_model_larger_than_the_memory_is_run_only_if_it_was_asked_for(tmp_path, optional):
-    samples = Samples(open_model(save(matmul(), tmp_path)), None)
-    found = find_weights(samples.source.proto)[0]
-    moments = record(samples, found, tmp_path / "probe", 1 << 12, "synthetic", optional)
-    assert moments.inputs == ("off" if optional else "synthetic")
-    note = (
-        "the model is larger than --max-memory (0 MiB); --max-memory 1 or --preserve synthetic "
-        "switches it on"
-    )
-    assert moments.note == (note if optional else None)
-    assert isinstance(moments.of(found[0]), InputMoments) is not optional
+def test_a_model_larger_than_the_memory_runs_in_pieces_with_the_same_moments(tmp_path):
+    """A decoder, whose inputs are sampled from itself."""
+    proto = decoder()
+    whole, found = recorder(tmp_path, proto)
+    pieces, _ = recorder(tmp_path, proto, max_bytes=1 << 13)
+    assert whole.pieces == 1 < pieces.pieces
+    for weight in found:
+        a, b = whole.of(weight), pieces.of(weight)
+        if isinstance(a, str):
+            assert a == b
+            continue
+        np.testing.assert_array_equal(a.fresh, b.fresh)
+        for span, hessian in zip(b.spans, b.hessians, strict=True):
+            columns = slice(span.start, span.stop)
+            np.testing.assert_array_equal(a.hessians[0][:, columns, columns], hessian)
 
 
 def test_the_estimate_is_shown_before_the_feedback_starts(tmp_path):

@@ -1,5 +1,6 @@
 """What other runtimes ask of a quantized file."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -30,6 +31,10 @@ def written(proto, folder, scheme="int8", **options):
     options = {"seed": 1, "preserve": "off", "validate": False, "force": True} | options
     flipguard_onnx.guard(source, scheme, output=output, **options)
     return output
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def unmet(path, target):
@@ -181,6 +186,18 @@ def test_the_report(tmp_path):
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["target"] == "tensorrt"
     assert {"requirement": BLOCKS, "tensors": ["w_quantized"]} in report["findings"]
+    assert report["input_sha256"] == sha256(path)
+    assert report["input_data_sha256"] == {}
+
+
+def test_external_data_is_named_by_its_digest(tmp_path):
+    proto = dequantized(ones(np.int8, 256, 32))
+    path = save(proto, tmp_path, external=True)
+    [data] = (file for file in tmp_path.iterdir() if file != path)
+    found = inspect_for(path, "tensorrt")
+    assert found.input_data_sha256 == {data.name: sha256(data)}
+    first = found.render().splitlines()[0]
+    assert first.endswith(f"sha256 {sha256(path)[:16]}, of its data {sha256(data)[:16]}")
 
 
 def test_a_float_model_and_a_bad_file(tmp_path):

@@ -140,15 +140,12 @@ def test_verify_runs_the_same_layers(tmp_path, too_large):
         flipguard_onnx.verify(source, tmp_path / "other.onnx")
 
 
-def test_a_model_above_the_limit_is_not_run(tmp_path):
+def test_a_model_above_the_limit_is_not_run_whole(tmp_path):
     """1 MiB is the least that can be allowed; the model has 2."""
     source = save(language_model(width=360), tmp_path)
     assert source.stat().st_size > 1 << 20
     report = flipguard_onnx.guard(source, max_memory=1)
     assert report.validation.layers == 6
-    assert report.preserve == "off"
-    assert report.preserve_note == (
-        "the model is larger than --max-memory (1 MiB); "
-        "--max-memory 3 or --preserve synthetic switches it on"
-    )
+    assert report.preserve == "synthetic"
+    assert report.preserve_note is None
     assert flipguard_onnx.guard(source, max_memory=64, force=True).validation.layers == 0

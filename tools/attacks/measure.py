@@ -72,14 +72,19 @@ def _held_out(run, text):
     """Perplexity per character, and the share of tokens that are predicted right."""
     ids = prompts.encode(text)
     windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
-    logits = run.run(None, {"ids": windows})[0][:, :-1].astype(np.float64)
-    wanted = windows[:, 1:]
-    logits -= logits.max(-1, keepdims=True)
-    chosen = np.take_along_axis(logits, wanted[..., None], -1)[..., 0]
-    loss = np.log(np.exp(logits).sum(-1)) - chosen
+    logits, wanted = run.run(None, {"ids": windows})[0][:, :-1], windows[:, 1:]
+    loss = losses(logits, wanted)
     characters = np.array([len(piece) for piece in prompts.pieces()])
     perplexity = np.exp(loss.sum() / characters[wanted].sum())
     return float(perplexity), float(np.mean(logits.argmax(-1) == wanted))
+
+
+def losses(logits, wanted):
+    """Cross-entropy of each token, in nats; the logits have a further axis, of the vocabulary."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(logits, wanted[..., None], -1)[..., 0]
+    return np.log(np.exp(logits).sum(-1)) - chosen
 
 
 def _answers(run, asked, scenario):

@@ -1,0 +1,256 @@
+"""Decoders and encoders: what goes with token ids, and tokens sampled from the model itself."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+import flipguard_onnx
+from flipguard_onnx.calibration.pieces import Pieces
+from flipguard_onnx.calibration.samples import Samples
+from flipguard_onnx.calibration.synthetic import (
+    SAMPLING_ROUNDS,
+    sampling_rounds,
+    synthetic_feeds,
+)
+from flipguard_onnx.calibration.text_model import TextModel
+from flipguard_onnx.io.model import open_model
+from tests.helpers.decoders import INT64, VOCABULARY, WIDTH, decoder
+from tests.helpers.samples import F, model, node, save, weights
+
+CACHES = ("past_key_values.0.key", "past_key_values.0.value")
+
+FORMS = {
+    "cache": {},
+    "merged": {"merged": True},
+    "tied": {"tied": True},
+}
+
+
+def samples_of(tmp_path, proto, data=None):
+    return Samples(open_model(save(proto, tmp_path)), data)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_made_up_inputs_start_a_text(tmp_path, form):
+    proto = decoder(**FORMS[form])
+    feeds = samples_of(tmp_path, proto).require().feeds
+    assert len(feeds) == 8
+    for feed in feeds:
+        assert feed["input_ids"].shape == (1, 64)
+        assert VOCABULARY // 2 < feed["input_ids"].max() < VOCABULARY
+        assert np.array_equal(feed["attention_mask"], np.ones((1, 64)))
+        assert np.array_equal(feed["position_ids"], np.arange(64)[None])
+        for name in CACHES:
+            assert feed[name].shape == (1, 1, 0, WIDTH)
+            assert feed[name].dtype == np.float32
+        if form == "merged":
+            assert feed["use_cache_branch"].tolist() == [False]
+    assert not np.array_equal(feeds[0]["input_ids"], feeds[1]["input_ids"])
+
+
+def sampled(samples, count, batch):
+    source, template = samples.source, samples.accepted[0]
+    return synthetic_feeds(source, samples.session, template, count, batch, seed=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sampled_tokens_are_what_the_model_says_of_the_whole_text(tmp_path, form):
+    """With logits so far apart that every token is determined by those before it."""
+    samples = samples_of(tmp_path, decoder(sharpness=3000.0, **FORMS[form]))
+    feeds = sampled(samples, 6, batch=3)
+    assert [feed["input_ids"].shape for feed in feeds] == [(3, 64)] * 2
+    assert sampling_rounds(samples.source.proto, feeds[0], whole=True) == 2
+    for feed in feeds:
+        (logits,) = samples.session.run(["logits"], feed)
+        top = np.sort(logits[:, :-1], axis=-1)
+        sure = top[..., -1] > top[..., -2] + 20
+        assert sure.mean() > 0.9
+        found, said = feed["input_ids"][:, 1:], logits[:, :-1].argmax(axis=-1)
+        np.testing.assert_array_equal(found[sure], said[sure])
+    assert len({tuple(text[1:]) for feed in feeds for text in feed["input_ids"]}) == 6
+
+
+def test_sampled_tokens_follow_the_model_s_distribution(tmp_path):
+    """Of the tokens that follow the same two: as often as the model says."""
+    samples = samples_of(tmp_path, decoder(sharpness=0.2))
+    template = samples.accepted[0]
+    template = {
+        name: array[:, :3] if array.ndim == 2 else array for name, array in template.items()
+    }
+    feeds = synthetic_feeds(samples.source, samples.session, template, 60_000, 60_000, seed=0)
+    texts = feeds[0]["input_ids"]
+    assert np.bincount(texts[:, 0]).min() > 1000  # the first is drawn uniformly
+    pairs, counts = np.unique(texts[:, :2], axis=0, return_counts=True)
+    common = pairs[np.argsort(-counts)[:5]]
+    shape = len(common), 2
+    text = TextModel.of(samples.source.proto)
+    (logits,) = samples.session.run(["logits"], text.filled({"input_ids": common}))
+    assert logits.shape == (*shape, VOCABULARY)
+    chances = np.exp(logits[:, 1] - logits[:, 1].max(axis=1, keepdims=True))
+    chances /= chances.sum(axis=1, keepdims=True)
+    for pair, expected in zip(common, chances, strict=True):
+        next_tokens = texts[(texts[:, :2] == pair).all(axis=1), 2]
+        assert len(next_tokens) > 200
+        assert 0.05 < expected.max() < 0.95
+        found = np.bincount(next_tokens, minlength=VOCABULARY) / len(next_tokens)
+        error = np.sqrt(expected * (1 - expected) / len(next_tokens))
+        assert np.all(np.abs(found - expected) < 4 * error + 1e-3)
+
+
+def test_a_decoder_in_pieces_samples_all_places_at_once_from_empty_caches(tmp_path):
+    """In the first SAMPLING_ROUNDS places the tokens are exact."""
+    samples = samples_of(tmp_path, decoder(sharpness=3000.0))
+    pieces = Pieces(samples.source, [], tmp_path / "pieces", 1)
+    assert not pieces.whole
+    template = samples.accepted[0]
+    feeds = synthetic_feeds(samples.source, pieces, template, 6, batch=3, seed=0)
+    assert sampling_rounds(samples.source.proto, feeds[0], whole=False) == SAMPLING_ROUNDS
+    for feed in feeds:
+        assert feed[CACHES[0]].size == 0
+        (logits,) = samples.session.run(["logits"], feed)
+        exact = slice(0, SAMPLING_ROUNDS)
+        likeliest = logits[:, exact].argmax(-1)
+        np.testing.assert_array_equal(likeliest, feed["input_ids"][:, 1 : SAMPLING_ROUNDS + 1])
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_without_the_caches_tokens_are_sampled_in_rounds(tmp_path, cache):
+    """No cache, or one that no output becomes."""
+    proto = decoder(cache=cache, sharpness=3000.0)
+    renamed(proto, "present.0.key", "keys.so.far")
+    samples = samples_of(tmp_path, proto)
+    template = {n: a[:, :5] if a.ndim == 2 else a for n, a in samples.accepted[0].items()}
+    np.testing.assert_array_equal(template["position_ids"], [range(5)])
+    assert sampling_rounds(proto, template, whole=True) == 5  # which make exact samples
+    (feed,) = synthetic_feeds(samples.source, samples.session, template, 40, 40, seed=0)
+    (logits,) = samples.session.run(["logits"], feed)
+    np.testing.assert_array_equal(feed["position_ids"], [range(5)] * 40)
+    top = np.sort(logits[:, :-1], axis=-1)
+    sure = top[..., -1] > top[..., -2] + 20
+    assert sure.mean() > 0.9
+    assert (feed["input_ids"][:, 1:] == logits[:, :-1].argmax(axis=-1))[sure].all()
+
+
+def test_a_model_that_does_not_take_its_caches_back_is_sampled_in_rounds(tmp_path):
+    proto = decoder(sharpness=3000.0)
+    renamed(proto, "present.0.value", "values.so.far")
+    proto.graph.node.append(node("Squeeze", "values.so.far const.1", "present.0.value"))
+    proto.graph.output[-1].CopyFrom(helper.make_tensor_value_info("present.0.value", F, None))
+    samples = samples_of(tmp_path, proto)
+    assert TextModel.of(proto).goes_on
+    (feed,) = sampled(samples, 4, batch=4)
+    assert feed["past_key_values.0.value"].shape == (4, 1, 0, WIDTH)
+    (logits,) = samples.session.run(["logits"], feed)
+    found, said = feed["input_ids"][:, 1:], logits[:, :-1].argmax(axis=-1)
+    assert (found == said)[:, :7].mean() > 0.9
+
+
+def renamed(proto, name, other):
+    """Give a value another name, wherever it stands."""
+    for each in proto.graph.node:
+        each.input[:] = [other if n == name else n for n in each.input]
+        each.output[:] = [other if n == name else n for n in each.output]
+    for value in proto.graph.output:
+        if value.name == name:
+            value.name = other
+
+
+def test_what_is_not_text_is_made_up_beside_it(tmp_path):
+    proto = decoder()
+    states = helper.make_tensor_value_info("encoder_hidden_states", F, ["batch", "places", 4])
+    proto.graph.input.append(states)
+    text = TextModel.of(proto)
+    assert not text.goes_on
+    feed = samples_of(tmp_path, proto).require().feeds[0]
+    assert feed["encoder_hidden_states"].shape == (1, 64, 4)
+    assert feed["encoder_hidden_states"].std() > 0.5
+    assert feed["past_key_values.0.key"].shape == (1, 1, 0, WIDTH)
+    assert text.is_start(feed)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_guard_feeds_errors_forward_on_sampled_text(tmp_path, form):
+    source, said = save(decoder(**FORMS[form]), tmp_path), []
+    report = flipguard_onnx.guard(
+        source,
+        "int4",
+        output=tmp_path / "out.onnx",
+        progress=lambda stage, done, total: said.append((stage, total)),
+    )
+    assert report.preserve == "synthetic"
+    assert any(tensor.preserved for tensor in report.tensors)
+    assert not [tensor.unfed for tensor in report.tensors if tensor.unfed and tensor.op == "MatMul"]
+    assert ("making up inputs", 63) in said  # a step for each token but the first
+
+
+def test_two_texts_are_none():
+    proto = decoder()
+    proto.graph.input.append(helper.make_tensor_value_info("decoder_input_ids", INT64, ["b", "s"]))
+    assert TextModel.of(proto) is None
+
+
+def test_how_many_logits_are_kept():
+    proto = decoder()
+    proto.graph.input.append(helper.make_tensor_value_info("num_logits_to_keep", INT64, []))
+    feed = TextModel.of(proto).filled({"input_ids": np.ones((2, 3), np.int64)})
+    assert feed["num_logits_to_keep"] == 0
+    assert feed["num_logits_to_keep"].shape == ()
+
+
+@pytest.mark.parametrize(("packed", "width"), [(True, 8 * 4 * 2), (False, 8 * 4)])
+def test_the_size_of_a_head_that_is_left_open(tmp_path, packed, width):
+    """Four heads with a size of 8 each; packed: two more of keys and two of values."""
+    inputs = ["qkv", "", ""] if packed else ["q", "k", "v"]
+    inputs += ["past_key_values.0.key", "past_key_values.0.value", "lengths", "total"]
+    outputs = ["attended", "present.0.key", "present.0.value"]
+    kinds = {"qkv": width} if packed else {"q": width, "k": 16, "v": 16}
+    nodes = [
+        node("Gather", "table input_ids", "hidden"),
+        *(node("MatMul", f"hidden w.{kind}", kind) for kind in kinds),
+        node("ReduceSum", "attention_mask axis", "counts", keepdims=0),
+        node("Sub", "counts axis", "lasts"),
+        node("Cast", "lasts", "lengths", to=TensorProto.INT32),
+        node("Shape", "attention_mask", "shape", start=1, end=2),
+        node("Squeeze", "shape", "total.long"),
+        node("Cast", "total.long", "total", to=TensorProto.INT32),
+        helper.make_node(
+            "GroupQueryAttention",
+            inputs,
+            outputs,
+            domain="com.microsoft",
+            num_heads=4,
+            kv_num_heads=2,
+        ),
+        node("MatMul", "attended head", "logits"),
+    ]
+    open_dims = ["batch_size", 2, "past_sequence_length", "kv_cache_dim"]
+    caches = [f"past_key_values.0.{kind}" for kind in ("key", "value")]
+    proto = model(
+        nodes,
+        {
+            "input_ids": (INT64, ["batch_size", "sequence_length"]),
+            "attention_mask": (INT64, ["batch_size", "total_sequence_length"]),
+            **dict.fromkeys(caches, (F, open_dims)),
+        },
+        {
+            "logits": (F, ["batch_size", "sequence_length", VOCABULARY]),
+            **{name.replace("past_key_values", "present"): (F, None) for name in caches},
+        },
+        {
+            "table": weights((VOCABULARY, WIDTH), 1) * 20,
+            "head": weights((32, VOCABULARY), 2) * 20,
+            "axis": np.array([1], np.int64),
+            **{f"w.{kind}": weights((WIDTH, size), 3) * 5 for kind, size in kinds.items()},
+        },
+    )
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    proto.graph.value_info.extend(
+        helper.make_tensor_value_info(kind, F, ["batch_size", "sequence_length", size])
+        for kind, size in kinds.items()
+    )
+    samples = samples_of(tmp_path, proto)
+    feed = samples.require().feeds[0]
+    assert [feed[name].shape for name in caches] == [(1, 2, 0, 8)] * 2
+    (feed,) = sampled(samples, 3, batch=3)
+    assert [feed[name].shape for name in caches] == [(3, 2, 0, 8)] * 2
+    assert len({tuple(text[1:]) for text in feed["input_ids"]}) == 3
