@@ -23,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-from flipguard_onnx.calibration.inputs import Input, signature
+from flipguard_onnx.calibration.text_model import TextModel
 from tools.latency import PAUSE, Feed, served
 from tools.real_models import environment, heading, markdown, silence
 
@@ -44,20 +45,18 @@ class Decoding:
     memory: float
 
 
-def one_token(proto: onnx.ModelProto, context: int) -> Feed:
-    """What a model gets for the token behind `context` others; its caches hold zeros."""
-    inputs = signature(proto)
-    past = context if any(i.dtype.kind == "f" for i in inputs) else 0
-    return {i.name: _value(i, past) for i in inputs}
-
-
-def _value(wanted: Input, past: int) -> np.ndarray:
-    name = wanted.name.lower()
-    is_cache, is_mask = wanted.dtype.kind == "f", "mask" in name
-    size = past if is_cache else past + 1 if is_mask else 1
-    shape = [dim if isinstance(dim, int) else size for dim in wanted.dims]
-    value = 0 if is_cache else past if "position" in name else 1
-    return np.full(shape, value, wanted.dtype)
+def one_token(path: Path, context: int) -> Feed:
+    """What a model gets for the token behind `context` others, with the caches of these."""
+    text = TextModel.of(onnx.load(path, load_external_data=False))
+    if text is None:
+        raise SystemExit(f"{path}: takes no token ids")
+    known = {text.ids.name: np.ones((1, 1), np.int64)}
+    if text.present:
+        before = text.filled({text.ids.name: np.ones((1, context), np.int64)})
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        caches = session.run(list(text.present), before)
+        known |= zip((cache.name for cache in text.past), caches, strict=True)
+    return text.filled(known)
 
 
 def quantized(source: Path, level: int | None, output: Path) -> None:
@@ -106,8 +105,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         feed = Path(temporary) / "feed.npz"
-        source = onnx.load(options.float, load_external_data=False)
-        np.savez(feed, **one_token(source, options.context))
+        np.savez(feed, **one_token(options.float, options.context))
         paths = {"float32": options.float}
         for number, (name, level) in enumerate(LEVELS.items()):
             paths[name] = Path(temporary) / str(number) / "model.onnx"

@@ -16,7 +16,7 @@ from .svg import (
     share,
     skipped_section,
 )
-from .validation import Validation, pooled
+from .validation import Validation, joined, pooled
 from .words import SCAN_TERMS, megabytes, percent, policy_in_words, scheme_in_words
 
 TONES = {
@@ -234,9 +234,10 @@ def _grids_section(alignments: Sequence[Alignment]) -> Section:
 
 def _drift_section(validation: Validation) -> Section:
     """How far outputs are from the original's."""
-    runs = {"nearest": validation.plain_default, "guarded": validation.guarded_default}
-    runs |= {"moved float": validation.moved} if validation.moved else {}
-    outputs = zip(validation.plain_default, validation.guarded_default, strict=True)
+    nearest, guarded = joined(validation.plain_default), joined(validation.guarded_default)
+    runs = {"nearest": nearest, "guarded": guarded}
+    runs |= {"moved float": joined(validation.moved)} if validation.moved else {}
+    outputs = zip(nearest, guarded, strict=True)
     return Section(
         "Drift of the outputs",
         f"How far the outputs are from the original's on {validation.feeds} inputs "

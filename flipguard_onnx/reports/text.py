@@ -15,7 +15,15 @@ from .guard import (
     coverage,
 )
 from .scan import NOT_JUDGED, Alignment, Budget, Scan, ScannedTensor, Skipped, SkipReason, Verdict
-from .validation import MAX_KL, MAX_RELATIVE_L2, Drift, Validation, Verification, pooled
+from .validation import (
+    MAX_KL,
+    MAX_RELATIVE_L2,
+    Drift,
+    Validation,
+    Verification,
+    joined,
+    pooled,
+)
 from .words import (
     SCAN_TERMS,
     fingerprint,
@@ -466,10 +474,11 @@ def _validation_lines(validation: Validation) -> list[str]:
         runs |= {"nearest, fused": default[0], "guarded, fused": default[1]}
     rows = [
         (drift.output, run, *_drift_cells(drift))
-        for output in zip(*runs.values(), strict=True)
+        for output in zip(*map(joined, runs.values()), strict=True)
         for run, drift in zip(runs, output, strict=True)
     ]
-    rows += [(drift.output, "moved float", *_drift_cells(drift)) for drift in validation.moved]
+    moved = joined(validation.moved)
+    rows += [(drift.output, "moved float", *_drift_cells(drift)) for drift in moved]
     head = ("output", "run", "relative L2", "cosine", "max error", "SQNR dB", "same top-1")
     lines = ["", *table(head, rows), ""]
     if validation.layers:

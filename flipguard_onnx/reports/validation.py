@@ -89,6 +89,24 @@ def pooled(outputs: Sequence[Drift]) -> float:
     return math.sqrt(sum(d.values * d.relative_l2**2 for d in outputs) / max(values, 1))
 
 
+def joined(outputs: Sequence[Drift]) -> list[Drift]:
+    """The same with those of a decoder's caches, present..., in one: its largest errors."""
+    caches = [drift for drift in outputs if drift.output.startswith("present")]
+    if len(caches) < 2:
+        return list(outputs)
+    relative = pooled(caches)
+    one = Drift(
+        f"{len(caches)} caches, present...",
+        sum(drift.values for drift in caches),
+        min(drift.cosine for drift in caches),
+        max(drift.max_abs for drift in caches),
+        relative,
+        -20 * math.log10(relative) if relative else math.inf,
+        None,
+    )
+    return [*(drift for drift in outputs if drift not in caches), one]
+
+
 def drift_factor(nearest: Sequence[Drift], max_drift: float) -> float:
     """The multiple of nearest rounding's drift that is allowed.
 

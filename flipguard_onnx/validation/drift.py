@@ -1,7 +1,7 @@
 """How far outputs are from the original's, and how far they may be."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,45 +46,91 @@ def judge(nearest: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) 
 
 
 def drifts(
-    names: list[str], expected: list[list[Array]], outputs: list[list[Array]]
+    names: list[str], expected: Iterable[list[Array]], outputs: Iterable[list[Array]]
 ) -> tuple[Drift, ...]:
     """One Drift per output; expected and outputs: of every feed, in the order of the names."""
-    results = []
-    for index, name in enumerate(names):
-        pairs = [(e[index], o[index]) for e, o in zip(expected, outputs, strict=True)]
-        for wanted, found in pairs:
-            if np.shape(wanted) != np.shape(found):
-                raise ValidationError(
-                    "output {tensor!r} has shape {found}",
-                    tensor=name,
-                    found=np.shape(found),
-                    allowed=str(np.shape(wanted)),
-                )
-        results.append(_drift(name, pairs))
-    return tuple(results)
+    sums = DriftSums(names)
+    for wanted, found in zip(expected, outputs, strict=True):
+        sums.add(wanted, found)
+    return sums.drifts()
 
 
-def _drift(name: str, pairs: list[tuple[Array, Array]]) -> Drift:
-    x = np.concatenate([np.ravel(wanted) for wanted, _ in pairs])
-    y = np.concatenate([np.ravel(found) for _, found in pairs])
-    values = x.size // len(pairs)
-    if not np.issubdtype(x.dtype, np.floating):
-        equal = float(np.mean(x == y)) if x.size else 1.0
-        return Drift(name, values, equal, float(equal < 1), math.sqrt(1 - equal), np.inf, equal)
-    top1 = kl = None
-    if all(w.ndim >= 2 and w.shape[-1] in LOGITS for w, _ in pairs):
-        same = [np.ravel(np.argmax(w, -1) == np.argmax(f, -1)) for w, f in pairs]
-        top1 = float(np.mean(np.concatenate(same)))
-        if all(w.shape[-1] >= VOCABULARY for w, _ in pairs):
-            kl = float(np.mean(np.concatenate([_divergences(w, f) for w, f in pairs])))
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    norms = float(np.linalg.norm(x)), float(np.linalg.norm(y))
-    error = float(np.linalg.norm(y - x))
-    relative = error / max(norms[0], float(np.finfo(np.float32).tiny))
-    cosine = float(x @ y / (norms[0] * norms[1])) if all(norms) else float(norms[0] == norms[1])
-    sqnr = float(-20 * np.log10(relative)) if relative else np.inf
-    max_abs = float(np.max(np.abs(y - x), initial=0))
-    return Drift(name, values, cosine, max_abs, relative, sqnr, top1, kl)
+class DriftSums:
+    """What the drifts of all outputs follow from, added up feed by feed.
+
+    names: of the outputs.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self._sums = [_Sums(name) for name in names]
+
+    def add(self, wanted: list[Array], found: list[Array]) -> None:
+        """Add the outputs for one feed, in the order of the names."""
+        for sums, one, other in zip(self._sums, wanted, found, strict=True):
+            sums.add(one, other)
+
+    def drifts(self) -> tuple[Drift, ...]:
+        """One Drift per output."""
+        return tuple(sums.drift() for sums in self._sums)
+
+
+class _Sums:
+    """The same for one output: x and y are its values wanted and found."""
+
+    def __init__(self, output: str) -> None:
+        self._output = output
+        self._feeds = self._size = self._equal = 0
+        self._xx = self._yy = self._xy = self._error = self._max_abs = 0.0
+        self._is_float = True
+        self._top1: list[Array] | None = []  # by feed, as the divergences
+        self._kl: list[Array] | None = []
+
+    def add(self, wanted: Array, found: Array) -> None:
+        if np.shape(wanted) != np.shape(found):
+            raise ValidationError(
+                "output {tensor!r} has shape {found}",
+                tensor=self._output,
+                found=np.shape(found),
+                allowed=str(np.shape(wanted)),
+            )
+        self._feeds += 1
+        self._size += np.size(wanted)
+        self._is_float = np.issubdtype(np.asarray(wanted).dtype, np.floating)
+        if not self._is_float:
+            self._equal += int(np.count_nonzero(wanted == found))
+            return
+        last = wanted.shape[-1] if wanted.ndim >= 2 else 0
+        if last not in LOGITS:
+            self._top1 = None
+        elif self._top1 is not None:
+            self._top1.append(np.ravel(np.argmax(wanted, -1) == np.argmax(found, -1)))
+        if last not in LOGITS or last < VOCABULARY:
+            self._kl = None
+        elif self._kl is not None:
+            self._kl.append(_divergences(wanted, found))
+        x, y = (np.ravel(values).astype(np.float64) for values in (wanted, found))
+        self._xx += float(x @ x)
+        self._yy += float(y @ y)
+        self._xy += float(x @ y)
+        y -= x
+        self._error += float(y @ y)
+        self._max_abs = max(self._max_abs, float(np.max(np.abs(y), initial=0)))
+
+    def drift(self) -> Drift:
+        name, values = self._output, self._size // self._feeds
+        if not self._is_float:
+            equal = self._equal / self._size if self._size else 1.0
+            return Drift(name, values, equal, float(equal < 1), math.sqrt(1 - equal), np.inf, equal)
+        norms = math.sqrt(self._xx), math.sqrt(self._yy)
+        relative = math.sqrt(self._error) / max(norms[0], float(np.finfo(np.float32).tiny))
+        cosine = self._xy / (norms[0] * norms[1]) if all(norms) else float(norms[0] == norms[1])
+        sqnr = float(-20 * np.log10(relative)) if relative else np.inf
+        top1, kl = map(_mean, (self._top1, self._kl))
+        return Drift(name, values, cosine, self._max_abs, relative, sqnr, top1, kl)
+
+
+def _mean(parts: list[Array] | None) -> float | None:
+    return None if parts is None else float(np.mean(np.concatenate(parts)))
 
 
 def _divergences(wanted: Array, found: Array) -> npt.NDArray[np.float64]:

@@ -7,7 +7,7 @@ no more than `max_drift` times what rounding to nearest does. One drift is judge
 outputs: rounding errors are a matter of luck, and an output of a few values is too small a sample.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ..io.model import Model, open_model
 from ..io.writer import Output
 from ..quantization.schemes import Scheme
 from ..reports.validation import Drift, Validation
-from .drift import drifts, judge
+from .drift import DriftSums, judge
 from .layers import Layer, cut_out, sample
 
 INFIDELITY = 1e-3  # relative L2 that another order of summation may cause
@@ -34,7 +34,10 @@ INFIDELITY_16_BIT = 2e-2  # and that decoded weights in a model's 16-bit type ma
 
 
 class ModelRunner:
-    """Runs models on the samples of the original, each model once for each way of running it."""
+    """Runs models on the samples of the original, each model once for each way of running it.
+
+    It keeps drifts, and no outputs but the original's.
+    """
 
     def __init__(self, samples: Samples) -> None:
         found = samples.require()
@@ -44,22 +47,20 @@ class ModelRunner:
         coarse = types & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
         self._infidelity = INFIDELITY_16_BIT if coarse else INFIDELITY
         self._size = samples.source.size
-        self._results: dict[tuple[Path, bool], tuple[list[str], list[list[Array]]]] = {}
+        self._drifts: dict[tuple[Path, bool], tuple[Drift, ...]] = {}
 
     def drift(self, path: Path, exact: bool) -> tuple[Drift, ...]:
         """Drift of the model at `path` from the original, per output."""
-        names, outputs = self._run(path, exact)
-        if names != self.names:
-            raise ValidationError(
-                "outputs are {found}", path=path.name, found=names, allowed=str(self.names)
-            )
-        return drifts(names, self.expected, outputs)
+        if (path, exact) not in self._drifts:
+            self._compare(path, exact)
+        return self._drifts[path, exact]
 
     def require_equal(self, decoded: Path, path: Path) -> None:
         """Require that `path` computes what the model with the decoded weights does."""
-        names, wanted = self._run(decoded, exact=True)
-        _, outputs = self._run(path, exact=True)
-        for index, drift in enumerate(drifts(names, wanted, outputs)):
+        _, outputs = self._run(decoded, exact=True)
+        wanted = list(outputs)
+        (drifts,) = self._compare(path, True, wanted)
+        for index, drift in enumerate(drifts):
             is_float = np.issubdtype(wanted[0][index].dtype, np.floating)
             if is_float and drift.relative_l2 > self._infidelity:
                 raise ValidationError(
@@ -70,26 +71,45 @@ class ModelRunner:
                     allowed=f"{self._infidelity:.0e}",
                 )
 
-    def _run(self, path: Path, exact: bool) -> tuple[list[str], list[list[Array]]]:
-        """Names and outputs of the model at `path` for every feed."""
-        if (path, exact) not in self._results:
-            self._results[path, exact] = self._run_once(path, exact)
-        return self._results[path, exact]
+    def _compare(
+        self, path: Path, exact: bool, *others: list[list[Array]]
+    ) -> list[tuple[Drift, ...]]:
+        """Run the model at `path`, for its drift from the original; its drifts from `others`.
 
-    def _run_once(self, path: Path, exact: bool) -> tuple[list[str], list[list[Array]]]:
-        session = runtime.open_session(path, exact, self._size)
-        try:
-            outputs = [session.run(None, feed) for feed in self.feeds]
-        except RunError as error:
+        Its outputs are not kept: those of one feed are compared, then those of the next.
+        """
+        names, outputs = self._run(path, exact)
+        if names != self.names:
             raise ValidationError(
-                "does not run: {found}", path=path.name, found=str(error)
-            ) from None
-        for name, values in zip(session.outputs, zip(*outputs, strict=True), strict=True):
-            if not all(map(finite, values)):
+                "outputs are {found}", path=path.name, found=names, allowed=str(self.names)
+            )
+        references = (self.expected, *others)
+        sums = [DriftSums(names) for _ in references]
+        for index, found in enumerate(outputs):
+            for each, reference in zip(sums, references, strict=True):
+                each.add(reference[index], found)
+        self._drifts[path, exact], *rest = (each.drifts() for each in sums)
+        return rest
+
+    def _run(self, path: Path, exact: bool) -> tuple[list[str], Iterator[list[Array]]]:
+        """Names and outputs of the model at `path`, these feed by feed."""
+        session = runtime.open_session(path, exact, self._size)
+        return session.outputs, self._outputs(session, path)
+
+    def _outputs(self, session: runtime.Session, path: Path) -> Iterator[list[Array]]:
+        for feed in self.feeds:
+            try:
+                outputs = session.run(None, feed)
+            except RunError as error:
                 raise ValidationError(
-                    "output {tensor!r} holds NaN or infinity", path=path.name, tensor=name
-                )
-        return session.outputs, outputs
+                    "does not run: {found}", path=path.name, found=str(error)
+                ) from None
+            for name, values in zip(session.outputs, outputs, strict=True):
+                if not finite(values):
+                    raise ValidationError(
+                        "output {tensor!r} holds NaN or infinity", path=path.name, tensor=name
+                    )
+            yield outputs
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flipguard_onnx import DriftError
-from flipguard_onnx.reports.validation import MAX_RELATIVE_L2, Drift
+from flipguard_onnx.reports.validation import MAX_RELATIVE_L2, Drift, joined, pooled
 from flipguard_onnx.validation.drift import drifts, judge
 
 
@@ -32,3 +32,32 @@ def test_kl_divergence_worked_by_hand():
     assert result.kl == pytest.approx(np.log(2), rel=1e-6)
     (result,) = drifts(["logits"], [[wanted[..., :999]]], [[found[..., :999]]])
     assert result.kl is None
+
+
+def test_what_is_added_up_feed_by_feed_is_the_drift_of_all():
+    rng = np.random.default_rng(0)
+    wanted = [rng.standard_normal((2, 1200)).astype(np.float32) for _ in range(3)]
+    found = [each + rng.standard_normal(each.shape).astype(np.float32) for each in wanted]
+    (drift,) = drifts(["y"], ([each] for each in wanted), ([each] for each in found))
+    x, y = np.concatenate(wanted).astype(float), np.concatenate(found).astype(float)
+    assert drift.values == 2400
+    assert drift.relative_l2 == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(x))
+    assert drift.cosine == pytest.approx(np.sum(x * y) / np.linalg.norm(x) / np.linalg.norm(y))
+    assert drift.max_abs == pytest.approx(np.abs(x - y).max())
+    assert drift.top1 == np.mean(x.argmax(1) == y.argmax(1))
+    p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (x, y))
+    assert drift.kl == pytest.approx(np.mean(np.sum(p * np.log(p / q), 1)))
+
+
+def test_the_outputs_of_a_decoders_caches_are_one_line():
+    logits = Drift("logits", 100, 0.9, 2.0, 0.1, 20.0, 1.0)
+    caches = [
+        Drift(f"present.{i}.key", 10, 0.8 + i / 10, 3.0 - i, i / 10, 0.0, None) for i in range(2)
+    ]
+    assert joined([logits, caches[0]]) == [logits, caches[0]]
+    first, line = joined([caches[0], logits, caches[1]])
+    assert first == logits
+    assert (line.output, line.values) == ("2 caches, present...", 20)
+    assert (line.cosine, line.max_abs) == (0.8, 3.0)
+    assert line.relative_l2 == pooled(caches)
+    assert pooled([first, line]) == pytest.approx(pooled([logits, *caches]))
