@@ -31,10 +31,10 @@ LINEAR = {
 }
 EMBEDDINGS = {"starcoderbase": 2}  # its positions are learned; elsewhere 1
 TIED = ("gemma", "qwen2.5-coder", "starcoder2", "starcoderbase")
-SCHEMES = ("int8", "int4", "nf4", "fp4")
+SCHEMES = ("int8", "int4", "nf4")  # fp4 is nf4 with other levels
 VOCABULARY = 256
 # Mean error of the logits that rounding may leave, relative to their spread.
-NOISE = {"int8": 0.05, "int4": 0.5, "nf4": 0.5, "fp4": 0.7}
+NOISE = {"int8": 0.05, "int4": 0.5, "nf4": 0.5}
 
 
 def stem(file):

@@ -6,6 +6,7 @@ every piece is loaded once per pass. A model that fits into memory is a single p
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Pieces:
         self._folder = folder
         self._inputs = {value.name: value for value in source.proto.graph.input}
         outputs = [value.name for value in source.proto.graph.output]
-        limit = max_bytes // SHARE if source.size > max_bytes else source.size
+        limit = max_bytes // SHARE if source.size > max_bytes else sys.maxsize
         self._pieces = _cut(source.proto, [*map(tuple, wanted), *((n,) for n in outputs)], limit)
         self._made_by = {n: i for i, piece in enumerate(self._pieces) for n in piece.returns}
         self._files: dict[int, Path] = {}
@@ -203,14 +204,14 @@ class Stream:
         keeps = number + 1 < self._pieces.count and number + 1 not in self._passed
         passes_on = self._pieces.piece(number).passes_on if keeps else ()
         passed = self._passed.get(number)
-        kept = _Passed(self._folder)
+        kept = _Passed(self._folder) if keeps else None
         for i, feed in enumerate(self._feeds):
             given = feed | passed.load(i) if passed else feed
             values = self._pieces.run(number, given, [*names, *passes_on])
-            if keeps:
+            if kept:
                 kept.store(i, {name: values[name] for name in passes_on})
             yield {name: values[name] for name in names}
-        if keeps:
+        if kept:
             self._passed = {n: p for n, p in self._passed.items() if n >= number}
             self._passed[number + 1] = kept
 

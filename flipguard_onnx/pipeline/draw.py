@@ -300,7 +300,7 @@ class Account:
         """Of flat weights [n] in canonical order."""
         weights = values.astype(np.float32)
         errors = quantized.grid.decode(quantized.codes) - weights
-        squares = (float(x.astype(np.float64) @ x) for x in (errors, weights))
+        squares = (float(np.einsum("i,i", x, x, dtype=np.float64)) for x in (errors, weights))
         return cls(budget(values, quantized, policy), *squares)
 
     def __add__(self, other: "Account") -> "Account":

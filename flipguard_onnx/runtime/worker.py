@@ -48,8 +48,9 @@ def load(path: str, exact: bool) -> Message:
     model: str | bytes = path
     if exact:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        options.add_session_config_entry(DATA_FOLDER, str(Path(path).parent))
         model = _in_float32(path)
+    if model != path:
+        options.add_session_config_entry(DATA_FOLDER, str(Path(path).parent))
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     number = max(SESSIONS, default=0) + 1
     SESSIONS[number] = session

@@ -151,7 +151,7 @@ def test_the_factor_of_a_bias(tmp_path, tiny):
 
 @pytest.mark.parametrize(
     ("name", "weight_only"),
-    [("open_nsfw", 0), ("magika", 0), ("fsmn_vad", 0), ("minilm", 3), ("lac", 5)],
+    [("magika", 0), ("fsmn_vad", 0), ("minilm", 3), ("lac", 5)],
 )
 def test_real_models_in_integers(tmp_path, name, weight_only):
     path = tmp_path / "out.onnx"
