@@ -119,9 +119,12 @@ class Pieces:
         given : the feed, and what earlier pieces passed on
         names : of values that are given or made by this piece
         """
+        piece = self._pieces[number]
         made = [name for name in dict.fromkeys(names) if name not in given]
+        if not (made or piece.returns or piece.passes_on):  # nobody wants what it computes
+            return {name: given[name] for name in names}
         session = self._session(number, given)
-        feed = {name: given[name] for name in self._pieces[number].reads}
+        feed = {name: given[name] for name in piece.reads}
         values = session.run(made or session.outputs[:1], feed)
         known = given | dict(zip(made, values, strict=False))
         return {name: known[name] for name in names}
@@ -245,7 +248,8 @@ def _cut(proto: ModelProto, wanted: Sequence[Sequence[str]], limit: int) -> list
     }
     sizes = {tensor.name: _size(tensor) for tensor in graph.initializer}
     for name, position in constants.items():
-        sizes[name] = sum(_size(attribute.t) for attribute in graph.node[position].attribute)
+        attributes = graph.node[position].attribute
+        sizes[name] = sum(_size(a.t) if a.HasField("t") else a.ByteSize() for a in attributes)
     read = [list(_names_read(node)) for node in graph.node]
     weights = [[name for name in names if name in sizes] for names in read]
     stretches = _stretches(weights, sizes, limit)

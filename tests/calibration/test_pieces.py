@@ -29,6 +29,7 @@ def chain():
     )
     nodes = [
         constant("two", 2.0),
+        helper.make_node("Constant", [], ["half"], value_float=0.5),
         node("MatMul", "x w0", "h0"),
         node("Mul", "h0 two", "h1"),
         node("MatMul", "h1 w1", "h2"),
@@ -37,7 +38,8 @@ def chain():
         node("MatMul", "h4 w0", "h5"),
         node("Add", "h5 h0", "h6"),
         *(node("MatMul", f"h{i} w{i - 3}", f"h{i + 1}") for i in range(6, 10)),
-        node("Mul", "h10 two", "y"),
+        node("Mul", "h10 half", "y"),
+        node("MatMul", "y w0", "unread"),
     ]
     inputs = {"x": (F, [None, WIDTH]), "on": (TensorProto.BOOL, []), "unused": (F, [1])}
     tables = {f"w{i}": weights((WIDTH, WIDTH), seed=i) for i in range(7)}
