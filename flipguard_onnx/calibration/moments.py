@@ -82,12 +82,9 @@ class MomentRecorder:
             name: next((each for each in inputs if isinstance(each, str)), "")
             for name, inputs in found.items()
         }
-        self._all_inputs = list(
-            dict.fromkeys(each for inputs in self._inputs.values() for each in inputs)
-        )
-        if not self._all_inputs:
-            raise UnsupportedModelError("the inputs of no weight can be recorded")
         groups = dict.fromkeys(filter(None, self._inputs.values()))
+        if not groups:
+            raise UnsupportedModelError("the inputs of no weight can be recorded")
         self._pieces = Pieces(source, [_names(group) for group in groups], folder, max_bytes)
         self._passes = list(self._plan())
         self._gathered: dict[Inputs, InputMoments] = {}
