@@ -17,8 +17,8 @@ from tools.attacks.simulate import NEAREST
 ROWS, COLUMNS = 24, 128
 
 
-@pytest.mark.parametrize("name", ["int4", "nf4", "int8"])
-def test_feedback_gives_the_codes_that_were_wished(name):
+@pytest.mark.parametrize(("name", "least"), [("int4", 0.85), ("nf4", 0.98), ("int8", 0.98)])
+def test_feedback_gives_the_codes_that_were_wished(name, least):
     rng = np.random.default_rng(0)
     malicious = rng.standard_normal((ROWS, COLUMNS)).astype(np.float32)
     cells = Cells.of(malicious, quantizers.SCHEMES[name])
@@ -37,5 +37,7 @@ def test_feedback_gives_the_codes_that_were_wished(name):
     random = RandomDraw(np.uint64(1), np.uint64(0), np.float32((1 - NEAREST) / 2))
     codes = draw_with_feedback(weights, grid, known, random, get_backend("cpu"))
     wished = grid.encode(malicious.ravel(), get_backend("cpu"))
-    assert (codes == wished).mean() > 0.98  # but for those that would have to exceed `top`
+    # The others would have to exceed `top`. At int4 most are those that the guard's feedback, unlike
+    # GPTQ's, limits: no weight is asked for more than its distance from the end of the grid.
+    assert (codes == wished).mean() > least
     assert (grid.encode(weights, get_backend("cpu")) == wished).mean() < 0.95
