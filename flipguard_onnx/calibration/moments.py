@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import RunError, UnsupportedModelError, ValidationError
 from ..graph.weights import Weight
+from ..io.kept import NOTHING_KEPT, Arrays, Kept
 from ..progress import Progress, meter, silent
 from ..quantization.error_feedback import DAMPINGS, PANEL, Floats, InputMoments
 from .inputs import NONE_FIT, Feed, samples_at_a_time, signature
@@ -58,14 +59,16 @@ class MomentRecorder:
         weights: Sequence[Weight],
         folder: Path,
         max_bytes: int,
+        kept: Kept = NOTHING_KEPT,
     ) -> None:
         """Raises UnsupportedModelError when the model accepts no samples or no weight reads any,
         ValidationError without onnxruntime.
 
         weights: those of the samples' source; folder: new, for a copy of the model; max_bytes: for
-        the statistics, and of a model that is run as a whole.
+        the statistics, and of a model that is run as a whole; kept: where made-up samples are.
         """
         self._samples = samples
+        self._kept = kept
         self._progress: Progress = silent
         self._source = source = samples.source
         self._max_bytes = max_bytes
@@ -161,6 +164,16 @@ class MomentRecorder:
         return self._pieces.stream(feeds[:-kept] or feeds), self._pieces.stream(feeds[-kept:])
 
     def _made_up(self) -> list[Feed]:
+        found = self._kept.load("inputs")
+        feeds = _numbered(found) if found else self._sampled()
+        if not any(values.dtype.hasobject for values in feeds[0].values()):
+            named = {
+                f"{i} {n}": values for i, feed in enumerate(feeds) for n, values in feed.items()
+            }
+            self._kept.store("inputs", named)
+        return feeds
+
+    def _sampled(self) -> list[Feed]:
         source, template = self._source, self._template
         batch = samples_at_a_time(template, signature(source.proto))
         if batch > 1:
@@ -257,6 +270,16 @@ class MomentRecorder:
                 yield inputs, np.concatenate(rows, axis=1)
 
 
+def _numbered(arrays: Arrays) -> list[Feed]:
+    """The feeds of arrays that are named after the number of their feed, a space and the input."""
+    feeds: list[Feed] = []
+    for key, values in arrays.items():
+        number, _, name = key.partition(" ")
+        feeds += [{}] * (int(number) == len(feeds))
+        feeds[int(number)][name] = values
+    return feeds
+
+
 def _names(inputs: Iterable[WeightInput]) -> list[str]:
     """The values that they are, each once."""
     return list(dict.fromkeys(each.value for each in inputs))
@@ -309,17 +332,19 @@ def record(
     max_bytes: int,
     inputs: str,
     optional: bool,
+    kept: Kept = NOTHING_KEPT,
     progress: Progress = silent,
 ) -> Moments:
     """The moments of what the weights are multiplied with.
 
     max_bytes: for the statistics, and of a model that is run as a whole. inputs: "synthetic" or
     "data"; "off" records nothing. optional: go without, and say why, where they cannot be had.
+    kept: where made-up samples are kept.
     """
     if inputs == "off":
         return Moments(None)
     try:
-        recorder = MomentRecorder(samples, weights, folder, max_bytes)
+        recorder = MomentRecorder(samples, weights, folder, max_bytes, kept)
         progress(f"error feedback, about {recorder.seconds:.0f} s", 0, 1)
         recorder.prepare(progress)
     except (UnsupportedModelError, ValidationError) as error:

@@ -15,11 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ..graph.traversal import subgraphs
+from ..io import kept
 from ..io.model import Model
 from ..io.writer import Output
 from ..runtime.session import Session, open_session
@@ -226,15 +226,14 @@ class _Passed:
         self._folder = TemporaryDirectory(dir=folder)
 
     def store(self, number: int, values: dict[str, Array]) -> None:
-        """Keep the values for a feed, under names that a file can have."""
-        with (Path(self._folder.name) / f"{number}.npz").open("wb") as file:
-            np.savez(file, np.array(list(values)), *values.values())
+        """Keep the values for a feed."""
+        kept.store(Path(self._folder.name) / str(number), values)
 
     def load(self, number: int) -> dict[str, Array]:
         """What was stored for a feed."""
-        with np.load(Path(self._folder.name) / f"{number}.npz", allow_pickle=False) as file:
-            names, *values = (file[key] for key in file.files)
-        return dict(zip(names.tolist(), values, strict=True))
+        values = kept.load(Path(self._folder.name) / str(number))
+        assert values is not None
+        return values
 
 
 def _cut(proto: ModelProto, wanted: Sequence[Sequence[str]], limit: int) -> list[Piece]:

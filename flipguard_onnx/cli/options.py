@@ -79,7 +79,7 @@ def _click_option(name: str, default: Any, about: About, changed: dict[str, Any]
         settings["is_flag"] = True
     elif isinstance(default, tuple):
         settings["multiple"] = True
-    elif name == "data":
+    elif name in ("data", "resume"):
         settings["type"] = FILE
     else:
         settings["type"] = _type(default, about)

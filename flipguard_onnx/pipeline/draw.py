@@ -1,6 +1,5 @@
 """One draw: every weight is quantized once and put into every model that the run writes."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -8,15 +7,14 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from ..calibration.moments import Moments
-from ..detection.alignment import budget
 from ..detection.scan import collapses
 from ..emit.static_qdq import Calibration, StaticQdqWriter
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, guarded_values
 from ..errors import ModelError, ValidationError
+from ..io.kept import Kept
 from ..io.model import Model
 from ..progress import Progress, meter
 from ..quantization.chunks import quantize_weight
@@ -24,9 +22,10 @@ from ..quantization.error_feedback import InputMoments
 from ..quantization.kernels.protocol import Kernels
 from ..quantization.rounding import Policy, QuantizedTensor, tensor_key
 from ..reports.guard import ActivationQuantization, Tensor
-from ..reports.scan import Budget, Scan, Skipped, SkipReason
+from ..reports.scan import Scan, Skipped, SkipReason
 from ..reports.validation import Validation
 from ..validation.validator import Validator
+from .drawn import Account, DrawnWeight
 from .options import GuardOptions
 from .plan import Prepared, WeightPlan
 from .run import Run
@@ -127,6 +126,7 @@ def quantize(
         moments,
         moved=calibration is not None or "float" in writers,
         options=run.options,
+        kept=run.kept,
         collapsing=collapses(scan) if scan else frozenset(),
     )
     advance = meter(run.progress, "guarding", prepared.nbytes)
@@ -191,6 +191,7 @@ class WeightQuantizer:
     moments: Moments
     moved: bool
     options: GuardOptions
+    kept: Kept
     collapsing: frozenset[tuple[str, str]] = frozenset()
 
     def quantize(
@@ -242,6 +243,29 @@ class WeightQuantizer:
     def _draw(
         self, plan: WeightPlan, advance: Callable[[int], None]
     ) -> tuple[QuantizedTensor, Tensor]:
+        weight, scheme = plan.weight, plan.scheme
+        name = f"{self.seed} {weight.name} {scheme.name} {plan.blocks} {self.moved}"
+        if found := self.kept.load(name):
+            storage = self.model.array(weight.tensor).dtype
+            drawn = DrawnWeight.from_arrays(found, scheme, plan.blocks, storage)
+            advance(weight.nbytes)
+        else:
+            drawn = self._drawn(plan, advance)
+            self.kept.store(name, drawn.arrays())
+        quantized = drawn.quantized
+        tensor = replace(
+            plan.described(),
+            flips=quantized.count,
+            furthest=quantized.furthest,
+            gain=quantized.gain,
+            unfed=drawn.unfed or None,
+            weight_error=drawn.account.weight_error,
+            product_error=quantized.product_error,
+            budget=drawn.account.budget,
+        )
+        return quantized, tensor
+
+    def _drawn(self, plan: WeightPlan, advance: Callable[[int], None]) -> DrawnWeight:
         weight = plan.weight
         inputs = self.moments.of(weight)
         accounts: list[Account] = []
@@ -270,50 +294,8 @@ class WeightQuantizer:
             )
         except ModelError as error:
             raise error.at(self.model.path) from None
-        total = reduce(add, accounts)
-        tensor = replace(
-            plan.described(),
-            flips=quantized.count,
-            furthest=quantized.furthest,
-            gain=quantized.gain,
-            unfed=inputs if isinstance(inputs, str) else None,
-            weight_error=total.weight_error,
-            product_error=quantized.product_error,
-            budget=total.budget,
-        )
-        return quantized, tensor
-
-
-@dataclass(frozen=True)
-class Account:
-    """What became of some weights.
-
-    squared_errors, squares: sums over their changes and over the weights themselves.
-    """
-
-    budget: Budget
-    squared_errors: float
-    squares: float
-
-    @classmethod
-    def of(cls, values: npt.NDArray[Any], quantized: QuantizedTensor, policy: Policy) -> "Account":
-        """Of flat weights [n] in canonical order."""
-        weights = values.astype(np.float32)
-        errors = quantized.grid.decode(quantized.codes) - weights
-        squares = (float(np.einsum("i,i", x, x, dtype=np.float64)) for x in (errors, weights))
-        return cls(budget(values, quantized, policy), *squares)
-
-    def __add__(self, other: "Account") -> "Account":
-        return Account(
-            self.budget + other.budget,
-            self.squared_errors + other.squared_errors,
-            self.squares + other.squares,
-        )
-
-    @property
-    def weight_error(self) -> float:
-        """Relative L2 of the change."""
-        return math.sqrt(self.squared_errors / self.squares) if self.squares else 0.0
+        unfed = inputs if isinstance(inputs, str) else ""
+        return DrawnWeight(quantized, reduce(add, accounts), unfed)
 
 
 def _writers(

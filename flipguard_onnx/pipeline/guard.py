@@ -72,7 +72,7 @@ def guard(
         calibration = calibrate(prepared, samples, opts)
         require_inputs(run, prepared, samples)
         moments = record_moments(run, prepared, samples)
-        seeds = opts.seeds()
+        seeds = run.seeds
         prepared = choose_precision(run, prepared, samples, moments, seeds[0])
         validator = make_validator(run, prepared, samples)
         scan = scan_input(run, prepared)
@@ -87,6 +87,7 @@ def guard(
                 if number == len(seeds):
                     raise error.advise(draw.advice(moments.inputs)) from None
         sizes, digests = run.publish({kind: w.output for kind, w in draw.writers.items()})
+        run.kept.remove()
     return replace(
         report,
         integers=draw.activations,
@@ -212,6 +213,7 @@ def record_moments(run: Run, prepared: Prepared, samples: Samples) -> Moments:
         options.max_bytes,
         inputs=options.feedback_inputs,
         optional=options.preserve == "auto",
+        kept=run.kept,
         progress=run.progress,
     )
 

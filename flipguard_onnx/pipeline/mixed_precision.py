@@ -50,7 +50,14 @@ def choose_precision(
         prepared.model, prepared.graph, run.folder / "switched", options.max_bytes
     )
     quantizer = WeightQuantizer(
-        prepared.model, run.policy, seed, run.kernels, moments, moved=False, options=options
+        prepared.model,
+        run.policy,
+        seed,
+        run.kernels,
+        moments,
+        moved=False,
+        options=options,
+        kept=run.kept,
     )
     advance = meter(run.progress, "measuring 4 bits", prepared.nbytes)
     for plan in prepared.weights:

@@ -19,7 +19,12 @@ FOUR_BIT_BLOCKS = {"int4": 32, "nf4": 64, "fp4": 64}  # default block sizes
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
 POLICIES = ("unbiased", "topk", "none")
 DRAWS = 3  # at most: a draw that drifts too far is thrown away
-HERE_ONLY = ("data", "force", "seed")  # options that a record for another machine leaves out
+HERE_ONLY = (
+    "data",
+    "force",
+    "resume",
+    "seed",
+)  # options that a record for another machine leaves out
 
 Group = Literal["Model and output", "Format", "Protection", "Accuracy", "Running"]
 StrPath = str | os.PathLike[str]
@@ -106,6 +111,8 @@ class GuardOptions:
     validate : run the result with onnxruntime before it appears at the output
     max_memory : MiB for the statistics of `preserve`, which runs a larger model piece by piece; it
         is validated by sampled layers
+    resume : folder that keeps what is finished until the run ends well, so that the same run,
+        repeated, goes on from there; made if it is not there
     device : "auto", "cpu" or "cuda": where the kernels run
 
     Raises
@@ -239,6 +246,12 @@ class GuardOptions:
         "Running",
         "MiB for the statistics of --preserve; of a larger model only sampled layers are run.",
         range=Range(1),
+    )
+    resume: StrPath | None = _option(  # noqa: RUF009  # as above
+        None,
+        "Running",
+        "Keep what is finished in this folder; the same command goes on from there.",
+        metavar="FOLDER",
     )
     device: str = _option(
         "auto", "Running", "Where the kernels run.", choices=("auto", "cpu", "cuda")
@@ -383,6 +396,7 @@ class GuardKeywords(TypedDict, total=False):
     max_drift: float
     validate: bool
     max_memory: int
+    resume: StrPath | None
     device: str
 
 

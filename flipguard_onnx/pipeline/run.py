@@ -6,10 +6,13 @@ from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import onnx
 
-from ..calibration.inputs import npz_files
+from .. import __version__
+from ..calibration.inputs import feeds_sha256, npz_files
 from ..errors import FlipguardError, ModelError, OptionError
+from ..io.kept import NOTHING_KEPT, Kept
 from ..io.model import INLINE_LIMIT, Model
 from ..io.publish import WORKSPACE, check_target, publish, workspace
 from ..io.writer import Output
@@ -28,6 +31,7 @@ class Run:
     """One run of guard(); everything that it leaves half done is removed when it ends.
 
     model: as it was opened. targets: where each kind of output will go. kernels: on the device.
+    kept: what was finished when the same run was interrupted.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Run:
         self.options = options
         self.progress = progress
         self.kernels = kernels
+        self.kept = _kept(model, options)
         self._stack = stack
         self._external = model.size > INLINE_LIMIT or bool(model.data_sha256)
 
@@ -52,6 +57,14 @@ class Run:
         """A temporary folder beside the outputs; there is none before it is asked for."""
         beside = next(iter(self.targets.values())).parent
         return self._stack.enter_context(workspace(beside))
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """The seeds to try in turn."""
+        found = self.kept.load("seeds")
+        seeds = [int(seed) for seed in found["seeds"]] if found else self.options.seeds()
+        self.kept.store("seeds", {"seeds": np.array([str(seed) for seed in seeds])})
+        return seeds
 
     @property
     def policy(self) -> Policy:
@@ -110,6 +123,20 @@ def open_run(
         if _runs_models(options):
             require_openable(opened.path, *targets.values())
         yield Run(opened, targets, options, progress, kernels, stack)
+
+
+def _kept(model: Model, options: GuardOptions) -> Kept:
+    """What was finished when the same run was interrupted, if such things are kept."""
+    if options.resume is None:
+        return NOTHING_KEPT
+    identity = {
+        "version": __version__,
+        "model": [model.sha256, model.data_sha256],
+        "data": feeds_sha256(options.data_path) if options.data_path else None,
+        "options": options.record(),
+        "seed": options.seed,
+    }
+    return Kept(Path(options.resume), identity)
 
 
 @contextmanager

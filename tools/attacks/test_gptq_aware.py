@@ -37,7 +37,7 @@ def test_feedback_gives_the_codes_that_were_wished(name, least):
     random = RandomDraw(np.uint64(1), np.uint64(0), np.float32((1 - NEAREST) / 2))
     codes = draw_with_feedback(weights, grid, known, random, get_backend("cpu"))
     wished = grid.encode(malicious.ravel(), get_backend("cpu"))
-    # The others would have to exceed `top`. At int4 most are those that the guard's feedback, unlike
-    # GPTQ's, limits: no weight is asked for more than its distance from the end of the grid.
+    # The others would have to exceed `top`. At int4 the guard's feedback, unlike GPTQ's, also asks
+    # no weight for more than its distance from the end of the grid.
     assert (codes == wished).mean() > least
     assert (grid.encode(weights, get_backend("cpu")) == wished).mean() < 0.95
