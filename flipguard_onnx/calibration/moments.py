@@ -133,7 +133,7 @@ class MomentRecorder:
     def seconds(self) -> float:
         """About how long the statistics and the feedback will take on a machine with two cores."""
         samples = len(self._samples.given) or self._wanted
-        rounds = 0
+        rounds = 0.0
         if not self._samples.given:
             rounds = sampling_rounds(self._source.proto, self._template, self._pieces.whole)
         runs = samples * (len(self._passes) / self._pieces.count + rounds)

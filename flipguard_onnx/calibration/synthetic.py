@@ -1,15 +1,16 @@
 """Inputs for statistics of activations, made up so that they resemble real ones.
 
 Token ids of a decoder are sampled from the decoder itself, which models what it was trained on:
-one token after the other where it takes back its caches, else all at once in several rounds. Other
-ids are drawn uniformly. Images and sequences are patches that cover each other ("dead
-leaves", which have the edges and the spectrum of natural images) under a texture whose amplitude
-falls with frequency, in the range that the graph suggests; vectors are white noise in that range.
+one token after the other where it takes back its caches or short texts of any length, else all at
+once in several rounds. Other ids are drawn uniformly. Images and sequences are patches that cover
+each other ("dead leaves", which have the edges and the spectrum of natural images) under a texture
+whose amplitude falls with frequency, in the range that the graph suggests; vectors are white noise
+in that range.
 The state of a streaming model is zero, as at the start of a stream: it never meets noise there.
 Everything else is made up as in `inputs`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -21,9 +22,11 @@ from ..errors import RunError
 from ..io.model import Model
 from ..progress import Progress, meter, silent
 from .inputs import BATCH, Feed, Input, node_readers, signature, values
-from .text_model import STATES, TextModel, logits_of
+from .text_model import STATES, TextModel
 
-SAMPLING_ROUNDS = 8  # in which a decoder without caches draws token ids
+TEXT = 32  # tokens at most of a text that grows without caches: each takes a run on all before it
+
+SAMPLING_ROUNDS = 8  # in which a decoder with inputs of a fixed length draws token ids
 
 ONE_BY_ONE = 2  # rounds that take as long as drawing token after token with caches (measured)
 
@@ -81,32 +84,34 @@ def synthetic_feeds(
     if not any(BATCH in wanted.dims for wanted in inputs):
         batch = 1
     count = -(-samples // batch)
-    text = _with_caches(source.proto, template)
-    if text and runner and runner.whole and text.goes_on:
-        with suppress(RunError):  # all at once, if it does not go on from its caches
+    text = _decoder(source.proto, template)
+    if text and text.past and runner and runner.whole and text.goes_on:
+        with suppress(RunError):  # if it does not go on from its caches
             return _one_by_one(text, runner, template, count, batch, rng, progress)
-    ids = _token_ids(inputs, template)
-    logits = ids and logits_of(source.proto, ids)
-    rounds = _rounds(source.proto, template) if runner else 0
-    advance = meter(progress, "making up inputs", count * (1 + rounds))
     drawn = [i for i in inputs if not text or i.name not in text.determined]
-    feeds, chances = [], []
+    advance = meter(progress, "making up inputs", count)
+    feeds = []
     for _ in range(count):
         feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in drawn}
         feeds.append(text.filled(feed) if text else feed)
-        if ids and logits and runner:
-            chances.append(rng.random((*feed[ids.name].shape, 1), dtype=np.float32)[:, 1:])
         advance(1)
-    if ids and logits and runner:
-        for _ in range(rounds):
-            feeds = list(_sampled(runner, logits, feeds, ids, chances, advance))
+    if not (text and runner):
+        return feeds
+    if isinstance(text.ids.dims[1], str):
+        with suppress(RunError):  # if it does not take texts of every length
+            return _growing(text, runner, feeds, rng, progress)
+    with suppress(RunError):  # if what looked like logits are none
+        return _in_rounds(text, runner, feeds, rng, progress)
     return feeds
 
 
-def _with_caches(proto: ModelProto, template: Feed) -> TextModel | None:
-    """The model of text if it has caches, which are empty in the template."""
+def _decoder(proto: ModelProto, template: Feed) -> TextModel | None:
+    """The model of text if token ids can be drawn from it, beginning as the template does."""
     text = TextModel.of(proto)
-    return text if text and text.past and text.is_start(template) else None
+    if text is None or not (text.logits and text.ids.table_rows):
+        return None
+    begins = template[text.ids.name].shape[1] > 1 and text.is_start(template)
+    return text if begins else None
 
 
 def _value(
@@ -240,30 +245,20 @@ def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
         name = node.output[0]
 
 
-def sampling_rounds(proto: ModelProto, template: Feed, whole: bool) -> int:
+def sampling_rounds(proto: ModelProto, template: Feed, whole: bool) -> float:
     """As long as how many runs drawing the token ids of a sample takes; 0 if it is no decoder.
 
     whole: as `Runner` has it.
     """
-    text = _with_caches(proto, template)
-    if text and text.goes_on and whole:
-        return ONE_BY_ONE
-    return _rounds(proto, template)
-
-
-def _rounds(proto: ModelProto, template: Feed) -> int:
-    """How often a decoder runs on a sample to draw its token ids, all at once."""
-    ids = _token_ids(signature(proto), template)
-    if ids is None or logits_of(proto, ids) is None:
+    text = _decoder(proto, template)
+    if text is None:
         return 0
-    return min(SAMPLING_ROUNDS, int(template[ids.name].shape[1]))
-
-
-def _token_ids(inputs: list[Input], feed: Feed) -> Input | None:
-    """The input with sequences of token ids, if there is one and only one."""
-    ids = [i for i in inputs if i.table_rows and "position" not in i.name.lower()]
-    ids = [i for i in ids if feed[i.name].ndim == 2 and feed[i.name].shape[1] > 1]
-    return ids[0] if len(ids) == 1 else None
+    length = int(template[text.ids.name].shape[1])
+    if text.past and text.goes_on and whole:
+        return ONE_BY_ONE
+    if isinstance(text.ids.dims[1], str):
+        return _text_length(length) / 2
+    return min(SAMPLING_ROUNDS, length)
 
 
 def _one_by_one(
@@ -287,7 +282,7 @@ def _one_by_one(
     rows = batch if text.ids.dims[0] == BATCH else rows
     together = CACHES // (text.cache_bytes * length * rows) if batch > 1 else 1
     groups = np.array_split(np.arange(count), -(-count // max(together, 1)))
-    advance = meter(progress, "making up inputs", len(groups) * (length - 1))
+    advance = meter(progress, "sampling token ids", len(groups) * (length - 1))
     feeds: list[Feed] = []
     for group in groups:
         shape = len(group) * rows, length
@@ -308,26 +303,84 @@ def _one_by_one(
     return feeds
 
 
-def _sampled(
+def _text_length(length: int) -> int:
+    """How long the texts are that fill a sample of this length: all alike, up to TEXT tokens."""
+    return -(-length // -(-length // TEXT))
+
+
+def _growing(
+    text: TextModel,
     runner: Runner,
-    output: str,
     feeds: Sequence[Feed],
-    ids: Input,
-    chances: Sequence[npt.NDArray[np.float32]],
-    advance: Callable[[int], None],
-) -> Iterator[Feed]:
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[Feed]:
+    """The feeds with texts, one after the other, each token sampled after all before it.
+
+    Raises RunError when the model does not run on texts of every length.
+    """
+    name = text.ids.name
+    length = feeds[0][name].shape[1]
+    size = _text_length(length)
+    texts = [feed[name][:, i : i + size].copy() for feed in feeds for i in range(0, length, size)]
+    others = [
+        {n: values for n, values in feed.items() if n not in text.determined}
+        for feed in feeds
+        for _ in range(0, length, size)
+    ]
+    advance = meter(progress, "sampling token ids", len(texts) * (size - 1))
+    for place in range(1, size):
+        begun = [text.filled(o | {name: t[:, :place]}) for o, t in zip(others, texts, strict=True)]
+        for tokens, logits in zip(texts, _logits(text, runner, begun), strict=True):
+            if place < tokens.shape[1]:
+                chances = rng.random((len(tokens), 1), dtype=np.float32)
+                tokens[:, place] = _drawn(logits[:, -1], chances)
+            advance(1)
+    parts = len(texts) // len(feeds)
+    joined = (np.concatenate(texts[i : i + parts], 1) for i in range(0, len(texts), parts))
+    return [feed | {name: tokens} for feed, tokens in zip(feeds, joined, strict=True)]
+
+
+def _in_rounds(
+    text: TextModel,
+    runner: Runner,
+    feeds: Sequence[Feed],
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[Feed]:
     """The feeds with token ids sampled from the decoder's own logits.
 
     Every round draws all positions at once, each from the logits that the model computes from the
     positions before it as the last round left them. A position gets the same random number in all
     rounds, so position t is an exact sample from round t on.
+
+    Raises RunError when the model returns no logits.
     """
-    for feed, numbers, found in zip(feeds, chances, runner.run_all([output], feeds), strict=True):
-        tokens, logits = feed[ids.name].copy(), found[output]
-        if logits.shape == (*tokens.shape, ids.table_rows):
-            tokens[:, 1:] = _drawn(logits[:, :-1].astype(np.float32, copy=False), numbers)
-        yield feed | {ids.name: tokens}
-        advance(1)
+    name = text.ids.name
+    feeds = list(feeds)
+    shape = feeds[0][name].shape
+    chances = [rng.random((*shape, 1), dtype=np.float32)[:, 1:] for _ in feeds]
+    rounds = min(SAMPLING_ROUNDS, shape[1])
+    advance = meter(progress, "sampling token ids", len(feeds) * rounds)
+    for _ in range(rounds):
+        for i, logits in enumerate(_logits(text, runner, feeds)):
+            tokens = feeds[i][name].copy()
+            tokens[:, 1:] = _drawn(logits[:, :-1], chances[i])
+            feeds[i] = feeds[i] | {name: tokens}
+            advance(1)
+    return feeds
+
+
+def _logits(
+    text: TextModel, runner: Runner, feeds: Sequence[Feed]
+) -> Iterator[npt.NDArray[np.float32]]:
+    """For every feed the logits [batch, length, vocabulary]. Raises RunError if they are others."""
+    assert text.logits
+    for feed, found in zip(feeds, runner.run_all([text.logits], feeds), strict=True):
+        logits = found[text.logits]
+        if logits.shape != (*feed[text.ids.name].shape, text.ids.table_rows):
+            raise RunError("its logits have the shape {found}", found=logits.shape)
+        yield logits.astype(np.float32, copy=False)
 
 
 def _drawn(

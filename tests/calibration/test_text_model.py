@@ -9,6 +9,7 @@ from flipguard_onnx.calibration.pieces import Pieces
 from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.calibration.synthetic import (
     SAMPLING_ROUNDS,
+    TEXT,
     sampling_rounds,
     synthetic_feeds,
 )
@@ -97,52 +98,71 @@ def test_sampled_tokens_follow_the_model_s_distribution(tmp_path):
         assert np.all(np.abs(found - expected) < 4 * error + 1e-3)
 
 
-def test_a_decoder_in_pieces_samples_all_places_at_once_from_empty_caches(tmp_path):
-    """In the first SAMPLING_ROUNDS places the tokens are exact."""
+def assert_said(samples, feeds, size):
+    """Every token is what the model says after those before it, in texts of that many tokens."""
+    text = TextModel.of(samples.source.proto)
+    for feed in feeds:
+        tokens = feed["input_ids"]
+        for start in range(0, tokens.shape[1], size):
+            part = tokens[:, start : start + size]
+            (logits,) = samples.session.run(["logits"], text.filled({"input_ids": part}))
+            top = np.sort(logits[:, :-1], axis=-1)
+            sure = top[..., -1] > top[..., -2] + 20
+            assert sure.mean() > 0.9
+            assert (part[:, 1:] == logits[:, :-1].argmax(axis=-1))[sure].all()
+
+
+def test_a_decoder_in_pieces_draws_short_texts_from_empty_caches(tmp_path):
     samples = samples_of(tmp_path, decoder(sharpness=3000.0))
     pieces = Pieces(samples.source, [], tmp_path / "pieces", 1)
     assert not pieces.whole
     template = samples.accepted[0]
     feeds = synthetic_feeds(samples.source, pieces, template, 6, batch=3, seed=0)
-    assert sampling_rounds(samples.source.proto, feeds[0], whole=False) == SAMPLING_ROUNDS
+    assert sampling_rounds(samples.source.proto, feeds[0], whole=False) == TEXT / 2
     for feed in feeds:
+        assert feed["input_ids"].shape == (3, 64)
         assert feed[CACHES[0]].size == 0
-        (logits,) = samples.session.run(["logits"], feed)
-        exact = slice(0, SAMPLING_ROUNDS)
-        likeliest = logits[:, exact].argmax(-1)
-        np.testing.assert_array_equal(likeliest, feed["input_ids"][:, 1 : SAMPLING_ROUNDS + 1])
+    assert_said(samples, feeds, TEXT)
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_without_the_caches_tokens_are_sampled_in_rounds(tmp_path, cache):
-    """No cache, or one that no output becomes."""
-    proto = decoder(cache=cache, sharpness=3000.0)
-    renamed(proto, "present.0.key", "keys.so.far")
-    samples = samples_of(tmp_path, proto)
-    template = {n: a[:, :5] if a.ndim == 2 else a for n, a in samples.accepted[0].items()}
-    np.testing.assert_array_equal(template["position_ids"], [range(5)])
-    assert sampling_rounds(proto, template, whole=True) == 5  # which make exact samples
-    (feed,) = synthetic_feeds(samples.source, samples.session, template, 40, 40, seed=0)
-    (logits,) = samples.session.run(["logits"], feed)
-    np.testing.assert_array_equal(feed["position_ids"], [range(5)] * 40)
-    top = np.sort(logits[:, :-1], axis=-1)
-    sure = top[..., -1] > top[..., -2] + 20
-    assert sure.mean() > 0.9
-    assert (feed["input_ids"][:, 1:] == logits[:, :-1].argmax(axis=-1))[sure].all()
+@pytest.mark.parametrize(("length", "size"), [(5, 5), (33, 17), (64, 32), (70, 24)])
+def test_without_caches_a_sample_is_short_texts_one_after_the_other(tmp_path, length, size):
+    samples = samples_of(tmp_path, decoder(cache=False, sharpness=3000.0))
+    template = {n: a[:, :length] for n, a in samples.accepted[0].items()}
+    if length > 64:
+        template = {n: np.resize(a, (1, length)) for n, a in template.items()}
+    feeds = synthetic_feeds(samples.source, samples.session, template, 12, batch=6, seed=0)
+    for feed in feeds:
+        np.testing.assert_array_equal(feed["position_ids"], [range(length)] * 6)
+    assert_said(samples, feeds, size)
+    starts = np.concatenate([feed["input_ids"][:, ::size] for feed in feeds])
+    assert len(np.unique(starts)) > starts.size // 2  # drawn uniformly
 
 
-def test_a_model_that_does_not_take_its_caches_back_is_sampled_in_rounds(tmp_path):
+@pytest.mark.parametrize("other", ["present.0.key", "present.0.value"])
+def test_a_model_that_does_not_take_its_caches_back_draws_short_texts(tmp_path, other):
+    """No output becomes a cache, or one that the model does not take."""
     proto = decoder(sharpness=3000.0)
-    renamed(proto, "present.0.value", "values.so.far")
-    proto.graph.node.append(node("Squeeze", "values.so.far const.1", "present.0.value"))
-    proto.graph.output[-1].CopyFrom(helper.make_tensor_value_info("present.0.value", F, None))
+    renamed(proto, other, "something.else")
+    if other == "present.0.value":
+        proto.graph.node.append(node("Squeeze", "something.else const.1", other))
+        proto.graph.output[-1].CopyFrom(helper.make_tensor_value_info(other, F, None))
+    assert TextModel.of(proto).goes_on == (other == "present.0.value")
     samples = samples_of(tmp_path, proto)
-    assert TextModel.of(proto).goes_on
-    (feed,) = sampled(samples, 4, batch=4)
-    assert feed["past_key_values.0.value"].shape == (4, 1, 0, WIDTH)
-    (logits,) = samples.session.run(["logits"], feed)
-    found, said = feed["input_ids"][:, 1:], logits[:, :-1].argmax(axis=-1)
-    assert (found == said)[:, :7].mean() > 0.9
+    feeds = sampled(samples, 4, batch=4)
+    assert feeds[0]["past_key_values.0.value"].shape == (4, 1, 0, WIDTH)
+    assert_said(samples, feeds, TEXT)
+
+
+def test_texts_of_a_fixed_length_are_drawn_in_rounds(tmp_path):
+    """In the first SAMPLING_ROUNDS places the tokens are exact."""
+    samples = samples_of(tmp_path, decoder(cache=False, sharpness=3000.0, length=40))
+    feeds = sampled(samples, 6, batch=3)
+    assert sampling_rounds(samples.source.proto, feeds[0], whole=True) == SAMPLING_ROUNDS
+    for feed in feeds:
+        (logits,) = samples.session.run(["logits"], feed)
+        said = logits[:, :SAMPLING_ROUNDS].argmax(-1)
+        np.testing.assert_array_equal(said, feed["input_ids"][:, 1 : SAMPLING_ROUNDS + 1])
 
 
 def renamed(proto, name, other):
@@ -180,7 +200,7 @@ def test_a_guard_feeds_errors_forward_on_sampled_text(tmp_path, form):
     assert report.preserve == "synthetic"
     assert any(tensor.preserved for tensor in report.tensors)
     assert not [tensor.unfed for tensor in report.tensors if tensor.unfed and tensor.op == "MatMul"]
-    assert ("making up inputs", 63) in said  # a step for each token but the first
+    assert ("sampling token ids", 63) in said  # a step for each token but the first
 
 
 def test_two_texts_are_none():
