@@ -17,10 +17,10 @@ def remembered() -> Iterator[None]:
     made: dict[str, moments.MomentRecorder] = {}
     original = moments.MomentRecorder
 
-    def make(samples, weights, folder, max_bytes):
+    def make(samples, weights, folder, *others):
         key = f"{samples.source.sha256} {[w.name for w in weights]} {samples.data}"
         if key not in made:
-            made[key] = original(samples, weights, folder, max_bytes)
+            made[key] = original(samples, weights, folder, *others)
         return made[key]
 
     scans = {}
