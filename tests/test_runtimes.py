@@ -133,3 +133,20 @@ def written(tmp_path_factory):
 def test_portable_files(written, run, form, sample):
     path, feed, wanted = written(sample, form)
     assert not far(run(path, feed), wanted)
+
+
+@pytest.mark.parametrize(("op", "gates"), [("GRU", 3), ("LSTM", 4), ("RNN", 1)])
+@pytest.mark.parametrize("run", [exact, openvino])
+def test_recurrent_weights_beside_integer_activations(run, op, gates, tmp_path):
+    """OpenVINO wants constants there, and else keeps codes as they are beside integers."""
+    nodes = [node("MatMul", "x p", "h"), node(op, "h w r", "y", hidden_size=32)]
+    shapes = {"p": (64, 64), "w": (1, gates * 32, 64), "r": (1, gates * 32, 32)}
+    constants = {name: 4 * weights(shape, i) for i, (name, shape) in enumerate(shapes.items())}
+    inputs, outputs = {"x": (F, [10, 1, 64])}, {"y": (F, [10, 1, 1, 32])}
+    source = save(model(nodes, inputs, outputs, constants), tmp_path)
+    path = tmp_path / "out.onnx"
+    options = {"activations": "uint8", "preserve": "off", "validate": False}
+    flipguard_onnx.guard(source, output=path, **options)
+    feed = {"x": np.random.default_rng(0).standard_normal((10, 1, 64)).astype(np.float32)}
+    (found,), (wanted,) = run(path, feed), exact(source, feed)
+    assert 0 < np.linalg.norm(found - wanted) < 0.1 * np.linalg.norm(wanted)

@@ -8,7 +8,9 @@ DEQUANTIZE  MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, s))
             weight in its codes. onnxruntime's CPU provider fuses it with MatMul and Gemm and runs
             it again at every inference elsewhere, unless it is told to fold it. A reader whose
             output channels are not those with the scales, and a Gather, has a Max with the lowest
-            float in between: OpenVINO 2026.4 would take the scales for those of other channels.
+            float in between: OpenVINO 2026.4 would take the scales for those of other channels. So
+            has an LSTM, GRU or RNN where activations are integers: there it would keep the codes,
+            which it cannot give to these.
 GATHER      Gather(w, i) -> Mul(DequantizeLinear(Gather(codes, i)), Gather(s, i))
             Embeddings: only the rows that are looked up are dequantized.
 FOLDED      MatMul(x, w) -> MatMul(x, Mul(Cast(codes), s)), and at 4 bits
@@ -54,6 +56,8 @@ BLOCKS_OF_8_BITS = (128, 64, 32)  # of a row of int8 codes with one scale, the l
 
 FLOAT16_OPSET = 19  # the first whose DequantizeLinear yields float16
 
+RECURRENT = ("GRU", "LSTM", "RNN")
+
 PAIRS = 1 << 18  # of codes that are packed at a time, so that they stay in the cache
 
 STRIP = 64  # rows, and their multiples: what a cache line holds of a transposed matrix
@@ -70,15 +74,18 @@ class Target:
     name : as in GuardOptions
     decodes : whether the model yields token after token, and so multiplies a row at a time: what
         it reads from memory is what takes time then
+    integers : whether some activations are integers
     """
 
     name: str
     decodes: bool = False
+    integers: bool = False
 
     @classmethod
     def of(cls, proto: ModelProto, name: str) -> "Target":
         """The target of this name, for this model."""
-        return cls(name, decodes(proto))
+        integers = any(node.op_type == "QuantizeLinear" for node in proto.graph.node)
+        return cls(name, decodes(proto), integers)
 
 
 def decodes(proto: ModelProto) -> bool:
@@ -198,6 +205,7 @@ class _WeightCodes:
         self._blocks = grid.blocks
         self._codes = codes
         self._pads = target.name != "onnxruntime"
+        self._integers = target.integers
         self._shared: dict[tuple[Any, ...], Any] = {}
         self._writers: dict[WeightForm, Callable[[Use], None]] = {
             WeightForm.FOLDED: self._write_folded,
@@ -230,12 +238,13 @@ class _WeightCodes:
         4 bits a Gemm with transB = 1 gets the matrix the other way round, since it fuses no other.
         """
         perm = use.perm
+        summed = use.direct and use.operator and use.output_axes() != self._weight.rows
         is_gemm = use.index == 1 and use.reads(WeightForm.DEQUANTIZE)
         if self._scheme.bits == 4 and is_gemm and attribute(use.node, "transB", 0):
             perm = perm[::-1]
             remove_named(use.node.attribute, "transB")
-        summed = use.direct and use.operator and use.output_axes() != self._weight.rows
-        apart = bool(summed) or use.reads(WeightForm.GATHER)
+        in_vain = self._integers and use.node.op_type in RECURRENT
+        apart = bool(summed) or use.reads(WeightForm.GATHER) or in_vain
         use.node.input[use.index] = self._dequantized(perm, use.elem_type, apart)
 
     def _dequantized(self, perm: tuple[int, ...], elem_type: int, apart: bool = False) -> str:

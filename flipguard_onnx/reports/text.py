@@ -52,8 +52,13 @@ PACKED: dict[str, tuple[str, ...]] = {  # by form
 }
 
 DECODED_AGAIN = (
-    "in onnxruntime, MatMul and Gemm round what these weights are multiplied with to 8 bits, and",
-    "other operators decode the weights again at every inference; not so with the session option",
+    "in onnxruntime, these weights are decoded again at every inference; not so with the session",
+    "option session.disable_quant_qdq=1, nor in a model written with --target onnxruntime",
+)
+
+FUSED_OR_DECODED = (
+    "in onnxruntime, MatMul and Gemm may round what these weights are multiplied with to 8 bits;",
+    "otherwise the weights are decoded again at every inference. Not so with the session option",
     "session.disable_quant_qdq=1, nor in a model written with --target onnxruntime",
 )
 
@@ -166,7 +171,8 @@ def _speed_lines(report: GuardReport) -> list[str]:
     if report.options.get("target") == "onnxruntime":
         known = [PACKED[form] for form in PACKED if form in forms]
     else:
-        known = [DECODED_AGAIN] if "dequantize" in forms else []
+        ops = {tensor.op for tensor in report.tensors if "dequantize" in tensor.forms}
+        known = [FUSED_OR_DECODED if ops & {"MatMul", "Gemm"} else DECODED_AGAIN] if ops else []
     lines = []
     for first, *others in known:
         lines += [f"speed     {first}", *(f"{INDENT}{line}" for line in others)]

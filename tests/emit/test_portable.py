@@ -107,6 +107,8 @@ def test_a_gemm_at_4_bits_loses_trans_b(tmp_path):
     path, report = written(tmp_path, SAMPLES["gemm_transposed"](), "int4")
     (gemm,) = (n for n in onnx.load(path).graph.node if n.op_type == "Gemm")
     assert attribute(gemm, "transB", 0) == 0
+    decoder = next(n for n in onnx.load(path).graph.node if gemm.input[1] in n.output)
+    assert decoder.op_type == "DequantizeLinear"
     assert report.validation.feeds == 8
 
 
