@@ -24,7 +24,7 @@ from ..progress import Progress, meter, silent
 from .inputs import BATCH, Feed, Input, node_readers, signature, values
 from .text_model import STATES, TextModel
 
-TEXT = 32  # tokens at most of a text that grows without caches: each takes a run on all before it
+TEXT = 16  # tokens at most of a text that grows without caches: each takes a run on all before it
 
 SAMPLING_ROUNDS = 8  # in which a decoder with inputs of a fixed length draws token ids
 

@@ -22,6 +22,11 @@ SCAN_TERMS = {  # columns of a scan
 
 def scheme_in_words(report: GuardReport) -> str:
     """The scheme, and how many weights share a scale."""
+    if report.scheme not in {tensor.scheme for tensor in report.tensors}:
+        return (
+            f"{report.scheme}, but no weight got it: all are int8, one scale per "
+            f"{report.granularity}"
+        )
     if report.block_size is not None:
         flat = " (at int8 one per tensor)" if report.granularity == "tensor" else ""
         return f"{report.scheme}, one scale per block of {report.block_size} weights{flat}"

@@ -29,6 +29,13 @@ def test_options_are_shown_where_they_differ_from_the_defaults(report):
     assert changed.to_dict()["options"]["include"] == ["a*", "b"]
 
 
+def test_it_says_when_no_weight_got_the_scheme(report):
+    assert "scheme    int4, one scale per block of 32 weights\n" in report.render()
+    others = tuple(replace(tensor, scheme="int8") for tensor in report.tensors)
+    shown = "scheme    int4, but no weight got it: all are int8, one scale per channel\n"
+    assert shown in replace(report, tensors=others).render()
+
+
 def test_feedback_that_could_not_run_is_named_with_what_that_costs_at_4_bits(report):
     [tensor] = report.tensors
     assert "preserve" not in report.render()  # nobody wanted it
