@@ -125,7 +125,7 @@ def test_a_decoder_in_pieces_draws_short_texts_from_empty_caches(tmp_path):
     assert_said(samples, feeds, TEXT)
 
 
-@pytest.mark.parametrize(("length", "size"), [(5, 5), (33, 17), (64, 32), (70, 24)])
+@pytest.mark.parametrize(("length", "size"), [(5, 5), (33, 11), (64, 16), (70, 14)])
 def test_without_caches_a_sample_is_short_texts_one_after_the_other(tmp_path, length, size):
     samples = samples_of(tmp_path, decoder(cache=False, sharpness=3000.0))
     template = {n: a[:, :length] for n, a in samples.accepted[0].items()}
@@ -195,6 +195,7 @@ def test_a_guard_feeds_errors_forward_on_sampled_text(tmp_path, form):
         source,
         "int4",
         output=tmp_path / "out.onnx",
+        seed=1,
         progress=lambda stage, done, total: said.append((stage, total)),
     )
     assert report.preserve == "synthetic"
