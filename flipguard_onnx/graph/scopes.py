@@ -83,6 +83,7 @@ class GraphIndex:
 
     def __init__(self, proto: ModelProto) -> None:
         self.scopes: list[Scope] = []
+        self._inner: dict[int, Scope] = {}  # by their graph or function
         self.functions: dict[tuple[str, str], Scope] = {}
         self._edges: dict[Value, list[tuple[Scope, NodeProto, int]]] = defaultdict(list)
         self._outputs: set[Value] = set()
@@ -98,6 +99,7 @@ class GraphIndex:
     def _enter(self, body: GraphProto | FunctionProto, parent: Scope | None) -> Scope:
         scope = Scope(body, parent)
         self.scopes.append(scope)
+        self._inner[id(body)] = scope
         if isinstance(body, GraphProto):
             scope.defined.update(value.name for value in body.input)
             scope.defined.update(tensor.name for tensor in body.initializer)
@@ -228,11 +230,21 @@ class GraphIndex:
         if function := self.functions.get((node.domain, node.op_type)):
             names = function.body.input
             return [(id(function), str(names[index]))] if index < len(names) else []
+        if node.op_type == "Scan" and node.domain in STANDARD:
+            return self._scanned(node, index)
         if node.op_type in VIEWS and (index == 0 or node.op_type == "Concat"):
             return [(id(scope), name) for name in node.output]
         if node.op_type == "Cast" and attribute(node, "to", 0) not in FLOATS:
             return []
         return self._renamed(scope, node, index)
+
+    def _scanned(self, node: NodeProto, index: int) -> list[Value]:
+        """What a Scan passes on, slice by slice, of an input that it scans over."""
+        body = attribute(node, "body", None)
+        first = len(node.input) - attribute(node, "num_scan_inputs", 0)
+        if body is None or index < first or len(body.input) != len(node.input):
+            return []
+        return [(id(self._inner[id(body)]), body.input[index].name)]
 
     def _renamed(self, scope: Scope, node: NodeProto, index: int) -> list[Value]:
         """The value that is this input under another name, type or order of axes."""
