@@ -9,7 +9,7 @@ from onnx.numpy_helper import from_array
 
 from .. import runtime
 from ..calibration.inputs import node_readers
-from ..errors import UnsupportedModelError, ValidationError
+from ..errors import ModelError, UnsupportedModelError, ValidationError
 from ..graph.copies import IndexedModel
 from ..graph.operators import operator_of
 from ..graph.traversal import attribute, bodies, graphs, output_names
@@ -56,7 +56,12 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
         raise UnsupportedModelError(
             "onnxruntime's pre-processing refuses it: {found}", found=str(error), path=source.path
         ) from None
-    made = open_model(result)
+    try:
+        made = open_model(result)
+    except ModelError:  # without nodes
+        raise UnsupportedModelError(
+            "its outputs depend on no inputs; go without --activations", path=source.path
+        ) from None
     main = made.proto.graph
     for node in main.node:
         if not node.name and (node.op_type in ("Add", "Relu", "Clip") or operator_of(node)):
