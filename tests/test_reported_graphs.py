@@ -205,11 +205,37 @@ def test_outputs_whose_shapes_depend_on_the_weights(tmp_path):
     report = flipguard_onnx.guard(source, seed=1, output=tmp_path / "out.onnx")
     assert report.validation.layers == 2
     assert {drift.output for drift in report.validation.guarded_exact} == {"c", "h"}
-    assert "outputs have shapes that vary" in report.render()
+    assert "or have shapes that depend on weights" in report.render()
     verified = flipguard_onnx.verify(source, tmp_path / "out.onnx")
     assert verified.validation.layers == 2
     with pytest.raises(ValidationError, match=r"\(--no-validate, no --activations\)"):
         flipguard_onnx.guard(source, activations="uint8", output=tmp_path / "static.onnx")
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        [node("RandomNormalLike", "a", "r"), node("Add", "a r", "b")],
+        [node("Sigmoid", "a", "s"), node("Bernoulli", "s", "b")],
+        [node("RandomUniform", "", "r", shape=[32]), node("Add", "a r", "b")],
+    ],
+)
+def test_outputs_that_depend_on_chance(tmp_path, between):
+    proto = model(
+        [node("MatMul", "x w", "a"), *between, node("MatMul", "b v", "y")],
+        {"x": (F, ["n", 24])},
+        {"y": (F, ["n", 16])},
+        {"w": weights((24, 32)), "v": weights((32, 16), 1)},
+    )
+    source = save(proto, tmp_path)
+    x = {"x": np.random.default_rng(0).standard_normal((8, 24)).astype(np.float32)}
+    session = onnxruntime.InferenceSession(source)
+    assert relative(*session.run(None, x), *session.run(None, x)) > 0, "the control"
+    report = flipguard_onnx.guard(source, seed=1, output=tmp_path / "out.onnx")
+    assert {drift.output for drift in report.validation.guarded_exact} == {"a", "y"}
+    assert all(0 < drift.relative_l2 < 0.05 for drift in report.validation.guarded_exact)
+    assert "outputs depend on chance" in report.render()
+    assert flipguard_onnx.verify(source, tmp_path / "out.onnx").validation.layers == 2
 
 
 def test_shapes_that_depend_on_the_inputs_alone_are_compared_whole(tmp_path):

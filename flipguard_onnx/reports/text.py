@@ -484,7 +484,7 @@ def _validation_lines(validation: Validation) -> list[str]:
     if validation.layers:
         lines.append(
             f"sampled   {validation.layers} layers: the model is too large to be run whole, or its "
-            "outputs have shapes that vary"
+            "outputs depend on chance, or have shapes that depend on weights"
         )
     inputs = f"{plural(validation.feeds, 'input')} ({validation.inputs})"
     lines += [

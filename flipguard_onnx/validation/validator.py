@@ -21,8 +21,9 @@ from ..calibration.samples import Array, Found, Samples, finite
 from ..emit.opset import converted
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, decoded_values
 from ..errors import RunError, ValidationError
+from ..graph.constants import RANDOM
 from ..graph.copies import IndexedModel
-from ..graph.traversal import opset_of, subgraphs, tensors
+from ..graph.traversal import attribute, bodies, opset_of, subgraphs, tensors
 from ..graph.weights import Weight
 from ..io.model import Model, open_model
 from ..io.writer import Output
@@ -158,8 +159,7 @@ class Validator:
         """
         source = samples.source
         names = {weight.tensor_name for weight, _ in weights}
-        whole = not (_decide_shapes(source.proto.graph, names) and _shapes_vary(samples.require()))
-        if source.size <= max_bytes and whole:
+        if source.size <= max_bytes and _comparable(samples, names):
             return cls(source, source, original, graph, samples, (), target, max_drift)
         schemes = [scheme for _, scheme in weights]
         layers = sample(source, [weight for weight, _ in weights], schemes, target)
@@ -236,17 +236,23 @@ class Validator:
             ) from None
 
 
-def _decide_shapes(graph: GraphProto, weights: Iterable[str]) -> bool:
-    """Whether values computed with weights decide on shapes, as scores do in NonMaxSuppression.
+def _comparable(samples: Samples, weights: Iterable[str]) -> bool:
+    """Whether the outputs of two models that differ a little are numbers that belong together."""
+    proto = samples.source.proto
+    nodes = (node for body in bodies(proto) for node in body.node)
+    if any(n.op_type in RANDOM and attribute(n, "seed", None) is None for n in nodes):
+        return False
+    return not (_decide_shapes(proto.graph, weights) and _shapes_vary(samples.require()))
 
-    If they do, two models that differ a little return values that do not belong together.
-    """
+
+def _decide_shapes(graph: GraphProto, weights: Iterable[str]) -> bool:
+    """Whether values computed with weights decide on shapes, as scores do in NonMaxSuppression."""
     reached = set(weights)
     for node in graph.node:
         touched = [name in reached for name in node.input]
         if any(touched[node.op_type not in SELECTING :]) and node.op_type in (*SELECTING, *SHAPED):
             return True
-        inside = any(subgraphs(attribute) for attribute in node.attribute)
+        inside = any(subgraphs(each) for each in node.attribute)
         if (any(touched) or inside) and node.op_type not in ("Shape", "Size"):
             reached.update(node.output)
     return False
