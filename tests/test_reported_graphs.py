@@ -238,6 +238,25 @@ def test_outputs_that_depend_on_chance(tmp_path, between):
     assert flipguard_onnx.verify(source, tmp_path / "out.onnx").validation.layers == 2
 
 
+def test_integers_in_a_model_with_random_numbers(tmp_path):
+    proto = model(
+        [
+            node("MatMul", "x w", "a"),
+            node("RandomNormalLike", "a", "r"),
+            node("Add", "a r", "b"),
+            node("MatMul", "b v", "y"),
+        ],
+        {"x": (F, ["n", 24])},
+        {"y": (F, ["n", 16])},
+        {"w": weights((24, 32)), "v": weights((32, 16), 1)},
+    )
+    report = flipguard_onnx.guard(
+        save(proto, tmp_path), activations="uint8", seed=1, output=tmp_path / "out.onnx"
+    )
+    assert report.validation.layers == 2
+    assert all(0 < drift.relative_l2 < 0.1 for drift in report.validation.guarded_exact)
+
+
 def test_shapes_that_depend_on_the_inputs_alone_are_compared_whole(tmp_path):
     proto = model(
         [

@@ -199,10 +199,11 @@ class Validator:
         written = {kind: files[kind] for kind in ("qdq", "float") if kind in files}
         for path in written.values():
             check_model(path, self.original)
+        written["plain"] = files["plain"]
         if self.layers:
             for kind, path in written.items():
                 written[kind] = self._layers_of(path, folder / f"{kind}-layers")
-        guarded, nearest, moved = written["qdq"], files["plain"], written.get("float")
+        guarded, nearest, moved = written["qdq"], written["plain"], written.get("float")
         if "decoded" in files:
             runner.require_equal(files["decoded"], guarded)
         result = Validation(
@@ -223,9 +224,12 @@ class Validator:
         return result
 
     def _layers_of(self, path: Path, folder: Path) -> Path:
-        """The model at `path` cut down to the layers."""
+        """The model at `path` cut down to the layers, if it was not made from these."""
+        whole = open_model(path, digests=False)
+        if _input_names(whole) == _input_names(self.source):
+            return path
         try:
-            return cut_out(open_model(path, digests=False), self.layers, folder).path
+            return cut_out(whole, self.layers, folder).path
         except ValidationError as error:
             without = self.samples.without
             advice = f"; go without inputs ({without})" if without else ""
@@ -234,6 +238,10 @@ class Validator:
                 path=path.name,
                 found=str(error).removeprefix(f"{error.path}: "),
             ) from None
+
+
+def _input_names(model: Model) -> list[str]:
+    return [value.name for value in model.proto.graph.input]
 
 
 def _comparable(samples: Samples, weights: Iterable[str]) -> bool:
