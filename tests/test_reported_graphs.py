@@ -308,3 +308,31 @@ def test_weights_that_a_scan_goes_through(tmp_path):
         by_hand = np.tanh(by_hand @ layer)
     np.testing.assert_allclose(wanted, by_hand, rtol=1e-4, atol=1e-5)
     assert relative(by_hand, found) < 0.1
+
+
+def test_a_matrix_that_branches_return_is_listed_with_the_true_reason(tmp_path):
+    branches = [
+        helper.make_graph(
+            [node("Identity", name, f"{name}o")],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"{name}o", F, None)],
+        )
+        for name in ("p", "q")
+    ]
+    proto = model(
+        [
+            node("If", "c", "w", then_branch=branches[0], else_branch=branches[1]),
+            node("MatMul", "x w", "h"),
+            node("MatMul", "h v", "y"),
+        ],
+        {"x": (F, ["n", 24]), "c": (TensorProto.BOOL, [])},
+        {"y": (F, ["n", 24])},
+        {"p": weights((24, 32)), "q": weights((24, 32), 1), "v": weights((32, 24), 2)},
+    )
+    found = flipguard_onnx.inspect(save(proto, tmp_path))
+    assert [tensor.name for tensor in found.tensors] == ["v"]
+    reasons = {tensor.name: tensor.text for tensor in found.skipped}
+    assert all("feeds If, through which weights are not followed" in r for r in reasons.values())
+    assert reasons.keys() == {"p", "q"}
+    assert sum(tensor.size for tensor in found.skipped) == 2 * 24 * 32

@@ -83,10 +83,11 @@ class GraphIndex:
 
     def __init__(self, proto: ModelProto) -> None:
         self.scopes: list[Scope] = []
+        self._around: dict[int, str] = {}  # the type of the node that holds a graph, by the latter
         self._inner: dict[int, Scope] = {}  # by their graph or function
         self.functions: dict[tuple[str, str], Scope] = {}
         self._edges: dict[Value, list[tuple[Scope, NodeProto, int]]] = defaultdict(list)
-        self._outputs: set[Value] = set()
+        self._outputs: set[tuple[Value, str]] = set()  # each with the node around its graph
         for function in proto.functions:
             scope = self._enter(function, None)
             self.functions[function.domain, function.name] = scope
@@ -94,10 +95,13 @@ class GraphIndex:
         for scope in self.scopes:
             self._connect(scope)
         self._weight_of = self._reaching(self._weight_inputs(), self._passed_on)
-        self._leaving = self._reaching(((value, None) for value in self._outputs), self._renamed)
+        self._leaving = self._reaching(self._outputs, self._renamed)
 
-    def _enter(self, body: GraphProto | FunctionProto, parent: Scope | None) -> Scope:
+    def _enter(
+        self, body: GraphProto | FunctionProto, parent: Scope | None, around: str = ""
+    ) -> Scope:
         scope = Scope(body, parent)
+        self._around[id(body)] = around
         self.scopes.append(scope)
         self._inner[id(body)] = scope
         if isinstance(body, GraphProto):
@@ -109,7 +113,7 @@ class GraphIndex:
             scope.defined.update(node.output)
             for attr in node.attribute:
                 for graph in subgraphs(attr):
-                    self._enter(graph, scope)
+                    self._enter(graph, scope, node.op_type)
         return scope
 
     def _connect(self, scope: Scope) -> None:
@@ -119,7 +123,7 @@ class GraphIndex:
                     self._edges[id(owner), name].append((scope, node, index))
         for name in output_names(scope.body):
             if owner := scope.owner(name):
-                self._outputs.add((id(owner), name))
+                self._outputs.add(((id(owner), name), self._around[id(scope.body)]))
 
     def constants(self) -> Iterator[tuple[Scope, str, TensorProto, NodeProto | None]]:
         """Every initializer and every Constant node's tensor."""
@@ -176,6 +180,10 @@ class GraphIndex:
     def is_output(self, scope: Scope, name: str) -> bool:
         """Whether a value is an output of its graph, itself or behind Identity, Transpose, Cast."""
         return (id(scope), name) in self._leaving
+
+    def returned_by(self, scope: Scope, name: str) -> set[str]:
+        """The types of the nodes with graphs whose output the value is; "" for the main graph."""
+        return self._leaving.get((id(scope), name), set())
 
     def uses(self, scope: Scope, name: str, perm: tuple[int, ...], elem_type: int) -> Iterator[Use]:
         """The readers of a value; Identity, Transpose and Cast are followed to theirs.
