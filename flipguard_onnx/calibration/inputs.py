@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +23,8 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ..errors import ModelError, UnsupportedModelError, first_line
+from ..graph.operands import Operand
+from ..graph.operators import operator_of
 from ..graph.traversal import attribute, graphs
 from ..io.model import file_sha256
 
@@ -64,12 +66,14 @@ class Input:
     name, dtype : of the input
     dims : sizes, or names of the dimensions that are open
     table_rows : rows of the constant table that it indexes, if it does
+    ranked : whether the model says how many axes it has; if not, `dims` fit a node that reads it
     """
 
     name: str
     dtype: np.dtype[Any]
     dims: tuple[int | str, ...]
     table_rows: int | None
+    ranked: bool = True
 
 
 def load_feeds(path: Path, proto: ModelProto, optional: Collection[str] = ()) -> list[Feed]:
@@ -138,7 +142,7 @@ def _feeds_of(path: Path, proto: ModelProto, optional: Collection[str]) -> list[
                 found=sorted(arrays),
             )
         _require_fit(path, wanted, arrays[wanted.name])
-    stacked = [arrays[i.name].ndim == len(i.dims) + 1 for i in inputs]
+    stacked = [i.ranked and arrays[i.name].ndim == len(i.dims) + 1 for i in inputs]
     if any(stacked):
         counts = {
             len(arrays[i.name]) for i, is_stack in zip(inputs, stacked, strict=True) if is_stack
@@ -201,7 +205,7 @@ def _require_fit(path: Path, wanted: Input, array: npt.NDArray[Any]) -> None:
     sizes_fit = len(shape) == len(dims) and all(
         isinstance(dim, str) or dim == n for dim, n in zip(dims, shape, strict=True)
     )
-    if array.dtype.kind not in "biuf" or not sizes_fit:
+    if array.dtype.kind not in "biuf" or (wanted.ranked and not sizes_fit):
         raise ModelError(
             "input {tensor!r} is given as {found}",
             path=path,
@@ -251,13 +255,14 @@ def made_up_feeds(proto: ModelProto, model_bytes: int, seed: int = 0) -> Iterato
     inputs = signature(proto)
     open_dims = list(dict.fromkeys(d for i in inputs for d in i.dims if isinstance(d, str)))
     open_dims = [d for d in open_dims if d != BATCH]
+    lengths = any("len" in i.name.lower() for i in inputs)  # they get the size, too
     tried = set()
     started = time.monotonic()
     for size in SIZES:
         for choice in product((size, 1), repeat=min(len(open_dims), 6)):
             sizes = dict.fromkeys([BATCH, *open_dims], 1)
             sizes |= dict(zip(open_dims, choice, strict=False))
-            key = tuple(sizes.values())
+            key = (size if lengths else 0, *sizes.values())
             if key in tried:
                 continue
             tried.add(key)
@@ -281,10 +286,14 @@ def signature(proto: ModelProto) -> list[Input]:
     """
     tables = _tables(proto)
     readers = node_readers(node for graph in graphs(proto) for node in graph.node)
-    return [
-        _input(value, _indexed_table(value.name, tables, readers))
-        for value in required_inputs(proto)
-    ]
+    found = []
+    for value in required_inputs(proto):
+        wanted = _input(value, _indexed_table(value.name, tables, readers))
+        if not value.type.tensor_type.HasField("shape"):
+            dims = _fitting_dims(value.name, tables, readers)
+            wanted = replace(wanted, dims=dims, ranked=False)
+        found.append(wanted)
+    return found
 
 
 def required_inputs(proto: ModelProto) -> list[ValueInfoProto]:
@@ -323,6 +332,22 @@ def _input(value: ValueInfoProto, table_rows: int | None) -> Input:
             allowed="tensors of real numbers",
         )
     return Input(value.name, dtype, tuple(dims), table_rows)
+
+
+def _fitting_dims(
+    name: str, tables: Mapping[str, Sequence[int]], readers: Mapping[str, list[NodeProto]]
+) -> tuple[int | str, ...]:
+    """Dimensions that fit the weight of a node that reads this value; two open ones without any."""
+    for node in readers[name]:
+        operator = operator_of(node)
+        for index in operator.weights if operator else ():
+            shape = tables.get(node.input[index]) if index < len(node.input) else None
+            if operator and shape:
+                fitting = operator.layer_input(Operand(node, index, tuple(shape)))
+                if fitting and node.input[fitting.index] == name:
+                    places = [f"{name}:{axis}" for axis in range(2, len(fitting.shape))]
+                    return (*fitting.shape[:2], *places) if operator.convolution else fitting.shape
+    return f"{name}:0", f"{name}:1"
 
 
 def _tables(proto: ModelProto) -> dict[str, Sequence[int]]:

@@ -182,5 +182,11 @@ class Samples:
 
 
 def finite(values: Array) -> bool:
-    """Whether all floats are finite; other types always are."""
-    return not np.issubdtype(values.dtype, np.floating) or bool(np.isfinite(values).all())
+    """Whether all floats are finite, but for -inf beside others: what a mask makes of logits.
+
+    Other types always are.
+    """
+    if not np.issubdtype(values.dtype, np.floating):
+        return True
+    are_finite = np.isfinite(values)
+    return bool(are_finite.all() or (are_finite.any() and (are_finite | np.isneginf(values)).all()))

@@ -2,19 +2,21 @@
 
 from dataclasses import replace
 
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from .. import runtime
 from ..errors import UnsupportedModelError, ValidationError
 from ..graph.copies import IndexedModel
-from ..graph.operators import WeightForm
-from ..graph.traversal import bodies, opset_of
+from ..graph.operators import FLOATS, WeightForm
+from ..graph.traversal import bodies, opset_of, tensors
 from ..graph.weights import Weight
 from ..io.model import Model
 from ..quantization.schemes import Scheme
 from .weight_forms import Target, form_of
 
 RESIZE_OPSET = 11  # the first whose Resize says how coordinates are found
+
+CLIP_OPSET = 11  # the first whose Clip has its bounds as inputs
 
 
 def needed_opset(weights: list[Weight], schemes: list[Scheme], target: Target) -> int:
@@ -66,6 +68,8 @@ def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel
         proto = runtime.converted(source.proto, opset)
         if opset_of(source.proto) < RESIZE_OPSET:
             _keep_interpolation(proto)
+        if opset_of(source.proto) < CLIP_OPSET:
+            _keep_types(proto, source.proto)
         result = IndexedModel.of(proto)
         there = {weight.name for weight in result.weights}
         if lost := {weight.name for weight in original.weights} - there:
@@ -96,6 +100,26 @@ def _keep_interpolation(proto: ModelProto) -> None:
                     for name, value in before.items()
                     if name not in named
                 )
+
+
+def _keep_types(proto: ModelProto, source: ModelProto) -> None:
+    """Give the bounds of Clip nodes the type of what they clip.
+
+    onnx's converter makes constants of float32 of them, whatever that is.
+    """
+    clipped = [node for node in proto.graph.node if node.op_type == "Clip"]
+    if not any(t.data_type in FLOATS and t.data_type != TensorProto.FLOAT for t in tensors(source)):
+        return
+    inferred = runtime.inferred(source).graph if clipped else source.graph
+    values = (*inferred.input, *inferred.output, *inferred.value_info)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    makers = {node.output[0]: node for node in proto.graph.node if node.op_type == "Constant"}
+    for node in clipped:
+        wanted = types.get(node.input[0], TensorProto.FLOAT)
+        for maker in (makers[name] for name in node.input[1:] if name in makers):
+            bound = numpy_helper.to_array(maker.attribute[0].t)
+            cast = bound.astype(helper.tensor_dtype_to_np_dtype(wanted))
+            maker.attribute[0].t.CopyFrom(numpy_helper.from_array(cast))
 
 
 def opset_for(form: WeightForm, scheme: Scheme) -> int:

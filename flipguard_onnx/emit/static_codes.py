@@ -49,7 +49,8 @@ class StaticGraphChecker:
         self._decoders = {  # by the name of the tensor that onnxruntime quantized
             node.input[0].removesuffix("_quantized"): node
             for node in self._graph.node
-            if node.op_type == "DequantizeLinear" and node.input[0] in self._constants
+            if node.op_type == "DequantizeLinear"
+            and node.input[0] in self._constants.keys() - self._originals.keys()
         }
         self._exact: dict[str, NodeProto] = {}  # of the guarded weights, by what they yield
 

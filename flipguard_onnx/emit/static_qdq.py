@@ -9,10 +9,9 @@ have aligned them, since they were not rounded at random.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from graphlib import TopologicalSorter
 
-from onnx import GraphProto, ModelProto, NodeProto
-from onnx.numpy_helper import from_array
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from .. import runtime
 from ..calibration.inputs import Feed
@@ -21,24 +20,22 @@ from ..calibration.synthetic import synthetic_feeds
 from ..errors import UnsupportedModelError, ValidationError
 from ..graph.copies import IndexedModel
 from ..graph.operators import OPERATORS, operator_of
-from ..graph.traversal import attribute, bodies
+from ..graph.traversal import attribute, output_names
 from ..graph.weights import Weight, find_weights
-from ..io.model import INLINE_LIMIT, Model, open_model
+from ..io.integrity import needed_nodes
+from ..io.model import Model, open_model
 from ..io.writer import Output
 from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Codes, Grid, Scheme
 from ..reports.guard import ActivationQuantization
-from .opset import converted
-from .rewriter import remove_named
+from .preprocessing import bias_of
 from .static_codes import StaticGraphChecker
 from .weight_forms import Emitter
 from .writers import FloatWriter, guarded_values, save
 
-OPSETS = {"int8": 13, "uint8": 13, "int16": 21}  # the first with QuantizeLinear to each type
-
 WEIGHTED = tuple(operator.name for operator in OPERATORS if operator.static)
 
-# Products, activation functions, normalizations and most sums (see _float_sums) stay float:
+# Products, activation functions, normalizations and most sums (see _left_float) stay float:
 # measured on eight real models, integers there bring no speed and up to 1.7 times the drift.
 QUANTIZED_OPERATORS = (
     *WEIGHTED, "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape",
@@ -106,85 +103,40 @@ def require_reachable(source: Model, weights: Sequence[Weight]) -> None:
         )
 
 
-def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) -> Model:
-    """The source as onnxruntime's pre-processing leaves it: constants folded, BatchNormalization
-    merged into Conv, shapes inferred, at an opset that has the activations' type.
+def _left_float(main: GraphProto) -> list[str]:
+    """The names of the nodes that stay float.
 
-    Parameters
-    ----------
-    source : the model
-    activations : the type that its activations will have
-    max_bytes : the size of the largest model that is loaded
-    folder : for intermediate files
-
-    Raises
-    ------
-    UnsupportedModelError : the model is larger than `max_bytes`, or cannot be processed
-    """
-    max_bytes = min(max_bytes, INLINE_LIMIT)
-    if source.size > max_bytes:
-        raise UnsupportedModelError(
-            "has {found:,} bytes, which onnxruntime's quantizer would load whole",
-            path=source.path,
-            found=source.size,
-            allowed=f"up to {max_bytes:,} with --activations (--max-memory, and 1 GiB)",
-        )
-    converted_source = Output(folder / "converted", None, external=False)
-    proto = ModelProto()
-    opset = OPSETS[activations]
-    proto.CopyFrom(converted(source, opset, IndexedModel.of(source.proto)).proto)
-    converted_source.save(proto, source)
-    result = folder / "preprocessed.onnx"
-    try:
-        runtime.preprocess(converted_source.path, result, source.size)
-    except (runtime.RemoteError, ValidationError) as error:
-        raise UnsupportedModelError(
-            "onnxruntime's pre-processing refuses it: {found}", found=str(error), path=source.path
-        ) from None
-    made = open_model(result)
-    for node in made.proto.graph.node:
-        if node.op_type == "Add" and not node.name:
-            node.name = f"{node.output[0]}_Add"  # nodes that stay float are listed by name
-    _multiply_out_beta(made)
-    used = {node.domain for body in bodies(made.proto) for node in body.node}
-    for index in reversed(range(len(made.proto.opset_import))):
-        if made.proto.opset_import[index].domain not in {"", *used}:
-            del made.proto.opset_import[index]
-    _keep_metadata(made.proto, source.proto)
-    return replace(source, proto=made.proto, payloads=made.payloads)
-
-
-def _multiply_out_beta(model: Model) -> None:
-    """Gemm(x, w, b, beta) -> Gemm(x, w, beta * b), for a constant b.
-
-    onnxruntime's static quantizer (1.32) ignores beta there.
-    """
-    main = model.proto.graph
-    constants = {tensor.name: tensor for tensor in main.initializer}
-    for node in main.node:
-        beta = attribute(node, "beta", 1.0)
-        if node.op_type != "Gemm" or beta == 1 or not {*node.input[2:]} & constants.keys():
-            continue
-        bias = model.array(constants[node.input[2]])
-        node.input[2] = f"{node.output[0]}_{node.input[2]}"
-        main.initializer.append(from_array((beta * bias).astype(bias.dtype), node.input[2]))
-        remove_named(node.attribute, "beta")
-
-
-def _float_sums(main: GraphProto) -> list[str]:
-    """The names of the Add nodes that stay float.
-
-    Only the sum of a convolution's output and another activation is in integers, which the next
-    convolution can take as they are.
+    Of the sums, only that of a convolution's output and another activation is in integers, which
+    the next convolution can take as they are. What onnxruntime's static quantizer (1.32) gets wrong
+    stays float, too: biases that are not one constant for each output channel, those of a
+    ConvTranspose with groups, and a Relu or Clip of an output of the graph, which would get the
+    range behind it.
     """
     makers = {name: operator_of(node) for node in main.node for name in node.output}
+    outputs = {*output_names(main)}
+    constants = {tensor.name: tensor for tensor in main.initializer}
 
     def is_float(node: NodeProto) -> bool:
+        if node.op_type in ("Relu", "Clip"):
+            return node.input[0] in outputs
+        if name := bias_of(node):
+            weight, bias = (constants.get(each) for each in (node.input[1], name))
+            grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1
+            return grouped or not (weight and bias and _one_per_channel(node, weight, bias))
+        if node.op_type != "Add":
+            return False
         operators = [makers[name] for name in node.input if name in makers]
         has_constant = len(operators) < len(node.input)
         return has_constant or not any(o.convolution for o in operators if o)
 
-    return [node.name for node in main.node if node.op_type == "Add" and is_float(node)]
+    return [node.name for node in main.node if is_float(node)]
+
+
+def _one_per_channel(node: NodeProto, weight: TensorProto, bias: TensorProto) -> bool:
+    """Whether a bias is [channels] or [1, channels]."""
+    operator = operator_of(node)
+    channels = operator.output_channels(node, tuple(weight.dims)) if operator else 0
+    return tuple(bias.dims) in ((channels,), (1, channels))
 
 
 @dataclass(frozen=True)
@@ -225,7 +177,7 @@ class StaticQdqWriter:
         self.integers = calibration.integers
         self._folder = output.path.parent.with_name(f"{output.path.parent.name}-float")
         self._float = FloatWriter(source, graph, Output(self._folder, None, False), guarded_values)
-        self._float_sums = _float_sums(graph.proto.graph)
+        self._left_float = _left_float(graph.proto.graph)
         self._calibration = calibration
         self._target = target
         self._nearest = nearest
@@ -242,7 +194,7 @@ class StaticQdqWriter:
         result = self._folder / "static.onnx"
         settings = runtime.StaticQuantization(
             operators=QUANTIZED_OPERATORS,
-            excluded_nodes=self._float_sums,
+            excluded_nodes=self._left_float,
             activations=self.integers.activations,
             symmetric=self.integers.symmetric,
             calibration=self.integers.calibration,
@@ -258,14 +210,18 @@ class StaticQdqWriter:
         self.integers = replace(
             self.integers, weight_only=checker.weight_only, floats=tuple(checker.floats)
         )
+        _sort(made.proto.graph)
         self._emit_the_rest(made.proto)
         _keep_metadata(made.proto, floats.proto)
         save(made.proto, self.output, made, metadata)
 
     def _emit_the_rest(self, proto: ModelProto) -> None:
-        """Write the weight-only tensors in the forms that a graph with float activations has."""
+        """Write the weight-only tensors in the forms that a graph with float activations has.
+
+        So are those in integers for readers that stay float, as all in subgraphs do.
+        """
         left = {w.name: w for w in find_weights(proto, partly=True)[0] if w.name in self._guarded}
-        if lost := self.integers.weight_only.keys() ^ left.keys():
+        if lost := self.integers.weight_only.keys() - left.keys():
             raise ValidationError(
                 "tensor {tensor!r}: its codes found no place in the graph", tensor=min(lost)
             )
@@ -274,6 +230,17 @@ class StaticQdqWriter:
             guarded = self._guarded[name]
             emitter.emit(weight, guarded.scheme, guarded.grid, guarded.codes)
         emitter.finish()
+
+
+def _sort(main: GraphProto) -> None:
+    """Put nodes behind those that they need.
+
+    onnxruntime's static quantizer (1.32) does not look at what the graphs inside a node need.
+    """
+    nodes = list(main.node)
+    order = TopologicalSorter(needed_nodes(main)).static_order()
+    del main.node[:]
+    main.node.extend(nodes[index] for index in order)
 
 
 def _keep_metadata(proto: ModelProto, source: ModelProto) -> None:

@@ -83,9 +83,11 @@ class GraphIndex:
 
     def __init__(self, proto: ModelProto) -> None:
         self.scopes: list[Scope] = []
+        self._around: dict[int, str] = {}  # the type of the node that holds a graph, by the latter
+        self._inner: dict[int, Scope] = {}  # by their graph or function
         self.functions: dict[tuple[str, str], Scope] = {}
         self._edges: dict[Value, list[tuple[Scope, NodeProto, int]]] = defaultdict(list)
-        self._outputs: set[Value] = set()
+        self._outputs: set[tuple[Value, str]] = set()  # each with the node around its graph
         for function in proto.functions:
             scope = self._enter(function, None)
             self.functions[function.domain, function.name] = scope
@@ -93,11 +95,15 @@ class GraphIndex:
         for scope in self.scopes:
             self._connect(scope)
         self._weight_of = self._reaching(self._weight_inputs(), self._passed_on)
-        self._leaving = self._reaching(((value, None) for value in self._outputs), self._renamed)
+        self._leaving = self._reaching(self._outputs, self._renamed)
 
-    def _enter(self, body: GraphProto | FunctionProto, parent: Scope | None) -> Scope:
+    def _enter(
+        self, body: GraphProto | FunctionProto, parent: Scope | None, around: str = ""
+    ) -> Scope:
         scope = Scope(body, parent)
+        self._around[id(body)] = around
         self.scopes.append(scope)
+        self._inner[id(body)] = scope
         if isinstance(body, GraphProto):
             scope.defined.update(value.name for value in body.input)
             scope.defined.update(tensor.name for tensor in body.initializer)
@@ -107,7 +113,7 @@ class GraphIndex:
             scope.defined.update(node.output)
             for attr in node.attribute:
                 for graph in subgraphs(attr):
-                    self._enter(graph, scope)
+                    self._enter(graph, scope, node.op_type)
         return scope
 
     def _connect(self, scope: Scope) -> None:
@@ -117,7 +123,7 @@ class GraphIndex:
                     self._edges[id(owner), name].append((scope, node, index))
         for name in output_names(scope.body):
             if owner := scope.owner(name):
-                self._outputs.add((id(owner), name))
+                self._outputs.add(((id(owner), name), self._around[id(scope.body)]))
 
     def constants(self) -> Iterator[tuple[Scope, str, TensorProto, NodeProto | None]]:
         """Every initializer and every Constant node's tensor."""
@@ -175,6 +181,10 @@ class GraphIndex:
         """Whether a value is an output of its graph, itself or behind Identity, Transpose, Cast."""
         return (id(scope), name) in self._leaving
 
+    def returned_by(self, scope: Scope, name: str) -> set[str]:
+        """The types of the nodes with graphs whose output the value is; "" for the main graph."""
+        return self._leaving.get((id(scope), name), set())
+
     def uses(self, scope: Scope, name: str, perm: tuple[int, ...], elem_type: int) -> Iterator[Use]:
         """The readers of a value; Identity, Transpose and Cast are followed to theirs.
 
@@ -228,11 +238,21 @@ class GraphIndex:
         if function := self.functions.get((node.domain, node.op_type)):
             names = function.body.input
             return [(id(function), str(names[index]))] if index < len(names) else []
+        if node.op_type == "Scan" and node.domain in STANDARD:
+            return self._scanned(node, index)
         if node.op_type in VIEWS and (index == 0 or node.op_type == "Concat"):
             return [(id(scope), name) for name in node.output]
         if node.op_type == "Cast" and attribute(node, "to", 0) not in FLOATS:
             return []
         return self._renamed(scope, node, index)
+
+    def _scanned(self, node: NodeProto, index: int) -> list[Value]:
+        """What a Scan passes on, slice by slice, of an input that it scans over."""
+        body = attribute(node, "body", None)
+        first = len(node.input) - attribute(node, "num_scan_inputs", 0)
+        if body is None or index < first or len(body.input) != len(node.input):
+            return []
+        return [(id(self._inner[id(body)]), body.input[index].name)]
 
     def _renamed(self, scope: Scope, node: NodeProto, index: int) -> list[Value]:
         """The value that is this input under another name, type or order of axes."""

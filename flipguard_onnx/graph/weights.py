@@ -179,7 +179,7 @@ def find_weights(
             skipped.append(Skipped(name, shape, SkipReason.QUANTIZED, detail))
         elif tensor.data_type in (*FLOATS, *OTHER_FLOATS):
             first, is_output = _first_operator(uses), index.is_output(scope, plain_name)
-            reason, detail = _why_not(tensor, uses, first, is_output)
+            reason, detail = _why_not(tensor, uses, first, index.returned_by(scope, plain_name))
             if reason in (None, *UNGUARDABLE) and not selected(name, include):
                 reason = SkipReason.NOT_INCLUDED
             if reason in (None, *UNGUARDABLE) and any(fnmatchcase(name, p) for p in exclude):
@@ -223,17 +223,20 @@ def selected(name: str, include: tuple[str, ...]) -> bool:
     return not include or any(fnmatchcase(name, pattern) for pattern in include)
 
 
-def _what_reads(uses: tuple[Use, ...], is_output: bool) -> tuple[SkipReason, str]:
-    """The reason for a tensor that is nobody's weight, with its readers."""
+def _what_reads(uses: tuple[Use, ...], returned_by: set[str]) -> tuple[SkipReason, str]:
+    """The reason for a tensor that is nobody's weight, with its readers.
+
+    returned_by: as GraphIndex has it.
+    """
     weighted = [use for use in uses if operator_of(use.node)]
-    loops = [use for use in uses if use.node.op_type in ("Loop", "Scan")]
+    around = {use.node.op_type for use in uses} & {"Loop", "Scan"} | returned_by - {""}
+    if around and not weighted:
+        return SkipReason.NOT_FOLLOWED, ", ".join(sorted(around))
     reason, shown = SkipReason.NO_OPERATOR, uses
     if weighted:
         biases = all(use.index == BIASES.get(use.node.op_type) for use in weighted)
         reason, shown = SkipReason.BIAS if biases else SkipReason.NO_WEIGHT, tuple(weighted)
-    elif loops:
-        reason, shown = SkipReason.NOT_FOLLOWED, tuple(loops)
-    readers = sorted({use.node.op_type for use in shown}) + ["a graph output"] * is_output
+    readers = sorted({use.node.op_type for use in shown}) + ["a graph output"] * ("" in returned_by)
     return reason, ", ".join(readers) or "nothing"
 
 
@@ -248,7 +251,7 @@ def _first_operator(uses: tuple[Use, ...]) -> Use | None:
 
 
 def _why_not(
-    tensor: TensorProto, uses: tuple[Use, ...], first: Use | None, is_output: bool
+    tensor: TensorProto, uses: tuple[Use, ...], first: Use | None, returned_by: set[str]
 ) -> tuple[SkipReason | None, str]:
     """The reason why a tensor is left alone, with its detail; None and "" for a weight."""
     rank, size = len(tensor.dims), prod(tensor.dims)
@@ -258,7 +261,7 @@ def _why_not(
             return SkipReason.NOT_FOLDED, "1-D, and gets its shape when the model runs"
         return (SkipReason.ONE_AXIS if rank else SkipReason.SCALAR), ""
     if first is None:
-        return _what_reads(uses, is_output)
+        return _what_reads(uses, returned_by)
     if size < SMALLEST:
         return SkipReason.TOO_SMALL, str(SMALLEST)
     if tensor.data_type not in FLOATS:

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from ..errors import ModelError, UnsupportedModelError
-from ..graph.operators import signature_of
+from ..graph.operators import operator_of, signature_of
 from ..graph.traversal import subgraphs
 from .external_data import BITS, byte_size, element_count, entry
 
@@ -277,13 +277,8 @@ def _check_names(body: GraphProto | FunctionProto) -> None:
 
 def _check_cycles(body: GraphProto | FunctionProto) -> None:
     """No value may depend on itself."""
-    makers = {name: i for i, node in enumerate(body.node) for name in node.output if name}
-    needs = {
-        i: {makers[name] for name in _names_read(node) if name in makers}
-        for i, node in enumerate(body.node)
-    }
     try:
-        TopologicalSorter(needs).prepare()
+        TopologicalSorter(needed_nodes(body)).prepare()
     except CycleError as error:
         node = body.node[error.args[1][0]]
         raise ModelError(
@@ -291,6 +286,15 @@ def _check_cycles(body: GraphProto | FunctionProto) -> None:
             tensor=next(iter(node.output), ""),
             op_type=node.op_type,
         ) from None
+
+
+def needed_nodes(body: GraphProto | FunctionProto) -> dict[int, set[int]]:
+    """By the index of a node: the nodes whose values it needs, for the graphs inside it, too."""
+    makers = {name: i for i, node in enumerate(body.node) for name in node.output if name}
+    return {
+        i: {makers[name] for name in _names_read(node) if name in makers}
+        for i, node in enumerate(body.node)
+    }
 
 
 def _names_read(node: NodeProto) -> set[str]:
@@ -319,7 +323,8 @@ def _check_node(node: NodeProto) -> None:
     signature = signature_of(node)
     if signature is None:
         return
-    if len(node.input) < signature.inputs or not node.output or not node.output[0]:
+    has_output = any(node.output) if operator_of(node) else any(node.output[:1])
+    if len(node.input) < signature.inputs or not has_output:
         raise ModelError(
             "node {node!r} ({op_type}) has {found} inputs and {outputs} outputs",
             found=len(node.input),

@@ -11,7 +11,8 @@ from ..calibration.inputs import feeds_sha256
 from ..calibration.moments import Moments, record
 from ..calibration.samples import Samples
 from ..detection.scan import scan_weights
-from ..emit.static_qdq import Calibration, preprocessed, require_reachable
+from ..emit.preprocessing import preprocessed
+from ..emit.static_qdq import Calibration, require_reachable
 from ..errors import DriftError, OptionError
 from ..opening import open_folded
 from ..progress import Progress

@@ -489,7 +489,8 @@ def _validation_lines(validation: Validation) -> list[str]:
     lines = ["", *table(head, rows), ""]
     if validation.layers:
         lines.append(
-            f"sampled   {validation.layers} layers: the model is too large to be run whole"
+            f"sampled   {validation.layers} layers: the model is too large to be run whole, or its "
+            "outputs depend on chance, or have shapes that depend on weights"
         )
     inputs = f"{plural(validation.feeds, 'input')} ({validation.inputs})"
     lines += [

@@ -64,7 +64,8 @@ class Validation:
     plain_default : nearest rounding, run by default
     guarded_default : the guarded model, run by default
     moved : the float model with moved weights, run by default; empty where none was written
-    layers : how many layers were run in place of a model too large to be run whole; 0: it was
+    layers : how many layers were run in place of a model too large to be run whole, or whose
+        outputs depend on chance or have shapes that depend on weights; 0: it was run whole
     """
 
     feeds: int

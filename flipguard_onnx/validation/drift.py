@@ -108,7 +108,13 @@ class _Sums:
             self._kl = None
         elif self._kl is not None:
             self._kl.append(_divergences(wanted, found))
-        x, y = (np.ravel(values).astype(np.float64) for values in (wanted, found))
+        masked = np.isneginf(wanted)
+        if not np.array_equal(masked, np.isneginf(found)):
+            raise ValidationError(
+                "output {tensor!r} is -inf where the original's is not, or the other way round",
+                tensor=self._output,
+            )
+        x, y = (values[~masked].astype(np.float64) for values in (wanted, found))
         self._xx += float(x @ x)
         self._yy += float(y @ y)
         self._xy += float(x @ y)
@@ -139,7 +145,8 @@ def _divergences(wanted: Array, found: Array) -> npt.NDArray[np.float64]:
     One for every position, over the last axis.
     """
     p, q = (_log_softmax(x.astype(np.float64)) for x in (wanted, found))
-    divergences: npt.NDArray[np.float64] = np.sum(np.exp(p) * (p - q), axis=-1).ravel()
+    differences = np.subtract(p, q, where=np.isfinite(p), out=np.zeros_like(p))
+    divergences: npt.NDArray[np.float64] = np.sum(np.exp(p) * differences, axis=-1).ravel()
     return divergences
 
 

@@ -79,8 +79,8 @@ def sample(
                 chosen[weight.name] = weight.size, layer
     if not chosen:
         raise ValidationError(
-            "too large to run whole, and no layer of it can be run alone; "
-            "give it more with --max-memory, or --no-validate",
+            "cannot be compared as a whole, and no layer of it can be run alone; "
+            "give it more with --max-memory if it is too large, or --no-validate",
             path=source.path,
         )
     return [layer for _, layer in chosen.values()]

@@ -7,20 +7,23 @@ no more than `max_drift` times what rounding to nearest does. One drift is judge
 outputs: rounding errors are a matter of luck, and an output of a few values is too small a sample.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from onnx import GraphProto
 
 from .. import runtime
-from ..calibration.samples import Array, Samples, finite
+from ..calibration.samples import Array, Found, Samples, finite
 from ..emit.opset import converted
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, decoded_values
 from ..errors import RunError, ValidationError
+from ..graph.constants import RANDOM
 from ..graph.copies import IndexedModel
-from ..graph.traversal import opset_of, tensors
+from ..graph.traversal import attribute, bodies, opset_of, subgraphs, tensors
 from ..graph.weights import Weight
 from ..io.model import Model, open_model
 from ..io.writer import Output
@@ -31,6 +34,10 @@ from .layers import Layer, cut_out, sample
 
 INFIDELITY = 1e-3  # relative L2 that another order of summation may cause
 INFIDELITY_16_BIT = 2e-2  # and that decoded weights in a model's 16-bit type may
+
+# Operators whose inputs, or all but the first, decide on the shape of the result by their values.
+SELECTING = ("NonMaxSuppression", "NonZero", "Unique", "Compress", "Range", "ConstantOfShape")
+SHAPED = ("Expand", "Reshape", "Tile", "Slice", "Pad", "Resize", "TopK", "OneHot")
 
 
 class ModelRunner:
@@ -144,13 +151,15 @@ class Validator:
         max_drift: float,
         target: str,
     ) -> "Validator":
-        """For the samples' model: whole if it has no more than `max_bytes`, else layers of it.
+        """For the samples' model: whole if it has no more than `max_bytes` and its outputs can be
+        compared, else layers of it.
 
         original, graph: the model's, and the same at the opset that will be written; weights: each
         with its scheme; folder: new, for the layers.
         """
         source = samples.source
-        if source.size <= max_bytes:
+        names = {weight.tensor_name for weight, _ in weights}
+        if source.size <= max_bytes and _comparable(samples, names):
             return cls(source, source, original, graph, samples, (), target, max_drift)
         schemes = [scheme for _, scheme in weights]
         layers = sample(source, [weight for weight, _ in weights], schemes, target)
@@ -190,11 +199,11 @@ class Validator:
         written = {kind: files[kind] for kind in ("qdq", "float") if kind in files}
         for path in written.values():
             check_model(path, self.original)
+        written["plain"] = files["plain"]
         if self.layers:
             for kind, path in written.items():
-                whole = open_model(path, digests=False)
-                written[kind] = cut_out(whole, self.layers, folder / f"{kind}-layers").path
-        guarded, nearest, moved = written["qdq"], files["plain"], written.get("float")
+                written[kind] = self._layers_of(path, folder / f"{kind}-layers")
+        guarded, nearest, moved = written["qdq"], written["plain"], written.get("float")
         if "decoded" in files:
             runner.require_equal(files["decoded"], guarded)
         result = Validation(
@@ -213,6 +222,59 @@ class Validator:
         if result.moved:
             judge(result.plain_default, result.moved, self.max_drift)
         return result
+
+    def _layers_of(self, path: Path, folder: Path) -> Path:
+        """The model at `path` cut down to the layers, if it was not made from these."""
+        whole = open_model(path, digests=False)
+        if _input_names(whole) == _input_names(self.source):
+            return path
+        try:
+            return cut_out(whole, self.layers, folder).path
+        except ValidationError as error:
+            without = self.samples.without
+            advice = f"; go without inputs ({without})" if without else ""
+            raise ValidationError(
+                "its layers cannot be run one by one ({found})" + advice,
+                path=path.name,
+                found=str(error).removeprefix(f"{error.path}: "),
+            ) from None
+
+
+def _input_names(model: Model) -> list[str]:
+    return [value.name for value in model.proto.graph.input]
+
+
+def _comparable(samples: Samples, weights: Iterable[str]) -> bool:
+    """Whether the outputs of two models that differ a little are numbers that belong together."""
+    proto = samples.source.proto
+    nodes = (node for body in bodies(proto) for node in body.node)
+    if any(n.op_type in RANDOM and attribute(n, "seed", None) is None for n in nodes):
+        return False
+    return not (_decide_shapes(proto.graph, weights) and _shapes_vary(samples.require()))
+
+
+def _decide_shapes(graph: GraphProto, weights: Iterable[str]) -> bool:
+    """Whether values computed with weights decide on shapes, as scores do in NonMaxSuppression."""
+    reached = set(weights)
+    for node in graph.node:
+        touched = [name in reached for name in node.input]
+        if any(touched[node.op_type not in SELECTING :]) and node.op_type in (*SELECTING, *SHAPED):
+            return True
+        inside = any(subgraphs(each) for each in node.attribute)
+        if (any(touched) or inside) and node.op_type not in ("Shape", "Size"):
+            reached.update(node.output)
+    return False
+
+
+def _shapes_vary(found: Found) -> bool:
+    """Whether outputs have other shapes for other values of inputs of the same shapes."""
+    shapes: dict[Any, Any] = {}
+    for feed, outputs in zip(found.feeds, found.outputs, strict=True):
+        returned = [values.shape for values in outputs]
+        given = tuple((name, values.shape) for name, values in feed.items())
+        if shapes.setdefault(given, returned) != returned:
+            return True
+    return False
 
 
 def check_model(path: Path, source: Model) -> None:

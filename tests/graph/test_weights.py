@@ -201,7 +201,7 @@ def test_the_reason_names_what_the_tensor_is_to_an_operator_with_weights():
     }
 
 
-def test_a_tensor_of_which_a_scan_takes_slices_may_be_a_weight_there():
+def test_a_tensor_of_which_a_scan_takes_slices_is_a_weight_but_no_state_is():
     body = helper.make_graph(
         [node("MatMul", "h slice", "h2"), node("Identity", "h2", "each")],
         "body",
@@ -210,8 +210,10 @@ def test_a_tensor_of_which_a_scan_takes_slices_may_be_a_weight_there():
     )
     proto = model(
         [node("Scan", "x layers", "y all", body=body, num_scan_inputs=1)],
-        {"x": (F, [8, 8])},
+        {},
         {"y": (F, [8, 8])},
-        {"layers": weights((3, 8, 8))},
+        {"x": weights((8, 8)), "layers": weights((3, 8, 8))},
     )
-    assert reasons(proto)["layers"] == "feeds Scan, through which weights are not followed"
+    weight = found(proto)["layers"]
+    assert (weight.op, weight.rows) == ("MatMul", (0,))
+    assert reasons(proto)["x"] == "feeds Scan, through which weights are not followed"

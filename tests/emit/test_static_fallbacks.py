@@ -1,0 +1,227 @@
+"""Graphs that onnxruntime's static quantizer refuses or gets wrong, each with the right numbers."""
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+import flipguard_onnx
+from tests.helpers.samples import F, model, node, save, weights
+from tests.helpers.written import initializers
+
+HALF = TensorProto.FLOAT16
+
+X = np.random.default_rng(2).standard_normal((4, 24)).astype(np.float32)
+IMAGES = np.random.default_rng(3).standard_normal((1, 16, 6, 6)).astype(np.float32)
+
+
+def static(proto, tmp_path, feed, **options):
+    """The report of a guard with integer activations calibrated on one feed, and the drifts.
+
+    Drifts: of every output, relative L2, of the written model from the original.
+    """
+    source, output = save(proto, tmp_path), tmp_path / "out.onnx"
+    np.savez(tmp_path / "x.npz", **feed)
+    report = flipguard_onnx.guard(
+        source,
+        activations="uint8",
+        data=tmp_path / "x.npz",
+        seed=1,
+        output=output,
+        force=True,
+        **options,
+    )
+    wanted, found = (onnxruntime.InferenceSession(p).run(None, feed) for p in (source, output))
+    norms = [(np.linalg.norm(a - b), np.linalg.norm(a)) for a, b in zip(wanted, found, strict=True)]
+    assert [a.dtype for a in wanted] == [b.dtype for b in found]
+    return report, [float(error / norm) for error, norm in norms]
+
+
+def gemm(c, **attributes):
+    return model(
+        [node("Gemm", "x w c", "y", **attributes)],
+        {"x": (F, [4, 24])},
+        {"y": (F, [4, 32])},
+        {"w": weights((24, 32)), "c": c},
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 32), (4, 1), (1, 1), (1,), ()])
+def test_a_gemm_whose_third_input_is_not_one_value_for_each_output(tmp_path, shape):
+    c = np.full(shape, 0.5, np.float32) + weights(shape, 1)
+    report, (drift,) = static(gemm(c), tmp_path, {"x": X})
+    assert report.integers.weight_only == {"w": "onnxruntime leaves this Gemm float"}
+    assert drift < 0.02
+
+
+def test_a_gemm_with_a_row_of_biases_is_in_integers(tmp_path):
+    report, (drift,) = static(gemm(weights((1, 32), 1), beta=2.0), tmp_path, {"x": X})
+    assert report.integers.weight_only == {}
+    assert drift < 0.02
+
+
+def test_a_gemm_whose_bias_is_computed(tmp_path):
+    proto = model(
+        [node("Relu", "z", "c"), node("Gemm", "x w c", "y")],
+        {"x": (F, [4, 24]), "z": (F, [32])},
+        {"y": (F, [4, 32])},
+        {"w": weights((24, 32))},
+    )
+    report, (drift,) = static(proto, tmp_path, {"x": X, "z": np.ones(32, np.float32)})
+    assert report.integers.weight_only == {"w": "onnxruntime leaves this Gemm float"}
+    assert drift < 0.02
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_transposed_convolution_with_groups(tmp_path, bias):
+    constants = {"w": weights((16, 4, 3, 3)), "v": weights((16, 16, 1, 1), 1), "b": weights(16, 2)}
+    proto = model(
+        [
+            node("Conv", "x v", "h"),
+            node("ConvTranspose", "h w b" if bias else "h w", "y", group=4),
+        ],
+        {"x": (F, [1, 16, 6, 6])},
+        {"y": (F, [1, 16, 8, 8])},
+        constants if bias else {name: constants[name] for name in "wv"},
+    )
+    report, (drift,) = static(proto, tmp_path, {"x": IMAGES})
+    assert "v" not in report.integers.weight_only
+    assert ("w" in report.integers.weight_only) == bias
+    assert drift < 0.04
+
+
+def test_two_convolutions_that_share_a_bias_each_get_their_own(tmp_path):
+    proto = model(
+        [
+            node("Conv", "x w b", "h1"),
+            node("Mul", "x ten", "b0"),  # the name that onnxruntime gives to a second bias
+            node("Conv", "b0 w b", "h2"),
+            node("Add", "h1 h2", "y"),
+        ],
+        {"x": (F, [1, 16, 6, 6])},
+        {"y": (F, [1, 8, 4, 4]), "b": (F, [8])},
+        {"w": weights((8, 16, 3, 3)), "b": weights(8, 1), "ten": np.float32(10)},
+    )
+    report, (drift, of_bias) = static(proto, tmp_path, {"x": IMAGES})
+    assert report.integers.weight_only == {}
+    assert drift < 0.02
+    assert of_bias == 0
+
+
+def test_an_output_that_a_relu_reads_keeps_its_negative_values(tmp_path):
+    proto = model(
+        [node("MatMul", "x w", "y"), node("Relu", "y", "r"), node("MatMul", "r v", "y2")],
+        {"x": (F, [4, 24])},
+        {"y": (F, [4, 32]), "y2": (F, [4, 24])},
+        {"w": weights((24, 32)), "v": weights((32, 24), 1)},
+    )
+    report, drifts = static(proto, tmp_path, {"x": X})
+    assert report.integers.weight_only == {}
+    assert max(drifts) < 0.03
+
+
+@pytest.mark.parametrize("op", ["MatMul", "Gemm", "Conv"])
+def test_half_precision_in_and_out(tmp_path, op):
+    shape, x = {"Conv": ((8, 16, 3, 3), IMAGES)}.get(op, ((24, 32), X))
+    constants = {"w": weights(shape, dtype=np.float16), "b": weights(shape[0], 1, np.float16)}
+    constants["b"] = weights(8 if op == "Conv" else 32, 1, np.float16)
+    inputs = "x w" if op == "MatMul" else "x w b"
+    proto = model(
+        [node(op, inputs, "y")],
+        {"x": (HALF, list(x.shape))},
+        {"y": (HALF, None)},
+        constants if op != "MatMul" else {"w": constants["w"]},
+    )
+    report, (drift,) = static(proto, tmp_path, {"x": x.astype(np.float16)})
+    assert report.integers.weight_only == {}
+    assert [tensor.name for tensor in report.tensors] == ["w"]
+    assert drift < 0.02
+
+
+def test_a_weight_that_a_branch_reads_too(tmp_path):
+    then = helper.make_graph(
+        [node("MatMul", "h w", "o1")], "then", [], [helper.make_tensor_value_info("o1", F, None)]
+    )
+    other = helper.make_graph(
+        [node("Relu", "h", "o2")], "else", [], [helper.make_tensor_value_info("o2", F, None)]
+    )
+    proto = model(
+        [
+            node("MatMul", "x w", "h"),
+            node("If", "c", "i", then_branch=then, else_branch=other),
+            node("MatMul", "i v", "y"),
+        ],
+        {"x": (F, [4, 24]), "c": (TensorProto.BOOL, [])},
+        {"y": (F, [4, 16])},
+        {"w": weights((24, 24)), "v": weights((24, 16), 1)},
+    )
+    for taken in (True, False):
+        feed = {"x": X, "c": np.array(taken)}
+        report, (drift,) = static(proto, tmp_path, feed)
+        assert "w" not in initializers(tmp_path / "out.onnx"), "codes only"
+        assert {tensor.name for tensor in report.tensors} == {"w", "v"}
+        assert drift < 0.04
+
+
+def test_a_branch_needs_what_comes_late_in_the_graph(tmp_path):
+    """onnxruntime's quantizer sorts nodes without a look at what the graphs inside them read."""
+    branches = [
+        helper.make_graph(
+            [node(op, "h", f"{op}o")], op, [], [helper.make_tensor_value_info(f"{op}o", F, None)]
+        )
+        for op in ("Relu", "Abs")
+    ]
+    proto = model(
+        [
+            node("MatMul", "x w", "g"),
+            node("Softmax", "g", "h"),
+            node("If", "c", "y", then_branch=branches[0], else_branch=branches[1]),
+        ],
+        {"x": (F, [4, 24]), "c": (TensorProto.BOOL, [])},
+        {"y": (F, [4, 24])},
+        {"w": weights((24, 24))},
+    )
+    _, (drift,) = static(proto, tmp_path, {"x": X, "c": np.array(True)})
+    assert drift < 0.02
+
+
+def test_layers_that_are_quantized_already_stay_as_they_are(tmp_path):
+    codes = np.random.default_rng(4).integers(-127, 128, (24, 24)).astype(np.int8)
+    scale = np.full(24, 1e-3, np.float32)
+    proto = model(
+        [
+            node("DequantizeLinear", "codes scale", "v", axis=1),
+            node("MatMul", "x v", "h"),
+            node("MatMul", "h w", "y"),
+        ],
+        {"x": (F, [4, 24])},
+        {"y": (F, [4, 64])},
+        {"codes": codes, "scale": scale, "w": weights((24, 64))},
+    )
+    report, (drift,) = static(proto, tmp_path, {"x": X})
+    assert np.array_equal(initializers(tmp_path / "out.onnx")["codes"], codes)
+    assert [tensor.name for tensor in report.tensors] == ["w"]
+    assert drift < 0.02
+
+
+def test_patterns_mean_the_names_of_the_source(tmp_path):
+    """Also of a weight that onnxruntime merges with BatchNormalization and renames."""
+    ones = {name: np.full(8, 1.5, np.float32) for name in ("g", "be", "m", "v")}
+    proto = model(
+        [
+            node("Conv", "x first_W_weight", "c"),
+            node("BatchNormalization", "c g be m v", "b"),
+            node("Conv", "b second", "y"),
+        ],
+        {"x": (F, [1, 16, 6, 6])},
+        {"y": (F, [1, 8, 2, 2])},
+        {"first_W_weight": weights((8, 16, 3, 3)), "second": weights((8, 8, 3, 3), 1), **ones},
+    )
+    report, _ = static(proto, tmp_path, {"x": IMAGES})
+    assert {tensor.name for tensor in report.tensors} == {"first_W_weight", "second"}
+    report, (drift,) = static(proto, tmp_path, {"x": IMAGES}, exclude=("first_W_weight",))
+    assert [tensor.name for tensor in report.tensors] == ["second"]
+    merged = weights((8, 16, 3, 3)) * np.float32(1.5) / np.sqrt(np.float32(1.5 + 1e-5))
+    kept = initializers(tmp_path / "out.onnx")["first_W_weight"]
+    np.testing.assert_allclose(kept, merged, rtol=1e-5)
+    assert drift < 0.02
