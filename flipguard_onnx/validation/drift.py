@@ -126,13 +126,20 @@ class _Sums:
         name, values = self._output, self._size // self._feeds
         if not self._is_float:
             equal = self._equal / self._size if self._size else 1.0
-            return Drift(name, values, equal, float(equal < 1), math.sqrt(1 - equal), np.inf, equal)
+            relative = math.sqrt(1 - equal)
+            return Drift(
+                name, values, equal, float(equal < 1), relative, _decibels(relative), equal
+            )
         norms = math.sqrt(self._xx), math.sqrt(self._yy)
         relative = math.sqrt(self._error) / max(norms[0], float(np.finfo(np.float32).tiny))
         cosine = self._xy / (norms[0] * norms[1]) if all(norms) else float(norms[0] == norms[1])
-        sqnr = float(-20 * np.log10(relative)) if relative else np.inf
         top1, kl = map(_mean, (self._top1, self._kl))
-        return Drift(name, values, cosine, self._max_abs, relative, sqnr, top1, kl)
+        return Drift(name, values, cosine, self._max_abs, relative, _decibels(relative), top1, kl)
+
+
+def _decibels(relative: float) -> float:
+    """The signal-to-noise ratio of errors with this relative L2."""
+    return -20 * math.log10(relative) if relative else math.inf
 
 
 def _mean(parts: list[Array] | None) -> float | None:

@@ -17,6 +17,7 @@ import onnx
 from onnx import GraphProto
 
 from .. import runtime
+from ..calibration.inputs import required_inputs
 from ..calibration.samples import Array, Found, Samples, finite
 from ..emit.opset import converted
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, decoded_values
@@ -241,7 +242,7 @@ class Validator:
 
 
 def _input_names(model: Model) -> list[str]:
-    return [value.name for value in model.proto.graph.input]
+    return [value.name for value in required_inputs(model.proto)]
 
 
 def _comparable(samples: Samples, weights: Iterable[str]) -> bool:
