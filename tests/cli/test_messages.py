@@ -166,7 +166,9 @@ def test_small_files_have_small_units(tmp_path):
 
 
 def test_the_report_says_what_the_granularity_acts_on(tmp_path):
-    source = save(SAMPLES["conv_transpose"](), tmp_path)
     options = ("--scheme", "int4", "--granularity", "tensor", *FAST)
     shown = "scheme    int4, one scale per block of 32 weights (at int8 one per tensor)\n"
-    assert shown in call(source, *options).stdout
+    assert shown in call(save(matmul(), tmp_path), *options).stdout
+    source = save(SAMPLES["conv_transpose"](), tmp_path)
+    shown = "scheme    int4, but no weight got it: all are int8, one scale per tensor\n"
+    assert shown in call(source, *options, "--force").stdout

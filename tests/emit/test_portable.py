@@ -12,7 +12,7 @@ import flipguard_onnx
 from flipguard_onnx.graph.traversal import attribute, bodies, output_names
 from flipguard_onnx.graph.weights import find_weights
 from tests.emit.test_static_qdq import plain_static
-from tests.helpers.samples import SAMPLES, model, node, save, weights
+from tests.helpers.samples import SAMPLES, F, model, node, save, weights
 from tests.helpers.written import decoded, initializers
 
 BEHIND = ("Reshape", "Transpose", "Slice", "Cast", "Mul", "Identity")  # a DequantizeLinear
@@ -104,11 +104,17 @@ def test_the_axis_of_the_scales(tmp_path, sample, scheme, attributes):
 
 def test_a_gemm_at_4_bits_loses_trans_b(tmp_path):
     """onnxruntime fuses no DequantizeLinear with one that has it."""
-    path, report = written(tmp_path, SAMPLES["gemm_transposed"](), "int4")
-    (gemm,) = (n for n in onnx.load(path).graph.node if n.op_type == "Gemm")
+    proto = model(
+        [node("Gemm", "x w", "y", transB=1)],
+        {"x": (F, ["n", 64])},
+        {"y": (F, ["n", 33])},
+        {"w": weights((33, 64))},
+    )
+    path, report = written(tmp_path, proto, "int4")
+    decoder, gemm = onnx.load(path).graph.node
+    assert (decoder.op_type, gemm.op_type) == ("DequantizeLinear", "Gemm")
+    assert decoder.output[0] == gemm.input[1]
     assert attribute(gemm, "transB", 0) == 0
-    decoder = next(n for n in onnx.load(path).graph.node if gemm.input[1] in n.output)
-    assert decoder.op_type == "DequantizeLinear"
     assert report.validation.feeds == 8
 
 

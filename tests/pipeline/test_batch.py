@@ -71,7 +71,7 @@ def test_a_summary_and_the_worst_exit_code(models, tmp_path):
         "preserve",
         f"({models}/below/good.onnx)",
         "speed",
-        "other",
+        "otherwise",
         "session.disable_quant_qdq=1,",
         f"({models}/below/good.onnx,",
         "guarded",
