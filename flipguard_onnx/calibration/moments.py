@@ -164,8 +164,9 @@ class MomentRecorder:
         return self._pieces.stream(feeds[:-kept] or feeds), self._pieces.stream(feeds[-kept:])
 
     def _made_up(self) -> list[Feed]:
-        found = self._kept.load("inputs")
-        feeds = _numbered(found) if found else self._sampled()
+        if found := self._kept.load("inputs"):
+            return _numbered(found)
+        feeds = self._sampled()
         if not any(values.dtype.hasobject for values in feeds[0].values()):
             named = {
                 f"{i} {n}": values for i, feed in enumerate(feeds) for n, values in feed.items()

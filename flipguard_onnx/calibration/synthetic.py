@@ -85,7 +85,7 @@ def synthetic_feeds(
         batch = 1
     count = -(-samples // batch)
     text = _decoder(source.proto, template)
-    if text and text.past and runner and runner.whole and text.goes_on:
+    if text and runner and runner.whole and text.goes_on:
         with suppress(RunError):  # if it does not go on from its caches
             return _one_by_one(text, runner, template, count, batch, rng, progress)
     drawn = [i for i in inputs if not text or i.name not in text.determined]
@@ -254,7 +254,7 @@ def sampling_rounds(proto: ModelProto, template: Feed, whole: bool) -> float:
     if text is None:
         return 0
     length = int(template[text.ids.name].shape[1])
-    if text.past and text.goes_on and whole:
+    if text.goes_on and whole:
         return ONE_BY_ONE
     if isinstance(text.ids.dims[1], str):
         return _text_length(length) / 2
@@ -275,8 +275,8 @@ def _one_by_one(
     Samples are drawn together, as many as CACHES allows, if the model takes more than one.
     Raises RunError when the model does not go on from what it returned.
     """
-    name, vocabulary, output = text.ids.name, text.ids.table_rows, text.logits
-    assert output
+    name, vocabulary = text.ids.name, text.ids.table_rows
+    assert text.logits
     assert vocabulary
     rows, length = template[name].shape
     rows = batch if text.ids.dims[0] == BATCH else rows
@@ -291,12 +291,9 @@ def _one_by_one(
         past: Feed = {}
         for place in range(length - 1):
             feed = text.filled({name: tokens[:, place : place + 1]} | past)
-            (found,) = runner.run_all([output, *text.present], [feed])
-            logits = found[output]
-            if logits.shape != (len(tokens), 1, vocabulary):
-                raise RunError("its logits have the shape {found}", found=logits.shape)
-            drawn = _drawn(logits[:, 0].astype(np.float32, copy=False), chances[:, place + 1])
-            tokens[:, place + 1] = drawn
+            (found,) = runner.run_all([text.logits, *text.present], [feed])
+            logits = _logits(text, feed, found)
+            tokens[:, place + 1] = _drawn(logits[:, 0], chances[:, place + 1])
             past = {c.name: found[n] for c, n in zip(text.past, text.present, strict=True)}
             advance(1)
         feeds += [text.filled({name: part}) for part in np.split(tokens, len(group))]
@@ -331,7 +328,7 @@ def _growing(
     advance = meter(progress, "sampling token ids", len(texts) * (size - 1))
     for place in range(1, size):
         begun = [text.filled(o | {name: t[:, :place]}) for o, t in zip(others, texts, strict=True)]
-        for tokens, logits in zip(texts, _logits(text, runner, begun), strict=True):
+        for tokens, logits in zip(texts, _all_logits(text, runner, begun), strict=True):
             if place < tokens.shape[1]:
                 chances = rng.random((len(tokens), 1), dtype=np.float32)
                 tokens[:, place] = _drawn(logits[:, -1], chances)
@@ -363,7 +360,7 @@ def _in_rounds(
     rounds = min(SAMPLING_ROUNDS, shape[1])
     advance = meter(progress, "sampling token ids", len(feeds) * rounds)
     for _ in range(rounds):
-        for i, logits in enumerate(_logits(text, runner, feeds)):
+        for i, logits in enumerate(_all_logits(text, runner, feeds)):
             tokens = feeds[i][name].copy()
             tokens[:, 1:] = _drawn(logits[:, :-1], chances[i])
             feeds[i] = feeds[i] | {name: tokens}
@@ -371,16 +368,27 @@ def _in_rounds(
     return feeds
 
 
-def _logits(
+def _all_logits(
     text: TextModel, runner: Runner, feeds: Sequence[Feed]
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """For every feed the logits [batch, length, vocabulary]. Raises RunError if they are others."""
+    """As `_logits`, for one feed after the other."""
     assert text.logits
     for feed, found in zip(feeds, runner.run_all([text.logits], feeds), strict=True):
-        logits = found[text.logits]
-        if logits.shape != (*feed[text.ids.name].shape, text.ids.table_rows):
-            raise RunError("its logits have the shape {found}", found=logits.shape)
-        yield logits.astype(np.float32, copy=False)
+        yield _logits(text, feed, found)
+
+
+def _logits(
+    text: TextModel, feed: Feed, found: dict[str, npt.NDArray[Any]]
+) -> npt.NDArray[np.float32]:
+    """Of what was found for a feed, the logits [batch, length, vocabulary].
+
+    Raises RunError if they have another shape.
+    """
+    assert text.logits
+    logits = found[text.logits]
+    if logits.shape != (*feed[text.ids.name].shape, text.ids.table_rows):
+        raise RunError("its logits have the shape {found}", found=logits.shape)
+    return logits.astype(np.float32, copy=False)
 
 
 def _drawn(

@@ -108,9 +108,10 @@ def _keep_types(proto: ModelProto, source: ModelProto) -> None:
     onnx's converter makes constants of float32 of them, whatever that is.
     """
     clipped = [node for node in proto.graph.node if node.op_type == "Clip"]
-    if not any(t.data_type in FLOATS and t.data_type != TensorProto.FLOAT for t in tensors(source)):
+    in_16_bits = {*FLOATS} - {TensorProto.FLOAT}
+    if not (clipped and any(tensor.data_type in in_16_bits for tensor in tensors(source))):
         return
-    inferred = runtime.inferred(source).graph if clipped else source.graph
+    inferred = runtime.inferred(source).graph
     values = (*inferred.input, *inferred.output, *inferred.value_info)
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     makers = {node.output[0]: node for node in proto.graph.node if node.op_type == "Constant"}

@@ -63,11 +63,9 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
             "its outputs depend on no inputs; go without --activations", path=source.path
         ) from None
     main = made.proto.graph
-    for node in main.node:
+    for node in main.node:  # those that stay float are listed by name
         if not node.name and (node.op_type in ("Add", "Relu", "Clip") or operator_of(node)):
-            node.name = (
-                f"{node.output[0]}_{node.op_type}"  # nodes that stay float are listed by name
-            )
+            node.name = f"{node.output[0]}_{node.op_type}"
     _restore_names(made.proto, source.proto)
     _widen_constants(made)
     _separate_biases(made)
@@ -111,8 +109,8 @@ def _widen_constants(model: Model) -> None:
     """
     main = model.proto.graph
     readers = node_readers(node for graph in graphs(model.proto) for node in graph.node)
-    left = {id(node) for node in main.node if _widens(node)}
-    left -= {id(node) for node in main.node if {*node.output} & {*output_names(main)}}
+    outputs = {*output_names(main)}
+    left = {id(n) for n in main.node if _widens(n) and not outputs.intersection(n.output)}
     renamed: dict[str, str] = {}
     dropped: set[int] = set()
     for tensor in main.initializer:
@@ -141,12 +139,13 @@ def _separate_biases(model: Model) -> None:
     main = model.proto.graph
     readers = node_readers(node for graph in graphs(model.proto) for node in graph.node)
     constants = {tensor.name: tensor for tensor in main.initializer}
+    outputs = {*output_names(main)}
     for node in main.node:
         name = bias_of(node)
         if name not in constants:
             continue
         beta = attribute(node, "beta", 1.0)
-        if beta != 1 or len(readers[name]) > 1 or name in output_names(main):
+        if beta != 1 or len(readers[name]) > 1 or name in outputs:
             bias = model.array(constants[name])
             node.input[2] = f"{node.output[0]}_{name}"
             main.initializer.append(from_array((beta * bias).astype(bias.dtype), node.input[2]))

@@ -50,7 +50,8 @@ class StaticGraphChecker:
             node.input[0].removesuffix("_quantized"): node
             for node in self._graph.node
             if node.op_type == "DequantizeLinear"
-            and node.input[0] in self._constants.keys() - self._originals.keys()
+            and node.input[0] in self._constants
+            and node.input[0] not in self._originals
         }
         self._exact: dict[str, NodeProto] = {}  # of the guarded weights, by what they yield
 

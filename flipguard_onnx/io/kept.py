@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,13 @@ class Kept:
             unfinished = path.with_suffix(".unfinished")
             store(unfinished, arrays)
             unfinished.replace(path)
+
+    def load_or_make(self, name: str, make: Callable[[], Arrays]) -> Arrays:
+        """What was stored under this name; else what `make` returns, which is stored."""
+        arrays = self.load(name)
+        if arrays is None:
+            self.store(name, arrays := make())
+        return arrays
 
     def remove(self) -> None:
         """Remove what was kept, once the run has ended well."""

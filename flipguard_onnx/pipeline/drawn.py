@@ -61,7 +61,7 @@ class DrawnWeight:
     unfed: str
 
     def arrays(self) -> Arrays:
-        """All of it, so that `from_arrays` gives the same."""
+        """All of it, so that `from_arrays` gives the same; None is NaN."""
         quantized, grid = self.quantized, self.quantized.grid
         arrays: Arrays = {
             "nearest": quantized.nearest,
@@ -69,9 +69,7 @@ class DrawnWeight:
             "scale": grid.scale,
             "operand": grid.operand,
             "absmax": grid.absmax,
-            "products": np.array(
-                [quantized.gain, quantized.product_error], np.float64
-            ),  # None: NaN
+            "products": np.array([quantized.gain, quantized.product_error], np.float64),
             "budget": np.array(astuple(self.account.budget)),
             "squares": np.array([self.account.squared_errors, self.account.squares]),
             "unfed": np.array(self.unfed),

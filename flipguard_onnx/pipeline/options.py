@@ -19,12 +19,8 @@ FOUR_BIT_BLOCKS = {"int4": 32, "nf4": 64, "fp4": 64}  # default block sizes
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
 POLICIES = ("unbiased", "topk", "none")
 DRAWS = 3  # at most: a draw that drifts too far is thrown away
-HERE_ONLY = (
-    "data",
-    "force",
-    "resume",
-    "seed",
-)  # options that a record for another machine leaves out
+# options that a record for another machine leaves out
+HERE_ONLY = ("data", "force", "resume", "seed")
 
 Group = Literal["Model and output", "Format", "Protection", "Accuracy", "Running"]
 StrPath = str | os.PathLike[str]

@@ -61,10 +61,10 @@ class Run:
     @cached_property
     def seeds(self) -> list[int]:
         """The seeds to try in turn."""
-        found = self.kept.load("seeds")
-        seeds = [int(seed) for seed in found["seeds"]] if found else self.options.seeds()
-        self.kept.store("seeds", {"seeds": np.array([str(seed) for seed in seeds])})
-        return seeds
+        found = self.kept.load_or_make(
+            "seeds", lambda: {"seeds": np.array([str(seed) for seed in self.options.seeds()])}
+        )
+        return [int(seed) for seed in found["seeds"]]
 
     @property
     def policy(self) -> Policy:

@@ -167,8 +167,8 @@ def render_guard(report: GuardReport) -> str:
 
 def _speed_lines(report: GuardReport) -> list[str]:
     """What is to be known of the time that the written model takes in onnxruntime."""
-    forms = {form for tensor in report.tensors for form in tensor.forms}
     if report.options.get("target") == "onnxruntime":
+        forms = {form for tensor in report.tensors for form in tensor.forms}
         known = [PACKED[form] for form in PACKED if form in forms]
     else:
         ops = {tensor.op for tensor in report.tensors if "dequantize" in tensor.forms}
