@@ -15,10 +15,10 @@ from tests.helpers.large import save_large
 from tests.helpers.samples import F, model, node, save, weights
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 640 << 20  # bytes
+LIMIT = 400 << 20  # bytes
 GUARD = """
 import flipguard_onnx
-report = flipguard_onnx.guard(path, {scheme!r}, seed=1, max_memory=256, preserve="off")
+report = flipguard_onnx.guard(path, {scheme!r}, seed=1, max_memory=128, preserve="off")
 assert report.validation.layers > 0, "sampled layers were validated"
 """
 LOAD = "import onnx; onnx.load(path); print('loaded')"
@@ -42,7 +42,7 @@ def under_the_limit(code, path, limit=LIMIT):
 
 @pytest.fixture(
     scope="module",
-    params=[("int8", 12, 3800), ("nf4", 110, 1250)],
+    params=[("int8", 12, 3000), ("nf4", 70, 1250)],
     ids=["few large", "many moderate"],
 )
 def larger_than_memory(request, tmp_path_factory):
