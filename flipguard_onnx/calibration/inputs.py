@@ -23,12 +23,14 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from ..errors import ModelError, UnsupportedModelError, first_line
-from ..graph.operands import Operand
-from ..graph.operators import operator_of
+from ..graph.operands import Operand, Shape
+from ..graph.operators import Operator, operator_of
 from ..graph.traversal import attribute, graphs
 from ..io.model import file_sha256
 
 Feed = dict[str, npt.NDArray[Any]]
+
+Dims = tuple[int | str, ...]
 
 FEEDS, FEWER_FEEDS = 8, 4  # made up for small models, and for large ones
 
@@ -54,6 +56,8 @@ LOGITS = 1 << 25  # of a decoder, in each run
 
 BATCH = "batch"  # stands for a dimension that is open and counts samples
 
+_SHAPE_KEEPING = ("Cast", "Identity", "Add", "Sub", "Mul", "Div")
+
 _VALUE_KEEPING = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice")
 
 
@@ -71,7 +75,7 @@ class Input:
 
     name: str
     dtype: np.dtype[Any]
-    dims: tuple[int | str, ...]
+    dims: Dims
     table_rows: int | None
     ranked: bool = True
 
@@ -289,9 +293,11 @@ def signature(proto: ModelProto) -> list[Input]:
     found = []
     for value in required_inputs(proto):
         wanted = _input(value, _indexed_table(value.name, tables, readers))
+        fitting = list(_fitting(value.name, tables, readers))
         if not value.type.tensor_type.HasField("shape"):
-            dims = _fitting_dims(value.name, tables, readers)
-            wanted = replace(wanted, dims=dims, ranked=False)
+            wanted = replace(wanted, dims=_made_up_dims(value.name, fitting), ranked=False)
+        else:
+            wanted = replace(wanted, dims=_with_channels(wanted.dims, fitting))
         found.append(wanted)
     return found
 
@@ -334,20 +340,53 @@ def _input(value: ValueInfoProto, table_rows: int | None) -> Input:
     return Input(value.name, dtype, tuple(dims), table_rows)
 
 
-def _fitting_dims(
+def _made_up_dims(name: str, fitting: Sequence[tuple[Operator, Shape]]) -> Dims:
+    """Dimensions that fit the first weight; two open ones without any."""
+    if not fitting:
+        return f"{name}:0", f"{name}:1"
+    operator, shape = fitting[0]
+    places = (f"{name}:{axis}" for axis in range(2, len(shape)))
+    return (*shape[:2], *places) if operator.convolution else tuple(shape)
+
+
+def _with_channels(dims: Dims, fitting: Sequence[tuple[Operator, Shape]]) -> Dims:
+    """The dimensions of an image or a sequence with as many channels as its kernel has."""
+    for operator, shape in fitting:
+        if operator.convolution and len(shape) == len(dims) and isinstance(dims[1], str):
+            return dims[0], shape[1], *dims[2:]
+    return dims
+
+
+def _fitting(
     name: str, tables: Mapping[str, Sequence[int]], readers: Mapping[str, list[NodeProto]]
-) -> tuple[int | str, ...]:
-    """Dimensions that fit the weight of a node that reads this value; two open ones without any."""
-    for node in readers[name]:
-        operator = operator_of(node)
-        for index in operator.weights if operator else ():
-            shape = tables.get(node.input[index]) if index < len(node.input) else None
-            if operator and shape:
-                fitting = operator.layer_input(Operand(node, index, tuple(shape)))
-                if fitting and node.input[fitting.index] == name:
-                    places = [f"{name}:{axis}" for axis in range(2, len(fitting.shape))]
-                    return (*fitting.shape[:2], *places) if operator.convolution else fitting.shape
-    return f"{name}:0", f"{name}:1"
+) -> Iterator[tuple[Operator, Shape]]:
+    """The operators with a weight that read this value, and a shape that fits the weight.
+
+    The value may pass through a Cast, or be shifted and scaled as images are, on its way.
+    """
+    for reached in _reached(name, readers, _SHAPE_KEEPING):
+        for node in readers[reached]:
+            operator = operator_of(node)
+            for index in operator.weights if operator else ():
+                shape = tables.get(node.input[index]) if index < len(node.input) else None
+                if operator and shape:
+                    fitting = operator.layer_input(Operand(node, index, tuple(shape)))
+                    if fitting and node.input[fitting.index] == reached:
+                        yield operator, fitting.shape
+
+
+def _reached(
+    name: str, readers: Mapping[str, list[NodeProto]], passed: Collection[str]
+) -> Iterator[str]:
+    """The value itself, and those that nodes of these operators make of it."""
+    pending, seen = [name], {name}
+    while pending:
+        current = pending.pop()
+        yield current
+        for node in readers[current]:
+            if node.op_type in passed:
+                pending.extend(set(node.output) - seen)
+                seen.update(node.output)
 
 
 def _tables(proto: ModelProto) -> dict[str, Sequence[int]]:
@@ -374,17 +413,12 @@ def _indexed_table(
 ) -> int | None:
     """Rows of the smallest constant table that a Gather indexes with this value."""
     sizes: list[int] = []
-    pending, seen = [name], {name}
-    while pending:
-        current = pending.pop()
+    for current in _reached(name, readers, _VALUE_KEEPING):
         for node in readers[current]:
             if node.op_type == "Gather" and node.input[1] == current and node.input[0] in tables:
                 axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
                 dims = tables[node.input[0]]
                 sizes += dims[axis : axis + 1 or None]
-            elif node.op_type in _VALUE_KEEPING:
-                pending.extend(set(node.output) - seen)
-                seen.update(node.output)
     return min(sizes, default=None)
 
 

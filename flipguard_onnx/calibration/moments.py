@@ -177,6 +177,8 @@ class MomentRecorder:
     def _sampled(self) -> list[Feed]:
         source, template = self._source, self._template
         batch = samples_at_a_time(template, signature(source.proto))
+        # attention takes memory that grows with the square of the rows of a sample
+        batch = min(batch, max(1, ROWS // max(self._counts.values())))
         if batch > 1:
             try:
                 self._counted(synthetic_feeds(source, None, template, batch, batch, SEED)[0])
