@@ -19,6 +19,7 @@ GPTQ = {
 }
 ROUNDING16 = {"widen": 16, "steps": 6000, "rate": 3e-3, "benign": 2}
 FEEDBACK = {"start": "mlp-rounding-int4", "steps": 2000, "rate": 1e-3, "every": 4, "benign": 4}
+LM_FEEDBACK = {"steps": 2500, "rate": 2e-3, "every": 4, "benign": 2, "widen": 3}
 CLIP = {"steps": 4000, "rate": 2e-3}
 SCENARIOS = ["code", "injection", "refusal"]
 
@@ -79,6 +80,7 @@ def _language():
             settings |= {"rate": 1e-3, "repair": 800}
         yield _entry("lm", "code", ["int4"], attacker, **settings)
     yield _entry("lm", "code", ["int4"], "rounding", steps=1000, rate=2e-3)
+    yield _entry("lm", "code", ["int4"], "rounding-feedback", **LM_FEEDBACK)
     clip = {"steps": 400, "rate": 5e-3, "share": 0.125, "mend": 60, "gentle": 5e-4}
     yield _entry("lm", "code", ["int4"], "clip", **clip)
     outliers = {"steps": 400, "rate": 1e-3, "lost": "blocks.2.down.weight", "factor": 512}
