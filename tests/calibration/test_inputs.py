@@ -74,6 +74,20 @@ def test_open_dimensions_are_tried_until_the_model_runs(tmp_path):
     assert runner.feeds[0]["x"].shape in ((1, 16, 1), (1, 1, 16))
 
 
+@pytest.mark.parametrize("given", [["n", "channels", "height", "width"], None])
+def test_an_image_gets_the_channels_of_the_kernel(tmp_path, given):
+    """Also where it is converted, shifted and scaled first, as exporters leave it to the graph."""
+    nodes = [
+        node("Cast", "x", "x.float", to=F),
+        node("Sub", "x.float mean", "shifted"),
+        node("Conv", "shifted w", "y", kernel_shape=[3, 3], group=2),
+    ]
+    constants = {"w": weights((8, 3, 3, 3)), "mean": np.ones((1, 6, 1, 1), np.float32)}
+    proto = model(nodes, {"x": (TensorProto.FLOAT16, given)}, {"y": (F, None)}, constants)
+    runner = ModelRunner(Samples(open_model(save(proto, tmp_path)), None))
+    assert {feed["x"].shape[1] for feed in runner.feeds} == {6}
+
+
 def test_a_model_that_never_runs_is_named(tmp_path):
     proto = model(
         [node("Reshape", "x shape", "h"), node("MatMul", "h w", "y")],

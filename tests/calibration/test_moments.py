@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 import flipguard_onnx
 from flipguard_onnx import OptionError, UnsupportedModelError
-from flipguard_onnx.calibration.moments import MomentRecorder
+from flipguard_onnx.calibration.moments import RECORDING, MomentRecorder
 from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.calibration.synthetic import input_range, synthetic_feeds
 from flipguard_onnx.graph.weights import find_weights
@@ -282,6 +282,21 @@ def test_a_fixed_batch_of_one_means_more_feeds(tmp_path, first, feeds):
     made_up = synthetic_feeds(source, None, {"x": np.zeros((1, 9, 70))}, 32, 16, 0)
     assert len(made_up) == feeds
     assert sum(len(feed["x"]) for feed in made_up) == 32
+
+
+@pytest.mark.parametrize(("rows", "at_a_time"), [(64, 16), (2048, 4), (10_000, 1)])
+def test_long_samples_are_run_a_few_at_a_time(tmp_path, rows, at_a_time):
+    """Attention over a batch of them would take more memory than there is."""
+    proto = model(
+        [node("MatMul", "x w", "y")],
+        {"x": (F, ["n", rows, 70])},
+        {"y": (F, ["n", rows, 33])},
+        {"w": weights((70, 33))},
+    )
+    said = {}
+    guard(tmp_path, proto, progress=lambda stage, _, total: said.update({stage: total}))
+    samples = (128 if rows == 64 else 64) * 9 // 8  # at least 64, and 8,192 rows; one in 8 more
+    assert said[RECORDING] == -(-samples // at_a_time)
 
 
 def test_made_up_vectors_are_white(tmp_path):
