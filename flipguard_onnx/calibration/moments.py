@@ -19,6 +19,7 @@ from ..graph.weights import Weight
 from ..io.kept import NOTHING_KEPT, Arrays, Kept
 from ..progress import Progress, meter, silent
 from ..quantization.error_feedback import DAMPINGS, PANEL, Floats, InputMoments
+from .branches import at_the_start
 from .inputs import NONE_FIT, Feed, samples_at_a_time, signature
 from .pieces import Pieces, Stream
 from .samples import Samples
@@ -72,10 +73,10 @@ class MomentRecorder:
         self._progress: Progress = silent
         self._source = source = samples.source
         self._max_bytes = max_bytes
-        main = source.proto.graph
+        started, bodies = at_the_start(source, samples.given)
         self._cuts = {w.name: w.blocks(None, flat=False) for w in weights}
         found = {
-            w.name: dict.fromkeys(weight_input(use, w, main) for use in w.uses) for w in weights
+            w.name: dict.fromkeys(weight_input(use, w, bodies) for use in w.uses) for w in weights
         }
         self._inputs = {
             name: tuple(each for each in inputs if isinstance(each, WeightInput))
@@ -88,7 +89,8 @@ class MomentRecorder:
         groups = dict.fromkeys(filter(None, self._inputs.values()))
         if not groups:
             raise UnsupportedModelError("the inputs of no weight can be recorded")
-        self._pieces = Pieces(source, [_names(group) for group in groups], folder, max_bytes)
+        self._pieces = Pieces(started, [_names(group) for group in groups], folder, max_bytes)
+        self._is_merged = started is not source and self._pieces.whole  # so it can go on, too
         self._passes = list(self._plan())
         self._gathered: dict[Inputs, InputMoments] = {}
         self._latest: tuple[Inputs, InputMoments] | None = None
@@ -185,7 +187,8 @@ class MomentRecorder:
             except RunError:  # the model takes no batches, whatever its signature says
                 batch = 1
         samples = self._wanted + max(1, self._wanted // FRESH)
-        return synthetic_feeds(source, self._pieces, template, samples, batch, SEED, self._progress)
+        runner = self._samples.session if self._is_merged else self._pieces
+        return synthetic_feeds(source, runner, template, samples, batch, SEED, self._progress)
 
     def prepare(self, progress: Progress) -> None:
         """Record the inputs of the first weights, as many as `max_bytes` allows."""

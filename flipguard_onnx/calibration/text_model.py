@@ -81,6 +81,11 @@ class TextModel:
         return frozenset(i.name for i in others if _values(i, _ONE_TOKEN, 1) is not None)
 
     @property
+    def cache_flag(self) -> str | None:
+        """The name of the input that says whether there is a past."""
+        return next((i.name for i in self.inputs if _is_flag(i)), None)
+
+    @property
     def goes_on(self) -> bool:
         """Whether tokens can be drawn one after the other, each with the caches of those before."""
         alone = len(self.determined) == len(self.inputs) - 1
@@ -179,7 +184,7 @@ def _values(wanted: Input, mask: Array, length: int) -> Array | None:
     if _is_cache(wanted):
         sizes = [n if isinstance(n, int) else batch * (n == BATCH) for n in wanted.dims]
         return np.zeros(sizes)
-    if rank <= 1 and "use_cache" in name:
+    if _is_flag(wanted):
         return np.full([1] * rank, total > length)
     if rank <= 1 and "logits_to_keep" in name:
         return np.zeros([1] * rank)
@@ -197,6 +202,10 @@ def _is_mask(wanted: Input) -> bool:
     """Whether it says which of the tokens count; not those of the encoder before a decoder."""
     name = wanted.name.lower()
     return "mask" in name and "encoder" not in name and len(wanted.dims) == 2
+
+
+def _is_flag(wanted: Input) -> bool:
+    return len(wanted.dims) <= 1 and "use_cache" in wanted.name.lower()
 
 
 def _is_cache(wanted: Input) -> bool:

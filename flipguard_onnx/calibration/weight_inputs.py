@@ -54,16 +54,16 @@ class WeightInput:
 
 
 def weight_input(
-    use: Use, weight: Weight, main_graph: GraphProto | FunctionProto
+    use: Use, weight: Weight, bodies: Sequence[GraphProto | FunctionProto]
 ) -> WeightInput | str:
     """What a reader of a weight multiplies it with, or the reason why that cannot be recorded.
 
     Parameters
     ----------
     use, weight : one of the weight's readers
-    main_graph : the graph of the model whose values can be made outputs
+    bodies : of the model, those whose values can be made outputs
     """
-    if use.scope.body is not main_graph:
+    if not any(use.scope.body is body for body in bodies):
         return "read in a subgraph or function"
     if not use.direct or use.operator is None or use.output_axes() != weight.rows:
         return "not read as it is stored"

@@ -166,7 +166,7 @@ def test_the_inputs_of_a_weight(name):
     """Their products with the weight are the outputs; those of experts are not recorded."""
     proto = MODELS[name][0]()
     weight, *_ = find_weights(proto)[0]
-    found = weight_input(weight.uses[0], weight, proto.graph)
+    found = weight_input(weight.uses[0], weight, [proto.graph])
     if name.startswith("experts"):
         assert found.startswith("mixture of experts")
         return
