@@ -140,6 +140,7 @@ def _separate_biases(model: Model) -> None:
     readers = node_readers(node for graph in graphs(model.proto) for node in graph.node)
     constants = {tensor.name: tensor for tensor in main.initializer}
     outputs = {*output_names(main)}
+    replaced = set()
     for node in main.node:
         name = bias_of(node)
         if name not in constants:
@@ -150,6 +151,10 @@ def _separate_biases(model: Model) -> None:
             node.input[2] = f"{node.output[0]}_{name}"
             main.initializer.append(from_array((beta * bias).astype(bias.dtype), node.input[2]))
             remove_named(node.attribute, "beta")
+            replaced.add(name)
+    read = {name for graph in graphs(model.proto) for node in graph.node for name in node.input}
+    for name in replaced - read - outputs:
+        remove_named(main.initializer, name)
 
 
 def bias_of(node: NodeProto) -> str:

@@ -207,6 +207,14 @@ class StaticQdqWriter:
         for name, guarded in self._guarded.items():
             checker.weight(weights[name], guarded.grid, guarded.codes)
         checker.finish()
+        if not any(node.op_type == "QuantizeLinear" for node in made.proto.graph.node):
+            name, reason = next(iter(checker.weight_only.items()))
+            raise UnsupportedModelError(
+                "nothing would run in integers (tensor {tensor!r}: {found}); "
+                "go without --activations",
+                tensor=name,
+                found=reason,
+            )
         self.integers = replace(
             self.integers, weight_only=checker.weight_only, floats=tuple(checker.floats)
         )
