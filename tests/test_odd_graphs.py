@@ -139,3 +139,11 @@ def test_a_folder_for_one_model_is_refused(tmp_path, exists):
     line = one_line(call("guard", source, "--quiet", "-o", place))
     assert f"{place}: the output of one model is a file, not a folder" in line
     assert names(tmp_path) == ["model.onnx", "out"]
+
+
+def test_integers_for_an_old_model_whose_constants_are_inputs(tmp_path):
+    source, path = save(odd_graphs.old_opset(), tmp_path), tmp_path / "out.onnx"
+    report = flipguard_onnx.guard(source, activations="uint8", seed=1, preserve="off", output=path)
+    assert {tensor.name for tensor in report.tensors} == {"w", "v"}
+    feed = {"x": np.random.default_rng(0).standard_normal((1, 3, 6, 6)).astype(np.float32)}
+    assert relative(exact(path, feed), exact(source, feed)) < 0.05

@@ -16,7 +16,7 @@ from ..graph.traversal import attribute, bodies, graphs, output_names
 from ..io.model import INLINE_LIMIT, Model, open_model
 from ..io.writer import Output
 from .opset import converted
-from .rewriter import remove_named
+from .rewriter import drop_lost_defaults, remove_named
 
 OPSETS = {"int8": 13, "uint8": 13, "int16": 21}  # the first with QuantizeLinear to each type
 
@@ -69,6 +69,7 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
     _restore_names(made.proto, source.proto)
     _widen_constants(made)
     _separate_biases(made)
+    drop_lost_defaults(made.proto, source.proto)
     used = {node.domain for body in bodies(made.proto) for node in body.node}
     for index in reversed(range(len(made.proto.opset_import))):
         if made.proto.opset_import[index].domain not in {"", *used}:
