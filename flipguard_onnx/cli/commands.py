@@ -99,7 +99,7 @@ Examples:
 @config_option(configure)
 def guard(
     models: tuple[Path, ...],
-    output: Path | None,
+    output: str | None,
     jobs: int,
     scheduler: str | None,
     html: Path | None,
@@ -115,7 +115,8 @@ def guard(
         from ..pipeline.options import GuardOptions
 
         alone = len(models) == 1 and not models[0].is_dir() and not scheduler
-        plan = plan_jobs(models, output, GuardOptions(**options), alone=alone)
+        place = Path(output) if output else None
+        plan = plan_jobs(models, place, GuardOptions(**options), alone=alone)
         check_files(
             {"--report": report, "--html": html, "--sbom": sbom},
             models=[job.model for job in plan],
@@ -128,7 +129,7 @@ def guard(
         if alone:
             from .. import guard as run
 
-            with folder_of(output), progress_bar(quiet) as progress:
+            with folder_of(place), progress_bar(quiet) as progress:
                 result = run(models[0], output=output, progress=progress, **options)
             result = replace(result, config=config)
             if html:

@@ -104,7 +104,7 @@ output_option = option(
     "-o",
     "--output",
     group="Model and output",
-    type=FILE,
+    type=click.Path(),  # a string: a Path does not keep the slash behind the name of a folder
     help="For several models: a folder.  [default: MODEL.flipguard-SCHEME.onnx beside the input]",
 )
 

@@ -16,7 +16,7 @@ from ..graph.traversal import attribute, bodies, graphs, output_names
 from ..io.model import INLINE_LIMIT, Model, open_model
 from ..io.writer import Output
 from .opset import converted
-from .rewriter import remove_named
+from .rewriter import drop_lost_defaults, remove_named
 
 OPSETS = {"int8": 13, "uint8": 13, "int16": 21}  # the first with QuantizeLinear to each type
 
@@ -69,6 +69,7 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
     _restore_names(made.proto, source.proto)
     _widen_constants(made)
     _separate_biases(made)
+    drop_lost_defaults(made.proto, source.proto)
     used = {node.domain for body in bodies(made.proto) for node in body.node}
     for index in reversed(range(len(made.proto.opset_import))):
         if made.proto.opset_import[index].domain not in {"", *used}:
@@ -140,6 +141,7 @@ def _separate_biases(model: Model) -> None:
     readers = node_readers(node for graph in graphs(model.proto) for node in graph.node)
     constants = {tensor.name: tensor for tensor in main.initializer}
     outputs = {*output_names(main)}
+    replaced = set()
     for node in main.node:
         name = bias_of(node)
         if name not in constants:
@@ -150,6 +152,10 @@ def _separate_biases(model: Model) -> None:
             node.input[2] = f"{node.output[0]}_{name}"
             main.initializer.append(from_array((beta * bias).astype(bias.dtype), node.input[2]))
             remove_named(node.attribute, "beta")
+            replaced.add(name)
+    read = {name for graph in graphs(model.proto) for node in graph.node for name in node.input}
+    for name in replaced - read - outputs:
+        remove_named(main.initializer, name)
 
 
 def bias_of(node: NodeProto) -> str:

@@ -124,6 +124,13 @@ def remove_named(fields: Any, *names: str) -> None:
             del fields[index]
 
 
+def drop_lost_defaults(proto: ModelProto, before: ModelProto) -> None:
+    """Drop inputs that were initializers as well, of models of old, where these are gone."""
+    defaults = {tensor.name for tensor in before.graph.initializer}
+    kept = {tensor.name for tensor in proto.graph.initializer}
+    remove_named(proto.graph.input, *(defaults - kept))
+
+
 def _depth(scope: Scope) -> int:
     return 0 if scope.parent is None else 1 + _depth(scope.parent)
 

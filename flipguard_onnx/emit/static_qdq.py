@@ -29,6 +29,7 @@ from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Codes, Grid, Scheme
 from ..reports.guard import ActivationQuantization
 from .preprocessing import bias_of
+from .rewriter import drop_lost_defaults
 from .static_codes import StaticGraphChecker
 from .weight_forms import Emitter
 from .writers import FloatWriter, guarded_values, save
@@ -207,9 +208,18 @@ class StaticQdqWriter:
         for name, guarded in self._guarded.items():
             checker.weight(weights[name], guarded.grid, guarded.codes)
         checker.finish()
+        if not any(node.op_type == "QuantizeLinear" for node in made.proto.graph.node):
+            name, reason = next(iter(checker.weight_only.items()))
+            raise UnsupportedModelError(
+                "nothing would run in integers (tensor {tensor!r}: {found}); "
+                "go without --activations",
+                tensor=name,
+                found=reason,
+            )
         self.integers = replace(
             self.integers, weight_only=checker.weight_only, floats=tuple(checker.floats)
         )
+        drop_lost_defaults(made.proto, floats.proto)
         _sort(made.proto.graph)
         self._emit_the_rest(made.proto)
         _keep_metadata(made.proto, floats.proto)

@@ -430,7 +430,12 @@ def checked(name: str, value: Any, default: Any, about: About) -> Any:
 
 
 def output_paths(model: Path, output: StrPath | None, scheme: str, emit: str) -> dict[str, Path]:
-    """Where each kind of output goes: to `output`, by default beside the model."""
+    """Where each kind of output goes: to `output`, by default beside the model.
+
+    Raises OptionError for an `output` that is written as a folder.
+    """
+    if output and str(output).endswith("/"):
+        raise OptionError("the output of one model is a file, not a folder", path=output)
     base = Path(output) if output else model.with_name(f"{model.stem}.flipguard-{scheme}.onnx")
     moved = base
     if emit == "both" or not output:
