@@ -153,8 +153,9 @@ def _separate_biases(model: Model) -> None:
             main.initializer.append(from_array((beta * bias).astype(bias.dtype), node.input[2]))
             remove_named(node.attribute, "beta")
             replaced.add(name)
-    read = {name for graph in graphs(model.proto) for node in graph.node for name in node.input}
-    for name in replaced - read - outputs:
+    used = {name for graph in graphs(model.proto) for node in graph.node for name in node.input}
+    used |= {name for graph in graphs(model.proto) for name in output_names(graph)}
+    for name in replaced - used:
         remove_named(main.initializer, name)
 
 

@@ -209,7 +209,8 @@ class StaticQdqWriter:
             checker.weight(weights[name], guarded.grid, guarded.codes)
         checker.finish()
         if not any(node.op_type == "QuantizeLinear" for node in made.proto.graph.node):
-            name, reason = next(iter(checker.weight_only.items()))
+            nothing = "", "no operator of the model takes them"
+            name, reason = next(iter(checker.weight_only.items()), nothing)
             raise UnsupportedModelError(
                 "nothing would run in integers (tensor {tensor!r}: {found}); "
                 "go without --activations",
