@@ -7,7 +7,7 @@ caches: the main graph is an If on `use_cache_branch`, and both branches read th
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onnx import GraphProto, NodeProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from ..graph.traversal import attribute
 from ..io.model import Model
@@ -33,7 +33,7 @@ def at_the_start(source: Model, given: Sequence[Feed]) -> tuple[Model, list[Grap
     flag = text.cache_flag if text else None
     if flag is None or any(feed[flag].any() for feed in given):
         return source, [main]
-    proto = type(source.proto)()
+    proto = ModelProto()
     proto.CopyFrom(source.proto)
     graph = proto.graph
     taken: list[GraphProto] = []
