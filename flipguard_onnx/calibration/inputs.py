@@ -56,6 +56,9 @@ LOGITS = 1 << 25  # of a decoder, in each run
 
 BATCH = "batch"  # stands for a dimension that is open and counts samples
 
+# operators that index constant tables: the numbers of both inputs
+_INDEXING = {"Gather": ((1, 0),), "EmbedLayerNormalization": ((0, 2), (1, 4))}
+
 _SHAPE_KEEPING = ("Cast", "Identity", "Add", "Sub", "Mul", "Div")
 
 _VALUE_KEEPING = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice")
@@ -411,13 +414,14 @@ def _tables(proto: ModelProto) -> dict[str, Sequence[int]]:
 def _indexed_table(
     name: str, tables: Mapping[str, Sequence[int]], readers: Mapping[str, list[NodeProto]]
 ) -> int | None:
-    """Rows of the smallest constant table that a Gather indexes with this value."""
+    """Rows of the smallest constant table that this value indexes."""
     sizes: list[int] = []
     for current in _reached(name, readers, _VALUE_KEEPING):
         for node in readers[current]:
-            if node.op_type == "Gather" and node.input[1] == current and node.input[0] in tables:
+            for index, table in _INDEXING.get(node.op_type, ()):
+                reads = table < len(node.input) and node.input[index] == current
+                dims = tables.get(node.input[table], ()) if reads else ()
                 axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-                dims = tables[node.input[0]]
                 sizes += dims[axis : axis + 1 or None]
     return min(sizes, default=None)
 

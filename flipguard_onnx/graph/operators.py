@@ -216,6 +216,35 @@ OPERATORS = (
         four_bits=True,
         may_vary=(1, 0),
     ),
+    Operator(  # this and the next are what onnxruntime saves of an optimized graph
+        "FusedGemm",
+        domain=CONTRIB,
+        weights=(1, 0),
+        signature=_GEMM,
+        output_axes=operands.gemm_axes,
+        multiplied_input=operands.gemm_input,
+        layer_input=operands.gemm_layer,
+        may_vary=(0,),
+    ),
+    Operator(
+        "FusedConv",
+        domain=CONTRIB,
+        weights=(1,),
+        signature=_CONV,
+        output_axes=operands.fixed_axes(0),
+        multiplied_input=operands.conv_input,
+        layer_input=partial(operands.conv_layer, transposed=False),
+        convolution=True,
+    ),
+    Operator(
+        "EmbedLayerNormalization",  # tables of words, positions and segments
+        domain=CONTRIB,
+        weights=(2, 3, 4),
+        signature=Signature(2),
+        output_axes=operands.fixed_axes(0),
+        multiplied_input=operands.not_recorded,
+        layer_input=operands.no_layer,
+    ),
     Operator(
         "Attention",  # the weight is that of Q, K and V side by side: [hidden, 3 * hidden]
         domain=CONTRIB,

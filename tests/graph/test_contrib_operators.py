@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 import flipguard_onnx
 from flipguard_onnx import ModelError, ValidationError
@@ -81,7 +81,42 @@ def experts(fused=1, **attributes):
     return contrib("MoE", "x p w1 - w2", shapes, {"y": [5, 16]}, constants, **attributes)
 
 
+def fused_gemm(trans_b=0):
+    shape = (33, 70) if trans_b else (70, 33)
+    constants = {"w": weights(shape), "b": weights((33,), 1)}
+    shapes = {"x": [5, 70]}, {"y": [5, 33]}
+    return contrib("FusedGemm", "x w b", *shapes, constants, activation="Relu", transB=trans_b)
+
+
+def fused_conv(group=1):
+    constants = {"w": weights((24, 16 // group, 3, 3)), "b": weights((24,), 1)}
+    shapes = {"x": [1, 16, 9, 9]}, {"y": [1, 24, 7, 7]}
+    attributes = {"activation": "Relu", "kernel_shape": [3, 3], "group": group}
+    return contrib("FusedConv", "x w b", *shapes, constants, **attributes)
+
+
+def embedded():
+    """Tables of 90 words, 12 positions and 2 segments; the indices are 32-bit integers."""
+    tables = {"words": weights((90, 32)), "places": weights((12, 32), 1) * 2}
+    tables |= {"segments": weights((2, 32), 2), "gain": weights((32,), 3) + 1, "b": weights((32,))}
+    proto = contrib(
+        "EmbedLayerNormalization",
+        "ids segment words places segments gain b",
+        {"ids": [2, 6], "segment": [2, 6]},
+        {"y": [2, 6, 32], "mask": [2]},
+        tables,
+    )
+    for value in (*proto.graph.input, proto.graph.output[1]):
+        value.type.tensor_type.elem_type = TensorProto.INT32
+    return proto
+
+
 MODELS = {
+    "fused_gemm": (fused_gemm, {"w": (1,)}),
+    "fused_gemm_trans_b": (lambda: fused_gemm(1), {"w": (0,)}),
+    "fused_conv": (fused_conv, {"w": (0,)}),
+    "fused_conv_grouped": (lambda: fused_conv(2), {"w": (0,)}),
+    "embedded": (embedded, {"words": (0,), "places": (0,), "segments": (0,)}),
     "fused_matmul": (fused_matmul, {"w": (1,)}),
     "fused_matmul_trans_a": (lambda: fused_matmul(trans_a=1), {"w": (1,)}),
     "fused_matmul_trans_b": (lambda: fused_matmul(trans_b=1), {"w": (0,)}),
@@ -114,13 +149,15 @@ def run(path, feed):
 
 
 def feed_for(proto):
-    rng = np.random.default_rng(0)
-    return {
-        value.name: rng.standard_normal(
-            [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        ).astype(np.float32)
-        for value in proto.graph.input
-    }
+    rng, feed = np.random.default_rng(0), {}
+    for value in proto.graph.input:
+        kind = value.type.tensor_type
+        shape = [dim.dim_value for dim in kind.shape.dim]
+        if kind.elem_type == TensorProto.INT32:
+            feed[value.name] = rng.integers(0, 2, shape, np.int32)
+        else:
+            feed[value.name] = rng.standard_normal(shape).astype(np.float32)
+    return feed
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -161,14 +198,15 @@ def test_a_third_matrix_of_experts_is_found():
     assert {w.name: w.rows for w in find_weights(proto)[0]}["w3"] == (0, 1)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "batched" not in name])
+@pytest.mark.parametrize("name", [n for n in MODELS if "batched" not in n and "conv" not in n])
 def test_the_inputs_of_a_weight(name):
     """Their products with the weight are the outputs; those of experts are not recorded."""
     proto = MODELS[name][0]()
     weight, *_ = find_weights(proto)[0]
     found = weight_input(weight.uses[0], weight, [proto.graph])
-    if name.startswith("experts"):
-        assert found.startswith("mixture of experts")
+    reasons = {"experts": "mixture of experts", "embedded": "inputs of EmbedLayerNormalization"}
+    if isinstance(found, str):
+        assert found.startswith(reasons[name.partition("_")[0]])
         return
     feed = feed_for(proto)
     (rows,) = found.rows(feed[found.value], 1000, np.random.default_rng(0))
@@ -177,6 +215,8 @@ def test_the_inputs_of_a_weight(name):
         return
     matrix = weight.canonical(numpy_helper.to_array(weight.tensor)).reshape(33, 70)
     products = 0.5 * rows @ matrix.T
+    if name.startswith("fused_gemm"):
+        products = np.maximum(2 * products + weights((33,), 1), 0)
     output = run(proto.SerializeToString(), feed)
     assert np.allclose(output if output.shape == (5, 33) else output.T, products, atol=1e-5)
 
@@ -186,7 +226,7 @@ def test_layers_run_alone(tmp_path, name):
     source = open_model(save(MODELS[name][0](), tmp_path))
     found = find_weights(source.proto)[0]
     schemes = [SCHEMES["int8"]] * len(found)
-    if name.startswith("experts") or "batched" in name:
+    if name.startswith(("experts", "embedded")) or "batched" in name:
         with pytest.raises(ValidationError, match="no layer of it can be run alone"):
             layers.sample(source, found, schemes, False)
         return
