@@ -51,7 +51,7 @@ def at_the_start(source: Model, given: Sequence[Feed]) -> tuple[Model, list[Grap
         graph.initializer.extend(branch.initializer)
         graph.node.extend(branch.node)
         graph.node.extend(_renamed(branch, node))
-    return replace(source, proto=proto), [main, *taken]
+    return (replace(source, proto=proto) if taken else source), [main, *taken]
 
 
 def _names(branch: GraphProto) -> set[str]:

@@ -296,7 +296,7 @@ def signature(proto: ModelProto) -> list[Input]:
     found = []
     for value in required_inputs(proto):
         wanted = _input(value, _indexed_table(value.name, tables, readers))
-        fitting = list(_fitting(value.name, tables, readers))
+        fitting = _fitting(value.name, tables, readers)
         if not value.type.tensor_type.HasField("shape"):
             wanted = replace(wanted, dims=_made_up_dims(value.name, fitting), ranked=False)
         else:
@@ -343,19 +343,20 @@ def _input(value: ValueInfoProto, table_rows: int | None) -> Input:
     return Input(value.name, dtype, tuple(dims), table_rows)
 
 
-def _made_up_dims(name: str, fitting: Sequence[tuple[Operator, Shape]]) -> Dims:
+def _made_up_dims(name: str, fitting: Iterator[tuple[Operator, Shape]]) -> Dims:
     """Dimensions that fit the first weight; two open ones without any."""
-    if not fitting:
-        return f"{name}:0", f"{name}:1"
-    operator, shape = fitting[0]
-    places = (f"{name}:{axis}" for axis in range(2, len(shape)))
-    return (*shape[:2], *places) if operator.convolution else tuple(shape)
-
-
-def _with_channels(dims: Dims, fitting: Sequence[tuple[Operator, Shape]]) -> Dims:
-    """The dimensions of an image or a sequence with as many channels as its kernel has."""
     for operator, shape in fitting:
-        if operator.convolution and len(shape) == len(dims) and isinstance(dims[1], str):
+        places = (f"{name}:{axis}" for axis in range(2, len(shape)))
+        return (*shape[:2], *places) if operator.convolution else tuple(shape)
+    return f"{name}:0", f"{name}:1"
+
+
+def _with_channels(dims: Dims, fitting: Iterator[tuple[Operator, Shape]]) -> Dims:
+    """The dimensions of an image or a sequence with as many channels as its kernel has."""
+    if len(dims) < 3 or not isinstance(dims[1], str):
+        return dims
+    for operator, shape in fitting:
+        if operator.convolution and len(shape) == len(dims):
             return dims[0], shape[1], *dims[2:]
     return dims
 

@@ -39,39 +39,39 @@ def static(proto, tmp_path, feed, **options):
 
 
 def gemm(c, **attributes):
-    """And a MatMul behind it, which is in integers in any case."""
+    """And a MatMul beside it, which is in integers in any case."""
     return model(
-        [node("Gemm", "x w c", "h", **attributes), node("MatMul", "h v", "y")],
+        [node("Gemm", "x w c", "y", **attributes), node("MatMul", "x v", "z")],
         {"x": (F, [4, 24])},
-        {"y": (F, [4, 24])},
-        {"w": weights((24, 32)), "c": c, "v": weights((32, 24), 2)},
+        {"y": (F, [4, 32]), "z": (F, [4, 24])},
+        {"w": weights((24, 32)), "c": c, "v": weights((24, 24), 2)},
     )
 
 
 @pytest.mark.parametrize("shape", [(4, 32), (4, 1), (1, 1), (1,), ()])
 def test_a_gemm_whose_third_input_is_not_one_value_for_each_output(tmp_path, shape):
     c = np.full(shape, 0.5, np.float32) + weights(shape, 1)
-    report, (drift,) = static(gemm(c), tmp_path, {"x": X})
+    report, drifts = static(gemm(c), tmp_path, {"x": X})
     assert report.integers.weight_only == {"w": "onnxruntime leaves this Gemm float"}
-    assert drift < 0.03
+    assert max(drifts) < 0.02
 
 
 def test_a_gemm_with_a_row_of_biases_is_in_integers(tmp_path):
-    report, (drift,) = static(gemm(weights((1, 32), 1), beta=2.0), tmp_path, {"x": X})
+    report, drifts = static(gemm(weights((1, 32), 1), beta=2.0), tmp_path, {"x": X})
     assert report.integers.weight_only == {}
-    assert drift < 0.03
+    assert max(drifts) < 0.02
 
 
 def test_a_gemm_whose_bias_is_computed(tmp_path):
     proto = model(
-        [node("Relu", "z", "c"), node("Gemm", "x w c", "h"), node("MatMul", "h v", "y")],
-        {"x": (F, [4, 24]), "z": (F, [32])},
-        {"y": (F, [4, 24])},
-        {"w": weights((24, 32)), "v": weights((32, 24), 2)},
+        [node("Relu", "b", "c"), node("Gemm", "x w c", "y"), node("MatMul", "x v", "z")],
+        {"x": (F, [4, 24]), "b": (F, [32])},
+        {"y": (F, [4, 32]), "z": (F, [4, 24])},
+        {"w": weights((24, 32)), "v": weights((24, 24), 2)},
     )
-    report, (drift,) = static(proto, tmp_path, {"x": X, "z": np.ones(32, np.float32)})
+    report, drifts = static(proto, tmp_path, {"x": X, "b": np.ones(32, np.float32)})
     assert report.integers.weight_only == {"w": "onnxruntime leaves this Gemm float"}
-    assert drift < 0.03
+    assert max(drifts) < 0.02
 
 
 def test_integers_for_nothing_are_refused_with_advice_that_works(tmp_path):
