@@ -3,9 +3,10 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import TypeVar
 
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from .operators import (
     CHAIN,
@@ -17,10 +18,13 @@ from .operators import (
     priority,
 )
 from .traversal import STANDARD, attribute, output_names, subgraphs
+from .views import Axes, moved_axes
 
 Value = tuple[int, str]  # the id of the scope that defines it, and its name
 
 Goal = TypeVar("Goal")
+
+MAX_PLACES = 32  # of axes in a constant
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Use:
     elem_type : the operand's type
     direct : whether the node itself is that operator, and not one that slices or reshapes the
         weight, or hands it to a function
+    rows : if not direct, the stored tensor's axes that number output channels; the first where
+        that is not known
     """
 
     scope: Scope
@@ -60,6 +66,7 @@ class Use:
     perm: tuple[int, ...]
     elem_type: int
     direct: bool = True
+    rows: tuple[int, ...] = (0,)
 
     @property
     def op(self) -> str:
@@ -73,7 +80,7 @@ class Use:
     def output_axes(self) -> tuple[int, ...]:
         """The stored tensor's axes that number output channels, in the order of the operand."""
         if not self.direct or self.operator is None:
-            return (0,)
+            return self.rows
         axes = self.operator.output_axes(self.node, self.index, len(self.perm))
         return tuple(self.perm[axis] for axis in axes)
 
@@ -204,7 +211,10 @@ class GraphIndex:
             else:
                 operator = self._operator(reader, node, index)
                 direct = operator_of(node) is not None
-                yield Use(reader, node, index, operator, perm, elem_type, direct)
+                rows: tuple[int, ...] = (0,)
+                if operator and not direct:
+                    rows = self._rows_behind(operator, reader, node, index, perm)
+                yield Use(reader, node, index, operator, perm, elem_type, direct, rows)
 
     def _chained(
         self, node: NodeProto, perm: tuple[int, ...], elem_type: int
@@ -232,6 +242,50 @@ class GraphIndex:
         behind = (self._weight_of.get(key, set()) for key in self._passed_on(scope, node, index))
         found = (operator for operator in set().union(*behind) if operator.behind_views)
         return min(found, key=priority, default=None)
+
+    def _rows_behind(
+        self, operator: Operator, scope: Scope, node: NodeProto, index: int, axes: Axes
+    ) -> tuple[int, ...]:
+        """See Use.rows; the operator is behind nodes that move values.
+
+        axes : of the value that is this input
+        """
+        pending, seen = [(scope, node, index, axes)], set[tuple[int, int]]()
+        while pending:
+            scope, node, index, axes = pending.pop()
+            if (id(node), index) in seen:
+                continue
+            seen.add((id(node), index))
+            if operator_of(node) is operator and index in operator.weights:
+                numbering = operator.output_axes(node, index, len(axes))
+                rows = {axes[axis] for axis in numbering if axis < len(axes)} - {None}
+                if rows:
+                    return tuple(sorted(row for row in rows if row is not None))
+            elif index == 0 or node.op_type == "Concat":
+                moved = moved_axes(node, axes, partial(self._integers, scope, node))
+                for name in node.output if moved else ():
+                    for reader in self._edges[id(scope), name]:
+                        pending.append((*reader, moved or ()))
+        return (0,)
+
+    def _integers(self, scope: Scope, node: NodeProto, index: int, name: str) -> list[int] | None:
+        """The integers of an initializer or a Constant that is an input, or of an attribute."""
+        if index < len(node.input):
+            read = node.input[index]
+            tensor = self._vectors.get((id(scope.owner(read)), read))
+            return None if tensor is None else [int(n) for n in numpy_helper.to_array(tensor)]
+        found: list[int] | None = attribute(node, name, None)
+        return found
+
+    @cached_property
+    def _vectors(self) -> dict[Value, TensorProto]:
+        """The constant vectors with few integers, which may be places of axes."""
+        return {
+            (id(scope), name): tensor
+            for scope, name, tensor, _ in self.constants()
+            if tensor.data_type == TensorProto.INT64 and len(tensor.dims) == 1
+            if tensor.dims[0] <= MAX_PLACES and tensor.data_location != TensorProto.EXTERNAL
+        }
 
     def _passed_on(self, scope: Scope, node: NodeProto, index: int) -> list[Value]:
         """The values that hold this input, a part of it, or it in another shape."""
