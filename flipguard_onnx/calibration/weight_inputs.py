@@ -63,16 +63,18 @@ def weight_input(
     use, weight : one of the weight's readers
     bodies : of the model, those whose values can be made outputs
     """
-    if not any(use.scope.body is body for body in bodies):
+    reader = use if use.direct else use.behind
+    if not any((reader or use).scope.body is body for body in bodies):
         return "read in a subgraph or function"
-    if not use.direct or use.operator is None or use.output_axes() != weight.rows:
+    is_whole = reader is not None and reader.whole and use.output_axes() == weight.rows
+    if reader is None or reader.operator is None or not is_whole:
         return "not read as it is stored"
-    operand = Operand(use.node, use.index, tuple(weight.shape[axis] for axis in use.perm))
-    found = use.operator.multiplied_input(operand)
+    operand = Operand(reader.node, reader.index, tuple(weight.shape[axis] for axis in reader.perm))
+    found = reader.operator.multiplied_input(operand)
     if isinstance(found, str):
         return found
-    value = use.node.input[found.index]
-    return WeightInput(value, use.elem_type, found.arrangement, found.window)
+    value = reader.node.input[found.index]
+    return WeightInput(value, reader.elem_type, found.arrangement, found.window)
 
 
 def _patches(

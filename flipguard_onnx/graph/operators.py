@@ -271,6 +271,9 @@ SIGNATURES = {
     "Transpose": Signature(1, {"perm": AttributeProto.INTS}),
     "Cast": Signature(1, {"to": AttributeProto.INT}),
     "Constant": Signature(0, {"value": AttributeProto.TENSOR}),
+    "Scan": Signature(
+        1, {"num_scan_inputs": AttributeProto.INT, "scan_input_axes": AttributeProto.INTS}
+    ),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), Signature(2)),
     "BatchNormalization": Signature(5),
 }
