@@ -301,13 +301,13 @@ def test_weights_that_a_scan_goes_through(tmp_path):
     x = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
     written = onnx.load(tmp_path / "out.onnx").graph
     codes = next(t for t in written.initializer if t.data_type == TensorProto.INT8 and t.dims)
-    assert list(codes.dims) == [3, 32, 32]
+    assert list(codes.dims) == [3 * 32, 32]  # a scale for each output channel of each matrix
     (found,), (wanted,) = run(tmp_path / "out.onnx", {"x": x}), run(source, {"x": x})
     by_hand = x
     for layer in stack:
         by_hand = np.tanh(by_hand @ layer)
     np.testing.assert_allclose(wanted, by_hand, rtol=1e-4, atol=1e-5)
-    assert relative(by_hand, found) < 0.1
+    assert relative(by_hand, found) < 0.05
 
 
 def test_a_matrix_that_branches_return_is_listed_with_the_true_reason(tmp_path):

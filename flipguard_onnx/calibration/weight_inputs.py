@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import FunctionProto, GraphProto
 
-from ..graph.operands import Arrangement, Operand, Window
+from ..graph.operands import Operand, Window
 from ..graph.scopes import Use
 from ..graph.weights import Weight
 from ..quantization.error_feedback import Floats
@@ -22,14 +23,17 @@ class WeightInput:
     ----------
     value : name of the value in the graph
     elem_type : its type
-    arrangement : where its rows are, one of which is multiplied with a row of the weight
-    window : of a convolution, None for other operators
+    axes, window : as in MultipliedInput
+    lengths, order : of the weight's axes that are summed over, as the reader has them, and where
+        these are found there in the order in which they are stored
     """
 
     value: str
     elem_type: int
-    arrangement: Arrangement
-    window: Window | None = None
+    axes: tuple[int, ...]
+    window: Window | None
+    lengths: tuple[int, ...]
+    order: tuple[int, ...]
 
     @property
     def groups(self) -> int:
@@ -37,20 +41,24 @@ class WeightInput:
         return self.window.groups if self.window else 1
 
     def rows(self, x: npt.NDArray[np.generic], max_rows: int, rng: np.random.Generator) -> Floats:
-        """Up to `max_rows` rows of the value `x`, chosen at random.
+        """Up to `max_rows` rows of the value `x`, chosen at random, to multiply rows of a weight.
 
         Returns
         -------
         float32 [groups, rows, columns]
         """
         if self.window:
-            return _patches(x, self.window, max_rows, rng)
-        if self.arrangement is Arrangement.COLUMNS and x.ndim > 1:  # a vector is a single column
-            x = np.moveaxis(x, -2, -1)
-        x = x.reshape(-1, x.shape[-1])
-        if len(x) > max_rows:
-            x = x[rng.choice(len(x), max_rows, replace=False)]
-        return x.astype(np.float32)[None]
+            rows = _patches(x, self.window, max_rows, rng)
+        else:
+            axes = self.axes if x.ndim > 1 else (-1,)  # a vector is a single column
+            x = np.moveaxis(x, axes, range(-len(axes), 0)).reshape(-1, prod(self.lengths))
+            if len(x) > max_rows:
+                x = x[rng.choice(len(x), max_rows, replace=False)]
+            rows = x.astype(np.float32)[None]
+        if self.order == tuple(range(len(self.order))):
+            return rows
+        apart = rows.reshape(*rows.shape[:2], *self.lengths)
+        return apart.transpose(0, 1, *(axis + 2 for axis in self.order)).reshape(rows.shape)
 
 
 def weight_input(
@@ -63,16 +71,25 @@ def weight_input(
     use, weight : one of the weight's readers
     bodies : of the model, those whose values can be made outputs
     """
-    if not any(use.scope.body is body for body in bodies):
+    reader = use if use.direct else use.behind
+    if not any((reader or use).scope.body is body for body in bodies):
         return "read in a subgraph or function"
-    if not use.direct or use.operator is None or use.output_axes() != weight.rows:
+    is_whole = reader is not None and reader.whole and use.output_axes() == weight.rows
+    if reader is None or reader.operator is None or not is_whole:
         return "not read as it is stored"
-    operand = Operand(use.node, use.index, tuple(weight.shape[axis] for axis in use.perm))
-    found = use.operator.multiplied_input(operand)
+    operand = Operand(reader.node, reader.index, tuple(weight.shape[axis] for axis in reader.perm))
+    found = reader.operator.multiplied_input(operand)
     if isinstance(found, str):
         return found
-    value = use.node.input[found.index]
-    return WeightInput(value, use.elem_type, found.arrangement, found.window)
+    summed = [axis for axis in reader.perm if axis not in weight.rows]
+    return WeightInput(
+        reader.node.input[found.index],
+        reader.elem_type,
+        found.axes,
+        found.window,
+        tuple(weight.shape[axis] for axis in summed),
+        tuple(summed.index(axis) for axis in sorted(summed)),
+    )
 
 
 def _patches(

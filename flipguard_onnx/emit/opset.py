@@ -125,7 +125,7 @@ def _keep_types(proto: ModelProto, source: ModelProto) -> None:
 
 def opset_for(form: WeightForm, scheme: Scheme) -> int:
     """The lowest opset that has this form."""
-    if scheme.bits == 4 and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED):
+    if scheme.bits == 4 and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED, WeightForm.GATHER):
         return 21  # the first with scales per block, and with 4-bit integers as tensors
     if form is WeightForm.DEQUANTIZE:
         return 13  # the first with scales per axis

@@ -96,7 +96,7 @@ def require_reachable(source: Model, weights: Sequence[Weight]) -> None:
     """
     main = source.proto.graph
     uses = (use for weight in weights for use in weight.uses if use.scope.body is main)
-    if not any(use.operator and use.operator.static for use in uses):
+    if not any(use.direct and use.operator and use.operator.static for use in uses):
         raise UnsupportedModelError(
             f"no weight feeds {', '.join(WEIGHTED)} in the main graph, and in subgraphs "
             "onnxruntime's static quantizer does not reach any; go without --activations",
@@ -180,7 +180,11 @@ class StaticQdqWriter:
         self.integers = calibration.integers
         self._folder = output.path.parent.with_name(f"{output.path.parent.name}-float")
         self._float = FloatWriter(source, graph, Output(self._folder, None, False), guarded_values)
-        self._left_float = _left_float(graph.proto.graph)
+        uses = [use for weight in graph.weights for use in weight.uses]
+        # what is picked from a stack would be rounded again, as an activation
+        picked = [use.behind.node.name for use in uses if use.behind]
+        self._left_float = _left_float(graph.proto.graph) + picked
+        self._rows = {weight.name: weight.rows for weight in graph.weights}
         self._calibration = calibration
         self._target = target
         self._nearest = nearest
@@ -239,8 +243,9 @@ class StaticQdqWriter:
                 "tensor {tensor!r}: its codes found no place in the graph", tensor=min(lost)
             )
         emitter = Emitter(proto, self.output, self._target)
-        for name, weight in left.items():
+        for name, found in left.items():
             guarded = self._guarded[name]
+            weight = replace(found, rows=self._rows[name])  # whatever stands before its operator
             emitter.emit(weight, guarded.scheme, guarded.grid, guarded.codes)
         emitter.finish()
 

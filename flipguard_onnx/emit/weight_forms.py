@@ -12,7 +12,8 @@ DEQUANTIZE  MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, s))
             has an LSTM, GRU or RNN where activations are integers: there it would keep the codes,
             which it cannot give to these.
 GATHER      Gather(w, i) -> Mul(DequantizeLinear(Gather(codes, i)), Gather(s, i))
-            Embeddings: only the rows that are looked up are dequantized.
+            Embeddings, and stacks of matrices as in a mixture of experts: only what is picked is
+            dequantized.
 FOLDED      MatMul(x, w) -> MatMul(x, Mul(Cast(codes), s)), and at 4 bits
                             MatMul(x, Reshape(Mul(Cast(blocks of codes), s)))
             Ordinary nodes over constants, which runtimes compute once, when they load the file: a
@@ -37,6 +38,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..calibration.inputs import signature
 from ..errors import UnsupportedModelError
+from ..graph.operands import gather_axes
 from ..graph.operators import CONTRIB, WeightForm
 from ..graph.scopes import Use
 from ..graph.traversal import attribute
@@ -114,16 +116,21 @@ def form_of(use: Use, weight: Weight, scheme: Scheme, target: Target) -> WeightF
     target : what the graph is written for
     """
     is_matrix = len(weight.shape) == 2
-    picks_rows = use.reads(WeightForm.GATHER) and weight.rows == use.output_axes()
+    picks_rows = use.picks and use.perm[_picked_axis(use)] in weight.rows
     if target.name == "onnxruntime" and is_matrix:
         if picks_rows and _shares_packed(use, weight, scheme, target):
             return WeightForm.GATHER_PACKED
         if packed := _packed_form(use, weight, scheme, target):
             return packed
-    decodable = scheme.bits == 8 or (is_matrix and use.perm == weight.perm)
+    decodable = scheme.bits == 8 or len(weight.rows) == len(weight.shape) - 1
     if picks_rows and decodable and not isinstance(scheme, Codebook):
         return WeightForm.GATHER
     return _decoded_form(scheme, target)
+
+
+def _picked_axis(use: Use) -> int:
+    """The axis of a Gather's operand along which it picks."""
+    return gather_axes(use.node, use.index, len(use.perm))[0]
 
 
 def _shares_packed(use: Use, weight: Weight, scheme: Scheme, target: Target) -> bool:
@@ -244,7 +251,7 @@ class _WeightCodes:
             perm = perm[::-1]
             remove_named(use.node.attribute, "transB")
         in_vain = self._integers and use.node.op_type in RECURRENT
-        apart = bool(summed) or use.reads(WeightForm.GATHER) or in_vain
+        apart = bool(summed) or use.picks or in_vain
         use.node.input[use.index] = self._dequantized(perm, use.elem_type, apart)
 
     def _dequantized(self, perm: tuple[int, ...], elem_type: int, apart: bool = False) -> str:
@@ -445,13 +452,12 @@ class _WeightCodes:
         self._rewriter.replace(use.scope, node, [product])
 
     def _write_gather(self, use: Use) -> None:
-        """Gather(w, i) -> the rows of codes that are looked up, dequantized.
+        """Gather(w, i) -> the rows, or matrices of a stack, that are looked up, dequantized.
 
         Mul(DequantizeLinear(Gather(codes, i), 1), Gather(scales, i)), since compilers want a
         DequantizeLinear to have constant scales; with one scale for the whole tensor
-        DequantizeLinear(Gather(codes, i), scale). A row of int4 is a matrix of blocks until it is
-        multiplied, and a code takes a byte, as Gather reads no 4-bit integers. In 16 bits, a Cast
-        follows.
+        DequantizeLinear(Gather(codes, i), scale). The inputs of an int4 channel have two axes,
+        blocks and places in a block, until they are multiplied. In 16 bits, a Cast follows.
         """
         indices, result = use.node.input[1], use.node.output[0]
         nodes: list[NodeProto] = []
@@ -467,36 +473,54 @@ class _WeightCodes:
         table, scale, row_scales = self._once(
             ("gather", perm), lambda: self._table_and_scales(perm)
         )
-        axis = perm.index(self._weight.rows[0])
-        value = step("DequantizeLinear", [step("Gather", [table, indices], axis=axis), scale])
+        axis = place = _picked_axis(use)
+        contracted = perm.index(self._weight.perm[-1])
+        if self._scheme.bits == 4 and contracted < axis:
+            place += 1
+        value = step("DequantizeLinear", [step("Gather", [table, indices], axis=place), scale])
         nodes[0].name = use.node.name
         if row_scales:
-            value = step("Mul", [value, step("Gather", [row_scales, indices], axis=axis)])
+            value = step("Mul", [value, step("Gather", [row_scales, indices], axis=place)])
         if self._scheme.bits == 4:
-            length = self._add_integers("row", blocks.per_row * blocks.size)
-            shape = step("Concat", [step("Shape", [indices]), length], axis=0)
+            lengths = [self._weight.shape[a] for a in perm]
+            lengths[contracted] = blocks.per_row * blocks.size
+            before, behind = (
+                [self._add_integers("row", *part)] if part else []
+                for part in (lengths[:axis], lengths[axis + 1 :])
+            )
+            shape = step("Concat", [*before, step("Shape", [indices]), *behind], axis=0)
             value = step("Reshape", [value, shape])
             if blocks.cols % blocks.size:
-                value = step("Slice", [value, *self._within_row(axis=-1)])
+                of_row = contracted if contracted < axis else contracted - len(perm)
+                value = step("Slice", [value, *self._within_row(of_row)])
         if use.elem_type != TensorProto.FLOAT:
             value = step("Cast", [value], to=use.elem_type)
         nodes[-1].output[0] = result
         self._rewriter.replace(use.scope, use.node, nodes)
 
     def _table_and_scales(self, perm: tuple[int, ...]) -> tuple[str, str, str]:
-        """The codes of an embedding, a byte each; their scale; a further one per row, or "".
+        """The codes that a Gather picks from; their scale; a further one per row, or "".
 
+        Gather reads no 4-bit integers. So the codes of an embedding take a byte each; those of a
+        stack of matrices, which may be most of a model, two to a byte in the file, and are cast.
         perm: as in Use
         """
-        blocks = self._blocks
+        blocks, weight = self._blocks, self._weight
         if self._scheme.bits == 4:
-            table = self._whole_blocks().reshape(blocks.rows, blocks.per_row, blocks.size)
-            scales = self._block_scales()[:, :, None]
+            split = [weight.shape[a] for a in weight.rows] + [blocks.per_row, blocks.size]
+            order = [weight.perm.index(axis) for axis in perm]
+            contracted = order.index(len(order) - 1)
+            order.insert(contracted + 1, len(order))
+            table = self._whole_blocks().reshape(split).transpose(order)
+            scales = self._grid.scale.reshape(*split[:-1], 1).transpose(order)
         else:
             table = self._weight.stored(self._codes).transpose(perm)
             scales = self._broadcast_scales()
             scales = scales.transpose(perm) if scales.ndim else scales
-        codes = self._add_constant("quantized", table)
+        if self._scheme.bits == 4 and len(perm) > 2:
+            codes = self._add_node("Cast", [self._add_codes(table)], to=TensorProto.INT8)
+        else:
+            codes = self._add_constant("quantized", table)
         if not scales.ndim:
             return codes, self._add_constant("scale", scales), ""
         one = self._add_constant("one", np.ones((), np.float32))

@@ -14,7 +14,7 @@ This module looks and edits; `opening` has the expressions evaluated.
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -22,10 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .operators import FLOATS, VIEWS, Operator, operator_of
+from .operators import CHAIN, FLOATS, VIEWS, Operator, operator_of
 from .scopes import GraphIndex, Scope, Value
 from .traversal import STANDARD, attribute, bodies, output_names, subgraphs
-from .views import MOVES, Axes, moved_axes
 from .weights import QUANTIZED, SMALLEST, Unfolded
 
 RANDOM = (
@@ -44,6 +43,11 @@ PARTS = tuple(op for op in VIEWS if op != "Concat")
 MAX_LOOKS = 10_000_000  # at values behind others, so that no graph takes for ever
 
 CONSTANT_IF = "an If with a constant condition returns it"
+
+# Operators whose output has the values of their first input (Concat: of all), at other places.
+MOVES = (*CHAIN, "CastLike", "Gather", *(op for op in VIEWS if op not in ("Reshape", "Flatten")))
+
+Axes = tuple[int | None, ...]  # for each axis of a value that of the stored tensor; None is added
 
 OPEN_SIZE = "it depends on a size of an input, which is open"
 
@@ -267,10 +271,24 @@ class ConstantValues:
         axes, rank = source.axes, source.rank
         op, axis = node.op_type, _integer(node, "axis")
         of_rows = axes and axis is not None and axes[axis % len(axes)] == 0
-        if op in ("Identity", "Cast", "Transpose", "Unsqueeze", "Squeeze"):
-            moved = moved_axes(node, axes, partial(self._integers, value, node))
-            viewed = source.viewed or op in VIEWS
-            return None if moved is None else Layout(moved, rank, viewed)
+        if op == "Identity" or (op == "Cast" and attribute(node, "to", 0) in FLOATS):
+            return source
+        if op == "Transpose":
+            order = attribute(node, "perm", list(reversed(range(len(axes)))))
+            fits = len(order) == len(axes)
+            return Layout(tuple(axes[a] for a in order), rank, source.viewed) if fits else None
+        if op == "Unsqueeze" and (added := self._integers(value, node, 1, "axes")):
+            total = len(axes) + len(added)
+            places = {place % total for place in added}
+            old = iter(axes)
+            if len(places) == len(added):
+                made = tuple(None if place in places else next(old) for place in range(total))
+                return Layout(made, rank, True)
+        if op == "Squeeze" and axes and (dropped := self._integers(value, node, 1, "axes")):
+            places = {place % len(axes) for place in dropped}
+            if all(axes[place] is None for place in places):
+                kept = tuple(old for place, old in enumerate(axes) if place not in places)
+                return Layout(kept, rank, True)
         if op == "Slice" and axes and (starts := self._integers(value, node, 1, "starts")):
             cut = self._integers(value, node, 3, "axes") or range(len(starts))
             if all(axes[place % len(axes)] == 0 for place in cut):

@@ -54,7 +54,8 @@ def weights_in_copy(
         return scopes[id(scope)]
 
     def use_in_copy(use: Use) -> Use:
-        return replace(use, scope=moved(use.scope), node=twins[id(use.node)])
+        behind = use.behind and use_in_copy(use.behind)
+        return replace(use, scope=moved(use.scope), node=twins[id(use.node)], behind=behind)
 
     found = {}
     for weight in weights:

@@ -6,7 +6,6 @@ of function is for).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 from onnx import NodeProto, TensorProto
 
@@ -18,15 +17,9 @@ SAMPLE_MARGIN = 3  # places beyond the reach of a convolution's kernel, along ev
 
 Axes = tuple[int, ...]
 
+BY_ROW, BY_COLUMN = (-1,), (-2,)  # the axis of a matrix that is summed over
+
 Shape = tuple[int, ...]
-
-
-class Arrangement(StrEnum):
-    """Where the rows of an input are, one of which is multiplied with a row of the weight."""
-
-    ROWS = "rows"  # along the last axis
-    COLUMNS = "columns"  # along the last but one
-    PATCHES = "patches"  # under the kernel of a convolution
 
 
 @dataclass(frozen=True)
@@ -62,11 +55,15 @@ class Window:
 
 @dataclass(frozen=True)
 class MultipliedInput:
-    """The input of a node that a weight is multiplied with, by its index."""
+    """The input of a node that a weight is multiplied with.
+
+    index: which one. axes: those over which its products with the weight are summed, in the order
+    of the weight's, counted from the last; window: of a convolution, instead of them.
+    """
 
     index: int
-    arrangement: Arrangement
-    window: Window | None = None  # of PATCHES
+    axes: Axes = BY_ROW
+    window: Window | None = None
 
 
 @dataclass(frozen=True)
@@ -117,16 +114,22 @@ def gemm_axes(node: NodeProto, index: int, rank: int) -> Axes:
 
 def einsum_axes(node: NodeProto, index: int, rank: int) -> Axes:
     """Those that the result has, too; but at least one axis is left to be one row."""
+    terms, result = _equation(node)
+    term = (terms[index : index + 1] or [""])[0]
+    before, dots, behind = term.partition("...")
+    inside = "." * (rank - len(before) - len(behind)) if dots else ""
+    labels = (before + inside + behind)[-rank:]  # a rank may leave out axes that are picked
+    found = [axis for axis, label in enumerate(labels) if label in result]
+    return tuple(found[: rank - 1]) or (0,)
+
+
+def _equation(node: NodeProto) -> tuple[list[str], str]:
+    """The labels of each operand of an Einsum, and those of its result."""
     equation = attribute(node, "equation", b"").decode(errors="replace").replace(" ", "")
     terms, arrow, result = equation.partition("->")
     if not arrow:
         result = "." + "".join(label for label in terms if terms.count(label) == 1)
-    term = (terms.split(",")[index : index + 1] or [""])[0]
-    before, dots, behind = term.partition("...")
-    inside = "." * (rank - len(before) - len(behind)) if dots else ""
-    labels = before + inside + behind
-    found = [axis for axis, label in enumerate(labels[:rank]) if label in result]
-    return tuple(found[: rank - 1]) or (0,)
+    return terms.split(","), result
 
 
 def gather_axes(node: NodeProto, index: int, rank: int) -> Axes:
@@ -146,31 +149,43 @@ def matmul_input(operand: Operand) -> MultipliedInput | str:
     """The other operand, of a matrix."""
     if len(operand.shape) != 2:
         return not_recorded(operand)
-    arrangement = Arrangement.ROWS if operand.index else Arrangement.COLUMNS
-    return MultipliedInput(1 - operand.index, arrangement)
+    return MultipliedInput(1 - operand.index, BY_ROW if operand.index else BY_COLUMN)
 
 
 def fused_matmul_input(operand: Operand) -> MultipliedInput | str:
-    """As MatMul; with trans, the other operand's rows and columns change places."""
-    other = 1 - operand.index
-    side = "AB"[other]
+    """As Gemm, of a matrix."""
+    side = "BA"[operand.index]
     if len(operand.shape) != 2 or operand.flag(f"transBatch{side}"):
         return not_recorded(operand)
-    by_row = (other == 0) != operand.flag(f"trans{side}")
-    return MultipliedInput(other, Arrangement.ROWS if by_row else Arrangement.COLUMNS)
+    return gemm_input(operand)
 
 
-def gemm_input(operand: Operand) -> MultipliedInput | str:
-    """The first input, by columns with transA."""
-    if operand.index == 0:
+def gemm_input(operand: Operand) -> MultipliedInput:
+    """As MatMul; with trans, the other operand's rows and columns change places."""
+    other = 1 - operand.index
+    by_row = (other == 0) != operand.flag(f"trans{'AB'[other]}")
+    return MultipliedInput(other, BY_ROW if by_row else BY_COLUMN)
+
+
+def einsum_input(operand: Operand) -> MultipliedInput | str:
+    """The other one of two operands, if they share the labels that are summed over and no more."""
+    terms, result = _equation(operand.node)
+    if len(terms) != 2 or "." in terms[operand.index]:
         return not_recorded(operand)
-    by_column = operand.flag("transA")
-    return MultipliedInput(0, Arrangement.COLUMNS if by_column else Arrangement.ROWS)
+    labels, others = terms[operand.index], terms[1 - operand.index]
+    summed = [label for label in labels if label not in result]
+    last = others.rpartition(".")[2]  # labels of axes that can be counted from the last
+    is_product = {*labels} & {*others} == {*summed} <= {*last} and {*others} <= {*result, *summed}
+    is_diagonal = any(term.count(label) > 1 for term in (labels, last) for label in term)
+    if not summed or not is_product or is_diagonal:
+        return not_recorded(operand)
+    axes = tuple(last.index(label) - len(last) for label in summed)
+    return MultipliedInput(1 - operand.index, axes)
 
 
 def rows_of_first(operand: Operand) -> MultipliedInput:
     """The first input, [..., inputs]."""
-    return MultipliedInput(0, Arrangement.ROWS)
+    return MultipliedInput(0)
 
 
 def conv_input(operand: Operand) -> MultipliedInput | str:
@@ -188,7 +203,7 @@ def conv_input(operand: Operand) -> MultipliedInput | str:
         attribute(node, "auto_pad", b"NOTSET").decode(),
         attribute(node, "group", 1),
     )
-    return MultipliedInput(0, Arrangement.PATCHES, window)
+    return MultipliedInput(0, (), window)
 
 
 def recurrent_input(operand: Operand) -> MultipliedInput | str:

@@ -125,6 +125,18 @@ _FUSED_MATMUL = Signature(
     dict.fromkeys(("transA", "transB", "transBatchA", "transBatchB"), AttributeProto.INT),
 )
 
+_fused_matmul = partial(
+    Operator,
+    domain=CONTRIB,
+    weights=(1, 0),
+    signature=_FUSED_MATMUL,
+    output_axes=operands.fused_matmul_axes,
+    multiplied_input=operands.fused_matmul_input,
+    layer_input=operands.fused_matmul_layer,
+    four_bits=True,
+    may_vary=(1, 0),
+)
+
 _recurrent = partial(
     Operator,
     weights=(1, 2),
@@ -203,22 +215,13 @@ OPERATORS = (
         weights=(1, 0, 2, 3),
         signature=Signature(1, {"equation": AttributeProto.STRING}),
         output_axes=operands.einsum_axes,
-        multiplied_input=operands.not_recorded,
+        multiplied_input=operands.einsum_input,
         layer_input=operands.no_layer,
         four_bits=True,
         may_vary=(1, 0, 2, 3),
     ),
-    Operator(
-        "FusedMatMul",
-        domain=CONTRIB,
-        weights=(1, 0),
-        signature=_FUSED_MATMUL,
-        output_axes=operands.fused_matmul_axes,
-        multiplied_input=operands.fused_matmul_input,
-        layer_input=operands.fused_matmul_layer,
-        four_bits=True,
-        may_vary=(1, 0),
-    ),
+    _fused_matmul("FusedMatMul"),
+    _fused_matmul("TransposeMatMul"),  # its old name
     Operator(  # this and the next are what onnxruntime saves of an optimized graph
         "FusedGemm",
         domain=CONTRIB,
@@ -238,6 +241,26 @@ OPERATORS = (
         multiplied_input=operands.conv_input,
         layer_input=partial(operands.conv_layer, transposed=False),
         convolution=True,
+    ),
+    Operator(
+        "ConvTransposeWithDynamicPads",
+        domain=CONTRIB,
+        weights=(1,),
+        signature=_CONV,
+        output_axes=operands.fixed_axes(1),
+        multiplied_input=operands.not_recorded,
+        layer_input=partial(operands.conv_layer, transposed=True),
+        convolution=True,
+        channels_per_group=True,
+    ),
+    Operator(
+        "CausalConvWithState",  # each channel has a kernel of its own: [channels, 1, kernel]
+        domain=CONTRIB,
+        weights=(1,),
+        signature=Signature(2),
+        output_axes=operands.fixed_axes(0),
+        multiplied_input=operands.not_recorded,
+        layer_input=operands.no_layer,
     ),
     Operator(
         "EmbedLayerNormalization",  # tables of words, positions and segments
@@ -274,6 +297,9 @@ SIGNATURES = {
     "Transpose": Signature(1, {"perm": AttributeProto.INTS}),
     "Cast": Signature(1, {"to": AttributeProto.INT}),
     "Constant": Signature(0, {"value": AttributeProto.TENSOR}),
+    "Scan": Signature(
+        1, {"num_scan_inputs": AttributeProto.INT, "scan_input_axes": AttributeProto.INTS}
+    ),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), Signature(2)),
     "BatchNormalization": Signature(5),
 }

@@ -2,12 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
 from typing import TypeVar
 
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
+from .operands import gather_axes
 from .operators import (
     CHAIN,
     FLOATS,
@@ -18,13 +20,14 @@ from .operators import (
     priority,
 )
 from .traversal import STANDARD, attribute, output_names, subgraphs
-from .views import Axes, moved_axes
 
 Value = tuple[int, str]  # the id of the scope that defines it, and its name
 
 Goal = TypeVar("Goal")
 
-MAX_PLACES = 32  # of axes in a constant
+MAX_LOOKS = 100  # at nodes behind another, in search of the operator that reads its weight there
+
+WHOLE = (*CHAIN, "Squeeze", "Unsqueeze", "Gather")  # pass on whole matrices of a stack
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,10 @@ class Use:
     perm : for each axis of the operand the axis of the stored tensor that it is
     elem_type : the operand's type
     direct : whether the node itself is that operator, and not one that slices or reshapes the
-        weight, or hands it to a function
-    rows : if not direct, the stored tensor's axes that number output channels; the first where
-        that is not known
+        weight, picks entries of a stack, or hands it to a function
+    behind : where the operator reads what comes of the weight, if that is known; its `perm` are
+        the last axes of that operand
+    whole : of such a place, whether matrices of a stack reach it whole
     """
 
     scope: Scope
@@ -66,7 +70,8 @@ class Use:
     perm: tuple[int, ...]
     elem_type: int
     direct: bool = True
-    rows: tuple[int, ...] = (0,)
+    behind: "Use | None" = None
+    whole: bool = True
 
     @property
     def op(self) -> str:
@@ -77,12 +82,25 @@ class Use:
         """Whether the node itself reads this form without making floats of the whole weight."""
         return self.direct and self.operator is not None and form in self.operator.forms
 
+    @property
+    def picks(self) -> bool:
+        """Whether the node is a Gather, which picks entries of the weight along an axis."""
+        operator = operator_of(self.node)
+        return operator is not None and operator.name == "Gather" and self.index == 0
+
     def output_axes(self) -> tuple[int, ...]:
-        """The stored tensor's axes that number output channels, in the order of the operand."""
-        if not self.direct or self.operator is None:
-            return self.rows
-        axes = self.operator.output_axes(self.node, self.index, len(self.perm))
-        return tuple(self.perm[axis] for axis in axes)
+        """The stored tensor's axes that number output channels, in the order of the operand.
+
+        Where matrices of a stack are read one by one, the axes that number these come first.
+        """
+        reader = self if self.direct else self.behind
+        if reader is None or reader.operator is None:
+            return (0,)
+        rank = len(reader.perm)
+        axes = reader.operator.output_axes(reader.node, reader.index, rank)
+        outputs = tuple(reader.perm[axis] for axis in axes if axis < rank)
+        rows = tuple(axis for axis in self.perm if axis not in reader.perm) + outputs
+        return rows if len(rows) < len(self.perm) else (0,)
 
 
 class GraphIndex:
@@ -209,31 +227,93 @@ class GraphIndex:
             elif chained := self._chained(node, perm, elem_type):
                 pending.append((iter(self._edges[id(reader), node.output[0]]), *chained))
             else:
-                operator = self._operator(reader, node, index)
-                direct = operator_of(node) is not None
-                rows: tuple[int, ...] = (0,)
-                if operator and not direct:
-                    rows = self._rows_behind(operator, reader, node, index, perm)
-                yield Use(reader, node, index, operator, perm, elem_type, direct, rows)
+                use = Use(reader, node, index, None, perm, elem_type)
+                behind = self._behind(use)
+                operator = behind.operator if behind else self._operator(reader, node, index)
+                direct = behind is None and operator_of(node) is not None
+                yield replace(use, operator=operator, direct=direct, behind=behind)
 
     def _chained(
         self, node: NodeProto, perm: tuple[int, ...], elem_type: int
     ) -> tuple[tuple[int, ...], int] | None:
-        """The order of axes and the type behind Identity, Transpose or Cast; else None."""
+        """The order of axes and the type behind Identity, Transpose or Cast; else None.
+
+        If an operand has more axes than `perm`, which are its last then, these must stay the last.
+        """
         if node.domain not in STANDARD:
             return None
         if node.op_type == "Identity":
             return perm, elem_type
         if node.op_type == "Transpose":
             order = attribute(node, "perm", list(reversed(range(len(perm)))))
-            return (
-                (tuple(perm[axis] for axis in order), elem_type)
-                if len(order) == len(perm)
-                else None
-            )
+            more = len(order) - len(perm)
+            if more < 0 or min(order[more:], default=0) < more:
+                return None
+            return tuple(perm[axis - more] for axis in order[more:]), elem_type
         if node.op_type == "Cast" and attribute(node, "to", 0) in FLOATS:
             return perm, attribute(node, "to", 0)
         return None
+
+    def _behind(self, use: Use) -> Use | None:
+        """Where an operator behind the node reads its weight; of several, that of the first row.
+
+        A Gather is passed through where it picks matrices of a stack that are multiplied with what
+        is no constant. None where nothing is found.
+        """
+        found: list[tuple[int, Use]] = []
+        pending = list(islice(self._onwards(use), MAX_LOOKS))
+        for place in pending:
+            operator = operator_of(place.node)
+            if operator is None or place.picks:
+                pending += islice(self._onwards(place), MAX_LOOKS - len(pending))
+            elif place.index in operator.weights and not self._multiplies_constant(place, operator):
+                found.append((priority(operator), replace(place, operator=operator)))
+        return min(found, key=lambda pair: pair[0], default=(0, None))[1]
+
+    def _onwards(self, use: Use) -> Iterator[Use]:
+        """The readers of what a node makes of a weight; none of what an operator computes.
+
+        Of Reshape and the like it is assumed that the last axes stay what they are.
+        """
+        node, perm, elem_type = use.node, use.perm, use.elem_type
+        values = self._passed_on(use.scope, node, use.index)
+        if chained := self._chained(node, perm, elem_type):
+            perm, elem_type = chained
+        elif use.picks:
+            perm = perm[gather_axes(node, 0, len(perm))[0] + 1 :] if len(perm) > 2 else ()
+            values = [(id(use.scope), node.output[0])] if len(perm) > 1 else []
+        elif operator_of(node) or (node.op_type in CHAIN and node.domain in STANDARD):
+            values = []
+        elif node.op_type == "Scan" and values:
+            scanned = use.index - len(node.input) + attribute(node, "num_scan_inputs", 0)
+            axes = dict(enumerate(attribute(node, "scan_input_axes", ())))
+            axis = axes.get(scanned, 0) % max(len(perm), 1)
+            perm = perm[:axis] + perm[axis + 1 :]
+        whole = use.whole and node.op_type in WHOLE
+        for value in values:
+            for scope, reader, index in self._edges[value]:
+                yield Use(scope, reader, index, None, perm, elem_type, whole=whole)
+
+    def _multiplies_constant(self, use: Use, operator: Operator) -> bool:
+        """Whether what the node multiplies is an activation, as its other operand is constant."""
+        if use.index not in operator.may_vary:
+            return False
+        inputs = enumerate(use.node.input)
+        others = [name for i, name in inputs if i in operator.weights and i != use.index]
+        return any((id(use.scope.owner(name)), name) in self._constant for name in others)
+
+    @cached_property
+    def _constant(self) -> set[Value]:
+        """The constants, and what Identity, Transpose and Cast make of them."""
+        found: set[Value] = set()
+        pending = [(id(scope), name) for scope, name, _, _ in self.constants()]
+        while pending:
+            value = pending.pop()
+            if value not in found:
+                found.add(value)
+                for reader in self._edges.get(value, []):
+                    pending += self._renamed(*reader)
+        return found
 
     def _operator(self, scope: Scope, node: NodeProto, index: int) -> Operator | None:
         """The operator whose weight this input is: the node's, or one behind views and calls."""
@@ -242,50 +322,6 @@ class GraphIndex:
         behind = (self._weight_of.get(key, set()) for key in self._passed_on(scope, node, index))
         found = (operator for operator in set().union(*behind) if operator.behind_views)
         return min(found, key=priority, default=None)
-
-    def _rows_behind(
-        self, operator: Operator, scope: Scope, node: NodeProto, index: int, axes: Axes
-    ) -> tuple[int, ...]:
-        """See Use.rows; the operator is behind nodes that move values.
-
-        axes : of the value that is this input
-        """
-        pending, seen = [(scope, node, index, axes)], set[tuple[int, int]]()
-        while pending:
-            scope, node, index, axes = pending.pop()
-            if (id(node), index) in seen:
-                continue
-            seen.add((id(node), index))
-            if operator_of(node) is operator and index in operator.weights:
-                numbering = operator.output_axes(node, index, len(axes))
-                rows = {axes[axis] for axis in numbering if axis < len(axes)} - {None}
-                if rows:
-                    return tuple(sorted(row for row in rows if row is not None))
-            elif index == 0 or node.op_type == "Concat":
-                moved = moved_axes(node, axes, partial(self._integers, scope, node))
-                for name in node.output if moved else ():
-                    for reader in self._edges[id(scope), name]:
-                        pending.append((*reader, moved or ()))
-        return (0,)
-
-    def _integers(self, scope: Scope, node: NodeProto, index: int, name: str) -> list[int] | None:
-        """The integers of an initializer or a Constant that is an input, or of an attribute."""
-        if index < len(node.input):
-            read = node.input[index]
-            tensor = self._vectors.get((id(scope.owner(read)), read))
-            return None if tensor is None else [int(n) for n in numpy_helper.to_array(tensor)]
-        found: list[int] | None = attribute(node, name, None)
-        return found
-
-    @cached_property
-    def _vectors(self) -> dict[Value, TensorProto]:
-        """The constant vectors with few integers, which may be places of axes."""
-        return {
-            (id(scope), name): tensor
-            for scope, name, tensor, _ in self.constants()
-            if tensor.data_type == TensorProto.INT64 and len(tensor.dims) == 1
-            if tensor.dims[0] <= MAX_PLACES and tensor.data_location != TensorProto.EXTERNAL
-        }
 
     def _passed_on(self, scope: Scope, node: NodeProto, index: int) -> list[Value]:
         """The values that hold this input, a part of it, or it in another shape."""
@@ -356,7 +392,11 @@ class GraphIndex:
             while (key := (id(scope.owner(name)), name)) not in known:
                 passed.append(key)
                 scope, maker = makers.get(key, (scope, None))
-                if maker is None or maker.op_type not in (*VIEWS, *CHAIN) or not maker.input:
+                if (
+                    maker is None
+                    or maker.op_type not in (*VIEWS, *CHAIN, "Gather")
+                    or not maker.input
+                ):
                     known[key] = False
                 else:
                     name = maker.input[0]

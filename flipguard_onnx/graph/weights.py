@@ -2,8 +2,10 @@
 
 A weight is a constant float tensor that reaches a weight input of an operator of `OPERATORS`,
 directly or through Identity, Transpose and Cast, in whatever graph, subgraph or model-local
-function. (Other expressions of constants have become such tensors when the model was opened, see
-constants.py.) Every other constant float tensor is listed with the reason why it is left alone.
+function. A stack of matrices from which a Gather picks has the layout of the operator that
+multiplies these. (Other expressions of constants have become such tensors when the model was
+opened, see constants.py.) Every other constant float tensor is listed with the reason why it is
+left alone.
 """
 
 from collections import defaultdict

@@ -95,6 +95,29 @@ def fused_conv(group=1):
     return contrib("FusedConv", "x w b", *shapes, constants, **attributes)
 
 
+def transpose_matmul():
+    """FusedMatMul under its old name."""
+    proto = fused_matmul(trans_b=1)
+    proto.graph.node[0].op_type = "TransposeMatMul"
+    return proto
+
+
+def conv_transpose():
+    """What is cut off at the borders is an input."""
+    constants = {"w": weights((16, 12, 3, 3)), "pads": np.array([1, 0, 1, 0])}
+    shapes = {"x": [1, 16, 9, 9]}, {"y": [1, 24, 17, 19]}
+    attributes = {"group": 2, "kernel_shape": [3, 3], "strides": [2, 2]}
+    return contrib("ConvTransposeWithDynamicPads", "x w pads", *shapes, constants, **attributes)
+
+
+def causal_conv():
+    """Of what came before, it keeps what the kernel needs."""
+    constants = {"w": weights((24, 1, 4)), "b": weights((24,), 1)}
+    inputs = {"x": [2, 24, 9], "past": [2, 24, 3]}
+    outputs = {"y": [2, 24, 9], "state": [2, 24, 3]}
+    return contrib("CausalConvWithState", "x w b past", inputs, outputs, constants, ndim=1)
+
+
 def embedded():
     """Tables of 90 words, 12 positions and 2 segments; the indices are 32-bit integers."""
     tables = {"words": weights((90, 32)), "places": weights((12, 32), 1) * 2}
@@ -116,6 +139,9 @@ MODELS = {
     "fused_gemm_trans_b": (lambda: fused_gemm(1), {"w": (0,)}),
     "fused_conv": (fused_conv, {"w": (0,)}),
     "fused_conv_grouped": (lambda: fused_conv(2), {"w": (0,)}),
+    "transpose_matmul": (transpose_matmul, {"w": (0,)}),
+    "conv_transpose": (conv_transpose, {"w": (1,)}),
+    "causal_conv": (causal_conv, {"w": (0,)}),
     "embedded": (embedded, {"words": (0,), "places": (0,), "segments": (0,)}),
     "fused_matmul": (fused_matmul, {"w": (1,)}),
     "fused_matmul_trans_a": (lambda: fused_matmul(trans_a=1), {"w": (1,)}),
@@ -174,7 +200,7 @@ def test_the_written_file_computes_what_its_codes_stand_for(tmp_path, name, sche
     path = tmp_path / "out.onnx"
     options = {"seed": 1, "target": target, "preserve": "off", "validate": False}
     report = flipguard_onnx.guard(save(proto, tmp_path), scheme, output=path, **options)
-    four_bits = proto.graph.node[0].op_type == "FusedMatMul"
+    four_bits = proto.graph.node[0].op_type in ("FusedMatMul", "TransposeMatMul")
     assert report.tensors
     for tensor in report.tensors:
         assert tensor.scheme == (scheme if four_bits else "int8")
@@ -226,7 +252,7 @@ def test_layers_run_alone(tmp_path, name):
     source = open_model(save(MODELS[name][0](), tmp_path))
     found = find_weights(source.proto)[0]
     schemes = [SCHEMES["int8"]] * len(found)
-    if name.startswith(("experts", "embedded")) or "batched" in name:
+    if name.startswith(("experts", "embedded", "causal")) or "batched" in name:
         with pytest.raises(ValidationError, match="no layer of it can be run alone"):
             layers.sample(source, found, schemes, False)
         return

@@ -35,7 +35,7 @@ def reasons(proto):
         ("tied_embedding", "MatMul", (0,)),
         ("view", "Conv", (0,)),
         ("loop", "MatMul", (1,)),
-        ("function", "MatMul", (0,)),
+        ("function", "MatMul", (1,)),
     ],
 )
 def test_operator_and_output_axes(sample, op, rows):
@@ -215,5 +215,5 @@ def test_a_tensor_of_which_a_scan_takes_slices_is_a_weight_but_no_state_is():
         {"x": weights((8, 8)), "layers": weights((3, 8, 8))},
     )
     weight = found(proto)["layers"]
-    assert (weight.op, weight.rows) == ("MatMul", (0,))
+    assert (weight.op, weight.rows) == ("MatMul", (0, 2))
     assert reasons(proto)["x"] == "feeds Scan, through which weights are not followed"

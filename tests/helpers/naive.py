@@ -89,6 +89,22 @@ def quantize(scheme, weights, size):
         return [BLOCK[scheme](block) for block in blocks_of(weights, size)]
 
 
+def rounded(values, scheme, *contracted):
+    """A tensor after plain rounding; contracted: the axes that are summed over.
+
+    Each of its output channels has a scale of its own, or one for each block.
+    """
+    ends = range(-len(contracted), 0)
+    moved = np.moveaxis(values, contracted, ends)
+    channels = moved.reshape(-1, math.prod(values.shape[axis] for axis in contracted))
+    is_codebook = scheme in ("nf4", "fp4")
+    rows = channels.reshape(1, -1) if is_codebook else channels
+    sizes = {"int8": rows.shape[1], "int4": 32}
+    decoded = [block.decoded for block in quantize(scheme, rows, sizes.get(scheme, 64))]
+    whole = np.concatenate(decoded).reshape(moved.shape)
+    return np.moveaxis(whole, ends, contracted).astype(values.dtype)
+
+
 def _integers(scale, positions, rounded, low, high):
     """A block on an integer grid; `rounded` are the positions as the quantizer rounds them."""
     levels, neighbours = [], []
