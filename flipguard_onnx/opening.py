@@ -76,7 +76,9 @@ def constants_of(source: Model) -> tuple[ConstantValues, list[Unfolded]]:
     found = ConstantValues(source.proto)
     fixed = ConstantValues(source.proto, fixed=True) if found.asks_for_sizes else found
     if (found.expressions and found.asks_for_types) or found.open_sized(fixed):
-        found = ConstantValues(source.proto, _inferred(source.proto))
+        inferred = _inferred(source.proto)
+        found = ConstantValues(source.proto, inferred)
+        fixed = ConstantValues(source.proto, inferred, fixed=True)
     return found, found.unreachable() + found.open_sized(fixed)
 
 

@@ -51,12 +51,15 @@ Axes = tuple[int | None, ...]  # for each axis of a value that of the stored ten
 
 OPEN_SIZE = "it depends on a size of an input, which is open"
 
-# Nodes that read a vector as numbers to calculate with, not as the values of a matrix.
+# Operators that read a vector to calculate with it, as a bias or a gain.
 CALCULATIONS = (
-    *("Add", "Sub", "Mul", "Div", "Pow", "Identity", "Cast", "Unsqueeze", "Squeeze"),
+    *("Add", "Sub", "Mul", "Div", "Pow", "PRelu"),
     *("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization"),
-    *("SimplifiedLayerNormalization", "SkipLayerNormalization", "RMSNormalization", "PRelu"),
+    *("SimplifiedLayerNormalization", "SkipLayerNormalization", "RMSNormalization"),
 )
+
+# Operators behind which a vector is one still.
+VECTORS = ("Identity", "Cast", "CastLike", "Slice", "Split", "Unsqueeze", "Squeeze")
 
 
 @dataclass(frozen=True)
@@ -352,7 +355,7 @@ class ConstantValues:
             return False
         if not layout.viewed:
             return True
-        if layout.rank < 2 or operator is None:
+        if layout.rank < 2 or operator is None or not operator.behind_views:
             return False
         outputs = operator.output_axes(node, index, len(layout.axes))
         return {layout.axes[axis] for axis in outputs} - {None} == {0}
@@ -399,55 +402,75 @@ class ConstantValues:
 
         fixed: the same model's values, as if they were
         """
-        scopes = {id(scope.body): id(scope) for scope in self._index.scopes}
+        here = {id(scope.body): id(scope) for scope in fixed._index.scopes}
+        known = {(here[id(self._scopes[scope].body)], name) for scope, name in self._known}
         found = []
         for expression in fixed.expressions:
-            here = scopes[id(expression.scope.body)], expression.name
-            if here not in self._known and fixed.holds_loose_weights(expression.value):
-                found.append(fixed.unfolded(expression.value, OPEN_SIZE))
-        known = {each.name for each in self.unreachable()}
+            if expression.value in known:
+                continue
+            if loose := fixed.loose(expression.value, known):
+                names = frozenset(tensor.name for tensor in loose)
+                size = sum(map(_size, loose))
+                found.append(Unfolded(expression.name, OPEN_SIZE, names, size))
+        told = {each.name for each in self.unreachable()}
         return found + [
-            replace(each, reason=OPEN_SIZE)
-            for each in fixed.unreachable()
-            if each.name not in known
+            replace(each, reason=OPEN_SIZE) for each in fixed.unreachable() if each.name not in told
         ]
 
-    def holds_loose_weights(self, value: Value) -> bool:
-        """Whether constants behind it may be weights, and are not guarded where they are stored.
+    def loose(self, value: Value, known: set[Value]) -> list[TensorProto]:
+        """The constants behind a value that may be weights, and are not guarded where they are.
 
-        Guarded there is what operators read, and what comes here moved only: its values are those
-        of the constant, at other places. A vector that is read to calculate with is no matrix.
+        Guarded is what comes here moved only: its values are those of the constant, at other
+        places. What an operator computes with a guarded weight is no weight but an activation. A
+        vector that is read to calculate with is no matrix.
+
+        known: the values that depend on no open size
         """
-        pending, seen = [(value, True)], set[tuple[Value, bool]]()
+        found: dict[Value, list[TensorProto]] = {}
+        pending, seen = [(value, True, False)], set[tuple[Value, bool, bool]]()
         while pending:
-            value, whole = key = pending.pop()
-            node = self._makers.get(value)
+            value, moved, calculates = key = pending.pop()
             if key in seen:
                 continue
             seen.add(key)
             self._looked_at += 1
             if self._looked_at > MAX_LOOKS:
-                return True
+                return [TensorProto(name=value[1], dims=[SMALLEST])]
+            node = self._makers.get(value)
             if (tensor := self.stored(value)) is not None:
-                loose = not whole if len(tensor.dims) > 1 else self._is_reshaped(value)
-                if loose and _size(tensor) >= SMALLEST:
+                if not (moved if len(tensor.dims) > 1 else calculates):
+                    found[value] = [tensor]
+            elif node and not self._has_weight(value, node, known):
+                found[value] = list(_held(node, value[1]))
+                moves = node.op_type in MOVES and node.domain in STANDARD
+                names = node.input[: None if node.op_type == "Concat" else 1] if moves else ()
+                calculates = node.op_type in CALCULATIONS or (
+                    calculates and node.op_type in VECTORS
+                )
+                needed = (self._resolved(value, name) for name in names)
+                for each in needed if moves else self._needs[id(node)]:
+                    pending.append((each, moved and moves, calculates))
+        return [each for some in found.values() for each in some if _size(each) >= SMALLEST]
+
+    def _has_weight(self, value: Value, node: NodeProto, known: set[Value]) -> bool:
+        """Whether the maker of a value is an operator with a weight that is guarded."""
+        operator = operator_of(node)
+        for index in operator.weights if operator and operator.behind_views else ():
+            if index < len(node.input):
+                source = self._origin(value, node.input[index])
+                tensor = self.stored(source)
+                shape = tensor.dims if tensor else self._inferred.shapes.get(source[1], ())
+                sizes = [size or 0 for size in shape if source in known]
+                if len(sizes) > 1 and prod(sizes) >= SMALLEST:
                     return True
-            elif node and (operator := operator_of(node)) and operator.behind_views:
-                continue
-            elif node and node.op_type in MOVES and node.domain in STANDARD:
-                count = len(node.input) if node.op_type == "Concat" else 1
-                for name in node.input[:count]:
-                    pending.append((self._resolved(value, name), whole))
-            elif node:
-                if any(_size(tensor) >= SMALLEST for tensor in _held(node, value[1])):
-                    return True
-                pending.extend((each, False) for each in self._needs[id(node)])
         return False
 
-    def _is_reshaped(self, value: Value) -> bool:
-        """Whether a vector's values may become those of a matrix."""
-        readers = {node.op_type for _, node, _ in self._index.readers(value)}
-        return not readers <= {*CALCULATIONS}
+    def _origin(self, value: Value, name: str) -> Value:
+        """What an input of a value's maker is before Identity, Transpose and Cast."""
+        source = self._resolved(value, name)
+        while (maker := self._makers.get(source)) and _is(maker, *CHAIN):
+            source = self._resolved(source, maker.input[0])
+        return source
 
     def unreachable(self) -> list[Unfolded]:
         """Constants that are weights once an If with a constant condition is gone."""
