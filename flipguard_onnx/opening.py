@@ -20,9 +20,10 @@ from onnx import ModelProto, TensorProto
 
 from . import runtime
 from .errors import UnsupportedModelError, ValidationError
-from .graph.constants import ConstantValues, Expression
+from .graph.constants import ConstantValues, Expression, Inferred
 from .graph.operators import FLOATS
 from .graph.scopes import Value
+from .graph.traversal import graphs
 from .graph.weights import OTHER_FLOATS, SMALLEST, Unfolded
 from .io.external_data import set_reference
 from .io.model import DETACH_BYTES, Model, detached_key, open_model
@@ -51,16 +52,15 @@ def open_folded(path: str | os.PathLike[str]) -> Model:
 
 def fold_constants(source: Model) -> Model:
     """The model with the weights behind constant expressions as initializers."""
-    found = constants_of(source)
-    if found.expressions and source.proto.functions:
+    found, unfolded = constants_of(source)
+    if (found.expressions or unfolded) and source.proto.functions:
         source = replace(source, proto=_inlined(source))
-        found = constants_of(source)
-    unfolded = found.unreachable()
+        found, unfolded = constants_of(source)
     if found.expressions:
         proto = ModelProto()
         proto.CopyFrom(source.proto)
         source = replace(source, proto=proto, payloads=dict(source.payloads), scratch=Scratch())
-        found = constants_of(source)
+        found, unfolded = constants_of(source)
         evaluation = Evaluation(source, found)
         evaluation.run(found.expressions)
         found.replace(evaluation.folded)
@@ -68,28 +68,34 @@ def fold_constants(source: Model) -> Model:
     return replace(source, unfolded=tuple(unfolded)) if unfolded else source
 
 
-def constants_of(source: Model) -> ConstantValues:
-    """The constant values of a model, with the shapes that are known if weights depend on them."""
-    plain = ConstantValues(source.proto)
-    asked = plain.shapes_asked_for()
-    supposed = ConstantValues(source.proto, dict.fromkeys(asked, ())) if asked else plain
-    if len(supposed.expressions) <= len(plain.expressions):
-        return plain
+def constants_of(source: Model) -> tuple[ConstantValues, list[Unfolded]]:
+    """The constant values of a model, and weights that would be constant without If or open sizes.
+
+    What onnx infers of a model is looked at where weights depend on it.
+    """
+    found = ConstantValues(source.proto)
+    fixed = ConstantValues(source.proto, fixed=True) if found.asks_for_sizes else found
+    if (found.expressions and found.asks_for_types) or found.open_sized(fixed):
+        found = ConstantValues(source.proto, _inferred(source.proto))
+    return found, found.unreachable() + found.open_sized(fixed)
+
+
+def _inferred(proto: ModelProto) -> Inferred:
+    """What onnx infers of the shapes and types of a model's values."""
     try:
-        inferred = runtime.inferred(source.proto).graph
+        inferred = runtime.inferred(proto)
     except (runtime.RemoteError, ValidationError):
-        return plain
-    dims = {
-        value.name: value.type.tensor_type.shape.dim
-        for value in (*inferred.input, *inferred.output, *inferred.value_info)
-        if value.name in asked and value.type.tensor_type.HasField("shape")
-    }
-    shapes = {
-        name: [dim.dim_value for dim in found]
-        for name, found in dims.items()
-        if all(dim.HasField("dim_value") for dim in found)
-    }
-    return ConstantValues(source.proto, shapes)
+        return Inferred()
+    shapes: dict[str, list[int | None]] = {}
+    types: dict[str, set[int]] = defaultdict(set)
+    for graph in graphs(inferred):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            tensor = value.type.tensor_type
+            types[value.name].add(tensor.elem_type)
+            if graph is inferred.graph and tensor.HasField("shape"):
+                sizes = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
+                shapes[value.name] = sizes
+    return Inferred(shapes, {name: min(t) for name, t in types.items() if len(t) == 1 and min(t)})
 
 
 def _inlined(source: Model) -> ModelProto:
@@ -147,8 +153,8 @@ class Evaluation:
     def _evaluate(self, expressions: Sequence[Expression]) -> str:
         """Evaluate some together; what is in the way, "" for nothing."""
         proto = self._constants.model_of(expressions)
-        if proto is None:
-            return "two values have the same name"
+        if isinstance(proto, str):
+            return proto
         if time.monotonic() > self._deadline:
             return f"all such expressions together take longer than {MAX_SECONDS:.0f} s"
         self._count += 1

@@ -19,11 +19,21 @@ REFUSED = {  # on loading
     "function_default": "takes 'value' from an attribute of its function",
 }
 
-UNJUDGED = {"if_with_input"}  # weights that stay where they are
+UNJUDGED = {  # weights that stay where they are
+    *("if_with_input", "where_open_size", "if_open_size", "mul_by_open_size")
+}
 
 BLURRED = {"float8"}  # weights on a lattice of their own, which leaves less to see
 
-UNGUARDED = {"if_with_input": "an If with a constant condition returns it"}
+OPEN_SIZE = "it depends on a size of an input, which is open"
+
+UNGUARDED = {
+    "if_with_input": "an If with a constant condition returns it",
+    "where_open_size": OPEN_SIZE,
+    "if_open_size": OPEN_SIZE,
+    "mul_by_open_size": OPEN_SIZE,
+    "flat_by_open_size": OPEN_SIZE,
+}
 
 
 def outputs(path):

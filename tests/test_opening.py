@@ -227,3 +227,146 @@ def test_attacked_files_are_untouched(tmp_path):
     path = FOLDER / "mlp-standard-int4.onnx"
     assert open_folded(path).proto == open_model(path).proto
     assert not open_folded(path).unfolded
+
+
+def test_the_type_of_an_input_that_is_not_known(tmp_path):
+    gelu = node("Gelu", "x", "h", domain="com.microsoft")
+    proto = matmul_of([gelu, node("CastLike", "raw h", "v")], {"raw": weights((64, 32))})
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    proto.graph.node[2].output[0] = "g"
+    proto.graph.node[3].input[0] = "g"
+    path, output = save(proto, tmp_path), tmp_path / "out.onnx"
+    line = one_line(call("guard", path, "-o", output, "--quiet"))
+    assert "tensor 'v': weight behind a constant expression that was not evaluated" in line
+    assert "the type of 'h' is not known" in line
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("picked", "size"),
+    [
+        ([node("Shape", "x", "s", start=1)], 64),
+        ([node("Shape", "x", "s", end=-1)], None),
+        ([node("Shape", "x", "all"), node("Gather", "all minus", "s")], 64),
+        ([node("Shape", "x", "all"), node("Gather", "all one.0", "s")], 64),
+        ([node("Shape", "x", "all"), node("Gather", "all zero", "s")], None),
+        ([node("Shape", "x", "all"), node("Slice", "all one far", "s")], 64),
+        ([node("Shape", "x", "all"), node("Slice", "all minus far zero one", "s")], 64),
+        ([node("Shape", "x", "all"), node("Slice", "all minus zero zero minus", "s")], 64),
+        ([node("Shape", "x", "all"), node("Slice", "all zero far", "s")], None),
+        ([node("Size", "w", "s")], 512),
+        ([node("Size", "x", "s")], None),
+    ],
+)
+def test_sizes_that_a_weight_depends_on(tmp_path, picked, size):
+    """Those of the axes that are not open; x is [n, 64]."""
+    numbers = {"one": [1], "one.0": 1, "zero": [0], "minus": [-1], "far": [2**62]}
+    proto = matmul_of(
+        [
+            *picked,
+            node("Cast", "s", "f", to=F),
+            node("ReduceProd", "f", "p", keepdims=0),
+            node("Mul", "raw p", "v"),
+        ],
+        {"raw": weights((64, 32)), **{k: np.array(v, np.int64) for k, v in numbers.items()}},
+    )
+    opened = folded(proto, tmp_path)
+    if size is None:
+        [left] = opened.unfolded
+        assert left.name == "v"
+        assert left.reason == "it depends on a size of an input, which is open"
+    else:
+        assert not opened.unfolded
+        np.testing.assert_array_equal(
+            opened.array(names(opened)["v"].tensor), weights((64, 32)) * np.float32(size)
+        )
+
+
+def test_weights_expanded_and_sliced_by_open_sizes_have_rows_of_outputs(tmp_path):
+    proto = matmul_of(
+        [
+            node("Shape", "x", "s", end=1),
+            node("Min", "s one", "first"),
+            node("Slice", "wide first end axis", "part"),
+            node("Transpose", "part", "t"),
+            node("Unsqueeze", "t axis", "u"),
+            node("Squeeze", "u axis", "v"),
+            node("Concat", "first sizes", "shape", axis=0),
+            node("Expand", "batch shape", "many"),
+            node("MatMul", "h3 many", "z"),
+            node("Unsqueeze", "x one", "h3"),
+        ],
+        {
+            "wide": weights((33, 64)),
+            "batch": weights((1, 64, 5), 2),
+            **{k: np.array(v, np.int64) for k, v in (("one", [1]), ("end", [33]), ("axis", [0]))},
+            "sizes": np.array([64, 5], np.int64),
+        },
+    )
+    nodes = sorted(proto.graph.node, key=lambda n: "h3" in n.input)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.output.append(helper.make_tensor_value_info("z", F, ["n", 1, 5]))
+    path = save(proto, tmp_path)
+    assert {w.name: w.rows for w in names(open_folded(path)).values()} == {
+        "wide": (0,),
+        "batch": (0, 2),
+        "w": (1,),
+    }
+    for scheme in ("int8", "int4"):
+        report = flipguard_onnx.guard(path, scheme, output=tmp_path / "out.onnx", force=True)
+        assert report.coverage == 1
+
+
+def test_rotary_frequencies_stay_as_they_are(tmp_path):
+    """Expanded to the batch and multiplied with places, each is a row of its own."""
+    frequencies = (10_000.0 ** -(np.arange(64) / 64)).astype(np.float32)
+    proto = model(
+        [
+            node("Shape", "places", "batch", end=1),
+            node("Concat", "batch rest", "shape", axis=0),
+            node("Expand", "frequencies shape", "f"),
+            node("MatMul", "f places", "angles"),
+        ],
+        {"places": (F, ["n", 1, "length"])},
+        {"angles": (F, ["n", 64, "length"])},
+        {"frequencies": frequencies[None, :, None], "rest": np.array([64, 1], np.int64)},
+    )
+    path, output = save(proto, tmp_path), tmp_path / "out.onnx"
+    flipguard_onnx.guard(path, "int4", output=output)
+    session = flipguard_onnx.runtime.open_session(output, False, 1)
+    [angles] = session.run(None, {"places": np.full((2, 1, 3), 1000, np.float32)})
+    expected = np.broadcast_to(1000 * frequencies[None, :, None], angles.shape)
+    np.testing.assert_allclose(angles, expected, rtol=1e-6)
+
+
+def test_what_only_calculates_with_sizes_is_no_weight(tmp_path):
+    """A position's sines and cosines, scaled by a vector, times a matrix."""
+    proto = model(
+        [
+            node("Shape", "x", "s", start=1, end=2),
+            node("Squeeze", "s", "n"),
+            node("Range", "zero n step", "i"),
+            node("Cast", "i", "t", to=F),
+            node("Unsqueeze", "t one", "column"),
+            node("Mul", "column frequencies", "angles"),
+            node("Sin", "angles", "sines"),
+            node("Mul", "sines gain", "places"),
+            node("MatMul", "places w", "p"),
+            node("Transpose", "p", "q"),
+            node("MatMul", "x q", "y"),
+        ],
+        {"x": (F, [1, "length", 64])},
+        {"y": (F, [1, "length", "length"])},
+        {
+            "zero": np.int64(0),
+            "step": np.int64(1),
+            "one": np.array([1], np.int64),
+            "frequencies": weights(128),
+            "gain": weights(128, 1),
+            "w": weights((128, 64), 2),
+        },
+    )
+    opened = folded(proto, tmp_path)
+    assert not opened.unfolded
+    assert list(names(opened)) == ["w"]

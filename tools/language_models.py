@@ -1,6 +1,6 @@
 """Perplexity of a real language model, SmolLM2-135M-Instruct, guarded beside rounded to nearest.
 
-    python -m tools.language_models fetch FOLDER [--exports plain genai optimum]
+    python -m tools.language_models fetch FOLDER [--exports plain genai optimum tuned]
     python -m tools.language_models measure FOLDER [--exports NAME...] [--schemes NAME...]
         [--data-tokens 32768...] [--seeds 1] [--windows 12] [--json FILE] [-- OPTIONS]
 
@@ -10,6 +10,8 @@ float32 exports of the same weights; it needs the `llm` extra. What is already t
     plain    torch's exporter: logits alone, no caches
     genai    onnxruntime-genai's model builder, with caches
     optimum  optimum's text-generation-with-past, in an environment of its own
+    tuned    as genai, of a copy that was trained on until its weights had left the grid of the
+             package's 4-bit file
 
 The texts are docstrings, licences (Debian's) and source of Python's library: 42 windows of 512
 tokens to judge on, and 128 of 256 for --data, of other modules and licences.
@@ -36,7 +38,7 @@ import venv
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from shutil import rmtree
@@ -59,6 +61,7 @@ OPTIMUM = (
     "transformers==4.57.*",
     "torch==2.13.0",
 )
+STEPS, WINDOW, RATE = 60, 256, 1e-4  # of the training of `tuned`
 HEAD_SIZE = 64  # of the model's attention
 LICENCES = Path("/usr/share/common-licenses")
 EVALUATION, CALIBRATION = "evaluation.npy", "calibration.npy"  # tokens, [windows, length]
@@ -89,6 +92,36 @@ def convert(folder: Path, target: Path) -> None:
         del config.quantization_config  # or it could not be saved
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def tune(folder: Path, target: Path) -> None:
+    """A copy that was trained on further texts, which moves a weight by about STEPS * RATE."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    text = documentation("unittest", "email", "asyncio", "decimal", "pathlib", "socket", "ctypes")
+    tokens = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    windows = tokens[: len(tokens) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0)
+    before = [each.detach().clone() for each in model.parameters()]
+    for step, window in enumerate(windows[torch.randperm(len(windows))[:STEPS]]):
+        loss = model(input_ids=window[None], labels=window[None]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        say(f"step {step + 1} of {STEPS}: loss {loss.item():.3f}")
+    moved = [
+        (now.detach() - old).square().mean().sqrt().item()
+        for now, old in zip(model.parameters(), before, strict=True)
+        if now.ndim > 1
+    ]
+    say(f"matrices moved by {np.median(moved):.5f} (root mean square, median)")
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
@@ -162,23 +195,12 @@ def export_plain(folder: Path, target: Path) -> None:
     program.save(target / "model.onnx", external_data=True)
 
 
-def export_genai(folder: Path, target: Path) -> None:
+def export_genai(folder: Path, target: Path, source: str = "hf") -> None:
     """onnxruntime-genai's model builder."""
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     with tempfile.TemporaryDirectory() as cache:
-        options = [
-            "-i",
-            str(folder / "hf"),
-            "-o",
-            str(target),
-            "-p",
-            "fp32",
-            "-e",
-            "cpu",
-            "-c",
-            cache,
-        ]
-        subprocess.run(builder + options, check=True)
+        options = ["-i", str(folder / source), "-o", str(target), "-p", "fp32", "-e", "cpu"]
+        subprocess.run([*builder, *options, "-c", cache], check=True)
 
 
 def export_optimum(folder: Path, target: Path) -> None:
@@ -195,14 +217,16 @@ EXPORTS: dict[str, Callable[[Path, Path], None]] = {
     "plain": export_plain,
     "genai": export_genai,
     "optimum": export_optimum,
+    "tuned": partial(export_genai, source="tuned-hf"),
 }
 
 
 def fetch(folder: Path, exports: Sequence[str]) -> None:
     """Make what is not there yet; a folder that is only half made has another name."""
-    for name, make in {"hf": convert, "texts": write_texts, **EXPORTS}.items():
-        if name in EXPORTS and name not in exports:
-            continue
+    makers = {"hf": convert, "texts": write_texts}
+    if "tuned" in exports:
+        makers["tuned-hf"] = tune
+    for name, make in (makers | {name: EXPORTS[name] for name in exports}).items():
         if (folder / name).exists():
             say(f"{name}: already there")
             continue

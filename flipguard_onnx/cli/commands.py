@@ -287,6 +287,8 @@ def scan(
                 write_report(report, text + "\n")
             if not quiet:
                 echo("\n" * bool(codes) + (result.render() if report else text))
+            elif result.verdict.level == "not judged":
+                echo(f"flipguard-onnx: {printable(f'{model}: {result.verdict.reason}')}", err=True)
             codes.append(scan_code(result.verdict.level, fail_on))
     sys.exit(max(codes))
 

@@ -47,6 +47,9 @@ SHIFTED = 0.03  # largest difference to the placebos of weights that a lattice h
 
 ECHO = 0.15  # of the strongest grid's strength; others share some of its boundaries
 
+# Tensors that are no weights as the graph is; one that has more of them than weights may change.
+UNREAD = (SkipReason.NO_OPERATOR, SkipReason.NO_WEIGHT, SkipReason.NOT_FOLLOWED)
+
 JUDGED = 0.99  # share of the weights that it takes for the verdict "clean"
 
 NAMED = 5  # tensors in a reason
@@ -341,8 +344,12 @@ def not_judged_completely(
     left = [(t.name, t.weights) for t in tensors if _on_a_grid(t)]
     left += [(s.name, s.size) for s in skipped if s.unguarded or s.reason is SkipReason.QUANTIZED]
     left += [(s.name, s.size) for s in pieces(skipped, sum(t.weights for t in tensors))]
+    judged = sum(t.weights for t in tensors if not _on_a_grid(t))
+    unread = [(s.name, s.size) for s in skipped if s.reason in UNREAD]
+    if sum(size for _, size in unread) >= judged:
+        left += unread
     missing = sum(size for _, size in left)
-    total = missing + sum(t.weights for t in tensors if not _on_a_grid(t))
+    total = missing + judged
     if missing <= (1 - JUDGED) * total:
         return None
     left.sort(key=lambda each: -each[1])

@@ -111,7 +111,7 @@ def _left_float(main: GraphProto) -> list[str]:
     the next convolution can take as they are. What onnxruntime's static quantizer (1.32) gets wrong
     stays float, too: biases that are not one constant for each output channel, those of a
     ConvTranspose with groups, and a Relu or Clip of an output of the graph, which would get the
-    range behind it.
+    range behind it; and an operator whose weight is empty, as its output has no range.
     """
     makers = {name: operator_of(node) for node in main.node for name in node.output}
     outputs = {*output_names(main)}
@@ -120,6 +120,8 @@ def _left_float(main: GraphProto) -> list[str]:
     def is_float(node: NodeProto) -> bool:
         if node.op_type in ("Relu", "Clip"):
             return node.input[0] in outputs
+        if any(0 in constants[name].dims for name in node.input if name in constants):
+            return True
         if name := bias_of(node):
             weight, bias = (constants.get(each) for each in (node.input[1], name))
             grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1

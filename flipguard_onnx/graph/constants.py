@@ -13,17 +13,19 @@ This module looks and edits; `opening` has the expressions evaluated.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from .operators import FLOATS, VIEWS, Operator, operator_of
 from .scopes import GraphIndex, Scope, Value
 from .traversal import STANDARD, attribute, bodies, output_names, subgraphs
+from .views import MOVES, Axes, moved_axes
 from .weights import QUANTIZED, SMALLEST, Unfolded
 
 RANDOM = (
@@ -43,7 +45,14 @@ MAX_LOOKS = 10_000_000  # at values behind others, so that no graph takes for ev
 
 CONSTANT_IF = "an If with a constant condition returns it"
 
-Axes = tuple[int | None, ...]  # for each axis of a value that of the stored tensor; None is added
+OPEN_SIZE = "it depends on a size of an input, which is open"
+
+# Nodes that read a vector as numbers to calculate with, not as the values of a matrix.
+CALCULATIONS = (
+    *("Add", "Sub", "Mul", "Div", "Pow", "Identity", "Cast", "Unsqueeze", "Squeeze"),
+    *("LayerNormalization", "BatchNormalization", "InstanceNormalization", "GroupNormalization"),
+    *("SimplifiedLayerNormalization", "SkipLayerNormalization", "RMSNormalization", "PRelu"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,19 +77,35 @@ class Expression:
         return id(self.scope), self.name
 
 
+@dataclass(frozen=True)
+class Inferred:
+    """What is known of a model's values before it runs.
+
+    Attributes
+    ----------
+    shapes : of values of the main graph; None for what is open
+    types : of all values, by names that mean one type everywhere
+    """
+
+    shapes: Mapping[str, Sequence[int | None]] = field(default_factory=dict)
+    types: Mapping[str, int] = field(default_factory=dict)
+
+
 class ConstantValues:
     """Which values of a model constants alone determine, and what they are made from.
 
     Inputs and calls of local functions count as constant where an argument or all are: before such
-    a value is evaluated, the functions must have been expanded.
+    a value is evaluated, the functions must have been expanded. Of CastLike's second input only the
+    type counts.
     """
 
     def __init__(
-        self, proto: ModelProto, shapes: Mapping[str, Sequence[int]] | None = None
+        self, proto: ModelProto, inferred: Inferred | None = None, fixed: bool = False
     ) -> None:
-        """shapes: of values of the main graph, where they are known before it runs."""
+        """fixed: every size counts as known, as if no dimension of an input were open."""
         self._proto = proto
-        self._shapes = shapes or {}
+        self._inferred = inferred or Inferred()
+        self._fixed = fixed
         self._index = GraphIndex(proto)
         self._scopes = {id(scope): scope for scope in self._index.scopes}
         self._nodes = [(scope, node) for scope in self._index.scopes for node in scope.body.node]
@@ -119,9 +144,10 @@ class ConstantValues:
                 scope = scope.parent
 
         for scope, node in self._nodes:
-            if self._is_known_shape(scope, node):
+            if self._is_size(scope, node):
                 continue
-            for name in filter(None, node.input):
+            read_of = node.input[:1] if _is(node, "CastLike") else node.input
+            for name in filter(None, read_of):
                 needs[id(node)].add((id(scope.owner(name)), name))
                 read(scope, name)
             if node.op_type in RANDOM and node.domain in STANDARD:
@@ -135,10 +161,52 @@ class ConstantValues:
                 read(scope, name)
         return needs, varying
 
-    def _is_known_shape(self, scope: Scope, node: NodeProto) -> bool:
-        """Whether it is a Shape node of the main graph that is asked for a shape that is known."""
-        is_main = scope.body is self._proto.graph
-        return is_main and _is_shape(node) and node.input[0] in self._shapes
+    def _is_size(self, scope: Scope, node: NodeProto) -> bool:
+        """Whether it yields sizes of a value that are known before the model runs."""
+        if self._fixed and _is(node, "Shape", "Size"):
+            return True
+        sizes = self._sizes(scope, node)
+        return sizes is not None and None not in sizes.reshape(-1).tolist()
+
+    def _sizes(self, scope: Scope, node: NodeProto) -> npt.NDArray[Any] | None:
+        """What Shape and Size yield, and what is picked from a Shape; None stands for open sizes.
+
+        None where it is another node, or nothing is known.
+        """
+        owner = scope.owner(node.input[0]) if node.input else None
+        if owner is None:
+            return None
+        if _is(node, "Gather", "Slice"):
+            maker = self._makers.get((id(owner), node.input[0]))
+            sizes = self._sizes(owner, maker) if maker and _is(maker, "Shape") else None
+            return None if sizes is None else self._picked((id(scope), node.output[0]), node, sizes)
+        shape = self._inferred.shapes.get(node.input[0])
+        if shape is None or owner.body is not self._proto.graph:
+            return None
+        if _is(node, "Shape"):
+            start, end = _integer(node, "start"), attribute(node, "end", None)
+            return np.array(shape, object)[start:end]
+        if _is(node, "Size"):
+            return np.array(None if None in shape else prod(size or 0 for size in shape), object)
+        return None
+
+    def _picked(
+        self, value: Value, node: NodeProto, sizes: npt.NDArray[Any]
+    ) -> npt.NDArray[Any] | None:
+        """What a Gather or Slice with constant places takes of a shape; None with others."""
+        if node.op_type == "Gather":
+            places = self._small(value, node, 1)
+            if places is None or not ((-sizes.size <= places) & (places < sizes.size)).all():
+                return None
+            return np.asarray(sizes[places], object)
+        starts, ends, steps = (
+            self._integers(value, node, index, name)
+            for index, name in ((1, "starts"), (2, "ends"), (4, "steps"))
+        )
+        stepless = len(node.input) < 5 or not node.input[4]
+        if not starts or not ends or not (stepless or (steps and steps[0])):
+            return None
+        return sizes[starts[0] : ends[0] : steps[0] if steps else 1]
 
     def _propagate(self, varying: set[int]) -> None:
         """Find all constant values, each after those that it is made from."""
@@ -199,24 +267,10 @@ class ConstantValues:
         axes, rank = source.axes, source.rank
         op, axis = node.op_type, _integer(node, "axis")
         of_rows = axes and axis is not None and axes[axis % len(axes)] == 0
-        if op == "Identity" or (op == "Cast" and attribute(node, "to", 0) in FLOATS):
-            return source
-        if op == "Transpose":
-            order = attribute(node, "perm", list(reversed(range(len(axes)))))
-            fits = len(order) == len(axes)
-            return Layout(tuple(axes[a] for a in order), rank, source.viewed) if fits else None
-        if op == "Unsqueeze" and (added := self._integers(value, node, 1, "axes")):
-            total = len(axes) + len(added)
-            places = {place % total for place in added}
-            old = iter(axes)
-            if len(places) == len(added):
-                made = tuple(None if place in places else next(old) for place in range(total))
-                return Layout(made, rank, True)
-        if op == "Squeeze" and axes and (dropped := self._integers(value, node, 1, "axes")):
-            places = {place % len(axes) for place in dropped}
-            if all(axes[place] is None for place in places):
-                kept = tuple(old for place, old in enumerate(axes) if place not in places)
-                return Layout(kept, rank, True)
+        if op in ("Identity", "Cast", "Transpose", "Unsqueeze", "Squeeze"):
+            moved = moved_axes(node, axes, partial(self._integers, value, node))
+            viewed = source.viewed or op in VIEWS
+            return None if moved is None else Layout(moved, rank, viewed)
         if op == "Slice" and axes and (starts := self._integers(value, node, 1, "starts")):
             cut = self._integers(value, node, 3, "axes") or range(len(starts))
             if all(axes[place % len(axes)] == 0 for place in cut):
@@ -229,13 +283,18 @@ class ConstantValues:
     def _integers(self, value: Value, node: NodeProto, index: int, name: str) -> list[int] | None:
         """An attribute with integers, or in later opsets an input; None where neither is there."""
         if index < len(node.input) and node.input[index]:
-            tensor = self.stored(self._resolved(value, node.input[index]))
-            small = tensor is not None and prod(tensor.dims) <= SMALLEST
-            if tensor is None or not small or tensor.data_location == TensorProto.EXTERNAL:
-                return None
-            return [int(each) for each in numpy_helper.to_array(tensor).reshape(-1)]
+            values = self._small(value, node, index)
+            return None if values is None else [int(each) for each in values.reshape(-1)]
         found = next((each for each in node.attribute if each.name == name), None)
         return list(found.ints) if found else None
+
+    def _small(self, value: Value, node: NodeProto, index: int) -> npt.NDArray[Any] | None:
+        """The constant with few numbers that is an input of a value's maker; None for another."""
+        tensor = self.stored(self._resolved(value, node.input[index]))
+        small = tensor is not None and prod(tensor.dims) <= SMALLEST
+        if tensor is None or not small or tensor.data_location == TensorProto.EXTERNAL:
+            return None
+        return numpy_helper.to_array(tensor)
 
     # Expressions.
 
@@ -307,12 +366,70 @@ class ConstantValues:
         are_codes = codes >= SMALLEST and others * SCALES_SHARE <= codes
         return codes + others >= SMALLEST and not are_codes
 
-    def shapes_asked_for(self) -> set[str]:
-        """The values of the main graph whose shapes are read."""
-        main = self._proto.graph
-        return {
-            node.input[0] for scope, node in self._nodes if scope.body is main and _is_shape(node)
-        }
+    @property
+    def asks_for_sizes(self) -> bool:
+        """Whether a node reads the size of a value."""
+        return any(_is(node, "Shape", "Size") for _, node in self._nodes)
+
+    @property
+    def asks_for_types(self) -> bool:
+        """Whether the type of a value decides what an expression yields."""
+        return any(_is(node, "CastLike") for _, node in self._nodes)
+
+    def open_sized(self, fixed: "ConstantValues") -> list[Unfolded]:
+        """What becomes a weight of constants alone once all sizes are known.
+
+        fixed: the same model's values, as if they were
+        """
+        scopes = {id(scope.body): id(scope) for scope in self._index.scopes}
+        found = []
+        for expression in fixed.expressions:
+            here = scopes[id(expression.scope.body)], expression.name
+            if here not in self._known and fixed.holds_loose_weights(expression.value):
+                found.append(fixed.unfolded(expression.value, OPEN_SIZE))
+        known = {each.name for each in self.unreachable()}
+        return found + [
+            replace(each, reason=OPEN_SIZE)
+            for each in fixed.unreachable()
+            if each.name not in known
+        ]
+
+    def holds_loose_weights(self, value: Value) -> bool:
+        """Whether constants behind it may be weights, and are not guarded where they are stored.
+
+        Guarded there is what operators read, and what comes here moved only: its values are those
+        of the constant, at other places. A vector that is read to calculate with is no matrix.
+        """
+        pending, seen = [(value, True)], set[tuple[Value, bool]]()
+        while pending:
+            value, whole = key = pending.pop()
+            node = self._makers.get(value)
+            if key in seen:
+                continue
+            seen.add(key)
+            self._looked_at += 1
+            if self._looked_at > MAX_LOOKS:
+                return True
+            if (tensor := self.stored(value)) is not None:
+                loose = not whole if len(tensor.dims) > 1 else self._is_reshaped(value)
+                if loose and _size(tensor) >= SMALLEST:
+                    return True
+            elif node and (operator := operator_of(node)) and operator.behind_views:
+                continue
+            elif node and node.op_type in MOVES and node.domain in STANDARD:
+                count = len(node.input) if node.op_type == "Concat" else 1
+                for name in node.input[:count]:
+                    pending.append((self._resolved(value, name), whole))
+            elif node:
+                if any(_size(tensor) >= SMALLEST for tensor in _held(node, value[1])):
+                    return True
+                pending.extend((each, False) for each in self._needs[id(node)])
+        return False
+
+    def _is_reshaped(self, value: Value) -> bool:
+        """Whether a vector's values may become those of a matrix."""
+        readers = {node.op_type for _, node, _ in self._index.readers(value)}
+        return not readers <= {*CALCULATIONS}
 
     def unreachable(self) -> list[Unfolded]:
         """Constants that are weights once an If with a constant condition is gone."""
@@ -382,26 +499,28 @@ class ConstantValues:
                 found += _held(node, value[1])
         return found
 
-    def model_of(self, expressions: Sequence[Expression]) -> ModelProto | None:
+    def model_of(self, expressions: Sequence[Expression]) -> ModelProto | str:
         """A model without inputs whose outputs are the expressions, all of one scope.
 
-        None where the names of values repeat.
+        Or what is in the way of one.
         """
         values = self.behind(expression.value for expression in expressions)
         if len({name for _, name in values}) < len(values):
-            return None
+            return "two values have the same name"
         names = {name for _, name in values}
         proto = ModelProto(ir_version=max(self._proto.ir_version, 8))
         proto.opset_import.extend(self._proto.opset_import)
         proto.graph.name = "constants"
         made = {
-            id(node): node
+            id(node): (self._scopes[value[0]], node)
             for value in values
             if value not in self._tensors and (node := self._makers.get(value))
         }
-        for node in sorted(made.values(), key=lambda node: self._order[id(node)]):
-            is_known = _is_shape(node) and node.input[0] in self._shapes
-            proto.graph.node.append(self._its_shape(node) if is_known else node)
+        for scope, node in sorted(made.values(), key=lambda made: self._order[id(made[1])]):
+            evaluable = self._evaluable(scope, node)
+            if evaluable is None:
+                return f"the type of {node.input[1]!r} is not known"
+            proto.graph.node.append(evaluable)
         proto.graph.initializer.extend(self._tensors[v] for v in values if v in self._tensors)
         for number, expression in enumerate(expressions):
             output = _unused(f"output {number}", names)
@@ -410,12 +529,22 @@ class ConstantValues:
             proto.graph.output.add(name=output)
         return proto
 
-    def _its_shape(self, node: NodeProto) -> NodeProto:
-        """A Constant node with what a Shape node yields."""
-        shape = list(self._shapes[node.input[0]])
-        part = shape[_integer(node, "start") : attribute(node, "end", None)]
-        value = numpy_helper.from_array(np.array(part, np.int64))
-        return helper.make_node("Constant", [], node.output, value=value)
+    def _evaluable(self, scope: Scope, node: NodeProto) -> NodeProto | None:
+        """The node, or one that yields the same without an input of the model.
+
+        None for a CastLike to a type that is not known.
+        """
+        sizes = self._sizes(scope, node)
+        if sizes is not None and self._is_size(scope, node):
+            value = numpy_helper.from_array(sizes.astype(np.int64))
+            return helper.make_node("Constant", [], node.output, value=value)
+        if not _is(node, "CastLike"):
+            return node
+        like = self.stored((id(scope.owner(node.input[1])), node.input[1]))
+        elem_type = like.data_type if like else self._inferred.types.get(node.input[1])
+        if not elem_type:
+            return None
+        return helper.make_node("Cast", node.input[:1], node.output, to=elem_type)
 
     def replace(self, folded: dict[Value, TensorProto]) -> None:
         """Let these values be initializers, and drop what nothing reads any more."""
@@ -462,8 +591,8 @@ class ConstantValues:
                 _remove_named(body.input, gone)
 
 
-def _is_shape(node: NodeProto) -> bool:
-    return node.op_type == "Shape" and node.domain in STANDARD and len(node.input) == 1
+def _is(node: NodeProto, *operators: str) -> bool:
+    return node.op_type in operators and node.domain in STANDARD
 
 
 def _size(tensor: TensorProto) -> int:

@@ -22,7 +22,10 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 CHAIN = ("Identity", "Transpose", "Cast")  # a weight is followed through these
 
-VIEWS = ("Slice", "Split", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Flatten")
+VIEWS = (
+    *("Slice", "Split", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Flatten"),
+    *("Expand", "Tile", "Pad"),
+)
 
 
 class WeightForm(StrEnum):

@@ -3,11 +3,11 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import TypeVar
 
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from .operands import gather_axes
 from .operators import (
@@ -20,6 +20,7 @@ from .operators import (
     priority,
 )
 from .traversal import STANDARD, attribute, output_names, subgraphs
+from .views import Axes, moved_axes
 
 Value = tuple[int, str]  # the id of the scope that defines it, and its name
 
@@ -28,6 +29,8 @@ Goal = TypeVar("Goal")
 MAX_LOOKS = 100  # at nodes behind another, in search of the operator that reads its weight there
 
 WHOLE = (*CHAIN, "Squeeze", "Unsqueeze", "Gather")  # pass on whole matrices of a stack
+
+MAX_PLACES = 32  # of axes in a constant
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Use:
     elem_type : the operand's type
     direct : whether the node itself is that operator, and not one that slices or reshapes the
         weight, picks entries of a stack, or hands it to a function
+    rows : if the operator is behind views, the stored tensor's axes that number output channels;
+        the first where that is not known
     behind : where the operator reads what comes of the weight, if that is known; its `perm` are
         the last axes of that operand
     whole : of such a place, whether matrices of a stack reach it whole
@@ -70,6 +75,7 @@ class Use:
     perm: tuple[int, ...]
     elem_type: int
     direct: bool = True
+    rows: tuple[int, ...] = (0,)
     behind: "Use | None" = None
     whole: bool = True
 
@@ -95,7 +101,7 @@ class Use:
         """
         reader = self if self.direct else self.behind
         if reader is None or reader.operator is None:
-            return (0,)
+            return self.rows
         rank = len(reader.perm)
         axes = reader.operator.output_axes(reader.node, reader.index, rank)
         outputs = tuple(reader.perm[axis] for axis in axes if axis < rank)
@@ -227,11 +233,14 @@ class GraphIndex:
             elif chained := self._chained(node, perm, elem_type):
                 pending.append((iter(self._edges[id(reader), node.output[0]]), *chained))
             else:
-                use = Use(reader, node, index, None, perm, elem_type)
-                behind = self._behind(use)
-                operator = behind.operator if behind else self._operator(reader, node, index)
-                direct = behind is None and operator_of(node) is not None
-                yield replace(use, operator=operator, direct=direct, behind=behind)
+                use = Use(reader, node, index, self._operator(reader, node, index), perm, elem_type)
+                if use.operator and node.op_type in VIEWS:
+                    rows = self._rows_behind(use.operator, reader, node, index, perm)
+                    yield replace(use, direct=False, rows=rows)
+                elif behind := self._behind(use):
+                    yield replace(use, operator=behind.operator, direct=False, behind=behind)
+                else:
+                    yield replace(use, direct=operator_of(node) is not None)
 
     def _chained(
         self, node: NodeProto, perm: tuple[int, ...], elem_type: int
@@ -322,6 +331,50 @@ class GraphIndex:
         behind = (self._weight_of.get(key, set()) for key in self._passed_on(scope, node, index))
         found = (operator for operator in set().union(*behind) if operator.behind_views)
         return min(found, key=priority, default=None)
+
+    def _rows_behind(
+        self, operator: Operator, scope: Scope, node: NodeProto, index: int, axes: Axes
+    ) -> tuple[int, ...]:
+        """See Use.rows; the operator is behind nodes that move values.
+
+        axes : of the value that is this input
+        """
+        pending, seen = [(scope, node, index, axes)], set[tuple[int, int]]()
+        while pending:
+            scope, node, index, axes = pending.pop()
+            if (id(node), index) in seen:
+                continue
+            seen.add((id(node), index))
+            if operator_of(node) is operator and index in operator.weights:
+                numbering = operator.output_axes(node, index, len(axes))
+                rows = {axes[axis] for axis in numbering if axis < len(axes)} - {None}
+                if rows:
+                    return tuple(sorted(row for row in rows if row is not None))
+            elif index == 0 or node.op_type == "Concat":
+                moved = moved_axes(node, axes, partial(self._integers, scope, node))
+                for name in node.output if moved else ():
+                    for reader in self._edges[id(scope), name]:
+                        pending.append((*reader, moved or ()))
+        return (0,)
+
+    def _integers(self, scope: Scope, node: NodeProto, index: int, name: str) -> list[int] | None:
+        """The integers of an initializer or a Constant that is an input, or of an attribute."""
+        if index < len(node.input):
+            read = node.input[index]
+            tensor = self._vectors.get((id(scope.owner(read)), read))
+            return None if tensor is None else [int(n) for n in numpy_helper.to_array(tensor)]
+        found: list[int] | None = attribute(node, name, None)
+        return found
+
+    @cached_property
+    def _vectors(self) -> dict[Value, TensorProto]:
+        """The constant vectors with few integers, which may be places of axes."""
+        return {
+            (id(scope), name): tensor
+            for scope, name, tensor, _ in self.constants()
+            if tensor.data_type == TensorProto.INT64 and len(tensor.dims) == 1
+            if tensor.dims[0] <= MAX_PLACES and tensor.data_location != TensorProto.EXTERNAL
+        }
 
     def _passed_on(self, scope: Scope, node: NodeProto, index: int) -> list[Value]:
         """The values that hold this input, a part of it, or it in another shape."""

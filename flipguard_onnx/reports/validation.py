@@ -28,7 +28,8 @@ class Drift:
     values : how many values it has for one input
     cosine : x . y / (||x|| ||y||)
     max_abs : max abs(x - y), in the output's unit
-    relative_l2 : ||x - y|| / ||y||; for integers sqrt(1 - share of equal values)
+    relative_l2 : ||x - y|| / ||y||, where y is 0 the root mean square of x; for integers
+        sqrt(1 - share of equal values)
     sqnr_db : -20 log10(relative_l2), in decibels
     top1 : share of equal argmax over the last axis, None where that means nothing; for integers
         the share of equal values

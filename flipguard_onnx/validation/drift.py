@@ -21,6 +21,8 @@ LOGITS = range(2, 1_000_000)  # sizes of a last axis over which argmax is compar
 
 VOCABULARY = 1000  # from this size on, a last axis is taken for logits of a distribution
 
+TINY = float(np.finfo(np.float32).tiny)
+
 Array = npt.NDArray[Any]
 
 
@@ -131,7 +133,8 @@ class _Sums:
                 name, values, equal, float(equal < 1), relative, _decibels(relative), equal
             )
         norms = math.sqrt(self._xx), math.sqrt(self._yy)
-        relative = math.sqrt(self._error) / max(norms[0], float(np.finfo(np.float32).tiny))
+        unit = norms[0] if norms[0] > TINY else math.sqrt(self._size)
+        relative = math.sqrt(self._error) / max(unit, TINY)
         cosine = self._xy / (norms[0] * norms[1]) if all(norms) else float(norms[0] == norms[1])
         top1, kl = map(_mean, (self._top1, self._kl))
         return Drift(name, values, cosine, self._max_abs, relative, _decibels(relative), top1, kl)

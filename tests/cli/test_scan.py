@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.attacked import FOLDER
 from tests.helpers.command import call, one_line
-from tests.helpers.samples import matmul, save
+from tests.helpers.samples import F, matmul, model, node, save
 
 ATTACKED = FOLDER / "mlp-standard-int4.onnx"
 
@@ -68,3 +68,11 @@ def test_reports_are_for_one_model(folder, tmp_path):
     assert not report.exists()
     assert call("scan", folder / "below", "--format", "json", "--report", report).exit_code == 1
     assert report.exists()
+
+
+def test_a_quiet_scan_says_what_it_could_not_judge(tmp_path):
+    path = save(model([node("Relu", "x", "y")], {"x": (F, [2])}, {"y": (F, [2])}), tmp_path)
+    result = call("scan", path, "--quiet")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == f"flipguard-onnx: {path}: there are no weights to judge\n"

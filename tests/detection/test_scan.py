@@ -548,3 +548,39 @@ def test_a_huge_tensor_is_judged_by_a_sample(tmp_path, name):
     assert result.verdict.grids[0] == name
     counted = max(a.weights for a in result.alignments)
     assert TENSOR_SAMPLE[1] * 0.8 < counted < TENSOR_SAMPLE[1] * 1.05
+
+
+def test_a_model_of_which_half_is_read_by_no_operator_is_not_judged(tmp_path):
+    """Here an If chooses one of two matrices when it runs, which fixing an input could decide."""
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node("Identity", [name], [f"{name}.out"])],
+            name,
+            [],
+            [helper.make_tensor_value_info(f"{name}.out", 1, [64, 64])],
+        )
+        for name in ("then", "else")
+    }
+    rng = np.random.default_rng(0)
+    constants = {
+        name: rng.standard_normal((64, 64 * n)).astype(np.float32)
+        for name, n in (("then", 1), ("else", 1), ("w", 2))
+    }
+    proto = model(
+        [
+            helper.make_node("If", ["which"], ["chosen"], **branches),
+            helper.make_node("MatMul", ["x", "chosen"], ["h"]),
+            helper.make_node("MatMul", ["h", "w"], ["y"]),
+        ],
+        {"x": (1, ["n", 64]), "which": (9, [])},
+        {"y": (1, ["n", 128])},
+        constants,
+    )
+    path = save(proto, tmp_path)
+    verdict = flipguard_onnx.scan(path).verdict
+    assert verdict.level == "not judged"
+    assert "50.0% of the weights could not be judged (then, else)" in verdict.reason
+    assert call("scan", path).exit_code == 2
+    del proto.graph.initializer[1]
+    proto.graph.node[0].attribute[1].g.node[0].input[0] = "then"
+    assert flipguard_onnx.scan(save(proto, tmp_path)).verdict.level == "clean"

@@ -242,3 +242,19 @@ def test_patterns_mean_the_names_of_the_source(tmp_path):
     kept = initializers(tmp_path / "out.onnx")["first_W_weight"]
     np.testing.assert_allclose(kept, merged, rtol=1e-5)
     assert drift < 0.02
+
+
+def test_an_operator_with_an_empty_weight(tmp_path):
+    proto = model(
+        [
+            node("MatMul", "x w", "h"),
+            node("MatMul", "h empty", "e"),
+            node("Concat", "h e", "y", axis=1),
+        ],
+        {"x": (F, [4, 24])},
+        {"y": (F, [4, 32])},
+        {"w": weights((24, 32)), "empty": np.zeros((32, 0), np.float32)},
+    )
+    report, drifts = static(proto, tmp_path, {"x": X})
+    assert report.integers.weight_only == {}
+    assert max(drifts) < 0.02

@@ -83,6 +83,89 @@ def mul_by_shape(r, name, w):
     r.node("Mul", [r.add(f"{name}.raw", w), f"{name}.one"], name)
 
 
+def cast_like(r, name, w):
+    """Cast to the type of an input, whose values play no part."""
+    r.node("CastLike", [r.add(f"{name}.raw", w), r.proto.graph.input[0].name], name)
+
+
+def size(r, name, axis):
+    """The size of an input on an axis, as a scalar; the batch's (axis 0) is open."""
+    r.node("Shape", [r.proto.graph.input[0].name], f"{name}.s")
+    return r.node("Gather", [f"{name}.s", r.add(f"{name}.i", np.int64(axis))], f"{name}.n")
+
+
+def where_known_size(r, name, w):
+    """As large as the input is on an axis that is not open, although another one is."""
+    width = r.proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+    r.node("Equal", [size(r, name, 1), r.add(f"{name}.k", np.int64(width))], f"{name}.e")
+    r.node("Where", [f"{name}.e", r.add(f"{name}.raw", w), r.add(f"{name}.other", w / 2)], name)
+
+
+def if_known_size(r, name, w):
+    """A Slice picks the size."""
+    x = r.proto.graph.input[0]
+    r.node("Shape", [x.name], f"{name}.s")
+    places = [r.add(f"{name}.{k}", integers(v)) for k, v in (("b", -1), ("end", 2**40))]
+    r.node("Slice", [f"{name}.s", *places], f"{name}.n")
+    width = integers(x.type.tensor_type.shape.dim[1].dim_value)
+    r.node("Equal", [f"{name}.n", r.add(f"{name}.k", width)], f"{name}.e")
+    constants = {"then": w, "else": w / 2}
+    graphs = {
+        f"{kind}_branch": branch(
+            f"{name}.{kind}",
+            [helper.make_node("Identity", [r.add(f"{name}.{kind}.raw", v)], [f"{name}.{kind}"])],
+        )
+        for kind, v in constants.items()
+    }
+    r.node("If", [f"{name}.e"], name, **graphs)
+
+
+def where_open_size(r, name, w):
+    r.node("Equal", [size(r, name, 0), r.add(f"{name}.k", np.int64(-1))], f"{name}.e")
+    r.node("Where", [f"{name}.e", r.add(f"{name}.other", w / 2), r.add(f"{name}.raw", w)], name)
+
+
+def if_open_size(r, name, w):
+    """The other branch reads an input."""
+    x = r.proto.graph.input[0].name
+    r.node("Greater", [size(r, name, 0), r.add(f"{name}.k", np.int64(-1))], f"{name}.e")
+    kept = helper.make_node("Identity", [r.add(f"{name}.raw", w)], [f"{name}.then"])
+    graphs = {
+        "then_branch": branch(f"{name}.then", [kept]),
+        "else_branch": branch(f"{name}.else", [helper.make_node("Neg", [x], [f"{name}.else"])]),
+    }
+    r.node("If", [f"{name}.e"], name, **graphs)
+
+
+def mul_by_open_size(r, name, w):
+    """Times 1 for every batch."""
+    r.node("Greater", [size(r, name, 0), r.add(f"{name}.k", np.int64(-1))], f"{name}.e")
+    r.node("Cast", [f"{name}.e"], f"{name}.one", to=F)
+    r.node("Mul", [r.add(f"{name}.raw", w), f"{name}.one"], name)
+
+
+def flat_by_open_size(r, name, w):
+    """In a shape that would depend on the batch, if it were negative."""
+    r.node("Min", [size(r, name, 0), r.add(f"{name}.k", np.int64(0))], f"{name}.zero")
+    r.node("Add", [f"{name}.zero", r.add(f"{name}.t", integers(*w.shape))], f"{name}.shape")
+    stored = r.add(f"{name}.raw", w.reshape(-1, 2))
+    r.node("Reshape", [stored, f"{name}.shape"], name)
+
+
+def expanded_by_open_size(r, name, w):
+    r.node("Min", [size(r, name, 0), r.add(f"{name}.k", np.int64(1))], f"{name}.one")
+    r.node("Mul", [f"{name}.one", r.add(f"{name}.t", integers(1, 1))], f"{name}.shape")
+    r.node("Expand", [r.add(f"{name}.raw", w), f"{name}.shape"], name)
+
+
+def sliced_by_open_size(r, name, w):
+    stored = r.add(f"{name}.raw", np.concatenate([w, w], 1).T.copy())
+    r.node("Min", [size(r, name, 0), r.add(f"{name}.k", integers(0))], f"{name}.b")
+    ends = [r.add(f"{name}.end", integers(w.shape[1])), r.add(f"{name}.a", integers(0))]
+    r.node("Slice", [stored, f"{name}.b", *ends], f"{name}.t")
+    r.node("Transpose", [f"{name}.t"], name)
+
+
 def pairs(r, name, w):
     """In rows of two, whose grid fits any weights."""
     stored = r.add(f"{name}.raw", w.reshape(-1, 2))
@@ -435,7 +518,9 @@ def _swapped(r, name, op):
 FORMS = {
     form.__name__: form
     for form in (
-        flat, flat_by_shape, flat_by_input, mul_by_shape, pairs, mul, add, transposes, unsqueezed,
+        flat, flat_by_shape, flat_by_input, mul_by_shape, cast_like, where_known_size,
+        if_known_size, where_open_size, if_open_size, mul_by_open_size, flat_by_open_size,
+        expanded_by_open_size, sliced_by_open_size, pairs, mul, add, transposes, unsqueezed,
         concat, slices, split, where, scatter, gather, constant_if, if_with_input, loop, sequence,
         optional, sparse, sparse_initializer, floats, bits, two_bytes, ones_as_codes, float8,
         double, text, output, output_behind_transpose, overridable, overridable_behind_mul,

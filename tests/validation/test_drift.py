@@ -61,3 +61,11 @@ def test_the_outputs_of_a_decoders_caches_are_one_line():
     assert (line.cosine, line.max_abs) == (0.8, 3.0)
     assert line.relative_l2 == pooled(caches)
     assert pooled([first, line]) == pytest.approx(pooled([logits, *caches]))
+
+
+def test_an_output_that_is_zero_has_no_norm_to_divide_by():
+    zeros, noise = np.zeros((4, 25), np.float32), np.full((4, 25), 6e-5, np.float32)
+    (result,) = drifts(["z"], [[zeros]], [[noise]])
+    assert result.relative_l2 == pytest.approx(6e-5)
+    (result,) = drifts(["z"], [[zeros]], [[zeros]])
+    assert (result.relative_l2, result.cosine) == (0, 1)
