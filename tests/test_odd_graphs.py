@@ -19,6 +19,7 @@ GUARDED = {  # the graph, and the names of all its weights
     odd_graphs.shared_with_a_branch: {"w"},
     odd_graphs.only_functions: None,  # their names depend on whether the functions are expanded
     odd_graphs.scan_twice: {"stack", "w"},
+    odd_graphs.experts: {"a", "b", "c"},
     odd_graphs.lstm_with_everything: {"w", "r"},
     odd_graphs.conv_of_a_reshaped_constant: {"w"},
     odd_graphs.grouped_conv_transpose: {"w"},

@@ -256,6 +256,33 @@ def scan_twice():
     )
 
 
+def experts():
+    """Matrices of two stacks, one of them transposed, that an input picks, and a Loop in turn."""
+    body = loop_body([node("Gather", "c i", "m"), node("MatMul", "h m", "next")], "next")
+    return model(
+        [
+            node("Gather", "a number", "p"),
+            node("Squeeze", "p zero", "q"),
+            node("MatMul", "x q", "h1"),
+            node("Gather", "b number", "r"),
+            node("Reshape", "r shape", "s"),
+            node("Gemm", "h1 s", "h2", transB=1),
+            node("Loop", "times yes h2", "y", body=body),
+        ],
+        {"x": (F, ["n", 40]), "number": (INT64, [1])},
+        {"y": (F, ["n", 32])},
+        {
+            "a": exact((3, 40, 24)),
+            "b": exact((3, 32, 24), axis=1, seed=1),
+            "c": exact((2, 32, 32), seed=2),
+            "zero": integers(0),
+            "shape": integers(32, 24),
+            "times": np.array(2, np.int64),
+            "yes": np.array(True),
+        },
+    )
+
+
 def lstm_with_everything():
     """Both directions, peepholes, lengths of sequences, and a state to start from."""
     lstm = node("LSTM", "x w r b lens h c p", "y last", hidden_size=16, direction="bidirectional")
