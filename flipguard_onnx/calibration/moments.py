@@ -135,9 +135,9 @@ class MomentRecorder:
     def seconds(self) -> float:
         """About how long the statistics and the feedback will take on a machine with two cores."""
         samples = len(self._samples.given) or self._wanted
-        rounds = 0.0
+        rounds, loads = 0.0, 0
         if not self._samples.given:
-            rounds = sampling_rounds(self._source.proto, self._template, self._pieces.whole)
+            rounds, loads = sampling_rounds(self._source.proto, self._template, self._pieces)
         runs = samples * (len(self._passes) / self._pieces.count + rounds)
         work, size = 0.0, 0
         for name, inputs in self._inputs.items():
@@ -149,7 +149,7 @@ class MomentRecorder:
             for inputs, spans in plan.items():
                 rows = min(samples * sum(self._counts[each] for each in inputs), MAX_ROWS)
                 work += inputs[0].groups * sum(len(s) ** 2 * (len(s) / 3 + rows) for s in spans)
-        seconds = runs * self._seconds_per_run + (1 + rounds) * self._pieces.loading
+        seconds = runs * self._seconds_per_run + (1 + loads) * self._pieces.loading
         return seconds + work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
 
     @property
