@@ -398,11 +398,11 @@ def table(costs: Sequence[tuple[str, Cost]]) -> str:
     return markdown(head.split(" | "), rows)
 
 
-def stage_table(costs: Sequence[tuple[str, Cost]]) -> str:
+def stage_table(costs: Sequence[Cost]) -> str:
     """Seconds by the stage of the run, a column per run."""
-    names = dict.fromkeys(name for _, cost in costs for name in cost.stages)
-    rows = [[name, *(f"{cost.stages.get(name, 0):,.1f}" for _, cost in costs)] for name in names]
-    return markdown(["seconds of", *(f"{cost.layers} layers" for _, cost in costs)], rows)
+    names = dict.fromkeys(name for cost in costs for name in cost.stages)
+    rows = [[name, *(f"{cost.stages.get(name, 0):,.1f}" for cost in costs)] for name in names]
+    return markdown(["seconds of", *(f"{cost.layers} layers" for cost in costs)], rows)
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -432,7 +432,8 @@ def main(given: Sequence[str] | None = None) -> int:
     if len(costs) > 1 and all(cost.layers != full.layers for _, cost in costs):
         costs.append(("extrapolated", extrapolated(costs[-2][1], costs[-1][1], full)))
     facts = environment("tools.large_decoder")
-    print(f"{heading(facts)}\n\n{table(costs)}\n\n{stage_table(costs)}")
+    runs = [cost for known, cost in costs if known == "measured"]
+    print(f"{heading(facts)}\n\n{table(costs)}\n\n{stage_table(runs)}")
     if options.json:
         rows = [{"known": known} | asdict(cost) for known, cost in costs]
         options.json.write_text(json.dumps(facts | {"runs": rows}, indent=1) + "\n")
