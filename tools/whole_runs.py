@@ -95,13 +95,13 @@ def family(pid: int) -> list[int]:
     return [pid, *(member for child in children for member in family(int(child)))]
 
 
-def resident(pid: int) -> int:
-    """Bytes in memory now."""
+def resident(pid: int, kind: str = "VmRSS") -> int:
+    """Bytes in memory now; kind: "RssAnon" leaves out the pages of files."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{kind}:"))
 
 
 def cpu_seconds(pid: int) -> float:

@@ -51,7 +51,7 @@ Plan = dict[Inputs, tuple[range, ...]]  # what one pass over the samples records
 class MomentRecorder:
     """Runs the float model and hands out the InputMoments of each weight.
 
-    Moments are summed for as many weights at a time as `max_bytes` allows, in the weights' order.
+    Moments are summed for as many weights at a time as `max_bytes` allows, piece by piece.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class MomentRecorder:
     def seconds(self) -> float:
         """About how long the statistics and the feedback will take on a machine with two cores."""
         samples = len(self._samples.given) or self._wanted
-        rounds = 0.0
+        rounds, loads = 0.0, 0
         if not self._samples.given:
-            rounds = sampling_rounds(self._source.proto, self._template, self._pieces.whole)
+            rounds, loads = sampling_rounds(self._source.proto, self._template, self._pieces)
         runs = samples * (len(self._passes) / self._pieces.count + rounds)
         work, size = 0.0, 0
         for name, inputs in self._inputs.items():
@@ -149,7 +149,7 @@ class MomentRecorder:
             for inputs, spans in plan.items():
                 rows = min(samples * sum(self._counts[each] for each in inputs), MAX_ROWS)
                 work += inputs[0].groups * sum(len(s) ** 2 * (len(s) / 3 + rows) for s in spans)
-        seconds = runs * self._seconds_per_run + (1 + rounds) * self._pieces.loading
+        seconds = runs * self._seconds_per_run + (1 + loads) * self._pieces.loading
         return seconds + work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
 
     @property
@@ -195,6 +195,10 @@ class MomentRecorder:
         self._progress = progress
         self._gathered = self._statistics(self._passes[0])
 
+    def piece_of(self, name: str) -> int:
+        """The number of the piece of the model after which the inputs of a weight are known."""
+        return self._pieces.number_of(_names(self._inputs[name]))
+
     def of(self, weight: Weight) -> InputMoments | str:
         """The inputs of a weight, or the reason why there are none."""
         inputs = self._inputs[weight.name]
@@ -210,14 +214,15 @@ class MomentRecorder:
         return moments if finite and np.isfinite(moments.fresh).all() else "its inputs overflow"
 
     def _plan(self) -> Iterator[Plan]:
-        """The inputs whose matrices fit into memory together, in the order of the weights.
+        """The inputs whose matrices fit into memory together, in the order of the pieces.
 
         All are known after the same piece.
         """
         plan: Plan = {}
         seen: set[Inputs] = set()
         used, piece = 0, -1
-        for name, inputs in self._inputs.items():
+        for name in sorted(self._inputs, key=self.piece_of):
+            inputs = self._inputs[name]
             if not inputs or inputs in seen:
                 continue
             seen.add(inputs)
@@ -329,6 +334,10 @@ class Moments:
     def of(self, weight: Weight) -> InputMoments | str | None:
         """The moments of a weight's inputs, or why there are none; None where feedback is off."""
         return self._recorder.of(weight) if self._recorder else None
+
+    def order(self, weight: Weight) -> int:
+        """Drawn in this order, the weights of a model in pieces take one run of it."""
+        return self._recorder.piece_of(weight.name) if self._recorder else 0
 
 
 def record(

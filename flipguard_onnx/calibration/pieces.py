@@ -8,11 +8,12 @@ every piece is loaded once per pass. A model that fits into memory is a single p
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import numpy.typing as npt
@@ -106,6 +107,21 @@ class Pieces:
         """As `Stream.run`, once."""
         return self.stream(feeds).run(names)
 
+    def texts(self, caches: Mapping[str, str], logits: str) -> "Texts | None":
+        """Texts to run a decoder on, token by token; None if it does not take its caches back.
+
+        Parameters
+        ----------
+        caches : for each output that is a cache, the input that takes it with the next token
+        logits : the output that will be asked for
+        """
+        read = {name for piece in self._pieces for name in piece.reads}
+        if self.number_of(caches) > self.number_of([logits]) or not read.issuperset(
+            caches.values()
+        ):
+            return None
+        return Texts(self, caches, self._folder)
+
     def piece(self, number: int) -> Piece:
         """One of the pieces, from 0."""
         return self._pieces[number]
@@ -173,13 +189,26 @@ class Stream:
 
     Each piece keeps what it passes on until the one after the next begins; asking for values of
     earlier pieces starts again from the feeds.
+
+    caches: by the names of outputs, those of the inputs that take them later; before: those of the
+    feeds; after: what the outputs were, by number of the feed and name of the input.
     """
 
-    def __init__(self, pieces: Pieces, feeds: Sequence[Feed], folder: Path) -> None:
+    def __init__(
+        self,
+        pieces: Pieces,
+        feeds: Sequence[Feed],
+        folder: Path,
+        caches: Mapping[str, str] = MappingProxyType({}),
+        before: "_Passed | None" = None,
+    ) -> None:
         self._pieces = pieces
         self._feeds = feeds
         self._folder = folder
         self._passed: dict[int, _Passed] = {}  # by the piece that reads it
+        self._caches = caches
+        self._before = before
+        self.after = _Passed(folder)
 
     def __len__(self) -> int:
         return len(self._feeds)
@@ -204,13 +233,17 @@ class Stream:
 
     def _pass(self, number: int, names: Sequence[str]) -> Iterator[dict[str, Array]]:
         """Run one piece on all feeds, and keep what it passes on unless that is there already."""
+        piece = self._pieces.piece(number)
         keeps = number + 1 < self._pieces.count and number + 1 not in self._passed
-        passes_on = self._pieces.piece(number).passes_on if keeps else ()
+        passes_on = piece.passes_on if keeps else ()
+        cached = [name for name in piece.returns if name in self._caches]
         passed = self._passed.get(number)
         kept = _Passed(self._folder) if keeps else None
         for i, feed in enumerate(self._feeds):
-            given = feed | passed.load(i) if passed else feed
-            values = self._pieces.run(number, given, [*names, *passes_on])
+            given = self._cached(i, piece, feed | passed.load(i) if passed else feed)
+            values = self._pieces.run(number, given, [*names, *passes_on, *cached])
+            for name in cached:
+                self.after.store((i, self._caches[name]), {self._caches[name]: values[name]})
             if kept:
                 kept.store(i, {name: values[name] for name in passes_on})
             yield {name: values[name] for name in names}
@@ -218,20 +251,54 @@ class Stream:
             self._passed = {n: p for n, p in self._passed.items() if n >= number}
             self._passed[number + 1] = kept
 
+    def _cached(self, number: int, piece: Piece, given: Feed) -> Feed:
+        """What is given to feed `number`, with those of its caches that the piece reads."""
+        if self._before is None:
+            return given
+        names = set(piece.reads).intersection(self._caches.values())
+        return given | {name: self._before.load((number, name))[name] for name in names}
+
+
+class Texts:
+    """Texts of a decoder in pieces, on each of which it goes on from where it stopped.
+
+    whole: it is in memory, never
+    """
+
+    whole = False
+
+    def __init__(self, pieces: Pieces, caches: Mapping[str, str], folder: Path) -> None:
+        self._pieces = pieces
+        self._caches = caches
+        self._folder = folder
+        self._before: _Passed | None = None
+
+    def run_all(self, names: Sequence[str], feeds: Sequence[Feed]) -> Iterator[dict[str, Array]]:
+        """As `Pieces.run_all`, for the next tokens of the same texts.
+
+        The caches in the feeds are taken as they are the first time only; later only their shapes
+        count.
+        """
+        stream = Stream(self._pieces, feeds, self._folder, self._caches, self._before)
+        yield from stream.run(names)
+        self._before = stream.after
+
 
 class _Passed:
-    """What passes from one piece to the next, in a folder that goes with it."""
+    """What passes from one run to a later one, in a folder that goes with it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = TemporaryDirectory(dir=folder)
+        self._files: dict[Hashable, Path] = {}
 
-    def store(self, number: int, values: dict[str, Array]) -> None:
+    def store(self, key: Hashable, values: dict[str, Array]) -> None:
         """Keep the values for a feed."""
-        kept.store(Path(self._folder.name) / str(number), values)
+        file = self._files.setdefault(key, Path(self._folder.name) / str(len(self._files)))
+        kept.store(file, values)
 
-    def load(self, number: int) -> dict[str, Array]:
+    def load(self, key: Hashable) -> dict[str, Array]:
         """What was stored for a feed."""
-        values = kept.load(Path(self._folder.name) / str(number))
+        values = kept.load(self._files[key])
         assert values is not None
         return values
 

@@ -21,7 +21,8 @@ from onnx import ModelProto, NodeProto
 from ..errors import RunError
 from ..io.model import Model
 from ..progress import Progress, meter, silent
-from .inputs import BATCH, Feed, Input, node_readers, signature, values
+from .inputs import BATCH, LOGITS, Feed, Input, node_readers, signature, values
+from .pieces import Pieces, Texts
 from .text_model import STATES, TextModel
 
 TEXT = 16  # tokens at most of a text that grows without caches: each takes a run on all before it
@@ -97,6 +98,9 @@ def synthetic_feeds(
         advance(1)
     if not (text and runner):
         return feeds
+    if texts := _texts(text, runner):
+        with suppress(RunError):  # if it does not go on from its caches
+            return _going_on(text, texts, feeds, batch, rng, progress)
     if isinstance(text.ids.dims[1], str):
         with suppress(RunError):  # if it does not take texts of every length
             return _growing(text, runner, feeds, rng, progress)
@@ -245,20 +249,35 @@ def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
         name = node.output[0]
 
 
-def sampling_rounds(proto: ModelProto, template: Feed, whole: bool) -> float:
-    """As long as how many runs drawing the token ids of a sample takes; 0 if it is no decoder.
+def sampling_rounds(proto: ModelProto, template: Feed, runner: Runner) -> tuple[float, int]:
+    """What drawing the token ids of decoders takes; 0 for other models.
 
-    whole: as `Runner` has it.
+    Returns
+    -------
+    As long as how many runs it takes for each sample, and how often a model in pieces is loaded.
     """
     text = _decoder(proto, template)
     if text is None:
-        return 0
+        return 0, 0
     length = int(template[text.ids.name].shape[1])
-    if text.goes_on and whole:
-        return ONE_BY_ONE
+    if text.goes_on and runner.whole:
+        return ONE_BY_ONE, 0
+    size = _text_length(length)
+    loads = 0 if runner.whole else size - 1
+    if _texts(text, runner):
+        return 1, loads
     if isinstance(text.ids.dims[1], str):
-        return _text_length(length) / 2
-    return min(SAMPLING_ROUNDS, length)
+        return size / 2, loads
+    rounds = min(SAMPLING_ROUNDS, length)
+    return rounds, 0 if runner.whole else rounds
+
+
+def _texts(text: TextModel, runner: Runner) -> Texts | None:
+    """Texts for a decoder in pieces that goes on from its caches."""
+    if not (isinstance(runner, Pieces) and text.goes_on and text.logits) or runner.whole:
+        return None
+    names = (cache.name for cache in text.past)
+    return runner.texts(dict(zip(text.present, names, strict=True)), text.logits)
 
 
 def _one_by_one(
@@ -336,6 +355,45 @@ def _growing(
     parts = len(texts) // len(feeds)
     joined = (np.concatenate(texts[i : i + parts], 1) for i in range(0, len(texts), parts))
     return [feed | {name: tokens} for feed, tokens in zip(feeds, joined, strict=True)]
+
+
+def _going_on(
+    text: TextModel,
+    runner: Texts,
+    feeds: Sequence[Feed],
+    batch: int,
+    rng: np.random.Generator,
+    progress: Progress,
+) -> list[Feed]:
+    """As `_growing`, but each token is run once, with the caches of those before it.
+
+    As many texts as CACHES and LOGITS allow are drawn together if the model takes more than one.
+    Raises RunError when the model does not go on from what it returned.
+    """
+    name, vocabulary = text.ids.name, text.ids.table_rows
+    assert vocabulary
+    rows, length = feeds[0][name].shape
+    size = _text_length(length)
+    parts = -(-length // size)
+    together = min(CACHES // (text.cache_bytes * size), LOGITS // vocabulary) // rows
+    count = len(feeds) * parts
+    groups = -(-count // max(together, 1)) if batch > 1 else count
+    shapes = [(len(group) * rows, size) for group in np.array_split(np.arange(count), groups)]
+    texts = [rng.integers(0, vocabulary, shape).astype(text.ids.dtype) for shape in shapes]
+    chances = [rng.random((*shape, 1), dtype=np.float32) for shape in shapes]
+    advance = meter(progress, "sampling token ids", groups * (size - 1))
+    for place in range(size - 1):
+        begun = [
+            text.filled(text.past_of(len(t), place) | {name: t[:, place : place + 1]})
+            for t in texts
+        ]
+        for tokens, chance, logits in zip(
+            texts, chances, _all_logits(text, runner, begun), strict=True
+        ):
+            tokens[:, place + 1] = _drawn(logits[:, 0], chance[:, place + 1])
+            advance(1)
+    joined = np.concatenate(texts).reshape(-1, parts * size)[:, :length]
+    return [text.filled({name: part}) for part in np.split(joined, len(feeds))]
 
 
 def _in_rounds(

@@ -135,6 +135,16 @@ class TextModel:
                 feed[wanted.name] = values.astype(wanted.dtype, copy=False)
         return feed
 
+    def past_of(self, batch: int, length: int) -> Feed:
+        """Zeros in place of the caches of so many tokens; they take no memory."""
+        shapes = {
+            cache: [
+                n if isinstance(n, int) else batch if n == BATCH else length for n in cache.dims
+            ]
+            for cache in self.past
+        }
+        return {c.name: np.broadcast_to(c.dtype.type(0), dims) for c, dims in shapes.items()}
+
     def require_known(self, feeds: Iterable[Feed], path: Path) -> None:
         """Raise ModelError, naming the file, for token ids beyond the vocabulary."""
         rows = self.ids.table_rows

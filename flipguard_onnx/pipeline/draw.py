@@ -130,7 +130,11 @@ def quantize(
         collapsing=collapses(scan) if scan else frozenset(),
     )
     advance = meter(run.progress, "guarding", prepared.nbytes)
-    found = [quantizer.quantize(plan, writers.values(), advance) for plan in prepared.weights]
+    drawn = {
+        plan.weight.name: quantizer.quantize(plan, writers.values(), advance)
+        for plan in sorted(prepared.weights, key=lambda plan: moments.order(plan.weight))
+    }
+    found = [drawn[plan.weight.name] for plan in prepared.weights]
     tensors = [tensor for tensor in found if tensor.scheme != FLOAT]
     kept = tuple(
         Skipped(tensor.name, tensor.shape, SkipReason.COLLAPSES, tensor.fallback or "")

@@ -194,8 +194,11 @@ def _draw(
     if not inputs:
         return nearest, codes, NO_PRODUCTS
     fed = draw_with_feedback(drawn, grid, inputs, random, kernels)
-    weights = values.astype(np.float32)
-    before, after = (inputs.products(weights - grid.decode(c)) for c in (codes, fed))
+    weights = values.astype(np.float32, copy=False)
+    before, after = (
+        inputs.products(np.subtract(weights, decoded, out=decoded))
+        for decoded in map(grid.decode, (codes, fed))
+    )
     gain = after.power / max(before.power, TINY)
     helps = gain < 1
     error = inputs.products(weights).error(after if helps else before)

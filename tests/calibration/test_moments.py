@@ -1,6 +1,7 @@
 """What weights are multiplied with: recorded from the float model, on made-up inputs or given."""
 
 import hashlib
+import math
 import os
 import re
 import subprocess
@@ -371,6 +372,28 @@ def test_a_model_larger_than_the_memory_runs_in_pieces_with_the_same_moments(tmp
         for span, hessian in zip(b.spans, b.hessians, strict=True):
             columns = slice(span.start, span.stop)
             np.testing.assert_array_equal(a.hessians[0][:, columns, columns], hessian)
+
+
+def test_a_model_in_pieces_runs_once_whatever_the_order_of_its_initializers(tmp_path):
+    """Its weights are drawn in the order in which their inputs are known."""
+    shapes = {"c": (500, 310), "b": (400, 500), "a": (300, 400)}
+    proto = model(
+        [node("MatMul", "x a", "h"), node("MatMul", "h b", "k"), node("MatMul", "k c", "y")],
+        {"x": (F, ["n", 300])},
+        {"y": (F, ["n", 310])},
+        {name: weights(shape, 1) for name, shape in shapes.items()},
+    )
+    said = []
+
+    def progress(stage, done, total):
+        if stage == "guarding":
+            said.append(done)
+
+    report = guard(tmp_path, proto, max_memory=1, progress=progress)
+    assert [tensor.name for tensor in report.tensors] == ["c", "b", "a"]
+    assert report.preserve == "synthetic"
+    sizes = [4 * math.prod(shapes[name]) for name in "bac"]  # k comes last
+    assert np.diff(said).tolist() == sizes
 
 
 def test_the_estimate_is_shown_before_the_feedback_starts(tmp_path):

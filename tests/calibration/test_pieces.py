@@ -6,7 +6,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from flipguard_onnx.calibration.pieces import SHARE, Pieces
+from flipguard_onnx.calibration.text_model import TextModel
 from flipguard_onnx.io.model import open_model
+from tests.helpers.decoders import VOCABULARY, decoder
 from tests.helpers.samples import model, node, save, weights
 
 F = TensorProto.FLOAT
@@ -89,3 +91,32 @@ def test_a_piece_has_what_fits_or_a_single_node(source, tmp_path, limit, largest
     sizes = [pieces.piece(i).size for i in range(1, pieces.count)]  # the first has an output, too
     assert max(sizes) <= largest
     assert sum(sizes) >= 6 * MATRIX
+
+
+CACHES = {f"present.0.{kind}": f"past_key_values.0.{kind}" for kind in ("key", "value")}
+
+
+def test_texts_go_on_with_the_caches_of_the_tokens_before(tmp_path):
+    source = open_model(save(decoder(), tmp_path))
+    pieces = Pieces(source, [], tmp_path / "pieces", 1)
+    assert pieces.count > 1
+    session = onnxruntime.InferenceSession(source.path, providers=["CPUExecutionProvider"])
+    text = TextModel.of(source.proto)
+    ids = [np.random.default_rng(0).integers(0, VOCABULARY, (rows, 9)) for rows in (3, 1)]
+    expected = [session.run(["logits"], text.filled({"input_ids": i}))[0] for i in ids]
+    texts = pieces.texts(CACHES, "logits")
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        begun = [
+            text.filled(text.past_of(len(i), start) | {"input_ids": i[:, start:stop]}) for i in ids
+        ]
+        for values, whole in zip(texts.run_all(["logits"], begun), expected, strict=True):
+            np.testing.assert_allclose(values["logits"], whole[:, start:stop], atol=1e-5)
+
+
+def test_without_caches_that_come_back_there_are_no_texts(tmp_path):
+    """They are not read, or made only after the logits."""
+    source = open_model(save(decoder(), tmp_path))
+    pieces = Pieces(source, [], tmp_path / "pieces", 1)
+    assert pieces.texts({"present.0.key": "input_ids"}, "logits")
+    assert pieces.texts({"present.0.key": "unread"}, "logits") is None
+    assert pieces.texts({"logits": "past_key_values.0.key"}, "present.0.key") is None

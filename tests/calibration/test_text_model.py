@@ -5,6 +5,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import flipguard_onnx
+from flipguard_onnx.calibration.branches import at_the_start
 from flipguard_onnx.calibration.pieces import Pieces
 from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.calibration.synthetic import (
@@ -60,7 +61,7 @@ def test_sampled_tokens_are_what_the_model_says_of_the_whole_text(tmp_path, form
     samples = samples_of(tmp_path, decoder(sharpness=3000.0, **FORMS[form]))
     feeds = sampled(samples, 6, batch=3)
     assert [feed["input_ids"].shape for feed in feeds] == [(3, 64)] * 2
-    assert sampling_rounds(samples.source.proto, feeds[0], whole=True) == 2
+    assert sampling_rounds(samples.source.proto, feeds[0], samples.session) == (2, 0)
     for feed in feeds:
         (logits,) = samples.session.run(["logits"], feed)
         top = np.sort(logits[:, :-1], axis=-1)
@@ -112,17 +113,26 @@ def assert_said(samples, feeds, size):
             assert (part[:, 1:] == logits[:, :-1].argmax(axis=-1))[sure].all()
 
 
-def test_a_decoder_in_pieces_draws_short_texts_from_empty_caches(tmp_path):
-    samples = samples_of(tmp_path, decoder(sharpness=3000.0))
-    pieces = Pieces(samples.source, [], tmp_path / "pieces", 1)
+@pytest.mark.parametrize(
+    ("form", "goes_on"), [({}, True), ({"merged": True}, False), ({"cache": False}, False)]
+)
+@pytest.mark.parametrize(("length", "size"), [(64, TEXT), (33, 11), (17, 9)])
+def test_a_decoder_in_pieces_draws_short_texts_from_empty_caches(
+    tmp_path, form, goes_on, length, size
+):
+    samples = samples_of(tmp_path, decoder(sharpness=3000.0, **form))
+    started, _ = at_the_start(samples.source, [])
+    pieces = Pieces(started, [], tmp_path / "pieces", 1)
     assert not pieces.whole
-    template = samples.accepted[0]
+    template = {n: a[:, :length] if a.ndim == 2 else a for n, a in samples.accepted[0].items()}
     feeds = synthetic_feeds(samples.source, pieces, template, 6, batch=3, seed=0)
-    assert sampling_rounds(samples.source.proto, feeds[0], whole=False) == TEXT / 2
+    rounds = sampling_rounds(samples.source.proto, template, pieces)
+    assert rounds == (1 if goes_on else size / 2, size - 1)
     for feed in feeds:
-        assert feed["input_ids"].shape == (3, 64)
-        assert feed[CACHES[0]].size == 0
-    assert_said(samples, feeds, TEXT)
+        assert feed["input_ids"].shape == (3, length)
+        assert not any(feed[name].size for name in CACHES if name in feed)
+    assert_said(samples, feeds, size)
+    assert len({tuple(row) for feed in feeds for row in feed["input_ids"]}) == 6
 
 
 @pytest.mark.parametrize(("length", "size"), [(5, 5), (33, 11), (64, 16), (70, 14)])
@@ -158,7 +168,8 @@ def test_texts_of_a_fixed_length_are_drawn_in_rounds(tmp_path):
     """In the first SAMPLING_ROUNDS places the tokens are exact."""
     samples = samples_of(tmp_path, decoder(cache=False, sharpness=3000.0, length=40))
     feeds = sampled(samples, 6, batch=3)
-    assert sampling_rounds(samples.source.proto, feeds[0], whole=True) == SAMPLING_ROUNDS
+    rounds = sampling_rounds(samples.source.proto, feeds[0], samples.session)
+    assert rounds == (SAMPLING_ROUNDS, 0)
     for feed in feeds:
         (logits,) = samples.session.run(["logits"], feed)
         said = logits[:, :SAMPLING_ROUNDS].argmax(-1)
