@@ -20,7 +20,8 @@ REFUSED = {  # on loading
 }
 
 UNJUDGED = {  # weights that stay where they are
-    *("if_with_input", "where_open_size", "if_open_size", "mul_by_open_size")
+    *("if_with_input", "where_open_size", "if_open_size", "mul_by_open_size"),
+    *("convolved_by_open_size", "multiplied_by_open_size"),
 }
 
 BLURRED = {"float8"}  # weights on a lattice of their own, which leaves less to see
@@ -33,6 +34,8 @@ UNGUARDED = {
     "if_open_size": OPEN_SIZE,
     "mul_by_open_size": OPEN_SIZE,
     "flat_by_open_size": OPEN_SIZE,
+    "convolved_by_open_size": OPEN_SIZE,
+    "multiplied_by_open_size": OPEN_SIZE,
 }
 
 

@@ -370,3 +370,50 @@ def test_what_only_calculates_with_sizes_is_no_weight(tmp_path):
     opened = folded(proto, tmp_path)
     assert not opened.unfolded
     assert list(names(opened)) == ["w"]
+
+
+def test_learned_queries_are_activations(tmp_path):
+    """Expanded to the batch, times a slice of packed weights, plus one of packed biases."""
+    proto = model(
+        [
+            node("Shape", "x", "batch", end=1),
+            node("Concat", "batch rest", "shape", axis=0),
+            node("Expand", "queries shape", "expanded"),
+            node("Slice", "packed zero width zero", "w_q"),
+            node("Transpose", "w_q", "w_qt"),
+            node("MatMul", "expanded w_qt", "product"),
+            node("Split", "biases", "b_q b_k b_v", num_outputs=3),
+            node("Add", "product b_q", "q"),
+            node("Transpose", "x", "k", perm=[0, 2, 1]),
+            node("MatMul", "q k", "y"),
+        ],
+        {"x": (F, ["n", "length", 64])},
+        {"y": (F, ["n", 16, "length"])},
+        {
+            "queries": weights((1, 16, 64)),
+            "packed": weights((192, 64), 1),
+            "biases": weights(192, 2),
+            "rest": np.array([16, 64], np.int64),
+            "zero": np.array([0], np.int64),
+            "width": np.array([64], np.int64),
+        },
+        opset=18,
+    )
+    opened = folded(proto, tmp_path)
+    assert not opened.unfolded
+    assert "packed" in names(opened)
+
+
+def test_a_sliced_table_that_gather_reads(tmp_path):
+    proto = model(
+        [node("Slice", "table zero half", "part"), node("Gather", "part i", "y")],
+        {"i": (INT64, ["n"])},
+        {"y": (F, ["n", 32])},
+        {
+            "table": weights((64, 32)),
+            "zero": np.array([0], np.int64),
+            "half": np.array([32], np.int64),
+        },
+    )
+    report = flipguard_onnx.guard(save(proto, tmp_path), output=tmp_path / "out.onnx")
+    assert report.coverage == 1

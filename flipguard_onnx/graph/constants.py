@@ -457,20 +457,20 @@ class ConstantValues:
         operator = operator_of(node)
         for index in operator.weights if operator and operator.behind_views else ():
             if index < len(node.input):
-                source = self._origin(value, node.input[index])
-                tensor = self.stored(source)
-                shape = tensor.dims if tensor else self._inferred.shapes.get(source[1], ())
-                sizes = [size or 0 for size in shape if source in known]
-                if len(sizes) > 1 and prod(sizes) >= SMALLEST:
-                    return True
+                read = self._resolved(value, node.input[index])
+                tensor = self.stored(self._origin(read))
+                inferred = self._inferred.shapes.get(read[1], ()) if read in known else ()
+                for shape in (tensor.dims if tensor else (), inferred):
+                    if len(shape) > 1 and prod(size or 0 for size in shape) >= SMALLEST:
+                        return True
         return False
 
-    def _origin(self, value: Value, name: str) -> Value:
-        """What an input of a value's maker is before Identity, Transpose and Cast."""
-        source = self._resolved(value, name)
-        while (maker := self._makers.get(source)) and _is(maker, *CHAIN):
-            source = self._resolved(source, maker.input[0])
-        return source
+    def _origin(self, value: Value) -> Value:
+        """What a value was before operators that move values of one tensor."""
+        apart = {"Concat", "Gather"}
+        while (maker := self._makers.get(value)) and _is(maker, *({*MOVES} - apart)):
+            value = self._resolved(value, maker.input[0])
+        return value
 
     def unreachable(self) -> list[Unfolded]:
         """Constants that are weights once an If with a constant condition is gone."""

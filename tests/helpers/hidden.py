@@ -144,6 +144,27 @@ def mul_by_open_size(r, name, w):
     r.node("Mul", [r.add(f"{name}.raw", w), f"{name}.one"], name)
 
 
+def convolved_by_open_size(r, name, w):
+    """With a kernel of one 1; the first axis is 1, as the smaller of the batch and 1."""
+    r.node("Min", [size(r, name, 0), r.add(f"{name}.k", integers(1))], f"{name}.first")
+    rest = r.add(f"{name}.rest", integers(1, *w.shape))
+    r.node("Concat", [f"{name}.first", rest], f"{name}.shape", axis=0)
+    r.node("Expand", [r.add(f"{name}.raw", w), f"{name}.shape"], f"{name}.image")
+    kernel = r.add(f"{name}.kernel", np.ones((1, 1, 1, 1), np.float32))
+    r.node("Conv", [f"{name}.image", kernel], f"{name}.same")
+    r.node("Squeeze", [f"{name}.same", r.add(f"{name}.axes", integers(0, 1))], name)
+
+
+def multiplied_by_open_size(r, name, w):
+    """By the unit matrix, which depends on the batch as well."""
+    r.node("Greater", [size(r, name, 0), r.add(f"{name}.k", np.int64(-1))], f"{name}.e")
+    r.node("Cast", [f"{name}.e"], f"{name}.one", to=F)
+    r.node("Mul", [r.add(f"{name}.raw", w), f"{name}.one"], f"{name}.left")
+    unit = r.add(f"{name}.unit", np.eye(w.shape[1], dtype=np.float32))
+    r.node("Mul", [unit, f"{name}.one"], f"{name}.right")
+    r.node("MatMul", [f"{name}.left", f"{name}.right"], name)
+
+
 def flat_by_open_size(r, name, w):
     """In a shape that would depend on the batch, if it were negative."""
     r.node("Min", [size(r, name, 0), r.add(f"{name}.k", np.int64(0))], f"{name}.zero")
@@ -519,7 +540,8 @@ FORMS = {
     form.__name__: form
     for form in (
         flat, flat_by_shape, flat_by_input, mul_by_shape, cast_like, where_known_size,
-        if_known_size, where_open_size, if_open_size, mul_by_open_size, flat_by_open_size,
+        if_known_size, where_open_size, if_open_size, mul_by_open_size,
+        convolved_by_open_size, multiplied_by_open_size, flat_by_open_size,
         expanded_by_open_size, sliced_by_open_size, pairs, mul, add, transposes, unsqueezed,
         concat, slices, split, where, scatter, gather, constant_if, if_with_input, loop, sequence,
         optional, sparse, sparse_initializer, floats, bits, two_bytes, ones_as_codes, float8,
