@@ -41,7 +41,7 @@ from dataclasses import asdict, astuple, dataclass
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from shutil import rmtree
+from shutil import copytree, rmtree
 
 import numpy as np
 import onnxruntime
@@ -207,9 +207,13 @@ def export_optimum(folder: Path, target: Path) -> None:
     """optimum's exporter, which needs an older transformers than the others."""
     with tempfile.TemporaryDirectory() as temporary:
         venv.create(temporary, with_pip=True)
-        programs = Path(temporary) / "bin"
+        programs, source = Path(temporary) / "bin", Path(temporary) / "hf"
         subprocess.run([programs / "python", "-m", "pip", "install", "-q", *OPTIMUM], check=True)
-        export = [programs / "optimum-cli", "export", "onnx", "-m", folder / "hf"]
+        copytree(folder / "hf", source)
+        config = json.loads((source / "config.json").read_text())
+        config |= config.get("rope_parameters", {})  # where that transformers looks for rope_theta
+        (source / "config.json").write_text(json.dumps(config))
+        export = [programs / "optimum-cli", "export", "onnx", "-m", source]
         subprocess.run([*export, "--task", "text-generation-with-past", target], check=True)
 
 

@@ -12,11 +12,14 @@ import numpy.typing as npt
 from .. import runtime
 from ..errors import LoadError, OptionError, RunError, UnsupportedModelError, ValidationError
 from ..io.model import Model
-from .inputs import NONE_FIT, Feed, cut_up, load_feeds, made_up_feeds, signature
+from .inputs import BATCH, NONE_FIT, Feed, cut_up, load_feeds, made_up_feeds, signature
+from .synthetic import decoder, synthetic_feeds
 from .text_files import is_text, text_feeds
 from .text_model import TextModel
 
 Array = npt.NDArray[Any]
+
+SEED = 1  # of texts; error feedback sees others
 
 OUTPUTS = 512 << 20  # bytes that are kept at most, unless a single sample has more
 
@@ -58,6 +61,7 @@ class Samples:
         self.data = data
         self.without = without
         self._takes_data = takes_data
+        self._wrote = False
         self._failure: ValidationError | UnsupportedModelError | None = None
 
     @cached_property
@@ -100,7 +104,10 @@ class Samples:
     @property
     def description(self) -> str:
         """Where they come from, for a report."""
-        return str(self.data) if self.data else "made up from the graph's signature"
+        made_up = (
+            "texts that the model wrote" if self._wrote else "made up from the graph's signature"
+        )
+        return str(self.data) if self.data else made_up
 
     def require(self) -> Found:
         """The samples and what the original makes of them.
@@ -155,9 +162,30 @@ class Samples:
         for feeds in self.candidates():
             found = self._run(feeds)
             if found.feeds and not found.problem:
-                return found
+                return self._text(found) or found
             best = best if best.feeds else found
         return best
+
+    def _text(self, found: Found) -> Found | None:
+        """As many samples of text that a decoder itself writes; None of another model.
+
+        On tokens drawn at random it is as far from what it knows as its users never are.
+        """
+        text = decoder(self.source.proto, found.feeds[0])
+        if text is None:
+            return None
+        count, name = len(found.feeds), text.ids.name
+        texts = synthetic_feeds(self.source, self.session, found.feeds[0], count, count, SEED)
+        split = [i.name for i in signature(self.source.proto) if i.dims[:1] == (BATCH,)]
+        written = self._run(
+            [
+                {n: v[row : row + 1] if n in split else v for n, v in feed.items()}
+                for feed in texts
+                for row in range(len(feed[name]) if name in split else 1)
+            ]
+        )
+        self._wrote = not written.problem
+        return written if self._wrote else None
 
     def candidates(self) -> Iterator[list[Feed]]:
         """Made-up feeds that the model may accept; first those with empty caches, if it has any."""

@@ -85,7 +85,7 @@ def synthetic_feeds(
     if not any(BATCH in wanted.dims for wanted in inputs):
         batch = 1
     count = -(-samples // batch)
-    text = _decoder(source.proto, template)
+    text = decoder(source.proto, template)
     if text and runner and runner.whole and text.goes_on:
         with suppress(RunError):  # if it does not go on from its caches
             return _one_by_one(text, runner, template, count, batch, rng, progress)
@@ -109,7 +109,7 @@ def synthetic_feeds(
     return feeds
 
 
-def _decoder(proto: ModelProto, template: Feed) -> TextModel | None:
+def decoder(proto: ModelProto, template: Feed) -> TextModel | None:
     """The model of text if token ids can be drawn from it, beginning as the template does."""
     text = TextModel.of(proto)
     if text is None or not (text.logits and text.ids.table_rows):
@@ -256,7 +256,7 @@ def sampling_rounds(proto: ModelProto, template: Feed, runner: Runner) -> tuple[
     -------
     As long as how many runs it takes for each sample, and how often a model in pieces is loaded.
     """
-    text = _decoder(proto, template)
+    text = decoder(proto, template)
     if text is None:
         return 0, 0
     length = int(template[text.ids.name].shape[1])

@@ -7,6 +7,7 @@ from flipguard_onnx import OptionError, guard
 from flipguard_onnx.calibration.samples import Samples, finite
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.runtime import Session
+from tests.helpers.decoders import VOCABULARY, decoder
 from tests.helpers.samples import F, matmul, model, node, save, weights
 
 
@@ -28,6 +29,21 @@ def test_outputs_are_those_of_the_original(tmp_path):
         np.testing.assert_allclose(y, feed["x"] @ weights((70, 33)), rtol=1e-4, atol=1e-5)
     assert samples.accepted is found.feeds
     assert samples.description == "made up from the graph's signature"
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_those_of_a_decoder_are_texts_that_it_writes(tmp_path, cache):
+    samples = Samples(open_model(save(decoder(cache, sharpness=3.0), tmp_path)), None)
+    found = samples.require()
+    assert samples.description == "texts that the model wrote"
+    tokens = np.concatenate([feed["input_ids"] for feed in found.feeds])
+    logits = np.concatenate([outputs[found.names.index("logits")] for outputs in found.outputs])
+    assert len(tokens) == 8
+    chances = np.exp(logits - np.logaddexp.reduce(logits, -1, keepdims=True))
+    chosen = np.take_along_axis(chances[:, :-1], tokens[:, 1:, None], -1)
+    assert chosen.mean() > 10 / VOCABULARY
+    others = np.random.default_rng(0).integers(0, VOCABULARY, tokens[:, 1:, None].shape)
+    assert np.take_along_axis(chances[:, :-1], others, -1).mean() < 2 / VOCABULARY
 
 
 def test_given_samples_are_taken_as_they_are(tmp_path):

@@ -39,7 +39,7 @@ def test_made_up_inputs_start_a_text(tmp_path, form):
     assert len(feeds) == 8
     for feed in feeds:
         assert feed["input_ids"].shape == (1, 64)
-        assert VOCABULARY // 2 < feed["input_ids"].max() < VOCABULARY
+        assert feed["input_ids"].max() < VOCABULARY
         assert np.array_equal(feed["attention_mask"], np.ones((1, 64)))
         assert np.array_equal(feed["position_ids"], np.arange(64)[None])
         for name in CACHES:
