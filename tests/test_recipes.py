@@ -87,6 +87,9 @@ def git(folder, *command):
     return run("git", *who, *command, cwd=folder)
 
 
+@pytest.mark.skipif(
+    not os.environ.get("RECIPES"), reason="takes a minute to build an environment: RECIPES=1"
+)
 def test_pre_commit(tmp_path):
     """The hook as published, in a repository of its own; its environment comes from PyPI."""
     hooks, project = tmp_path / "hooks", tmp_path / "project"
