@@ -35,7 +35,7 @@ CASES = [
     (name, scheme)
     for name in FLOAT_MODELS
     for scheme in SCHEMES
-    if scheme != "fp4" or name not in (*SLOW, "open_nsfw", "minilm")  # it is nf4 with other levels
+    if scheme not in ("nf4", "fp4") or name not in (*SLOW, "minilm")  # int4 with other levels
 ]
 
 
