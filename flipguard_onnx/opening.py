@@ -75,11 +75,12 @@ def constants_of(source: Model) -> tuple[ConstantValues, list[Unfolded]]:
     """
     found = ConstantValues(source.proto)
     fixed = ConstantValues(source.proto, fixed=True) if found.asks_for_sizes else found
-    if (found.expressions and found.asks_for_types) or found.open_sized(fixed):
+    open_sized = found.open_sized(fixed)
+    if open_sized or (found.expressions and found.asks_for_types):
         inferred = _inferred(source.proto)
         found = ConstantValues(source.proto, inferred)
-        fixed = ConstantValues(source.proto, inferred, fixed=True)
-    return found, found.unreachable() + found.open_sized(fixed)
+        open_sized = found.open_sized(ConstantValues(source.proto, inferred, fixed=True))
+    return found, found.unreachable() + open_sized
 
 
 def _inferred(proto: ModelProto) -> Inferred:

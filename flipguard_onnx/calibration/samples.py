@@ -61,7 +61,6 @@ class Samples:
         self.data = data
         self.without = without
         self._takes_data = takes_data
-        self._wrote = False
         self._failure: ValidationError | UnsupportedModelError | None = None
 
     @cached_property
@@ -104,10 +103,9 @@ class Samples:
     @property
     def description(self) -> str:
         """Where they come from, for a report."""
-        made_up = (
-            "texts that the model wrote" if self._wrote else "made up from the graph's signature"
-        )
-        return str(self.data) if self.data else made_up
+        if self.data:
+            return str(self.data)
+        return "texts that the model wrote" if self._texts else "made up from the graph's signature"
 
     def require(self) -> Found:
         """The samples and what the original makes of them.
@@ -117,7 +115,7 @@ class Samples:
         """
         try:
             if self.found.feeds and not self.found.problem:
-                return self.found
+                return self._texts or self.found
         except (ValidationError, UnsupportedModelError) as error:  # with whatever inputs
             reason = str(error).removeprefix(f"{error.path}: ")
             raise self._refused("the original cannot be run", reason, give=False) from None
@@ -162,16 +160,18 @@ class Samples:
         for feeds in self.candidates():
             found = self._run(feeds)
             if found.feeds and not found.problem:
-                return self._text(found) or found
+                return found
             best = best if best.feeds else found
         return best
 
-    def _text(self, found: Found) -> Found | None:
+    @cached_property
+    def _texts(self) -> Found | None:
         """As many samples of text that a decoder itself writes; None of another model.
 
         On tokens drawn at random it is as far from what it knows as its users never are.
         """
-        text = decoder(self.source.proto, found.feeds[0])
+        found = self.found
+        text = None if self.data else decoder(self.source.proto, found.feeds[0])
         if text is None:
             return None
         count, name = len(found.feeds), text.ids.name
@@ -184,8 +184,7 @@ class Samples:
                 for row in range(len(feed[name]) if name in split else 1)
             ]
         )
-        self._wrote = not written.problem
-        return written if self._wrote else None
+        return None if written.problem else written
 
     def candidates(self) -> Iterator[list[Feed]]:
         """Made-up feeds that the model may accept; first those with empty caches, if it has any."""

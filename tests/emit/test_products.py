@@ -4,15 +4,14 @@ What is written is compared with codes that are computed here, one weight at a t
 """
 
 import numpy as np
-import onnxruntime
 import pytest
 from onnx import numpy_helper
 
 import flipguard_onnx
 from flipguard_onnx.calibration.weight_inputs import weight_input
 from flipguard_onnx.graph.weights import find_weights
-from tests.helpers import naive
 from tests.helpers.samples import F, model, node, save, weights
+from tests.helpers.written import require_rounded, run
 
 SIZES = {"b": 3, "e": 2, "h": 5, "d": 14, "k": 70, "n": 33, "m": 24, "s": 4}
 
@@ -63,11 +62,6 @@ MODELS = {  # the model, the axes that are summed over, and whether its inputs a
 }
 
 
-def run(proto, feed):
-    content = proto if isinstance(proto, bytes) else str(proto)
-    return onnxruntime.InferenceSession(content).run(None, feed)[0]
-
-
 def feed_for(proto):
     shape = [dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim]
     return {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
@@ -83,15 +77,7 @@ def test_each_output_channel_is_quantized_on_its_own(tmp_path, name, scheme, tar
     report = flipguard_onnx.guard(save(proto, tmp_path), scheme, **options)
     (tensor,) = report.tensors
     assert tensor.scheme == scheme
-    feed = feed_for(proto)
-    before = run(proto.SerializeToString(), feed)
-    w = proto.graph.initializer[0]
-    decoded = naive.rounded(numpy_helper.to_array(w), scheme, *contracted)
-    w.CopyFrom(numpy_helper.from_array(decoded, "w"))
-    wanted = run(proto.SerializeToString(), feed)
-    scale = np.abs(wanted).max()
-    assert np.abs(run(path, feed) - wanted).max() < 1e-5 * scale
-    assert np.abs(before - wanted).max() > 1e-4 * scale, "the control: codes differ"
+    require_rounded(path, proto, feed_for(proto), scheme, contracted, 1e-5, 1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -109,7 +95,7 @@ def test_what_the_constant_is_multiplied_with(name):
     (rows,) = found.rows(feed["x"], 1000, np.random.default_rng(0))
     matrix = weight.canonical(numpy_helper.to_array(weight.tensor)).reshape(-1, rows.shape[1])
     products = rows @ matrix.T
-    output = run(proto.SerializeToString(), feed)
+    output = run(proto, feed)
     if name.startswith("gemm"):
         products = 0.5 * products + weights((1, 5), 1).T
     assert output.size == products.size
@@ -131,4 +117,4 @@ def test_what_a_convolution_multiplies_a_transposed_constant_with():
     found = weight_input(weight.uses[0], weight, [proto.graph])
     (rows,) = found.rows(feed["x"], 1000, np.random.default_rng(0))
     products = weight.canonical(w).reshape(16, -1) @ rows.T
-    assert np.allclose(run(proto.SerializeToString(), feed).reshape(16, -1), products, atol=1e-5)
+    assert np.allclose(run(proto, feed).reshape(16, -1), products, atol=1e-5)

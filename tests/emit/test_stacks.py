@@ -5,7 +5,6 @@ What is written is compared with codes that are computed here, one weight at a t
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -14,6 +13,7 @@ from flipguard_onnx.calibration.weight_inputs import weight_input
 from flipguard_onnx.graph.weights import find_weights
 from tests.helpers import naive
 from tests.helpers.samples import F, model, node, save, weights
+from tests.helpers.written import require_rounded, run
 
 HALF, INT64, BOOL = TensorProto.FLOAT16, TensorProto.INT64, TensorProto.BOOL
 E, K, N = 3, 70, 33  # experts, inputs (no whole number of blocks), outputs
@@ -185,11 +185,6 @@ MODELS = {  # the model, the axis that is summed over, and whether only what is 
 }
 
 
-def run(proto, feed):
-    content = proto if isinstance(proto, bytes) else str(proto)
-    return onnxruntime.InferenceSession(content).run(None, feed)[0]
-
-
 def feed_for(proto):
     rng, feed = np.random.default_rng(0), {}
     for value in proto.graph.input:
@@ -216,16 +211,8 @@ def test_every_channel_of_every_matrix_is_quantized_on_its_own(tmp_path, name, s
     whole = "dequantize" if target == "portable" and used != "nf4" else "folded"
     assert tensor.scheme == used
     assert tensor.forms == ("gather" if by_part and used != "nf4" else whole,)
-    feed = feed_for(proto)
-    before = run(proto.SerializeToString(), feed)
-    (w,) = (each for each in proto.graph.initializer if each.name == "w")
-    decoded = naive.rounded(numpy_helper.to_array(w), used, *contracted)
-    w.CopyFrom(numpy_helper.from_array(decoded, "w"))
-    wanted = run(proto.SerializeToString(), feed)
-    scale = np.abs(wanted).max()
     close = 2e-3 if name == "half" else 1e-5
-    assert np.abs(run(path, feed) - wanted).max() < close * scale
-    assert np.abs(before - wanted).max() > 2 * close * scale, "the control: codes differ"
+    require_rounded(path, proto, feed_for(proto), used, contracted, close, 2 * close)
 
 
 @pytest.mark.parametrize("target", ["portable", "onnxruntime"])
@@ -276,7 +263,7 @@ def test_what_all_matrices_are_multiplied_with_is_recorded(name):
     place = feed["e"] * E + feed["e"] if name == "two_levels" else feed["e"]
     samples = rows.reshape(np.size(place), -1, K)
     products = samples @ matrices[place].reshape(-1, N, K).transpose(0, 2, 1)
-    output = run(proto.SerializeToString(), feed)
+    output = run(proto, feed)
     output = output.T if name == "on_the_left" else output
     assert np.allclose(output.reshape(products.shape), products, rtol=1e-3, atol=1e-3)
 

@@ -2,9 +2,11 @@
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import numpy_helper
 
 from flipguard_onnx.graph.traversal import attribute
+from tests.helpers import naive
 
 
 def initializers(path):
@@ -42,3 +44,25 @@ def decoded(path, weight):
 def codes_of(node, weight):
     """Whether a node is a DequantizeLinear over the codes of this weight."""
     return node.op_type == "DequantizeLinear" and node.input[0] == f"{weight.name}_quantized"
+
+
+def run(model, feed):
+    """The first output of a model or a file."""
+    content = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    return onnxruntime.InferenceSession(content).run(None, feed)[0]
+
+
+def require_rounded(path, proto, feed, scheme, contracted, close, control):
+    """What was written computes what the model does once its constant "w" is rounded plainly.
+
+    contracted: as in naive.rounded. close: of the largest output, the largest difference; by more
+    than `control` rounding changes something.
+    """
+    before = run(proto, feed)
+    (w,) = (each for each in proto.graph.initializer if each.name == "w")
+    decoded = naive.rounded(numpy_helper.to_array(w), scheme, *contracted)
+    w.CopyFrom(numpy_helper.from_array(decoded, "w"))
+    wanted = run(proto, feed)
+    scale = np.abs(wanted).max()
+    assert np.abs(run(path, feed) - wanted).max() < close * scale
+    assert np.abs(before - wanted).max() > control * scale
