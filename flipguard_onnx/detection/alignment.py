@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..quantization.arrays import contiguous
-from ..quantization.chunks import parts
 from ..quantization.kernels import get_backend, get_scan_kernels
 from ..quantization.kernels.protocol import Extremes
 from ..quantization.layout import Layout
+from ..quantization.parts import parts
 from ..quantization.rounding import Policy, QuantizedTensor
 from ..quantization.schemes import SCHEMES, Blocks, Grid, Scheme
 from ..reports.scan import Alignment, Budget

@@ -4,11 +4,10 @@ Rows (or blocks that run across rows) do not depend on each other, and the rando
 by weight: the parts together give what the whole would give.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
-from math import gcd, prod
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,66 +16,16 @@ from ..errors import ModelError
 from .arrays import assign, contiguous
 from .error_feedback import InputMoments
 from .kernels import get_backend, max_threads, side_by_side
-from .kernels.protocol import Kernels
+from .kernels.protocol import Extremes, Kernels
 from .layout import Layout
-from .rounding import NO_PRODUCTS, OnProducts, Policy, QuantizedTensor, quantize_tensor, unsound
+from .parts import Part, parts
+from .rounding import Policy, QuantizedTensor, quantize_tensor, unsound
 from .schemes import Blocks, Grid, Scheme
+from .schemes.blocks import Values
 
 PART_SIZE = 1 << 21  # weights that all threads together work on at a time
 
-
-@dataclass(frozen=True)
-class Part:
-    """Some of a tensor's weights.
-
-    index: where they are in the array whose axes are in canonical order. weights, block_numbers:
-    where they and their scales are in flat arrays. blocks: how they are cut.
-    """
-
-    index: tuple[int | slice, ...]
-    weights: slice
-    block_numbers: slice
-    blocks: Blocks
-
-    def extract(self, whole: QuantizedTensor) -> QuantizedTensor:
-        """This part of a quantized tensor; the arrays are views."""
-        return QuantizedTensor(
-            whole.grid.part(self.block_numbers, self.blocks),
-            whole.nearest[self.weights],
-            whole.codes[self.weights],
-            None,
-            None if whole.guarded is None else whole.guarded[self.weights],
-        )
-
-
-def parts(layout: Layout, blocks: Blocks, size: int) -> Iterator[Part]:
-    """Divide a tensor into parts of about `size` weights, each of whole rows and whole blocks.
-
-    A single block, one scale for the tensor, is divided as well.
-    """
-    dims = layout.canonical_shape
-    across = blocks.rows == 1 < blocks.count  # blocks run on from one position to the next
-    axis = 0  # the one that is cut up; of those before it every position is taken in turn
-    while axis + 1 < len(layout.rows) and (each := prod(dims[axis + 1 :])) > size:
-        if across and each % blocks.size:
-            break
-        axis += 1
-    each = prod(dims[axis + 1 :])
-    unit = blocks.size // gcd(each, blocks.size) if across else 1
-    step = max(size // each // unit, 1) * unit
-    done, done_blocks = 0, 0
-    for lead in np.ndindex(*dims[:axis]):
-        for start in range(0, dims[axis], step):
-            index = slice(start, min(start + step, dims[axis]))
-            count = (index.stop - index.start) * each
-            cut = Blocks(1, count, min(blocks.size, count))
-            if blocks.rows > 1:
-                cut = Blocks(count // blocks.cols, blocks.cols, blocks.size)
-            weights = slice(done, done := done + count)
-            numbers = slice(done_blocks, done_blocks + cut.count)
-            if blocks.count > 1:
-                done_blocks = numbers.stop
-            yield Part((*lead, index), weights, numbers, cut)
+Result = TypeVar("Result")
 
 
 def quantize_weight(
@@ -98,7 +47,7 @@ def quantize_weight(
     """`quantize_tensor` for a tensor as it is stored, part by part.
 
     With error feedback, and where weights of one block for the whole tensor compete (policy
-    "topk"), it is taken as a whole.
+    "topk"), it is taken as a whole, and then inspected part by part.
 
     Parameters
     ----------
@@ -117,20 +66,12 @@ def quantize_weight(
     ValidationError : an invariant of the guard does not hold for this tensor
     """
     values = array.transpose(layout.perm)
-    size = part_size // max_threads(kernels)
-    if inputs or (policy.name == "topk" and blocks.count == 1):
-        size = layout.size
-    extremes = None
-    if blocks.count == 1 and size < layout.size:
-        whole_block = Blocks(1, layout.size, layout.size)
-        extremes = whole_block.extremes(array.reshape(-1), kernels)
-    nearest, codes = np.empty(layout.size, np.int8), np.empty(layout.size, np.int8)
-    moved = np.empty(layout.size, values.dtype) if keep_moved else None
+    cut = list(parts(layout, blocks, part_size // max_threads(kernels)))
 
-    def quantize_part(part: Part) -> tuple[Grid, OnProducts, Any]:
+    def quantize(part: Part, extremes: Extremes | None = None) -> tuple[Values, QuantizedTensor]:
         flat = contiguous(values[part.index]).reshape(-1)
         try:
-            quantized = quantize_tensor(
+            return flat, quantize_tensor(
                 name,
                 flat,
                 scheme,
@@ -145,20 +86,38 @@ def quantize_weight(
             )
         except ModelError:
             raise unsound(name, array) from None  # with the count of the whole tensor
+
+    def inspect(work: Callable[[Part], tuple[Any, Result]]) -> list[Result]:
+        """What `work` returns for every part, besides what `inspect_part` does."""
+        found = []
+        with closing(side_by_side(work, cut, kernels)) as results:
+            for part, (inspected, result) in zip(cut, results, strict=True):
+                on_part_done(part.blocks.rows * part.blocks.cols * values.itemsize, inspected)
+                found.append(result)
+        return found
+
+    if inputs or (policy.name == "topk" and blocks.count == 1):
+        (whole,) = parts(layout, blocks, layout.size)
+        flat, quantized = quantize(whole)
+        inspect(lambda part: (inspect_part(flat[part.weights], quantized.part(part)), None))
+        return replace(quantized, drawn=None)
+
+    extremes = None
+    if blocks.count == 1 and len(cut) > 1:
+        whole_block = Blocks(1, layout.size, layout.size)
+        extremes = whole_block.extremes(array.reshape(-1), kernels)
+    nearest, codes = np.empty(layout.size, np.int8), np.empty(layout.size, np.int8)
+    moved = np.empty(layout.size, values.dtype) if keep_moved else None
+
+    def quantize_part(part: Part) -> tuple[Any, Grid]:
+        flat, quantized = quantize(part, extremes)
         nearest[part.weights], codes[part.weights] = quantized.nearest, quantized.codes
         if moved is not None:
             moved[part.weights] = quantized.guarded
-        on_products = quantized.gain, quantized.product_error
-        return quantized.grid, on_products, inspect_part(flat, quantized)
+        return inspect_part(flat, quantized), quantized.grid
 
-    grids, on_products = [], NO_PRODUCTS
-    cut = list(parts(layout, blocks, size))
-    with closing(side_by_side(quantize_part, cut, kernels)) as results:
-        for part, (grid, on_products, inspected) in zip(cut, results, strict=True):  # noqa: B007
-            on_part_done(part.blocks.rows * part.blocks.cols * values.itemsize, inspected)
-            grids.append(grid)
-    grids = grids[: blocks.count]  # parts of one block all have the same grid
-    return QuantizedTensor(Grid.joined(grids, blocks), nearest, codes, None, moved, *on_products)
+    grids = inspect(quantize_part)[: blocks.count]  # parts of one block all have the same grid
+    return QuantizedTensor(Grid.joined(grids, blocks), nearest, codes, None, moved)
 
 
 def stored_values(
@@ -176,7 +135,7 @@ def stored_values(
 
     def fill(part: Part) -> None:
         piece = canonical[part.index]
-        assign(piece, values(part.extract(quantized)).reshape(piece.shape))
+        assign(piece, values(quantized.part(part)).reshape(piece.shape))
 
     cut = list(parts(layout, quantized.grid.blocks, part_size // max_threads(kernels)))
     list(side_by_side(fill, cut, kernels))

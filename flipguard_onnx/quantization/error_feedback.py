@@ -12,7 +12,7 @@ strictly upper triangular, column k is drawn from w_k + sum over j < k of (w_j -
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -41,6 +41,11 @@ class Products(NamedTuple):
 
     powers: Floats
     variances: Floats
+
+    @classmethod
+    def joined(cls, some: Iterable["Products"]) -> "Products":
+        """Those of all rows, of which each has some, in order."""
+        return cls(*map(np.concatenate, zip(*some, strict=True)))
 
     @property
     def power(self) -> float:
@@ -109,14 +114,14 @@ def draw_with_feedback(
     *,
     panel_width: int = PANEL,
 ) -> npt.NDArray[np.int8]:
-    """Draw a tensor, column by column.
+    """Draw a tensor, or some rows of one whose rows are one group, column by column.
 
     Weights that set a scale keep their codes and only pass their errors on.
 
     Parameters
     ----------
     weights : flat weights [n] in their own type
-    random : the stream; its `first` is 0, as the tensor is drawn as a whole
+    random : the stream
     panel_width : columns of a panel; the codes do not depend on it, save for rounding
 
     Returns

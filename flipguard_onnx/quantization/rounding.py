@@ -15,13 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError, SchemeError, ValidationError
-from .error_feedback import InputMoments, draw_with_feedback
+from .error_feedback import InputMoments, Products, draw_with_feedback
 from .kernels.protocol import Extremes, Kernels, RandomDraw
+from .layout import Layout
+from .parts import Part, parts
 from .schemes import Blocks, Checked, Codes, Grid, Margins, Scheme
 
 POLICIES = ("unbiased", "topk", "none")
 
 STRIP = 1 << 18  # values that are counted at a time
+
+FED = 1 << 21  # weights that are drawn with error feedback at a time
 
 OnProducts = tuple[float | None, float | None]  # gain and product error of a tensor
 
@@ -98,6 +102,16 @@ class QuantizedTensor:
     def count(self) -> int:
         """How many weights flipped."""
         return sum(int(np.count_nonzero(steps)) for steps in self._steps())
+
+    def part(self, part: Part) -> "QuantizedTensor":
+        """A part of it; the arrays are views."""
+        return QuantizedTensor(
+            self.grid.part(part.block_numbers, part.blocks),
+            self.nearest[part.weights],
+            self.codes[part.weights],
+            None if self.drawn is None else self.drawn[part.weights],
+            None if self.guarded is None else self.guarded[part.weights],
+        )
 
     def _steps(self) -> Iterator[npt.NDArray[np.int16]]:
         for start in range(0, self.codes.size, STRIP):
@@ -193,15 +207,20 @@ def _draw(
     nearest, codes = grid.draw(drawn, random, kernels)
     if not inputs:
         return nearest, codes, NO_PRODUCTS
-    fed = draw_with_feedback(drawn, grid, inputs, random, kernels)
-    weights = values.astype(np.float32, copy=False)
-    before, after = (
-        inputs.products(np.subtract(weights, decoded, out=decoded))
-        for decoded in map(grid.decode, (codes, fed))
-    )
+    groups, _, columns = inputs.fresh.shape
+    rows = Layout((values.size // columns, columns), (0,))
+    fed, found = np.empty_like(codes), []
+    for part in parts(rows, grid.blocks, FED if groups == 1 else values.size):
+        here, of_part = part.weights, grid.part(part.block_numbers, part.blocks)
+        first = random._replace(first=random.first + np.uint64(here.start))
+        fed[here] = draw_with_feedback(drawn[here], of_part, inputs, first, kernels)
+        weights = values[here].astype(np.float32, copy=False)
+        errors = (weights - of_part.decode(some[here]) for some in (codes, fed))
+        found.append([inputs.products(each) for each in (weights, *errors)])
+    whole, before, after = map(Products.joined, zip(*found, strict=True))
     gain = after.power / max(before.power, TINY)
     helps = gain < 1
-    error = inputs.products(weights).error(after if helps else before)
+    error = whole.error(after if helps else before)
     return nearest, fed if helps else codes, (gain if math.isfinite(gain) else None, error)
 
 

@@ -9,10 +9,11 @@ import pytest
 
 from flipguard_onnx.errors import ModelError
 from flipguard_onnx.quantization import layout as layout_module
-from flipguard_onnx.quantization.chunks import parts, quantize_weight, stored_values
+from flipguard_onnx.quantization.chunks import quantize_weight, stored_values
 from flipguard_onnx.quantization.kernels import get_backend, max_threads
 from flipguard_onnx.quantization.kernels.cuda import CudaKernels
 from flipguard_onnx.quantization.layout import Layout
+from flipguard_onnx.quantization.parts import parts
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import SCHEMES, Codebook
 from tests.helpers.samples import weights

@@ -1,5 +1,7 @@
 """Error feedback: the rule against an oracle of another form, and its laws."""
 
+import tracemalloc
+
 import numba
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from flipguard_onnx.quantization.error_feedback import InputMoments, draw_with_feedback
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.kernels.protocol import Extremes, Panel, RandomDraw
-from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
+from flipguard_onnx.quantization.rounding import FED, Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from tests.helpers.oracles import CUTS
 
@@ -263,3 +265,21 @@ def test_inputs_that_are_all_zero_change_nothing():
     )
     fed = quantized("int4", weights, dead)
     np.testing.assert_array_equal(fed.codes, quantized("int4", weights).codes)
+
+
+@pytest.mark.parametrize("form", ["int4", "nf4"])
+def test_a_large_tensor_is_drawn_in_strips_of_rows(form):
+    """With the codes of the whole, in the memory of one strip besides the codes."""
+    columns, inputs = 56, inputs_of(56)
+    weights = weights_of(4 * FED // columns, columns)
+    scheme, blocks = SCHEMES[form], Blocks(*CUTS[form](*weights.shape))
+    flat = weights.reshape(-1)
+    grid = scheme.unclipped(blocks.extremes(flat, CPU), blocks, flat.dtype)
+    whole = draw_with_feedback(flat, grid, inputs, random(), CPU)
+    tracemalloc.start()
+    result = quantize_tensor("w", flat, scheme, blocks, UNBIASED, KEY, CPU, inputs, moved=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.mean(result.codes == whole) > 0.999999
+    assert result.gain < 0.5
+    assert peak < 12 * flat.size
