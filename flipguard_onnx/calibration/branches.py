@@ -11,8 +11,8 @@ from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from ..graph.traversal import attribute
 from ..io.model import Model
+from .embeddings import text_model
 from .inputs import Feed
-from .text_model import TextModel
 
 
 def at_the_start(source: Model, given: Sequence[Feed]) -> tuple[Model, list[GraphProto]]:
@@ -29,7 +29,7 @@ def at_the_start(source: Model, given: Sequence[Feed]) -> tuple[Model, list[Grap
     the branches taken.
     """
     main = source.proto.graph
-    text = TextModel.of(source.proto)
+    text = text_model(source)
     flag = text.cache_flag if text else None
     if flag is None or any(feed[flag].any() for feed in given):
         return source, [main]

@@ -137,7 +137,7 @@ class MomentRecorder:
         samples = len(self._samples.given) or self._wanted
         rounds, loads = 0.0, 0
         if not self._samples.given:
-            rounds, loads = sampling_rounds(self._source.proto, self._template, self._pieces)
+            rounds, loads = sampling_rounds(self._source, self._template, self._pieces)
         runs = samples * (len(self._passes) / self._pieces.count + rounds)
         work, size = 0.0, 0
         for name, inputs in self._inputs.items():

@@ -12,10 +12,10 @@ import numpy.typing as npt
 from .. import runtime
 from ..errors import LoadError, OptionError, RunError, UnsupportedModelError, ValidationError
 from ..io.model import Model
+from .embeddings import text_model
 from .inputs import BATCH, NONE_FIT, Feed, cut_up, load_feeds, made_up_feeds, signature
 from .synthetic import decoder, synthetic_feeds
 from .text_files import is_text, text_feeds
-from .text_model import TextModel
 
 Array = npt.NDArray[Any]
 
@@ -84,7 +84,7 @@ class Samples:
         """
         if not self.data:
             return []
-        text = TextModel.of(self.source.proto)
+        text = text_model(self.source)
         if is_text(self.data):
             feeds = text_feeds(self.data, self.source, text)
         else:
@@ -171,7 +171,7 @@ class Samples:
         On tokens drawn at random it is as far from what it knows as its users never are.
         """
         found = self.found
-        text = None if self.data else decoder(self.source.proto, found.feeds[0])
+        text = None if self.data else decoder(self.source, found.feeds[0])
         if text is None:
             return None
         count, name = len(found.feeds), text.ids.name
@@ -188,8 +188,8 @@ class Samples:
 
     def candidates(self) -> Iterator[list[Feed]]:
         """Made-up feeds that the model may accept; first those with empty caches, if it has any."""
-        text = TextModel.of(self.source.proto)
-        if text and text.past:
+        text = text_model(self.source)
+        if text and (text.past or text.table is not None):
             yield from text.starting(made_up_feeds(self.source.proto, self.source.size))
         yield from made_up_feeds(self.source.proto, self.source.size)
 

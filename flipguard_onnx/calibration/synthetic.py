@@ -2,10 +2,11 @@
 
 Token ids of a decoder are sampled from the decoder itself, which models what it was trained on:
 one token after the other where it takes back its caches or short texts of any length, else all at
-once in several rounds. Other ids are drawn uniformly. Images and sequences are patches that cover
-each other ("dead leaves", which have the edges and the spectrum of natural images) under a texture
-whose amplitude falls with frequency, in the range that the graph suggests; vectors are white noise
-in that range.
+once in several rounds. A decoder that takes embeddings gets those of such tokens, where it takes
+back its caches. Other ids are drawn uniformly. Images and sequences are patches that cover each
+other ("dead leaves", which have the edges and the spectrum of natural images) under a texture whose
+amplitude falls with frequency, in the range that the graph suggests; vectors are white noise in
+that range.
 The state of a streaming model is zero, as at the start of a stream: it never meets noise there.
 Everything else is made up as in `inputs`.
 """
@@ -21,6 +22,7 @@ from onnx import ModelProto, NodeProto
 from ..errors import RunError
 from ..io.model import Model
 from ..progress import Progress, meter, silent
+from .embeddings import text_model
 from .inputs import BATCH, LOGITS, Feed, Input, node_readers, signature, values
 from .pieces import Pieces, Texts
 from .text_model import STATES, TextModel
@@ -85,7 +87,7 @@ def synthetic_feeds(
     if not any(BATCH in wanted.dims for wanted in inputs):
         batch = 1
     count = -(-samples // batch)
-    text = decoder(source.proto, template)
+    text = decoder(source, template)
     if text and runner and runner.whole and text.goes_on:
         with suppress(RunError):  # if it does not go on from its caches
             return _one_by_one(text, runner, template, count, batch, rng, progress)
@@ -94,6 +96,8 @@ def synthetic_feeds(
     feeds = []
     for _ in range(count):
         feed = {i.name: _value(source, i, template[i.name].shape, batch, rng) for i in drawn}
+        if text and text.table is not None:
+            feed[text.ids.name] = text.drawn(feed[text.ids.name].shape[:2], rng)
         feeds.append(text.filled(feed) if text else feed)
         advance(1)
     if not (text and runner):
@@ -101,6 +105,8 @@ def synthetic_feeds(
     if texts := _texts(text, runner):
         with suppress(RunError):  # if it does not go on from its caches
             return _going_on(text, texts, feeds, batch, rng, progress)
+    if text.table is not None:
+        return feeds
     if isinstance(text.ids.dims[1], str):
         with suppress(RunError):  # if it does not take texts of every length
             return _growing(text, runner, feeds, rng, progress)
@@ -109,9 +115,9 @@ def synthetic_feeds(
     return feeds
 
 
-def decoder(proto: ModelProto, template: Feed) -> TextModel | None:
+def decoder(source: Model, template: Feed) -> TextModel | None:
     """The model of text if token ids can be drawn from it, beginning as the template does."""
-    text = TextModel.of(proto)
+    text = text_model(source)
     if text is None or not (text.logits and text.ids.table_rows):
         return None
     begins = template[text.ids.name].shape[1] > 1 and text.is_start(template)
@@ -249,14 +255,14 @@ def _chain(proto: ModelProto, name: str) -> Iterator[NodeProto]:
         name = node.output[0]
 
 
-def sampling_rounds(proto: ModelProto, template: Feed, runner: Runner) -> tuple[float, int]:
+def sampling_rounds(source: Model, template: Feed, runner: Runner) -> tuple[float, int]:
     """What drawing the token ids of decoders takes; 0 for other models.
 
     Returns
     -------
     As long as how many runs it takes for each sample, and how often a model in pieces is loaded.
     """
-    text = decoder(proto, template)
+    text = decoder(source, template)
     if text is None:
         return 0, 0
     length = int(template[text.ids.name].shape[1])
@@ -266,6 +272,8 @@ def sampling_rounds(proto: ModelProto, template: Feed, runner: Runner) -> tuple[
     loads = 0 if runner.whole else size - 1
     if _texts(text, runner):
         return 1, loads
+    if text.table is not None:
+        return 0, 0
     if isinstance(text.ids.dims[1], str):
         return size / 2, loads
     rounds = min(SAMPLING_ROUNDS, length)
@@ -297,7 +305,7 @@ def _one_by_one(
     name, vocabulary = text.ids.name, text.ids.table_rows
     assert text.logits
     assert vocabulary
-    rows, length = template[name].shape
+    rows, length = template[name].shape[:2]
     rows = batch if text.ids.dims[0] == BATCH else rows
     together = CACHES // (text.cache_bytes * length * rows) if batch > 1 else 1
     groups = np.array_split(np.arange(count), -(-count // max(together, 1)))
@@ -305,7 +313,7 @@ def _one_by_one(
     feeds: list[Feed] = []
     for group in groups:
         shape = len(group) * rows, length
-        tokens = rng.integers(0, vocabulary, shape).astype(text.ids.dtype)
+        tokens = text.drawn(shape, rng)
         chances = rng.random((*shape, 1), dtype=np.float32)
         past: Feed = {}
         for place in range(length - 1):
@@ -372,14 +380,14 @@ def _going_on(
     """
     name, vocabulary = text.ids.name, text.ids.table_rows
     assert vocabulary
-    rows, length = feeds[0][name].shape
+    rows, length = feeds[0][name].shape[:2]
     size = _text_length(length)
     parts = -(-length // size)
     together = min(CACHES // (text.cache_bytes * size), LOGITS // vocabulary) // rows
     count = len(feeds) * parts
     groups = -(-count // max(together, 1)) if batch > 1 else count
     shapes = [(len(group) * rows, size) for group in np.array_split(np.arange(count), groups)]
-    texts = [rng.integers(0, vocabulary, shape).astype(text.ids.dtype) for shape in shapes]
+    texts = [text.drawn(shape, rng) for shape in shapes]
     chances = [rng.random((*shape, 1), dtype=np.float32) for shape in shapes]
     advance = meter(progress, "sampling token ids", groups * (size - 1))
     for place in range(size - 1):
@@ -444,7 +452,7 @@ def _logits(
     """
     assert text.logits
     logits = found[text.logits]
-    if logits.shape != (*feed[text.ids.name].shape, text.ids.table_rows):
+    if logits.shape != (*feed[text.ids.name].shape[:2], text.ids.table_rows):
         raise RunError("its logits have the shape {found}", found=logits.shape)
     return logits.astype(np.float32, copy=False)
 

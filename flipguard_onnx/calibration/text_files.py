@@ -48,7 +48,7 @@ def text_feeds(path: Path, source: Model, text: TextModel | None) -> list[Feed]:
     if text is None:
         raise ModelError("the model takes no token ids, so text is no input for it", path=path)
     beside = text.determined
-    if lacking := [i.name for i in text.inputs if i is not text.ids and i.name not in beside]:
+    if lacking := [i.name for i in text.inputs if i.name not in beside | {text.ids.name}]:
         raise ModelError(
             "text says nothing of the input {tensor!r}",
             path=path,

@@ -4,8 +4,10 @@ The inputs are told apart by their names, types and axes, as optimum, onnxruntim
 transformers.js lay them out:
 
     input_ids             [batch, length]
+    inputs_embeds         [batch, length, width] instead: rows of a table, see `embeddings`
     attention_mask        [batch, past + length]: ones
-    position_ids          [batch, length]: how many tokens of the mask come before each
+    position_ids          [batch, length]: how many tokens of the mask come before each; some
+                          models want that three times, [3, batch, length]
     token_type_ids        [batch, length]: zeros
     past_key_values.*     [batch, heads, past, size]: what the model returned as `present.*` for
                           the tokens before; empty at the start
@@ -35,16 +37,17 @@ _ONE_TOKEN = np.ones((1, 1), np.int64)
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model that takes token ids.
+    """A model that takes token ids, or the rows that they pick of a table.
 
     Parameters
     ----------
     inputs : all of its inputs
-    ids : the one with the token ids
+    ids : the one with the token ids; where it takes rows of a table, as if it took the ids
     past : those with caches
     present : for each cache the output that takes its place in the next call; empty unless all
         have one
     logits : the output from which the next token can be drawn
+    table : embeddings [vocabulary, width], where rows of them are what the model takes
     """
 
     inputs: tuple[Input, ...]
@@ -52,6 +55,7 @@ class TextModel:
     past: tuple[Input, ...]
     present: tuple[str, ...]
     logits: str | None
+    table: Array | None = None
 
     @classmethod
     def of(cls, proto: ModelProto) -> "TextModel | None":
@@ -59,14 +63,24 @@ class TextModel:
 
         Raises UnsupportedModelError for an input that is no tensor of numbers.
         """
-        inputs = tuple(_with_size(proto, i) if _is_cache(i) else i for i in signature(proto))
+        inputs = signature(proto)
         sequences = [i for i in inputs if i.dtype.kind in "iu" and len(i.dims) == 2]
         named = [i for i in sequences if "input_ids" in i.name.lower()]
         indexing = [i for i in sequences if i.table_rows and _values(i, _ONE_TOKEN, 1) is None]
         candidates = named or indexing
-        if len(candidates) != 1:
-            return None
-        ids = candidates[0]
+        return cls._taking(proto, candidates[0]) if len(candidates) == 1 else None
+
+    @classmethod
+    def of_embeddings(cls, proto: ModelProto, taken: Input, table: Array) -> "TextModel | None":
+        """The same of a model that takes rows of a table [vocabulary, width] at this input."""
+        dims, int64 = taken.dims[:2], np.dtype(np.int64)
+        ids = replace(taken, dtype=int64, dims=dims, table_rows=len(table))
+        text = cls._taking(proto, ids)
+        return text and replace(text, table=table)
+
+    @classmethod
+    def _taking(cls, proto: ModelProto, ids: Input) -> "TextModel | None":
+        inputs = tuple(_with_size(proto, i) if _is_cache(i) else i for i in signature(proto))
         past = tuple(filter(_is_cache, inputs))
         outputs = {value.name for value in proto.graph.output}
         present = tuple(n for cache in past for n in _successors(cache.name) if n in outputs)
@@ -77,7 +91,7 @@ class TextModel:
     @property
     def determined(self) -> frozenset[str]:
         """The names of the inputs whose values follow from the token ids."""
-        others = (i for i in self.inputs if i is not self.ids)
+        others = (i for i in self.inputs if i.name != self.ids.name)
         return frozenset(i.name for i in others if _values(i, _ONE_TOKEN, 1) is not None)
 
     @property
@@ -111,14 +125,14 @@ class TextModel:
 
         Parameters
         ----------
-        given : token ids [batch, length], the caches of the tokens before if there are any, and
-            whatever else is known
+        given : token ids [batch, length], also for a model that takes rows of a table, or these
+            rows; the caches of the tokens before if there are any; and whatever else is known
 
         Returns
         -------
         A feed without those inputs only that do not follow from token ids.
         """
-        batch, length = given[self.ids.name].shape
+        batch, length = given[self.ids.name].shape[:2]
         sizes = [
             given[cache.name].shape[axis]
             for cache in self.past
@@ -131,6 +145,8 @@ class TextModel:
             values = given.get(wanted.name)
             if values is None:
                 values = _values(wanted, mask, length)
+            elif wanted.name == self.ids.name and self.table is not None and values.ndim == 2:
+                values = self.table[values]
             if values is not None:
                 feed[wanted.name] = values.astype(wanted.dtype, copy=False)
         return feed
@@ -152,6 +168,8 @@ class TextModel:
             return
         for feed in feeds:
             ids = feed[self.ids.name]
+            if ids.ndim > 2:  # rows of the table
+                continue
             beyond = ids[(ids < 0) | (ids >= rows)]
             if beyond.size:
                 raise ModelError(
@@ -165,12 +183,22 @@ class TextModel:
     def starting(self, candidates: Iterable[list[Feed]]) -> Iterator[list[Feed]]:
         """Made-up feeds, with masks, positions and caches as at the start of a text."""
         kept = [wanted.name for wanted in self.inputs if wanted.name not in self.determined]
-        tried = set()
+        rng, tried = np.random.default_rng(0), set()
         for feeds in candidates:
             shapes = tuple(feeds[0][name].shape for name in kept)
-            if shapes not in tried:
-                tried.add(shapes)
-                yield [self.filled({name: feed[name] for name in kept}) for feed in feeds]
+            if shapes in tried:
+                continue
+            tried.add(shapes)
+            starts = [{name: feed[name] for name in kept} for feed in feeds]
+            if self.table is not None:
+                name = self.ids.name
+                starts = [s | {name: self.drawn(s[name].shape[:2], rng)} for s in starts]
+            yield [self.filled(start) for start in starts]
+
+    def drawn(self, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+        """Token ids of this shape, each as likely as any."""
+        assert self.ids.table_rows
+        return rng.integers(0, self.ids.table_rows, shape).astype(self.ids.dtype)
 
 
 def logits_of(proto: ModelProto, ids: Input) -> str | None:
@@ -198,11 +226,11 @@ def _values(wanted: Input, mask: Array, length: int) -> Array | None:
         return np.full([1] * rank, total > length)
     if rank <= 1 and "logits_to_keep" in name:
         return np.zeros([1] * rank)
-    if rank in (1, 2) and "position" in name:
+    if "position" in name and (rank in (1, 2) or (rank == 3 and wanted.dims[0] == 3)):
         before: Array = np.maximum(np.cumsum(mask, axis=1, dtype=np.int64) - 1, 0)[
             :, total - length :
         ]
-        return before if rank == 2 else before[0]
+        return before[0] if rank == 1 else before if rank == 2 else np.stack([before] * 3)
     if rank == 2 and ("type" in name or "segment" in name):
         return np.zeros((batch, length))
     return None

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import flipguard_onnx
 from flipguard_onnx.calibration.branches import at_the_start
@@ -61,7 +61,7 @@ def test_sampled_tokens_are_what_the_model_says_of_the_whole_text(tmp_path, form
     samples = samples_of(tmp_path, decoder(sharpness=3000.0, **FORMS[form]))
     feeds = sampled(samples, 6, batch=3)
     assert [feed["input_ids"].shape for feed in feeds] == [(3, 64)] * 2
-    assert sampling_rounds(samples.source.proto, feeds[0], samples.session) == (2, 0)
+    assert sampling_rounds(samples.source, feeds[0], samples.session) == (2, 0)
     for feed in feeds:
         (logits,) = samples.session.run(["logits"], feed)
         top = np.sort(logits[:, :-1], axis=-1)
@@ -126,7 +126,7 @@ def test_a_decoder_in_pieces_draws_short_texts_from_empty_caches(
     assert not pieces.whole
     template = {n: a[:, :length] if a.ndim == 2 else a for n, a in samples.accepted[0].items()}
     feeds = synthetic_feeds(samples.source, pieces, template, 6, batch=3, seed=0)
-    rounds = sampling_rounds(samples.source.proto, template, pieces)
+    rounds = sampling_rounds(samples.source, template, pieces)
     assert rounds == (1 if goes_on else size / 2, size - 1)
     for feed in feeds:
         assert feed["input_ids"].shape == (3, length)
@@ -168,7 +168,7 @@ def test_texts_of_a_fixed_length_are_drawn_in_rounds(tmp_path):
     """In the first SAMPLING_ROUNDS places the tokens are exact."""
     samples = samples_of(tmp_path, decoder(cache=False, sharpness=3000.0, length=40))
     feeds = sampled(samples, 6, batch=3)
-    rounds = sampling_rounds(samples.source.proto, feeds[0], samples.session)
+    rounds = sampling_rounds(samples.source, feeds[0], samples.session)
     assert rounds == (SAMPLING_ROUNDS, 0)
     for feed in feeds:
         (logits,) = samples.session.run(["logits"], feed)
@@ -286,3 +286,72 @@ def test_the_size_of_a_head_that_is_left_open(tmp_path, packed, width):
     (feed,) = sampled(samples, 3, batch=3)
     assert [feed[name].shape for name in caches] == [(3, 2, 0, 8)] * 2
     assert len({tuple(text[1:]) for text in feed["input_ids"]}) == 3
+
+
+def array_of(proto, name):
+    return next(numpy_helper.to_array(t) for t in proto.graph.initializer if t.name == name)
+
+
+def tokens_of(embedded, table):
+    """Which rows of the table they are."""
+    same = (embedded[:, :, None] == table).all(axis=-1)
+    assert (same.sum(axis=-1) == 1).all()
+    return same.argmax(axis=-1)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("form", [{}, {"merged": True}, {"cache": False}])
+def test_embeddings_are_those_of_tokens(tmp_path, form, beside):
+    """Of the table in a model beside, else of the matrix that yields the logits."""
+    proto = decoder(sharpness=3000.0, ids=False, **form)
+    table = array_of(proto, "head").T
+    if beside:
+        table = weights((VOCABULARY, WIDTH), 1) * 20
+        lookup = [node("Gather", "table input_ids", "inputs_embeds")]
+        names = {"input_ids": (INT64, ["b", "s"])}, {"inputs_embeds": (F, ["b", "s", WIDTH])}
+        save(model(lookup, *names, {"table": table}), tmp_path, "embed_tokens.onnx")
+    samples = samples_of(tmp_path, proto)
+    template = samples.accepted[0]
+    assert template["inputs_embeds"].shape == (1, 64, WIDTH)
+    assert len(np.unique(tokens_of(template["inputs_embeds"], table))) > 20
+    feeds = sampled(samples, 6, batch=3)
+    assert sampling_rounds(samples.source, feeds[0], samples.session)[0] == 2 * (
+        "cache" not in form
+    )
+    starts = []
+    for feed in feeds:
+        tokens = tokens_of(feed["inputs_embeds"], table)
+        assert tokens.shape == (3, 64)
+        starts += [tuple(row[1:]) for row in tokens]
+        np.testing.assert_array_equal(feed["position_ids"], [range(64)] * 3)
+        if "cache" not in form:
+            (logits,) = samples.session.run(["logits"], feed)
+            top = np.sort(logits[:, :-1], axis=-1)
+            sure = top[..., -1] > top[..., -2] + 20
+            assert sure.mean() > 0.9
+            np.testing.assert_array_equal(tokens[:, 1:][sure], logits[:, :-1].argmax(-1)[sure])
+    assert len(set(starts)) == 6
+
+
+def test_a_broken_model_beside_is_no_table(tmp_path):
+    (tmp_path / "embed_tokens.onnx").write_bytes(b"none")
+    proto = decoder(ids=False)
+    feed = samples_of(tmp_path, proto).require().feeds[0]
+    tokens_of(feed["inputs_embeds"], array_of(proto, "head").T)
+
+
+def test_embeddings_of_no_known_vocabulary_are_noise(tmp_path):
+    proto = decoder(ids=False)
+    proto.graph.output[0].type.tensor_type.shape.dim[2].dim_param = "any"
+    feed = samples_of(tmp_path, proto).require().feeds[0]
+    assert not np.isin(feed["inputs_embeds"], array_of(proto, "head")).any()
+
+
+def test_positions_on_three_axes():
+    """As Qwen2-VL wants them: of time, height and width."""
+    proto = decoder()
+    names = [value.name for value in proto.graph.input]
+    positions = helper.make_tensor_value_info("position_ids", INT64, [3, "batch", "length"])
+    proto.graph.input[names.index("position_ids")].CopyFrom(positions)
+    feed = TextModel.of(proto).filled({"input_ids": np.ones((2, 3), np.int64)})
+    np.testing.assert_array_equal(feed["position_ids"], [[range(3)] * 2] * 3)

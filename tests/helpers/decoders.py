@@ -10,12 +10,15 @@ VOCABULARY, WIDTH, PLACES = 50, 16, 70
 INT64 = TensorProto.INT64
 
 
-def decoder(cache=True, merged=False, tied=False, sharpness=1.0, length="sequence_length"):
+def decoder(
+    cache=True, merged=False, tied=False, sharpness=1.0, length="sequence_length", ids=True
+):
     """Adds up the tokens before, where the mask has them, and says what may follow.
 
     cache: takes the keys of earlier tokens, [batch, 1 head, past, WIDTH], and returns all of them
     in two caches; merged: ids and caches are read inside If; tied: the table is the
-    transposed weight of the last layer. The larger sharpness, the surer of the next token.
+    transposed weight of the last layer. The larger sharpness, the surer of the next token. ids:
+    takes token ids, and not the rows of the table.
     """
     table = weights((VOCABULARY, WIDTH), 1) * 20
     constants = {
@@ -27,10 +30,13 @@ def decoder(cache=True, merged=False, tied=False, sharpness=1.0, length="sequenc
         "one": np.float32(1),
     }
     nodes = [node("Transpose", "head", "table")] if tied else []
-    if not tied:
+    if ids and not tied:
         constants["table"] = table
+    embed = node("Gather", "table input_ids" if ids else "inputs_embeds", "embedded")
+    if not ids:
+        embed.op_type = "Identity"
     nodes += [
-        *branched(merged, "embedded", [node("Gather", "table input_ids", "embedded")]),
+        *branched(merged, "embedded", [embed]),
         node("Gather", "places position_ids", "placed"),
         node("Add", "embedded placed", "hidden"),
         node("Unsqueeze", "hidden const.1", "new"),
@@ -68,9 +74,11 @@ def decoder(cache=True, merged=False, tied=False, sharpness=1.0, length="sequenc
     ]
     inputs = {
         "input_ids": (INT64, ["batch_size", length]),
+        "inputs_embeds": (F, ["batch_size", length, WIDTH]),
         "attention_mask": (INT64, ["batch_size", "past_sequence_length + sequence_length"]),
         "position_ids": (INT64, ["batch_size", "sequence_length"]),
     }
+    del inputs["inputs_embeds" if ids else "input_ids"]
     outputs = {"logits": (F, ["batch_size", "sequence_length", VOCABULARY])}
     if cache:
         for kind in ("key", "value"):
