@@ -24,7 +24,7 @@ from .inputs import NONE_FIT, Feed, samples_at_a_time, signature
 from .pieces import Pieces, Stream
 from .samples import Samples
 from .synthetic import sampling_rounds, synthetic_feeds
-from .weight_inputs import WeightInput, weight_input
+from .weight_inputs import NOT_AS_STORED, WeightInput, weight_input
 
 ROWS = 8192  # of inputs that a weight should see at least
 SAMPLES = range(64, 1025)  # how many are made up
@@ -40,8 +40,9 @@ MADE_UP_DAMPINGS = (0.05,)  # what is made up says little of fresh inputs, so it
 BYTES = 4  # of an entry of a matrix H, and of a factor
 BYTES_TO_FACTOR = 40  # per entry, of one H while it is factored
 
-
 RECORDING = "recording what weights are multiplied with"
+
+NOTHING_RECORDED = "the inputs of no weight can be recorded"
 
 Inputs = tuple[WeightInput, ...]  # of all readers of a weight
 
@@ -88,7 +89,7 @@ class MomentRecorder:
         }
         groups = dict.fromkeys(filter(None, self._inputs.values()))
         if not groups:
-            raise UnsupportedModelError("the inputs of no weight can be recorded")
+            raise UnsupportedModelError(NOTHING_RECORDED)
         self._pieces = Pieces(started, [_names(group) for group in groups], folder, max_bytes)
         self._is_merged = started is not source and self._pieces.whole  # so it can go on, too
         self._passes = list(self._plan())
@@ -116,19 +117,33 @@ class MomentRecorder:
             except RunError as error:
                 problem = str(error)
                 continue
-            return feed, counts, time.perf_counter() - self._pieces.loading - started
+            seconds = time.perf_counter() - self._pieces.loading - started
+            self._leave_out({each for each, count in counts.items() if count is None})
+            return feed, {each: n for each, n in counts.items() if n is not None}, seconds
         raise UnsupportedModelError(
             "the model does not run on these inputs: {found}", found=problem
         )
 
-    def _counted(self, feed: Feed) -> dict[WeightInput, int]:
-        """How many rows each input has in a feed. Raises RunError."""
+    def _leave_out(self, misfits: set[WeightInput]) -> None:
+        """Record nothing for the weights that are not multiplied with these as it seemed."""
+        if not misfits:
+            return
+        for name, inputs in self._inputs.items():
+            if misfits.intersection(inputs):
+                self._inputs[name], self._reasons[name] = (), NOT_AS_STORED
+        if not any(self._inputs.values()):
+            raise UnsupportedModelError(NOTHING_RECORDED)
+        self._passes = list(self._plan())
+
+    def _counted(self, feed: Feed) -> dict[WeightInput, int | None]:
+        """How many rows each input has in a feed; None where it does not fit. Raises RunError."""
         rng = np.random.default_rng(SEED)
         stream, counts = self._pieces.stream([feed]), {}
         for plan in self._passes:
             (values,) = stream.run(_names(chain(*plan)))
             for each in chain(*plan):
-                counts[each] = each.rows(values[each.value], MAX_ROWS, rng).shape[1]
+                x = values[each.value]
+                counts[each] = each.rows(x, MAX_ROWS, rng).shape[1] if each.fits(x) else None
         return counts
 
     @property

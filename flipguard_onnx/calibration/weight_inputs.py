@@ -14,6 +14,8 @@ from ..graph.scopes import Use
 from ..graph.weights import Weight
 from ..quantization.error_feedback import Floats
 
+NOT_AS_STORED = "not read as it is stored"
+
 
 @dataclass(frozen=True)
 class WeightInput:
@@ -39,6 +41,12 @@ class WeightInput:
     def groups(self) -> int:
         """How many groups of channels are multiplied apart from each other."""
         return self.window.groups if self.window else 1
+
+    def fits(self, x: npt.NDArray[np.generic]) -> bool:
+        """Whether a value has the axes that the weight wants; a stack may hide some of its own."""
+        if self.window:
+            return x.ndim == 2 + len(self.window.kernel)
+        return x.ndim < 2 or tuple(x.shape[axis] for axis in self.axes) == self.lengths
 
     def rows(self, x: npt.NDArray[np.generic], max_rows: int, rng: np.random.Generator) -> Floats:
         """Up to `max_rows` rows of the value `x`, chosen at random, to multiply rows of a weight.
@@ -76,7 +84,7 @@ def weight_input(
         return "read in a subgraph or function"
     is_whole = reader is not None and reader.whole and use.output_axes() == weight.rows
     if reader is None or reader.operator is None or not is_whole:
-        return "not read as it is stored"
+        return NOT_AS_STORED
     operand = Operand(reader.node, reader.index, tuple(weight.shape[axis] for axis in reader.perm))
     found = reader.operator.multiplied_input(operand)
     if isinstance(found, str):

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from .operands import gather_axes
 from .operators import (
@@ -289,10 +289,27 @@ class GraphIndex:
             axes = dict(enumerate(attribute(node, "scan_input_axes", ())))
             axis = axes.get(scanned, 0) % max(len(perm), 1)
             perm = perm[:axis] + perm[axis + 1 :]
-        whole = use.whole and node.op_type in WHOLE
+        whole = use.whole and node.op_type in WHOLE and self._keeps_matrices(use)
         for value in values:
             for scope, reader, index in self._edges[value]:
                 yield Use(scope, reader, index, None, perm, elem_type, whole=whole)
+
+    def _keeps_matrices(self, use: Use) -> bool:
+        """Whether a Squeeze or Unsqueeze is known to touch the first axis only."""
+        node = use.node
+        if node.op_type not in ("Squeeze", "Unsqueeze"):
+            return True
+        axes = list(attribute(node, "axes", ()))
+        if len(node.input) > 1 and (owner := use.scope.owner(node.input[1])):
+            tensor = self._tensors.get((id(owner), node.input[1]))
+            inline = tensor is not None and tensor.data_location != TensorProto.EXTERNAL
+            axes = numpy_helper.to_array(tensor).ravel().tolist() if tensor and inline else []
+        return axes == [0]
+
+    @cached_property
+    def _tensors(self) -> dict[Value, TensorProto]:
+        """The constants by value."""
+        return {(id(scope), name): tensor for scope, name, tensor, _ in self.constants()}
 
     def _multiplies_constant(self, use: Use, operator: Operator) -> bool:
         """Whether what the node multiplies is an activation, as its other operand is constant."""

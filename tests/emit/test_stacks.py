@@ -42,6 +42,11 @@ def picked(nodes, x=(5, K), index=(1,), w=(E, K, N), dtype=np.float32, **constan
     )
 
 
+PRODUCT = [node("MatMul", "x m", "y")]
+CONV = [node("Conv", "x m", "y")]
+TWO = np.array([2])
+
+
 def squeezed(*nodes, **options):
     return picked([node("Gather", "w e", "p"), node("Squeeze", "p zero", "m"), *nodes], **options)
 
@@ -286,3 +291,20 @@ def test_stacks_alone_do_not_run_in_integers(tmp_path):
     source = save(squeezed(MATMUL), tmp_path)
     with pytest.raises(flipguard_onnx.UnsupportedModelError, match="no weight feeds MatMul"):
         flipguard_onnx.guard(source, activations="uint8", output=tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize(
+    ("proto", "fed"),
+    [
+        (picked([node("Gather", "w e", "p"), node("Unsqueeze", "p zero", "m"), *PRODUCT]), True),
+        (picked([node("Unsqueeze", "w two", "m"), *PRODUCT], x=(4, 6), w=(4, 6), two=TWO), False),
+        (picked([node("Unsqueeze", "w two", "m"), *CONV], x=(1, 6, 8), w=(4, 6), two=TWO), False),
+        (picked([node("Gather", "w e", "m"), *CONV], x=(1, 5, 8, 8), w=(E, 5, 4, 3)), False),
+        (picked([node("Gather", "w e", "m"), *CONV], x=(1, 4, 8), index=(), w=(E, 5, 4, 3)), True),
+    ],
+)
+def test_errors_are_fed_forward_only_where_it_is_known_how_the_weight_is_read(tmp_path, proto, fed):
+    source = save(proto, tmp_path)
+    report = flipguard_onnx.guard(source, "int8", output=tmp_path / "out.onnx", seed=1)
+    (tensor,) = report.tensors
+    assert (tensor.gain is not None) == fed
