@@ -18,6 +18,11 @@ from ..io.writer import Output
 from .opset import converted
 from .rewriter import drop_lost_defaults, remove_named
 
+QUANTIZER_SUFFIXES = (  # of the names that it makes
+    *("_quantized", "_quantized_scale", "_quantized_zero_point", "_scale", "_zero_point"),
+    *("_QuantizeLinear_Input", "_QuantizeLinear_Output", "_DequantizeLinear_Output"),
+)
+
 OPSETS = {"int8": 13, "uint8": 13, "int16": 21}  # the first with QuantizeLinear to each type
 
 
@@ -157,6 +162,47 @@ def _separate_biases(model: Model) -> None:
     used |= {name for graph in graphs(model.proto) for name in output_names(graph)}
     for name in replaced - used:
         remove_named(main.initializer, name)
+
+
+def make_room(proto: ModelProto) -> dict[str, str]:
+    """Rename what has a name that onnxruntime's static quantizer (1.32) will give to something new.
+
+    It looks after none but its own. The model's inputs and outputs keep their names; what gives
+    such a name to the quantizer gets another one.
+
+    Returns
+    -------
+    The new names by the old ones.
+    """
+    main = proto.graph
+    kept = {value.name for value in (*main.input, *main.output)}
+    made = [tensor.name for tensor in main.initializer]
+    made += [name for node in main.node for name in node.output if name]
+    names = {*made, *kept}
+    taken = names | {name + end for name in names for end in QUANTIZER_SUFFIXES}
+    in_the_way = set()
+    for name in names:
+        for end in QUANTIZER_SUFFIXES:
+            if name.endswith(end) and (stem := name.removesuffix(end)) in names:
+                in_the_way.add(stem if name in kept else name)
+    renamed = {}
+    for name in made:
+        if name in in_the_way - kept:
+            fresh = f"{name}_renamed"
+            while fresh in taken:
+                fresh += "_"
+            taken.add(fresh)
+            renamed[name] = fresh
+    if renamed:
+        _read_instead(proto, renamed)
+        for tensor in main.initializer:
+            tensor.name = renamed.get(tensor.name, tensor.name)
+        for node in main.node:
+            node.output[:] = [renamed.get(name, name) for name in node.output]
+        for value in main.value_info:
+            value.name = renamed.get(value.name, value.name)
+        del main.quantization_annotation[:]
+    return renamed
 
 
 def bias_of(node: NodeProto) -> str:

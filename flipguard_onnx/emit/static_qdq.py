@@ -7,7 +7,7 @@ report says why. All other constants that onnxruntime rounded become float again
 have aligned them, since they were not rounded at random.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 
@@ -28,7 +28,7 @@ from ..io.writer import Output
 from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Codes, Grid, Scheme
 from ..reports.guard import ActivationQuantization
-from .preprocessing import bias_of
+from .preprocessing import bias_of, make_room
 from .rewriter import drop_lost_defaults
 from .static_codes import StaticGraphChecker
 from .weight_forms import Emitter
@@ -135,6 +135,19 @@ def _left_float(main: GraphProto) -> list[str]:
     return [node.name for node in main.node if is_float(node)]
 
 
+def _read_otherwise(weights: Iterable[Weight]) -> list[str]:
+    """The names of the nodes that read a weight whose scales are those of other channels.
+
+    onnxruntime's static quantizer (1.32) gives all readers the scales that fit one of them.
+    """
+    return [
+        use.node.name
+        for weight in weights
+        for use in weight.uses
+        if use.direct and use.output_axes() != weight.rows
+    ]
+
+
 def _one_per_channel(node: NodeProto, weight: TensorProto, bias: TensorProto) -> bool:
     """Whether a bias is [channels] or [1, channels]."""
     operator = operator_of(node)
@@ -184,6 +197,8 @@ class StaticQdqWriter:
         # what is picked from a stack would be rounded again, as an activation
         picked = [use.behind.node.name for use in uses if use.behind]
         self._left_float = _left_float(graph.proto.graph) + picked
+        if calibration.per_channel:
+            self._left_float += _read_otherwise(graph.weights)
         self._rows = {weight.name: weight.rows for weight in graph.weights}
         self._calibration = calibration
         self._target = target
@@ -197,6 +212,7 @@ class StaticQdqWriter:
         self._guarded[name] = _Guarded(scheme, quantized.grid, codes)
 
     def save(self, metadata: dict[str, str]) -> None:
+        renamed = make_room(self._float.proto)
         self._float.save({})
         result = self._folder / "static.onnx"
         settings = runtime.StaticQuantization(
@@ -211,6 +227,9 @@ class StaticQdqWriter:
         floats, made = (open_model(p, digests=False) for p in (self._float.output.path, result))
         weights = {weight.name: weight for weight in find_weights(floats.proto)[0]}
         checker = StaticGraphChecker(made, floats, self.output)
+        called = {new: old for old, new in renamed.items()}
+        self._guarded = {renamed.get(name, name): g for name, g in self._guarded.items()}
+        self._rows = {renamed.get(name, name): rows for name, rows in self._rows.items()}
         for name, guarded in self._guarded.items():
             checker.weight(weights[name], guarded.grid, guarded.codes)
         checker.finish()
@@ -220,25 +239,25 @@ class StaticQdqWriter:
             raise UnsupportedModelError(
                 "nothing would run in integers (tensor {tensor!r}: {found}); "
                 "go without --activations",
-                tensor=name,
+                tensor=called.get(name, name),
                 found=reason,
             )
-        self.integers = replace(
-            self.integers, weight_only=checker.weight_only, floats=tuple(checker.floats)
-        )
         drop_lost_defaults(made.proto, floats.proto)
         _sort(made.proto.graph)
-        self._emit_the_rest(made.proto)
+        self._emit_the_rest(made.proto, checker.weight_only)
+        weight_only = {called.get(name, name): why for name, why in checker.weight_only.items()}
+        floats_left = tuple(called.get(name, name) for name in checker.floats)
+        self.integers = replace(self.integers, weight_only=weight_only, floats=floats_left)
         _keep_metadata(made.proto, floats.proto)
         save(made.proto, self.output, made, metadata)
 
-    def _emit_the_rest(self, proto: ModelProto) -> None:
+    def _emit_the_rest(self, proto: ModelProto, weight_only: Collection[str]) -> None:
         """Write the weight-only tensors in the forms that a graph with float activations has.
 
         So are those in integers for readers that stay float, as all in subgraphs do.
         """
         left = {w.name: w for w in find_weights(proto, partly=True)[0] if w.name in self._guarded}
-        if lost := self.integers.weight_only.keys() - left.keys():
+        if lost := set(weight_only) - left.keys():
             raise ValidationError(
                 "tensor {tensor!r}: its codes found no place in the graph", tensor=min(lost)
             )

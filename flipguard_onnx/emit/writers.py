@@ -80,6 +80,10 @@ class FloatWriter:
     source : the model
     output : where it is written
     values : returns the weights, flat and in canonical order, of a guarded tensor
+
+    Attributes
+    ----------
+    proto : the graph
     """
 
     def __init__(
@@ -92,7 +96,7 @@ class FloatWriter:
         self.output = output
         self._source = source
         self._values = values
-        self._proto, self._weights = graph.copy()
+        self.proto, self._weights = graph.copy()
 
     def add_weight(self, name: str, scheme: Scheme, quantized: QuantizedTensor) -> None:
         weight = self._weights.get(name)
@@ -103,7 +107,7 @@ class FloatWriter:
         self.output.store(weight.tensor, raw_bytes(values), inline=weight.node is not None)
 
     def save(self, metadata: dict[str, str]) -> None:
-        save(self._proto, self.output, self._source, metadata)
+        save(self.proto, self.output, self._source, metadata)
 
 
 def guarded_values(quantized: QuantizedTensor) -> npt.NDArray[Any]:

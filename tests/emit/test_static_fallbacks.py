@@ -258,3 +258,40 @@ def test_an_operator_with_an_empty_weight(tmp_path):
     report, drifts = static(proto, tmp_path, {"x": X})
     assert report.integers.weight_only == {}
     assert max(drifts) < 0.02
+
+
+def test_names_that_the_quantizer_gives_to_others(tmp_path):
+    """Values and weights that have them already are renamed; the report has the source's names."""
+    proto = model(
+        [
+            node("MatMul", "x w", "w_DequantizeLinear_Output"),
+            node("Relu", "w_DequantizeLinear_Output", "x_scale"),
+            node("MatMul", "x_scale w_quantized", "h"),
+            node("MatMul", "h h_zero_point", "w_scale"),
+        ],
+        {"x": (F, [4, 24])},
+        {"w_scale": (F, [4, 24])},
+        {name: weights((24, 24), i) for i, name in enumerate(("w", "w_quantized", "h_zero_point"))},
+    )
+    report, (drift,) = static(proto, tmp_path, {"x": X}, exclude=("w_quantized",))
+    assert [tensor.name for tensor in report.tensors] == ["w", "h_zero_point"]
+    assert report.integers.weight_only == {}
+    assert drift < 0.03
+    flipguard_onnx.verify(tmp_path / "model.onnx", tmp_path / "out.onnx")
+
+
+def test_a_weight_of_which_readers_sum_over_different_axes(tmp_path):
+    """The scales are those of the outputs of MatMul, and Gemm, which has a bias, stays float."""
+    proto = model(
+        [
+            node("MatMul", "x w", "h"),
+            node("Gemm", "h w b", "g", transB=1),
+            node("MatMul", "g v", "y"),
+        ],
+        {"x": (F, [4, 24])},
+        {"y": (F, [4, 24])},
+        {"w": weights((24, 32)), "v": weights((24, 24), 1), "b": weights(24, 2)},
+    )
+    report, (drift,) = static(proto, tmp_path, {"x": X})
+    assert report.integers.weight_only == {}
+    assert drift < 0.03
