@@ -153,7 +153,7 @@ def quantize_weight(
 
     grids, on_products = [], NO_PRODUCTS
     cut = list(parts(layout, blocks, size))
-    with closing(side_by_side(quantize_part, cut, kernels)) as results:
+    with closing(side_by_side(quantize_part, cut, max_threads(kernels))) as results:
         for part, (grid, on_products, inspected) in zip(cut, results, strict=True):  # noqa: B007
             on_part_done(part.blocks.rows * part.blocks.cols * values.itemsize, inspected)
             grids.append(grid)
@@ -172,12 +172,12 @@ def stored_values(
     """What `values` makes of every part, put together to the tensor as it is stored."""
     result = np.empty(layout.shape, dtype)
     canonical = result.transpose(layout.perm)
-    kernels = get_backend("cpu")
+    threads = max_threads(get_backend("cpu"))
 
     def fill(part: Part) -> None:
         piece = canonical[part.index]
         assign(piece, values(part.extract(quantized)).reshape(piece.shape))
 
-    cut = list(parts(layout, quantized.grid.blocks, part_size // max_threads(kernels)))
-    list(side_by_side(fill, cut, kernels))
+    cut = list(parts(layout, quantized.grid.blocks, part_size // threads))
+    list(side_by_side(fill, cut, threads))
     return result
