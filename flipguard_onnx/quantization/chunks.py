@@ -66,7 +66,8 @@ def quantize_weight(
     ValidationError : an invariant of the guard does not hold for this tensor
     """
     values = array.transpose(layout.perm)
-    cut = list(parts(layout, blocks, part_size // max_threads(kernels)))
+    threads = max_threads(kernels)
+    cut = list(parts(layout, blocks, part_size // threads))
 
     def quantize(part: Part, extremes: Extremes | None = None) -> tuple[Values, QuantizedTensor]:
         flat = contiguous(values[part.index]).reshape(-1)
@@ -90,7 +91,7 @@ def quantize_weight(
     def inspect(work: Callable[[Part], tuple[Any, Result]]) -> list[Result]:
         """What `work` returns for every part, besides what `inspect_part` does."""
         found = []
-        with closing(side_by_side(work, cut, kernels)) as results:
+        with closing(side_by_side(work, cut, threads)) as results:
             for part, (inspected, result) in zip(cut, results, strict=True):
                 on_part_done(part.blocks.rows * part.blocks.cols * values.itemsize, inspected)
                 found.append(result)
@@ -131,12 +132,12 @@ def stored_values(
     """What `values` makes of every part, put together to the tensor as it is stored."""
     result = np.empty(layout.shape, dtype)
     canonical = result.transpose(layout.perm)
-    kernels = get_backend("cpu")
+    threads = max_threads(get_backend("cpu"))
 
     def fill(part: Part) -> None:
         piece = canonical[part.index]
         assign(piece, values(quantized.part(part)).reshape(piece.shape))
 
-    cut = list(parts(layout, quantized.grid.blocks, part_size // max_threads(kernels)))
-    list(side_by_side(fill, cut, kernels))
+    cut = list(parts(layout, quantized.grid.blocks, part_size // threads))
+    list(side_by_side(fill, cut, threads))
     return result

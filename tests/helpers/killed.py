@@ -21,8 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-os.environ |= {"NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "1"}  # bear a fork
-os.environ |= {"OPENBLAS_NUM_THREADS": "1"}
+os.environ |= {"OPENBLAS_NUM_THREADS": "1"}  # bears a fork
 
 import flipguard_onnx
 from flipguard_onnx.interrupts import Interrupted, interruptible

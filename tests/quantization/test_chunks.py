@@ -1,21 +1,26 @@
 """A tensor in parts is what it is as a whole."""
 
 import doctest
+import os
+import subprocess
+import sys
+import threading
 import time
 
-import numba
 import numpy as np
 import pytest
 
 from flipguard_onnx.errors import ModelError
 from flipguard_onnx.quantization import layout as layout_module
 from flipguard_onnx.quantization.chunks import quantize_weight, stored_values
-from flipguard_onnx.quantization.kernels import get_backend, max_threads
+from flipguard_onnx.quantization.kernels import get_backend, max_threads, side_by_side
 from flipguard_onnx.quantization.kernels.cuda import CudaKernels
+from flipguard_onnx.quantization.kernels.threads import share_out
 from flipguard_onnx.quantization.layout import Layout
 from flipguard_onnx.quantization.parts import parts
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import SCHEMES, Codebook
+from tests.helpers.cores import on_cores
 from tests.helpers.samples import weights
 
 CPU = get_backend("cpu")
@@ -157,7 +162,6 @@ def test_all_values_that_are_not_sound_are_counted(bad):
 def test_an_error_on_the_way_ends_all_parts():
     layout, scheme = Layout((64, 2000), (1,)), SCHEMES["int4"]
     array, blocks = weights(layout.shape), cut(layout, scheme)
-    quantized(array, layout, scheme, blocks)  # from here on kernels may run side by side
     assert len(list(parts(layout, blocks, 64))) == 2000
     seen = []
 
@@ -180,9 +184,42 @@ def test_an_error_on_the_way_ends_all_parts():
     assert len(seen) == count
 
 
-def test_kernels_run_side_by_side_only_where_threads_may(monkeypatch):
-    monkeypatch.setattr(numba, "get_num_threads", lambda: 64)
-    for layer, threads in (("omp", 8), ("tbb", 8), ("workqueue", 1)):
-        monkeypatch.setattr(numba, "threading_layer", lambda layer=layer: layer)
-        assert max_threads(CPU) == threads
+def test_threads_are_the_cores_of_the_process_but_on_a_gpu():
+    available = os.sched_getaffinity(0)
+    assert 1 <= max_threads(CPU) <= min(len(available), 8)
+    with on_cores(1):
+        assert max_threads(CPU) == 1
+    assert os.sched_getaffinity(0) == available
     assert max_threads(CudaKernels()) == 1
+
+
+def test_numba_num_threads_is_the_most():
+    program = "from flipguard_onnx.quantization.kernels import *; print(max_threads(get_backend()))"
+    for given in ("1", "2"):
+        environment = os.environ | {"NUMBA_NUM_THREADS": given}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        assert int(done.stdout) == min(int(given), len(os.sched_getaffinity(0))), done.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 1000])
+def test_every_item_is_in_one_range(count):
+    seen = []
+    share_out(lambda start, stop: seen.extend(range(start, stop)), count, 1 << 30)
+    assert sorted(seen) == list(range(count))
+
+
+def test_what_is_little_work_starts_no_thread():
+    threads = set()
+    share_out(lambda *_: threads.add(threading.get_ident()), 1000, 1000)
+    assert threads == {threading.get_ident()}
+
+
+def test_threads_start_no_others():
+    def inner(_):
+        mine = set()
+        share_out(lambda *_: mine.add(threading.get_ident()), 1000, 1 << 30)
+        return mine == {threading.get_ident()}
+
+    assert all(side_by_side(inner, range(4), 2))

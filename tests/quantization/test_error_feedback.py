@@ -2,15 +2,16 @@
 
 import tracemalloc
 
-import numba
 import numpy as np
 import pytest
 
-from flipguard_onnx.quantization.error_feedback import InputMoments, draw_with_feedback
+from flipguard_onnx.quantization.error_feedback import PANEL, InputMoments, draw_with_feedback
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.kernels.protocol import Extremes, Panel, RandomDraw
+from flipguard_onnx.quantization.kernels.threads import ENOUGH
 from flipguard_onnx.quantization.rounding import FED, Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
+from tests.helpers.cores import on_cores
 from tests.helpers.oracles import CUTS
 
 CPU = get_backend("cpu")
@@ -202,15 +203,11 @@ def test_spans_are_blocks_of_h_of_their_own(form):
 
 @pytest.mark.parametrize("form", CUTS)
 def test_codes_do_not_depend_on_threads(form):
-    weights, inputs = weights_of(16, 300), inputs_of(300)
-    most = numba.config.NUMBA_NUM_THREADS
-    try:
-        numba.set_num_threads(1)
+    rows = 2 * ENOUGH // PANEL**2  # enough for two threads
+    weights, inputs = weights_of(rows, 300), inputs_of(300)
+    with on_cores(1):
         alone = drawn(form, weights, inputs)
-        numba.set_num_threads(min(2, most))
-        np.testing.assert_array_equal(drawn(form, weights, inputs), alone)
-    finally:
-        numba.set_num_threads(most)
+    np.testing.assert_array_equal(drawn(form, weights, inputs), alone)
 
 
 def quantized(form, weights, inputs=None, policy=UNBIASED):

@@ -16,6 +16,7 @@ import numba.cuda
 import numpy as np
 import pytest
 
+from flipguard_onnx.detection.alignment import Repetition, tally
 from flipguard_onnx.errors import DeviceError
 from flipguard_onnx.quantization.error_feedback import InputMoments, draw_with_feedback
 from flipguard_onnx.quantization.kernels import (
@@ -26,10 +27,13 @@ from flipguard_onnx.quantization.kernels import (
 )
 from flipguard_onnx.quantization.kernels.cuda import CudaKernels
 from flipguard_onnx.quantization.kernels.protocol import Kernels, RandomDraw, ScanKernels
+from flipguard_onnx.quantization.kernels.threads import ENOUGH
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from flipguard_onnx.quantization.schemes.blocks import FORMS
+from tests.helpers.cores import on_cores
 from tests.helpers.oracles import CUTS
+from tests.helpers.samples import matmul, save
 
 CPU = get_backend("cpu")
 KEY = np.uint64(2**64 - 5)
@@ -210,6 +214,48 @@ print("done")
         command = [sys.executable, "-c", program]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.stdout.split() == expected, done.stderr
+
+
+@pytest.mark.parametrize("form", CUTS)
+def test_what_a_scan_counts_does_not_depend_on_threads(form):
+    weights = np.random.default_rng(0).standard_normal((4, 2 * ENOUGH // 4), np.float32)
+    blocks = Blocks(*CUTS[form](*weights.shape))
+    grid = SCHEMES[form.split("-")[0]].fit(weights.reshape(-1), blocks, weights.dtype, CPU)
+
+    def counted():
+        found = tally(weights.reshape(-1), weights.reshape(-1), Repetition(1, 1), grid)
+        return [x.tobytes() for x in (found.counts, found.sums, found.outliers)]
+
+    with on_cores(1):
+        alone = counted()
+    assert counted() == alone
+
+
+SIGNATURES = 48  # of kernels and helpers that a first run compiles
+
+
+def test_a_first_run_compiles_few_kernels_and_other_schemes_none(tmp_path):
+    """Counted, since seconds depend on the machine: a run waits 0.2 s for each."""
+    program = """
+import sys
+from numba.core import event
+import flipguard_onnx
+compiled = event.RecordingListener()
+event.register("numba:compile", compiled)
+for scheme in "int8", "int4", "nf4", "fp4":
+    output = f"{sys.argv[1]}.{scheme}.onnx"
+    flipguard_onnx.guard(sys.argv[1], scheme=scheme, output=output, validate=False)
+    print(sum(e.is_start for _, e in compiled.buffer))
+flipguard_onnx.scan(sys.argv[1])
+print(sum(e.is_start for _, e in compiled.buffer))
+"""
+    path = save(matmul(shape=(64, 48)), tmp_path)
+    quick = {"XDG_CACHE_HOME": str(tmp_path), "NUMBA_OPT": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, str(path)]
+    done = subprocess.run(command, env=os.environ | quick, capture_output=True, text=True)
+    first, *others = map(int, done.stdout.split())
+    assert 0 < first <= SIGNATURES * 4 // 3, done.stderr
+    assert others == [first] * 4
 
 
 def drawn(offsets, key, limit):

@@ -1,7 +1,6 @@
 """The laws of flipping: which weights may cross, where they land, what must not move."""
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 from flipguard_onnx.errors import SchemeError, ValidationError
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.kernels.protocol import Extremes
+from flipguard_onnx.quantization.kernels.threads import ENOUGH
 from flipguard_onnx.quantization.rounding import (
     Policy,
     quantize_tensor,
@@ -18,6 +18,7 @@ from flipguard_onnx.quantization.rounding import (
 )
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks, Codebook
 from tests.helpers import naive, oracles
+from tests.helpers.cores import on_cores
 from tests.helpers.oracles import CUTS, ORACLES
 from tests.helpers.tensors import tensors
 
@@ -212,18 +213,16 @@ def test_tau_selects_by_margin_and_a_larger_tau_only_adds(form):
 
 @pytest.mark.parametrize("form", CUTS)
 def test_result_does_not_depend_on_threads_or_on_the_order_of_calls(form):
-    weights, other = weights_of(4, 9000), weights_of(4, 9000, seed=1)  # several pieces of a block
+    # several pieces of a block, and enough for two threads
+    weights, other = weights_of(4, 2 * ENOUGH // 4), weights_of(4, 9000, seed=1)
 
-    def outcome(threads, names):
-        numba.set_num_threads(threads)
+    def outcome(names):
         results = {n: flipped(form, {"w": weights, "v": other}[n], name=n) for n in names}
         return [results[n].guarded.tobytes() + results[n].codes.tobytes() for n in "wv"]
 
-    most = numba.config.NUMBA_NUM_THREADS
-    try:
-        assert outcome(1, "wv") == outcome(min(2, most), "vw")
-    finally:
-        numba.set_num_threads(most)
+    with on_cores(1):
+        alone = outcome("wv")
+    assert outcome("vw") == alone
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -5,23 +5,19 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ...errors import DeviceError
 from .protocol import Kernels, ScanKernels
+from .threads import max_threads, side_by_side
+
+__all__ = ["DEVICES", "compiling", "get_backend", "get_scan_kernels", "max_threads", "side_by_side"]
 
 DEVICES = ("auto", "cpu", "cuda")
-
-MAX_THREADS = 8  # that call kernels at a time: each holds a part of a tensor in memory
-
-Item = TypeVar("Item")
-
-Result = TypeVar("Result")
 
 
 def get_backend(device: str = "auto") -> Kernels:
@@ -63,39 +59,6 @@ def _cuda_kernels() -> Kernels:
     with _cache_directory():
         from .cuda import CudaKernels
     return CudaKernels()
-
-
-def max_threads(kernels: Kernels) -> int:
-    """How many threads may call the kernels at the same time."""
-    import numba
-
-    if kernels.device != "cpu":
-        return 1
-    try:
-        layer = numba.threading_layer()  # type: ignore[attr-defined]
-    except ValueError:  # no kernel has run yet
-        return 1
-    if layer == "workqueue":  # not made for it
-        return 1
-    return min(numba.get_num_threads(), MAX_THREADS)
-
-
-def side_by_side(
-    work: Callable[[Item], Result], items: Sequence[Item], kernels: Kernels
-) -> Generator[Result]:
-    """work(item) for every item, in their order; several at a time where the kernels allow it.
-
-    Each of the threads then runs its kernels in that thread alone, so that what is done between
-    the kernels is shared out as well.
-    """
-    import numba
-
-    threads = min(max_threads(kernels), len(items))
-    if threads < 2:
-        yield from map(work, items)
-        return
-    with ThreadPoolExecutor(threads, initializer=numba.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(work, items)
 
 
 @cache

@@ -1,19 +1,24 @@
 """`protocol.Kernels` on the CPU: njit loops over `scalar`, shared out among the threads.
 
 A piece is what is worked on at a time: a block, or PIECE weights of a longer one, so that the work
-divides evenly even where a tensor is a single block. A share is the pieces of one turn of a
-parallel loop.
+divides evenly even where a tensor is a single block. A share is the pieces of one turn of the
+outermost loop, about PIECE weights; the shares of a tensor are divided among the threads.
 
 Loops run over slices, from 0: numba then sees that no index is negative, and LLVM makes vectors.
-A parallel loop of numba takes only NamedTuples that are arguments of the kernel, and not nested.
+
+Whoever installs the tool waits until the kernels are compiled. numba compiles each once for every
+type of its arguments, hence one type for all cuts; a helper that is inlined is compiled by itself
+as well; a wrapper that nobody calls and a view of an array take as long as a short loop.
 """
 
 from typing import NamedTuple
 
 import numba
 import numpy as np
+from numba.extending import overload
 
 from . import scalar
+from .threads import share_out
 
 device = "cpu"
 
@@ -21,10 +26,14 @@ PIECE = 4096  # weights; a multiple of every block size that is not a whole row,
 
 MAX_STEPS = 8  # values of the storage type that a flipped weight may be moved on to
 
-# Python's error model would test every divisor for 0; inlined, a rule is a constant of the loop
-inline = numba.njit(error_model="numpy", forceinline=True)
+# Python's error model would test every divisor for 0
+BARE = {"error_model": "numpy", "no_cfunc_wrapper": True}
 
-kernel = numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
+INLINE = {"forceinline": True, "no_cpython_wrapper": True, **BARE}  # a rule becomes a constant
+
+inline = numba.njit(**INLINE)
+
+kernel = numba.njit(nogil=True, cache=True, **BARE)
 
 _value = inline(scalar.value)
 
@@ -34,7 +43,7 @@ _next_pattern = inline(scalar.next_pattern)
 
 _ordered = inline(scalar.ordered)
 
-_position = inline(scalar.position)
+position_of = inline(scalar.position)
 
 _code = inline(scalar.code)
 
@@ -52,11 +61,30 @@ _uniform = inline(scalar.uniform)
 
 _step = inline(scalar.step)
 
-_error = inline(scalar.error)
+error_of = inline(scalar.error)
 
 _within_grid = inline(scalar.within_grid)
 
 _take_over = inline(scalar.take_over)
+
+
+class Cut(NamedTuple):
+    """How a tensor is cut into blocks, as in StoredWeights, into pieces, and into shares.
+
+    pieces: of the whole tensor.
+    """
+
+    cols: int
+    block_size: int
+    blocks_per_row: int
+    pieces_per_block: int
+    pieces_per_share: int
+    pieces: int
+
+    @property
+    def shares(self) -> int:
+        """Shares of the whole tensor."""
+        return -(-self.pieces // self.pieces_per_share)
 
 
 class Share(NamedTuple):
@@ -68,107 +96,101 @@ class Share(NamedTuple):
     stop: int
 
 
-@inline
-def _blocks_per_row(cut):
-    return (cut.cols + cut.block_size - 1) // cut.block_size
+def cut_of(weights):
+    """The cut of StoredWeights or FloatWeights."""
+    cols, block_size = weights.cols, weights.block_size
+    per_row, per_block = -(-cols // block_size), -(-block_size // PIECE)
+    pieces = weights[0].size // cols * per_row * per_block
+    return Cut(cols, block_size, per_row, per_block, max(1, PIECE // block_size), pieces)
 
 
-@inline
-def _pieces_per_block(cut):
-    return (cut.block_size + PIECE - 1) // PIECE
-
-
-@inline
-def _pieces_per_share(cut):
-    return max(1, PIECE // cut.block_size)
-
-
-@inline
-def piece_count(size, cut):
-    """Pieces of a tensor of `size` weights; `cut` is anything with `cols` and `block_size`."""
-    return size // cut.cols * _blocks_per_row(cut) * _pieces_per_block(cut)
-
-
-@inline
-def share_count(size, cut):
-    """Shares of a tensor."""
-    per_share = _pieces_per_share(cut)
-    return (piece_count(size, cut) + per_share - 1) // per_share
+def run(compiled, cut, *arguments):
+    """compiled(first, stop, cut, *arguments) for all shares from `first` up to `stop`."""
+    shares = cut.shares
+    share_out(lambda *span: compiled(*span, cut, *arguments), shares, shares * PIECE)
 
 
 @inline
 def piece_span(piece, cut):
     """The block of a piece, and start and stop of its weights."""
-    per_block, per_row = _pieces_per_block(cut), _blocks_per_row(cut)
-    block = piece // per_block
-    row = block // per_row
-    start = row * cut.cols + (block % per_row) * cut.block_size
+    block = piece // cut.pieces_per_block
+    row = block // cut.blocks_per_row
+    start = row * cut.cols + (block % cut.blocks_per_row) * cut.block_size
     stop = min(start + cut.block_size, (row + 1) * cut.cols)
-    start = min(start + (piece % per_block) * PIECE, stop)
+    start = min(start + (piece % cut.pieces_per_block) * PIECE, stop)
     return block, start, min(start + PIECE, stop)
 
 
 @inline
-def _block_of(i, cut):
-    """Number of the block that weight `i` belongs to."""
-    return (i // cut.cols) * _blocks_per_row(cut) + (i % cut.cols) // cut.block_size
-
-
-@inline
-def nth_share(number, size, cut):
+def nth_share(number, cut):
     """The share of that number."""
-    first = number * _pieces_per_share(cut)
-    stop = min(first + _pieces_per_share(cut), piece_count(size, cut))
+    first = number * cut.pieces_per_share
+    stop = min(first + cut.pieces_per_share, cut.pieces)
     return Share(first, stop, piece_span(first, cut)[1], piece_span(stop - 1, cut)[2])
 
 
-@inline
-def _floats(patterns, form):
-    """The float32 that the bit patterns stand for: a view, or a copy."""
-    if form == scalar.FLOAT32:
-        return patterns.view(np.float32)
-    values = np.empty(patterns.size, np.float32)
+def _stored(weights):
+    """The arguments of `_read`: weights as float32 if that is their type, else as patterns."""
+    is_float = weights.form == scalar.FLOAT32
+    return weights.patterns.view(np.float32) if is_float else weights.patterns, weights.form
+
+
+def _read(stored, form):
+    """The float32 that patterns stand for, one or an array of them; float32 is itself."""
+    raise NotImplementedError
+
+
+@overload(_read, jit_options=INLINE)
+def _read_type(stored, form):
+    """`_read` for arguments of these types: models in float32 compile no other."""
+    if numba.float32 in (stored, getattr(stored, "dtype", None)):
+        return lambda stored, form: stored
+    if isinstance(stored, numba.types.Array):
+        return _read_all
+    return lambda stored, form: _value(stored, form)
+
+
+def _read_all(stored, form):
+    values = np.empty(stored.size, np.float32)
     if form == scalar.FLOAT16:
         for i in range(values.size):
-            values[i] = _value(patterns[i], scalar.FLOAT16)
+            values[i] = _value(stored[i], scalar.FLOAT16)
     else:
         for i in range(values.size):
-            values[i] = _value(patterns[i], scalar.BFLOAT16)
+            values[i] = _value(stored[i], scalar.BFLOAT16)
     return values
 
 
 @inline
-def _piece_extremes(values, share, cut, keys):
+def _piece_extremes(values, share, cut, lowest, highest):
     """Smallest and largest value of every piece of a share, as integers in the same order."""
-    words = values.view(np.int32)
     for piece in range(share.first_piece, share.stop_piece):
         _, start, stop = piece_span(piece, cut)
-        part = words[start - share.start : stop - share.start]
+        part = values[start - share.start : stop - share.start]
         low, high = np.int32(2**31 - 1), np.int32(-(2**31))
         for i in range(part.size):
-            key = _ordered(part[i])
+            key = _ordered(np.float32(part[i]).view(np.int32))
             low = min(low, key)
             high = max(high, key)
-        keys[piece, 0], keys[piece, 1] = low, high
+        lowest[piece], highest[piece] = low, high
 
 
-@inline
-def _merge(keys, per_block, found):
+def _no_keys(cut):
+    """Room for the extremes of every piece."""
+    return np.empty(cut.pieces, np.int32), np.empty(cut.pieces, np.int32)
+
+
+def _merge(keys, cut, found):
     """Extremes of the blocks from those of their pieces."""
-    merged = keys.reshape(-1, per_block, 2)
-    for b in range(found.lowest.size):
-        low, high = merged[b, 0, 0], merged[b, 0, 1]
-        for piece in range(1, per_block):
-            low = min(low, merged[b, piece, 0])
-            high = max(high, merged[b, piece, 1])
-        found.lowest[b] = np.int32(_ordered(low)).view(np.float32)
-        found.highest[b] = np.int32(_ordered(high)).view(np.float32)
+    lowest, highest = (each.reshape(-1, cut.pieces_per_block) for each in keys)
+    found.lowest[:] = scalar.ordered(lowest.min(axis=1)).view(np.float32)
+    found.highest[:] = scalar.ordered(highest.max(axis=1)).view(np.float32)
 
 
 @inline
 def _positions(rule, values, operand, absmax, levels, positions, free):
     for i in range(values.size):
-        positions[i] = _position(values[i], operand, rule, levels)
+        positions[i] = position_of(values[i], operand, rule, levels)
         free[i] = abs(values[i]) < absmax
 
 
@@ -203,128 +225,168 @@ def share_margins(values, share, cut, scales, levels, codes, offsets):
         _round(scalar.COUNT_PIVOTS, positions, free, levels, codes, offsets)
 
 
-@kernel
 def extremes(weights, found):
-    patterns = weights.patterns
-    keys = np.empty((piece_count(patterns.size, weights), 2), np.int32)
-    for s in numba.prange(share_count(patterns.size, weights)):
-        share = nth_share(s, patterns.size, weights)
-        values = _floats(patterns[share.start : share.stop], weights.form)
-        _piece_extremes(values, share, weights, keys)
-    _merge(keys, _pieces_per_block(weights), found)
+    cut = cut_of(weights)
+    keys = _no_keys(cut)
+    run(_extremes, cut, *_stored(weights), *keys)
+    _merge(keys, cut, found)
 
 
 @kernel
+def _extremes(first, stop, cut, stored, form, lowest, highest):
+    for number in range(first, stop):
+        share = nth_share(number, cut)
+        values = _read(stored[share.start : share.stop], form)
+        _piece_extremes(values, share, cut, lowest, highest)
+
+
 def analyze(weights, scales, levels, codes, offsets):
-    patterns = weights.patterns
-    for s in numba.prange(share_count(patterns.size, weights)):
-        share = nth_share(s, patterns.size, weights)
-        here = slice(share.start, share.stop)
-        values = _floats(patterns[here], weights.form)
-        share_margins(values, share, weights, scales, levels, codes[here], offsets[here])
+    run(_analyze, cut_of(weights), *_stored(weights), scales, levels, codes, offsets)
 
 
 @kernel
-def draw(weights, scales, levels, random, nearest, codes):
-    patterns = weights.patterns
-    for s in numba.prange(share_count(patterns.size, weights)):
-        share = nth_share(s, patterns.size, weights)
+def _analyze(first, stop, cut, stored, form, scales, levels, codes, offsets):
+    for number in range(first, stop):
+        share = nth_share(number, cut)
         here = slice(share.start, share.stop)
-        values = _floats(patterns[here], weights.form)
+        values = _read(stored[here], form)
+        share_margins(values, share, cut, scales, levels, codes[here], offsets[here])
+
+
+def draw(weights, scales, levels, random, nearest, codes):
+    run(_draw, cut_of(weights), *_stored(weights), scales, levels, random, nearest, codes)
+
+
+@kernel
+def _draw(first, stop, cut, stored, form, scales, levels, random, nearest, codes):
+    for number in range(first, stop):
+        share = nth_share(number, cut)
+        here = slice(share.start, share.stop)
+        values = _read(stored[here], form)
         rounded, drawn, offsets = nearest[here], codes[here], np.empty_like(values)
-        share_margins(values, share, weights, scales, levels, rounded, offsets)
+        share_margins(values, share, cut, scales, levels, rounded, offsets)
         state = _state(random.key, random.first + np.uint64(share.start))
         for i in range(drawn.size):
             drawn[i] = rounded[i] + _step(offsets[i], random.limit, _uniform(state))
             state += scalar.GAMMA
 
 
-@kernel
 def move_weights(weights, scales, levels, nearest, codes):
-    patterns = weights.patterns
+    stored = weights.patterns, weights.form
+    run(_move_weights, cut_of(weights), *stored, scales, levels, nearest, codes)
+
+
+@kernel
+def _move_weights(first, stop, cut, patterns, form, scales, levels, nearest, codes):
     operand, scale, absmax = scales
     rule = levels.rule
-    for s in numba.prange(share_count(patterns.size, weights)):
-        chosen = np.empty(PIECE, np.int64)
-        share = nth_share(s, patterns.size, weights)
+    chosen = np.empty(PIECE, np.int64)
+    for number in range(first, stop):
+        share = nth_share(number, cut)
         for piece in range(share.first_piece, share.stop_piece):
-            b, start, stop = piece_span(piece, weights)
+            b, start, end = piece_span(piece, cut)
             count = 0
-            for i in range(start, stop):  # a list, as no processor foresees who will be on it
+            for i in range(start, end):  # a list, as no processor foresees who will be on it
                 chosen[count] = i
                 count += codes[i] != nearest[i]
             for i in chosen[:count]:
                 boundary, direction = _edge(nearest[i], codes[i], rule, levels)
                 target = _just_past(boundary, direction) * scale[b]
-                upward = target > _value(patterns[i], weights.form)
-                bits = _pattern(target, weights.form)
+                upward = target > _value(patterns[i], form)
+                bits = _pattern(target, form)
                 found = False
                 for _ in range(MAX_STEPS):
-                    value = _value(bits, weights.form)
-                    position = _position(value, operand[b], rule, levels)
+                    value = _value(bits, form)
+                    position = position_of(value, operand[b], rule, levels)
                     right = _code(position, rule, levels) == codes[i]
                     found = right and _lands(value, target, upward, absmax[b])
                     if found:
                         break
-                    bits = _next_pattern(bits, upward, weights.form)
+                    bits = _next_pattern(bits, upward, form)
                 if found:
                     patterns[i] = bits
                 else:
                     codes[i] = nearest[i]
 
 
-@kernel
 def check(before, after, scales, levels, nearest, codes, found, faults):
-    earlier = before.patterns
-    patterns = after.patterns
-    keys = np.empty((piece_count(patterns.size, after), 2), np.int32)
-    wrong = np.int64(0)
-    moved = np.int64(0)
-    for s in numba.prange(share_count(patterns.size, after)):
-        share = nth_share(s, patterns.size, after)
+    cut = cut_of(after)
+    keys, counts = _no_keys(cut), np.empty((cut.shares, 2), np.int64)
+    patterns = before.patterns, after.patterns
+    grid = scales, levels
+    run(_check, cut, *patterns, *_stored(after), *grid, nearest, codes, *keys, counts)
+    faults[:] = counts.sum(axis=0)
+    _merge(keys, cut, found)
+
+
+@kernel
+def _check(
+    first,
+    stop,
+    cut,
+    earlier,
+    patterns,
+    stored,
+    form,
+    scales,
+    levels,
+    nearest,
+    codes,
+    low,
+    high,
+    counts,
+):
+    for number in range(first, stop):
+        share = nth_share(number, cut)
         here = slice(share.start, share.stop)
-        values = _floats(patterns[here], after.form)
-        _piece_extremes(values, share, after, keys)
+        values = _read(stored[here], form)
+        _piece_extremes(values, share, cut, low, high)
         encoded, offsets = np.empty(values.size, np.int8), np.empty_like(values)
-        share_margins(values, share, after, scales, levels, encoded, offsets)
+        share_margins(values, share, cut, scales, levels, encoded, offsets)
         was, now = earlier[here], patterns[here]
         rounded, stated = nearest[here], codes[here]
+        wrong, moved = 0, 0
         for i in range(now.size):
             wrong += encoded[i] != stated[i]
             moved += (was[i] != now[i]) & (rounded[i] == stated[i])
-    faults[0] = wrong
-    faults[1] = moved
-    _merge(keys, _pieces_per_block(after), found)
+        counts[number, 0], counts[number, 1] = wrong, moved
+
+
+def draw_with_feedback(weights, scales, levels, panel, random, codes, errors):
+    arguments = cut_of(weights), *_stored(weights), scales, levels, panel, random, codes, errors
+    rows, width = panel.carried.shape
+    share_out(lambda *span: _draw_with_feedback(*span, *arguments), rows, rows * width * width)
 
 
 @kernel
-def draw_with_feedback(weights, scales, levels, panel, random, codes, errors):
-    patterns = weights.patterns
+def _draw_with_feedback(
+    first_row, stop_row, cut, stored, form, scales, levels, panel, random, codes, errors
+):
     operand, scale, absmax = scales
     carried, factors, order, first = panel
     rows, length = codes.shape
     width = factors.shape[1]
     rule = levels.rule
-    for row in numba.prange(rows):
+    for row in range(first_row, stop_row):
         group = row // (rows // factors.shape[0])
         due = carried[row].astype(np.float64)
         for k in range(width):
             column = order[group, k]
             i = row * length + column
-            b = _block_of(i, weights)
-            weight = _value(patterns[i], weights.form)
+            b = (i // cut.cols) * cut.blocks_per_row + (i % cut.cols) // cut.block_size
+            weight = _read(stored[i], form)
             free = abs(weight) < absmax[b]
-            position = _position(weight, operand[b], rule, levels)
+            position = position_of(weight, operand[b], rule, levels)
             if free:
                 change = _within_grid(np.float32(due[k]), position, scale[b], levels)
-                position = _position(weight + change, operand[b], rule, levels)
+                position = position_of(weight + change, operand[b], rule, levels)
             code = _code(position, rule, levels)
             if free:
                 offset = _offset(position, code, rule, levels)
                 noise = _uniform(_state(random.key, random.first + np.uint64(i)))
                 code += _step(offset, random.limit, noise)
             codes[row, column] = code
-            error = _error(weight, code, scale[b], rule, levels)
+            error = error_of(weight, code, scale[b], rule, levels)
             errors[row, first + k] = error
             later, factor = due[k + 1 :], factors[group, k, k + 1 :]
             for j in range(later.size):

@@ -7,15 +7,19 @@ import numpy as np
 
 from . import scalar
 from .cpu import (
+    INLINE,
     PIECE,
+    cut_of,
+    error_of,
     inline,
     kernel,
     nth_share,
-    piece_count,
     piece_span,
-    share_count,
+    position_of,
+    run,
     share_margins,
 )
+from .threads import share_out
 
 CELLS = 1024
 
@@ -24,10 +28,6 @@ RUN = 32  # weights whose losses are judged together, at most
 LARGEST = 8  # the largest 1 / LARGEST of a run count as its outliers
 
 ONE, TWO = np.float32(1.0), np.float32(2.0)
-
-_position = inline(scalar.position)
-
-_error = inline(scalar.error)
 
 
 @cache
@@ -81,31 +81,32 @@ def _bins(rule, positions, factor, segments, last, bins):
 
 def survey(weights, scales, levels, limit, factors, counts):
     segments = _segments(levels.values.tobytes(), levels.pivots.tobytes())
-    _survey(weights, scales, levels, limit, factors, segments, counts)
+    values, (runs, grids, _) = weights.values, counts.shape
+    arguments = cut_of(weights), values, scales, levels, limit, factors, segments, counts
+    share_out(lambda *span: _survey(*span, *arguments), runs, grids * values.size)
 
 
 @kernel
-def _survey(weights, scales, levels, limit, factors, segments, counts):
-    values, operand, absmax = weights.values, scales.operand, scales.absmax
-    pieces = piece_count(values.size, weights)
+def _survey(first_run, stop_run, cut, values, scales, levels, limit, factors, segments, counts):
+    operand, absmax = scales.operand, scales.absmax
     runs, grids, width = counts.shape
-    for run in numba.prange(runs):
-        kept = np.empty(PIECE, np.float32)
-        bins = np.empty(PIECE, np.int32)
-        for piece in range(pieces * run // runs, pieces * (run + 1) // runs):
-            b, start, stop = piece_span(piece, weights)
+    kept = np.empty(PIECE, np.float32)
+    bins = np.empty(PIECE, np.int32)
+    for number in range(first_run, stop_run):
+        for piece in range(cut.pieces * number // runs, cut.pieces * (number + 1) // runs):
+            b, start, stop = piece_span(piece, cut)
             below = limit * absmax[b]
             count = 0
             for weight in values[start:stop]:
-                kept[count] = _position(weight, operand[b], levels.rule, levels)
+                kept[count] = position_of(weight, operand[b], levels.rule, levels)
                 count += (weight != 0) & (abs(weight) < below)
-            for number in range(grids):
-                factor = factors[number, b % factors.shape[1]]
+            for grid in range(grids):
+                factor = factors[grid, b % factors.shape[1]]
                 if levels.rule == scalar.COUNT_PIVOTS:
                     _bins(scalar.COUNT_PIVOTS, kept[:count], factor, segments, width - 1, bins)
                 else:
                     _bins(scalar.DIVIDE_HALF_EVEN, kept[:count], factor, segments, width - 1, bins)
-                into = counts[run, number]
+                into = counts[number, grid]
                 for i in range(count):
                     into[bins[i]] += 1
 
@@ -113,10 +114,10 @@ def _survey(weights, scales, levels, limit, factors, segments, counts):
 @inline
 def _absolute_errors(rule, values, codes, scale, levels, errors):
     for i in range(values.size):
-        errors[i] = abs(_error(values[i], codes[i], scale, rule, levels))
+        errors[i] = abs(error_of(values[i], codes[i], scale, rule, levels))
 
 
-@numba.njit(forceinline=True, fastmath={"reassoc"})
+@numba.njit(fastmath={"reassoc"}, **INLINE)
 def _sum(values):
     """In an order that depends on the processor, so that it is a sum of vectors."""
     total = 0.0
@@ -126,9 +127,10 @@ def _sum(values):
 
 
 @inline
-def _outlier(values, count):
-    """The smallest of the largest `count` magnitudes; infinite if `count` is 0."""
-    top = np.zeros(RUN // LARGEST, np.float32)
+def _outlier(values, count, top):
+    """The smallest of the `count` largest magnitudes, which fill `top`; infinite if there are 0."""
+    for place in range(count):
+        top[place] = scalar.ZERO
     for value in values:
         magnitude = abs(value)
         if count and magnitude > top[0]:
@@ -141,9 +143,9 @@ def _outlier(values, count):
 
 
 @inline
-def _loss(values, errors):
+def _loss(values, errors, top):
     """Relative L2 error of a run without its largest; -1 where nothing but 0 is left."""
-    limit = _outlier(values, values.size // LARGEST)
+    limit = _outlier(values, values.size // LARGEST, top)
     lost, power = 0.0, 0.0
     for i in range(values.size):
         weight, error = np.float64(values[i]), errors[i]
@@ -167,19 +169,27 @@ def _clipped(values, scale, absmax, highest):
     return free, above, below
 
 
-@kernel
 def rounding_error_sums(weights, scales, levels, limit, sums):
-    scale, size = scales.scale, weights.values.size
-    shares = share_count(size, weights)
-    parts = np.empty((shares, 10), np.float64)
-    for s in numba.prange(shares):
-        share = nth_share(s, size, weights)
-        values = weights.values[share.start : share.stop]
+    cut = cut_of(weights)
+    parts = np.empty((cut.shares, 10))
+    run(_rounding_error_sums, cut, weights.values, scales, levels, limit, parts)
+    sums[:] = 0
+    for part in parts:  # in order, whatever the number of threads
+        sums += part
+
+
+@kernel
+def _rounding_error_sums(first, stop, cut, weights, scales, levels, limit, parts):
+    scale = scales.scale
+    top = np.empty(RUN // LARGEST, np.float32)
+    for number in range(first, stop):
+        share = nth_share(number, cut)
+        values = weights[share.start : share.stop]
         codes, offsets = np.empty(values.size, np.int8), np.empty_like(values)
-        share_margins(values, share, weights, scales, levels, codes, offsets)
+        share_margins(values, share, cut, scales, levels, codes, offsets)
         errors, variances = np.empty(values.size, np.float64), np.empty(values.size, np.float64)
         for piece in range(share.first_piece, share.stop_piece):
-            b, start, stop = piece_span(piece, weights)
+            b, start, stop = piece_span(piece, cut)
             part = slice(start - share.start, stop - share.start)
             some, chosen, into = values[part], codes[part], errors[part]
             if levels.rule == scalar.COUNT_PIVOTS:
@@ -188,16 +198,16 @@ def rounding_error_sums(weights, scales, levels, limit, sums):
                 _absolute_errors(scalar.DIVIDE_HALF_EVEN, some, chosen, scale[b], levels, into)
         runs, losses, free, above, below = 0, 0.0, 0, 0, 0
         for piece in range(share.first_piece, share.stop_piece):
-            b, start, stop = piece_span(piece, weights)
+            b, start, stop = piece_span(piece, cut)
             start, stop = start - share.start, stop - share.start
             if scale[b] != 0:
                 found = _clipped(values[start:stop], scale[b], scales.absmax[b], levels.highest)
                 free, above, below = free + found[0], above + found[1], below + found[2]
             for first in range(start, stop, RUN):
                 run = slice(first, min(first + RUN, stop))
-                loss = _loss(values[run], errors[run])
+                loss = _loss(values[run], errors[run], top)
                 runs += loss >= 0
-                losses += max(loss, 0.0)
+                losses += loss if loss >= 0 else 0.0
         used, lost = 0, 0
         for i in range(values.size):
             used += values[i] != 0
@@ -211,25 +221,23 @@ def rounding_error_sums(weights, scales, levels, limit, sums):
             variances[i] = error * (error / chance - error) if drawn else 0.0
             errors[i] = 0.0 if drawn else error
         stuck, variance = _sum(errors), _sum(variances)
-        parts[s, 0], parts[s, 1] = used, lost
-        parts[s, 2], parts[s, 3], parts[s, 4] = total, stuck, variance
-        parts[s, 5], parts[s, 6] = runs, losses
-        parts[s, 7], parts[s, 8], parts[s, 9] = free, above, below
-    for column in range(10):  # plain loops: an array expression would wake all threads each time
-        total = 0.0
-        for s in range(shares):
-            total += parts[s, column]
-        sums[column] = total
+        parts[number, 0], parts[number, 1] = used, lost
+        parts[number, 2], parts[number, 3], parts[number, 4] = total, stuck, variance
+        parts[number, 5], parts[number, 6] = runs, losses
+        parts[number, 7], parts[number, 8], parts[number, 9] = free, above, below
+
+
+def largest_two(weights, first, second):
+    arguments = cut_of(weights), weights.values, first, second
+    share_out(lambda *span: _largest_two(*span, *arguments), first.size, weights.values.size)
 
 
 @kernel
-def largest_two(weights, first, second):
-    values, cols, block_size = weights
-    blocks_per_row = (cols + block_size - 1) // block_size
-    for b in numba.prange(first.size):
-        row = b // blocks_per_row
-        start = row * cols + (b % blocks_per_row) * block_size
-        stop = min(start + block_size, (row + 1) * cols)
+def _largest_two(first_block, stop_block, cut, values, first, second):
+    for b in range(first_block, stop_block):
+        row = b // cut.blocks_per_row
+        start = row * cut.cols + (b % cut.blocks_per_row) * cut.block_size
+        stop = min(start + cut.block_size, (row + 1) * cut.cols)
         top = runner_up = scalar.ZERO
         for weight in values[start:stop]:
             magnitude = abs(weight)
