@@ -51,11 +51,13 @@ def open_folded(path: str | os.PathLike[str]) -> Model:
 
 
 def fold_constants(source: Model) -> Model:
-    """The model with the weights behind constant expressions as initializers."""
-    found, unfolded = constants_of(source)
-    if (found.expressions or unfolded) and source.proto.functions:
+    """The model with the weights behind constant expressions as initializers.
+
+    Local functions are expanded, as onnxruntime does it: what passes through them may be a weight.
+    """
+    if source.proto.functions:
         source = replace(source, proto=_inlined(source))
-        found, unfolded = constants_of(source)
+    found, unfolded = constants_of(source)
     if found.expressions:
         proto = ModelProto()
         proto.CopyFrom(source.proto)
@@ -80,7 +82,7 @@ def constants_of(source: Model) -> tuple[ConstantValues, list[Unfolded]]:
         inferred = _inferred(source.proto)
         found = ConstantValues(source.proto, inferred)
         open_sized = found.open_sized(ConstantValues(source.proto, inferred, fixed=True))
-    return found, found.unreachable() + open_sized
+    return found, found.unreachable() + found.convolved() + open_sized
 
 
 def _inferred(proto: ModelProto) -> Inferred:

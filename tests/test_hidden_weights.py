@@ -21,7 +21,7 @@ REFUSED = {  # on loading
 
 UNJUDGED = {  # weights that stay where they are
     *("if_with_input", "where_open_size", "if_open_size", "mul_by_open_size"),
-    *("convolved_by_open_size", "multiplied_by_open_size"),
+    *("convolved_by_open_size", "multiplied_by_open_size", "data_of_convolution"),
 }
 
 BLURRED = {"float8"}  # weights on a lattice of their own, which leaves less to see
@@ -36,6 +36,7 @@ UNGUARDED = {
     "flat_by_open_size": OPEN_SIZE,
     "convolved_by_open_size": OPEN_SIZE,
     "multiplied_by_open_size": OPEN_SIZE,
+    "data_of_convolution": "it is the data of a convolution, whose kernel is computed",
 }
 
 

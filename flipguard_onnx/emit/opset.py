@@ -1,7 +1,5 @@
 """The opset that a written graph needs, and how the source gets there."""
 
-from dataclasses import replace
-
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from .. import runtime
@@ -32,27 +30,6 @@ def needed_opset(weights: list[Weight], schemes: list[Scheme], target: Target) -
         for weight, scheme in zip(weights, schemes, strict=True)
         for use in weight.uses
     )
-
-
-def inlined(source: Model, opset: int) -> Model:
-    """The source, with its local functions expanded if they or the graph are older than `opset`.
-
-    They must be, since onnx drops the functions of a graph that it converts.
-
-    Raises
-    ------
-    UnsupportedModelError : onnx cannot expand them
-    """
-    functions = source.proto.functions
-    oldest = min([opset_of(source.proto), *map(opset_of, functions)])
-    if not functions or oldest >= opset:
-        return source
-    try:
-        return replace(source, proto=runtime.inlined(source.proto))
-    except (runtime.RemoteError, ValidationError) as error:
-        raise UnsupportedModelError(
-            "its local functions cannot be expanded: {found}", found=str(error), path=source.path
-        ) from None
 
 
 def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel:

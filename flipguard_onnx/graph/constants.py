@@ -49,6 +49,8 @@ MOVES = (*CHAIN, "CastLike", "Gather", *(op for op in VIEWS if op not in ("Resha
 
 Axes = tuple[int | None, ...]  # for each axis of a value that of the stored tensor; None is added
 
+CONVOLVED = "it is the data of a convolution, whose kernel is computed"
+
 OPEN_SIZE = "it depends on a size of an input, which is open"
 
 # Operators that read a vector to calculate with it, as a bias or a gain.
@@ -101,9 +103,7 @@ class Inferred:
 class ConstantValues:
     """Which values of a model constants alone determine, and what they are made from.
 
-    Inputs and calls of local functions count as constant where an argument or all are: before such
-    a value is evaluated, the functions must have been expanded. Of CastLike's second input only the
-    type counts.
+    The model has no local functions. Of CastLike's second input only the type counts.
     """
 
     def __init__(
@@ -245,11 +245,6 @@ class ConstantValues:
                 left[id(node)] -= 1
                 if not left[id(node)]:
                     compute(scope, node)
-                if function := self._index.functions.get((node.domain, node.op_type)):
-                    named = zip(node.input, function.body.input, strict=False)
-                    for given, taken in named:
-                        if (id(scope.owner(given)), given) == value:
-                            pending.append((id(function), str(taken)))
 
     # How a value lies in the constant that it comes from.
 
@@ -351,7 +346,7 @@ class ConstantValues:
     def _stays(self, value: Value, operator: Operator | None, node: NodeProto, index: int) -> bool:
         """Whether it is guarded as it is stored, in rows that are its operator's outputs."""
         layout = self._layouts.get(value)
-        if layout is None or self._in_function(value):
+        if layout is None:
             return False
         if not layout.viewed:
             return True
@@ -359,11 +354,6 @@ class ConstantValues:
             return False
         outputs = operator.output_axes(node, index, len(layout.axes))
         return {layout.axes[axis] for axis in outputs} - {None} == {0}
-
-    def _in_function(self, value: Value) -> bool:
-        """Whether it is an argument of a local function, which must be expanded first."""
-        body = self._scopes[value[0]].body
-        return not isinstance(body, GraphProto) and value[1] in body.input
 
     def _behind_transposes(self, value: Value) -> Value:
         """The value before Identity and Transpose."""
@@ -379,8 +369,6 @@ class ConstantValues:
             return True
         behind = self.behind([value])
         self._looked_at += len(behind)
-        if any(map(self._in_function, behind & self._known)):
-            return True
         sizes = [(t.data_type in QUANTIZED, _size(t)) for t in self._sources(behind)]
         codes = max((size for is_code, size in sizes if is_code), default=0)
         others = sum(size for _, size in sizes) - codes
@@ -491,6 +479,19 @@ class ConstantValues:
                         value = (id(inside.owner(inner)), inner)
                         if value in self._known:
                             found.append(self.unfolded(value, CONSTANT_IF))
+        return [each for each in found if each.size >= SMALLEST]
+
+    def convolved(self) -> list[Unfolded]:
+        """Constants that convolutions read as their data, with kernels that are none.
+
+        Such a constant is the matrix of a product; quantizers round it as they round kernels.
+        """
+        found = []
+        for value in self._index.values():
+            for _, node, index in self._index.readers(value) if value in self._known else ():
+                operator = operator_of(node)
+                if operator and operator.convolution and index == 0 and id(node) not in self._order:
+                    found.append(self.unfolded(value, CONVOLVED))
         return [each for each in found if each.size >= SMALLEST]
 
     def unfolded(self, value: Value, reason: str) -> Unfolded:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from ..emit.opset import converted, inlined, needed_opset
+from ..emit.opset import converted, needed_opset
 from ..emit.weight_forms import Target
 from ..errors import OptionError, UnsupportedModelError
 from ..graph.copies import IndexedModel
@@ -61,7 +61,7 @@ class WeightPlan:
 class Prepared:
     """A model that is ready to be guarded.
 
-    model: opened and checked, its local functions expanded where they had to be. original: its
+    model: opened and checked. original: its
     graph; graph: the same at the opset that will be written. skipped: tensors that are left as
     they are. int8: patterns of the names of weights that stay at 8 bits under a 4-bit scheme.
     """
@@ -103,10 +103,6 @@ def prepare(model: Model, options: GuardOptions) -> Prepared:
         [plan.scheme for plan in plans],
         Target.of(model.proto, options.target),
     )
-    if (flat := inlined(model, opset)) is not model:
-        model = flat
-        weights, skipped = require_weights(model, options)
-        plans = plan_weights(weights, options)
     original = IndexedModel(model.proto, tuple(weights))
     graph = converted(model, opset, original)
     return Prepared(model, original, graph, plans, tuple(skipped), options.int8)

@@ -128,8 +128,32 @@ def convert(opset: int, arrays: Sequence[Array]) -> Message:
 
 
 def inline(arrays: Sequence[Array]) -> Message:
-    """The serialized model in the array, with its local functions expanded."""
-    return _serialized(onnx.inliner.inline_local_functions(_parsed(arrays[0])))
+    """The serialized model in the array, with its local functions expanded.
+
+    onnx's inliner (1.23) leaves attributes with defaults unset, and functions of another opset as
+    they are unless it is told to convert them.
+    """
+    model = _parsed(arrays[0])
+    functions = {(function.domain, function.name): function for function in model.functions}
+    for body in bodies(model):
+        for node in body.node:
+            if function := functions.get((node.domain, node.op_type)):
+                given = {each.name for each in node.attribute}
+                defaults = (each for each in function.attribute_proto if each.name not in given)
+                node.attribute.extend(defaults)
+    flat = onnx.inliner.inline_local_functions(model)
+    if flat.functions:
+        model = onnx.shape_inference.infer_shapes(model)  # the converter wants all types
+        known = {value.name for value in (*model.graph.input, *model.graph.value_info)}
+        model.graph.value_info.extend(
+            onnx.helper.make_tensor_value_info(each.name, each.data_type, each.dims)
+            for each in model.graph.initializer
+            if each.name not in known
+        )
+        flat = onnx.inliner.inline_local_functions(model, convert_version=True)
+    if flat.functions:
+        raise ValueError(f"onnx leaves {flat.functions[0].name} as it is")
+    return _serialized(flat)
 
 
 def infer(arrays: Sequence[Array]) -> Message:

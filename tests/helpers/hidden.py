@@ -506,6 +506,96 @@ def function_default(r, name, w):
     r.node(body.name, [], name, domain="local")
 
 
+def local_function(r, name, inputs, nodes, older=0, **attributes):
+    """A function of this model that yields `o`."""
+    opset = helper.make_opsetid("", r.proto.opset_import[0].version - older)
+    local = helper.make_opsetid("local", 1)
+    defaults = [helper.make_attribute(*pair) for pair in attributes.items()]
+    made = helper.make_function(
+        "local", name, inputs, ["o"], nodes, [opset, local], attribute_protos=defaults
+    )
+    r.proto.functions.append(made)
+    if all(entry.domain != "local" for entry in r.proto.opset_import):
+        r.proto.opset_import.append(local)
+    return name
+
+
+def plain(name):
+    """As the name of a function or of a value in one."""
+    return name.replace(".", "_")
+
+
+def handed_back(r, name, w):
+    """A function returns the weight in the type of an activation."""
+    r.add(f"{name}.raw", w)
+    inside = [helper.make_node("CastLike", ["v", "x"], ["o"])]
+    back = local_function(r, f"Back_{plain(name)}", ["v", "x"], inside)
+    r.node(back, [f"{name}.raw", r.proto.graph.input[0].name], name, domain="local")
+
+
+def held_by_function(r, name, w):
+    """A function has the weight in a Constant, and calls another one with it."""
+    inner = local_function(
+        r, f"Inner_{plain(name)}", ["v", "x"], [helper.make_node("CastLike", ["v", "x"], ["o"])]
+    )
+    outer = local_function(
+        r,
+        f"Outer_{plain(name)}",
+        ["x"],
+        [
+            helper.make_node("Constant", [], ["v"], value=numpy_helper.from_array(w.T.copy())),
+            helper.make_node(inner, ["v", "x"], ["u"], domain="local"),
+            helper.make_node("MatMul", ["x", "u"], ["o"]),
+        ],
+    )
+    _replace(r, name, lambda x, out: helper.make_node(outer, [x], [out], domain="local"))
+
+
+def floats_by_default(r, name, w):
+    """The weight is the default of an attribute with a list of floats."""
+    held = helper.make_node("Constant", [], ["v"])
+    held.attribute.append(
+        onnx.AttributeProto(name="value_floats", type=onnx.AttributeProto.FLOATS, ref_attr_name="w")
+    )
+    shape = numpy_helper.from_array(np.array(w.shape))
+    inside = [
+        held,
+        helper.make_node("Constant", [], ["s"], value=shape),
+        helper.make_node("Reshape", ["v", "s"], ["o"]),
+    ]
+    floats = [float(value) for value in w.ravel()]
+    r.node(local_function(r, f"Held_{plain(name)}", [], inside, w=floats), [], name, domain="local")
+
+
+def older_function(r, name, w):
+    """A function of an older opset sums over an axis of length one that it adds."""
+    r.add(name, w.T.copy())
+    axis = numpy_helper.from_array(np.array([0]))
+    inside = [
+        helper.make_node("Constant", [], ["a"], value=axis),
+        helper.make_node("Unsqueeze", ["v", "a"], ["u"]),
+        helper.make_node("ReduceSum", ["u", "a"], ["s"], keepdims=0),
+        helper.make_node("MatMul", ["x", "s"], ["o"]),
+    ]
+    older = local_function(r, f"Older_{plain(name)}", ["x", "v"], inside, older=2)
+    _replace(r, name, lambda x, out: helper.make_node(older, [x, name], [out], domain="local"))
+
+
+def data_of_convolution(r, name, w):
+    """The activation is the kernel."""
+    r.add(name, w.T[None, :, :, None].copy())
+
+    def nodes(x, out):
+        axes, outer = (r.add(f"{name}.{n}", integers(*n)) for n in ((2, 3), (0, 3)))
+        return [
+            helper.make_node("Unsqueeze", [x, axes], [f"{name}.k"]),
+            helper.make_node("Conv", [name, f"{name}.k"], [f"{name}.y"]),
+            helper.make_node("Squeeze", [f"{name}.y", outer], [out]),
+        ]
+
+    _replace(r, name, nodes)
+
+
 def _replace(r, name, make):
     """Put other nodes in the place of Gemm(x, name, bias), which has transB = 1."""
     graph = r.proto.graph
@@ -547,7 +637,8 @@ FORMS = {
         optional, sparse, sparse_initializer, floats, bits, two_bytes, ones_as_codes, float8,
         double, text, output, output_behind_transpose, overridable, overridable_behind_mul,
         low_rank, diagonal, tiled, padded, einsum, first_operand, first_of_gemm, convolution,
-        function, argument, function_default,
+        function, argument, function_default, handed_back, held_by_function, floats_by_default,
+        older_function, data_of_convolution,
     )
 }  # fmt: skip
 
