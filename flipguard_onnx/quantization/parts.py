@@ -27,7 +27,8 @@ class Part:
 def parts(layout: Layout, blocks: Blocks, size: int) -> Iterator[Part]:
     """Divide a tensor into parts of about `size` weights, each of whole rows and whole blocks.
 
-    A single block, one scale for the tensor, is divided as well.
+    A single block, one scale for the tensor, is divided as well. A tensor of no more than `size`
+    weights is one part.
     """
     dims = layout.canonical_shape
     across = blocks.rows == 1 < blocks.count  # blocks run on from one position to the next
@@ -38,7 +39,7 @@ def parts(layout: Layout, blocks: Blocks, size: int) -> Iterator[Part]:
         axis += 1
     each = prod(dims[axis + 1 :])
     unit = blocks.size // gcd(each, blocks.size) if across else 1
-    step = max(size // each // unit, 1) * unit
+    step = dims[axis] if dims[axis] * each <= size else max(size // each // unit, 1) * unit
     done, done_blocks = 0, 0
     for lead in np.ndindex(*dims[:axis]):
         for start in range(0, dims[axis], step):

@@ -105,6 +105,17 @@ def test_one_scale_for_the_tensor_in_parts(name, policy):
     assert_same(whole, joined)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_tensor_that_is_no_larger_than_a_part_is_one(name, scheme):
+    layout = LAYOUTS[name]
+    blocks = cut(layout, SCHEMES[scheme])
+    (part,) = parts(layout, blocks, layout.size)
+    assert part.blocks == blocks
+    assert part.weights == slice(0, layout.size)
+    assert part.block_numbers == slice(0, blocks.count)
+
+
 def test_a_batch_of_matrices_is_cut_within_the_matrices():
     layout = LAYOUTS["batch of matrices"]
     each = int(np.prod(layout.shape[1:]))

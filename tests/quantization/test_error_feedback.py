@@ -5,10 +5,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from flipguard_onnx.quantization.chunks import quantize_weight
 from flipguard_onnx.quantization.error_feedback import PANEL, InputMoments, draw_with_feedback
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.kernels.protocol import Extremes, Panel, RandomDraw
 from flipguard_onnx.quantization.kernels.threads import ENOUGH
+from flipguard_onnx.quantization.layout import Layout
 from flipguard_onnx.quantization.rounding import FED, Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from tests.helpers.cores import on_cores
@@ -280,3 +282,18 @@ def test_a_large_tensor_is_drawn_in_strips_of_rows(form):
     assert np.mean(result.codes == whole) > 0.999999
     assert result.gain < 0.5
     assert peak < 12 * flat.size
+
+
+@pytest.mark.parametrize(("scheme", "groups"), [("nf4", 1), ("nf4", 3), ("int4", 3), ("int8", 1)])
+def test_a_stored_tensor_is_drawn_as_its_rows_are(scheme, groups):
+    """Of 300 rows of 100 weights, no number of whole blocks of 64."""
+    layout, inputs = Layout((100, 300), (1,)), inputs_of(100, groups)
+    array, kind = weights_of(100, 300), SCHEMES[scheme]
+    blocks = layout.blocks(kind.block_size, flat=scheme == "nf4")
+    stored = quantize_weight(
+        "w", array, layout, kind, blocks, UNBIASED, KEY, CPU, inputs=inputs, part_size=3000
+    )
+    flat = layout.canonical(array)
+    rows = quantize_tensor("w", flat, kind, blocks, UNBIASED, KEY, CPU, inputs)
+    np.testing.assert_array_equal(stored.codes, rows.codes)
+    assert stored.gain == rows.gain < 1

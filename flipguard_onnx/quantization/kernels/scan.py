@@ -179,10 +179,10 @@ def rounding_error_sums(weights, scales, levels, limit, sums):
 
 
 @kernel
-def _rounding_error_sums(first, stop, cut, weights, scales, levels, limit, parts):
+def _rounding_error_sums(first_share, stop_share, cut, weights, scales, levels, limit, parts):
     scale = scales.scale
     top = np.empty(RUN // LARGEST, np.float32)
-    for number in range(first, stop):
+    for number in range(first_share, stop_share):
         share = nth_share(number, cut)
         values = weights[share.start : share.stop]
         codes, offsets = np.empty(values.size, np.int8), np.empty_like(values)
@@ -204,8 +204,8 @@ def _rounding_error_sums(first, stop, cut, weights, scales, levels, limit, parts
                 found = _clipped(values[start:stop], scale[b], scales.absmax[b], levels.highest)
                 free, above, below = free + found[0], above + found[1], below + found[2]
             for first in range(start, stop, RUN):
-                run = slice(first, min(first + RUN, stop))
-                loss = _loss(values[run], errors[run], top)
+                here = slice(first, min(first + RUN, stop))
+                loss = _loss(values[here], errors[here], top)
                 runs += loss >= 0
                 losses += loss if loss >= 0 else 0.0
         used, lost = 0, 0
