@@ -82,7 +82,7 @@ def constants_of(source: Model) -> tuple[ConstantValues, list[Unfolded]]:
         inferred = _inferred(source.proto)
         found = ConstantValues(source.proto, inferred)
         open_sized = found.open_sized(ConstantValues(source.proto, inferred, fixed=True))
-    return found, found.unreachable() + found.convolved() + open_sized
+    return found, found.unreachable() + found.multiplied() + open_sized
 
 
 def _inferred(proto: ModelProto) -> Inferred:

@@ -36,7 +36,7 @@ UNGUARDED = {
     "flat_by_open_size": OPEN_SIZE,
     "convolved_by_open_size": OPEN_SIZE,
     "multiplied_by_open_size": OPEN_SIZE,
-    "data_of_convolution": "it is the data of a convolution, whose kernel is computed",
+    "data_of_convolution": "it is the data of Conv, whose weights are computed",
 }
 
 

@@ -417,3 +417,35 @@ def test_a_sliced_table_that_gather_reads(tmp_path):
     )
     report = flipguard_onnx.guard(save(proto, tmp_path), output=tmp_path / "out.onnx")
     assert report.coverage == 1
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_constant_data_of_attention_is_a_weight_where_the_weights_are_computed(tmp_path, computed):
+    """Beside constant weights nothing of it varies, and the weights are guarded."""
+    attention = helper.make_node(
+        "Attention", ["data", "a", "bias"], ["h"], domain="com.microsoft", num_heads=1
+    )
+    made = node("Reshape", "t s", "a") if computed else node("Identity", "v", "a")
+    proto = model(
+        [
+            node("MatMul", "x w", "t"),
+            made,
+            attention,
+            node("ReduceSum", "t", "u"),
+            node("Add", "h u", "y"),
+        ],
+        {"x": (F, [16, 64])},
+        {"y": (F, None)},
+        {
+            "w": weights((64, 24)),
+            "v": weights((16, 24), 3),
+            "data": weights((1, 8, 16), 1),
+            "bias": weights(24, 2),
+            "s": np.array([16, 24]),
+        },
+    )
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    opened = folded(proto, tmp_path)
+    reasons = {each.name: each.reason for each in opened.unfolded}
+    data = {"data": "it is the data of Attention, whose weights are computed"}
+    assert reasons == (data if computed else {})

@@ -49,7 +49,7 @@ MOVES = (*CHAIN, "CastLike", "Gather", *(op for op in VIEWS if op not in ("Resha
 
 Axes = tuple[int | None, ...]  # for each axis of a value that of the stored tensor; None is added
 
-CONVOLVED = "it is the data of a convolution, whose kernel is computed"
+MULTIPLIED = "it is the data of {}, whose weights are computed"
 
 OPEN_SIZE = "it depends on a size of an input, which is open"
 
@@ -481,17 +481,20 @@ class ConstantValues:
                             found.append(self.unfolded(value, CONSTANT_IF))
         return [each for each in found if each.size >= SMALLEST]
 
-    def convolved(self) -> list[Unfolded]:
-        """Constants that convolutions read as their data, with kernels that are none.
+    def multiplied(self) -> list[Unfolded]:
+        """Constants that operators multiply with weights that are none, as a Conv its data.
 
-        Such a constant is the matrix of a product; quantizers round it as they round kernels.
+        Such a constant is the matrix of a product; quantizers round it as they round weights.
         """
         found = []
         for value in self._index.values():
-            for _, node, index in self._index.readers(value) if value in self._known else ():
+            for scope, node, index in self._index.readers(value) if value in self._known else ():
                 operator = operator_of(node)
-                if operator and operator.convolution and index == 0 and id(node) not in self._order:
-                    found.append(self.unfolded(value, CONVOLVED))
+                if index != 0 or operator is None or 0 in operator.weights:
+                    continue
+                read = [node.input[i] for i in operator.weights if i < len(node.input)]
+                if not any((id(scope.owner(name)), name) in self._known for name in read):
+                    found.append(self.unfolded(value, MULTIPLIED.format(operator.name)))
         return [each for each in found if each.size >= SMALLEST]
 
     def unfolded(self, value: Value, reason: str) -> Unfolded:
