@@ -297,8 +297,8 @@ def test_stacks_alone_do_not_run_in_integers(tmp_path):
     ("proto", "fed"),
     [
         (picked([node("Gather", "w e", "p"), node("Unsqueeze", "p zero", "m"), *PRODUCT]), True),
-        (picked([node("Unsqueeze", "w two", "m"), *PRODUCT], x=(4, 6), w=(4, 6), two=TWO), False),
-        (picked([node("Unsqueeze", "w two", "m"), *CONV], x=(1, 6, 8), w=(4, 6), two=TWO), False),
+        (picked([node("Unsqueeze", "w two", "m"), *PRODUCT], x=(12, 8), w=(12, 8), two=TWO), False),
+        (picked([node("Unsqueeze", "w two", "m"), *CONV], x=(1, 8, 9), w=(12, 8), two=TWO), False),
         (picked([node("Gather", "w e", "m"), *CONV], x=(1, 5, 8, 8), w=(E, 5, 4, 3)), False),
         (picked([node("Gather", "w e", "m"), *CONV], x=(1, 4, 8), index=(), w=(E, 5, 4, 3)), True),
     ],
