@@ -9,17 +9,15 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto
 
 from ..errors import FlipguardError
+from ..graph.operators import FLOATS
 from ..graph.weights import find_weights
 from ..io.model import Model, open_model
 from .inputs import Input, signature
 from .text_model import TextModel
 
 TAKEN = "inputs_embeds"
-
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 Table = npt.NDArray[np.floating]
 
@@ -31,14 +29,17 @@ def text_model(source: Model) -> TextModel | None:
     """
     if text := TextModel.of(source.proto):
         return text
-    taken = [i for i in signature(source.proto) if _takes_embeddings(i)]
+    inputs = signature(source.proto)
+    taken = [i for i in inputs if _takes_embeddings(i)]
     if len(taken) != 1:
         return None
     width = int(taken[0].dims[2])
     table = next(_tables_beside(source, width), None)
     if table is None:
         table = next(_heads(source, width), None)
-    return None if table is None else TextModel.of_embeddings(source.proto, taken[0], table)
+    if table is None:
+        return None
+    return TextModel.of_embeddings(source.proto, inputs, taken[0], table)
 
 
 def _takes_embeddings(wanted: Input) -> bool:

@@ -15,7 +15,7 @@ transformers.js lay them out:
     num_logits_to_keep    0: all
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -68,19 +68,24 @@ class TextModel:
         named = [i for i in sequences if "input_ids" in i.name.lower()]
         indexing = [i for i in sequences if i.table_rows and _values(i, _ONE_TOKEN, 1) is None]
         candidates = named or indexing
-        return cls._taking(proto, candidates[0]) if len(candidates) == 1 else None
+        return cls._taking(proto, inputs, candidates[0]) if len(candidates) == 1 else None
 
     @classmethod
-    def of_embeddings(cls, proto: ModelProto, taken: Input, table: Array) -> "TextModel | None":
-        """The same of a model that takes rows of a table [vocabulary, width] at this input."""
+    def of_embeddings(
+        cls, proto: ModelProto, inputs: Sequence[Input], taken: Input, table: Array
+    ) -> "TextModel | None":
+        """The same of a model that takes rows of a table [vocabulary, width] at one of its inputs.
+
+        inputs: its signature
+        """
         dims, int64 = taken.dims[:2], np.dtype(np.int64)
         ids = replace(taken, dtype=int64, dims=dims, table_rows=len(table))
-        text = cls._taking(proto, ids)
+        text = cls._taking(proto, inputs, ids)
         return text and replace(text, table=table)
 
     @classmethod
-    def _taking(cls, proto: ModelProto, ids: Input) -> "TextModel | None":
-        inputs = tuple(_with_size(proto, i) if _is_cache(i) else i for i in signature(proto))
+    def _taking(cls, proto: ModelProto, signed: Sequence[Input], ids: Input) -> "TextModel | None":
+        inputs = tuple(_with_size(proto, i) if _is_cache(i) else i for i in signed)
         past = tuple(filter(_is_cache, inputs))
         outputs = {value.name for value in proto.graph.output}
         present = tuple(n for cache in past for n in _successors(cache.name) if n in outputs)

@@ -61,9 +61,9 @@ class WeightPlan:
 class Prepared:
     """A model that is ready to be guarded.
 
-    model: opened and checked. original: its
-    graph; graph: the same at the opset that will be written. skipped: tensors that are left as
-    they are. int8: patterns of the names of weights that stay at 8 bits under a 4-bit scheme.
+    model: opened and checked. original: its graph; graph: the same at the opset that will be
+    written. skipped: tensors that are left as they are. int8: patterns of the names of weights
+    that stay at 8 bits under a 4-bit scheme.
     """
 
     model: Model

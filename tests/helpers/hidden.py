@@ -456,21 +456,13 @@ def function(r, name, w):
     """A local function multiplies, and scales the weight by one before."""
     r.add(name, w.T.copy())
     one = numpy_helper.from_array(np.float32(1))
-    body = helper.make_function(
-        "local",
-        "Dense",
-        ["x", "v"],
-        ["y"],
-        [
-            helper.make_node("Constant", [], ["one"], value=one),
-            helper.make_node("Mul", ["v", "one"], ["u"]),
-            helper.make_node("MatMul", ["x", "u"], ["y"]),
-        ],
-        [helper.make_opsetid("", r.proto.opset_import[0].version)],
-    )
+    inside = [
+        helper.make_node("Constant", [], ["one"], value=one),
+        helper.make_node("Mul", ["v", "one"], ["u"]),
+        helper.make_node("MatMul", ["x", "u"], ["o"]),
+    ]
     if not r.proto.functions:
-        r.proto.functions.append(body)
-        r.proto.opset_import.append(helper.make_opsetid("local", 1))
+        local_function(r, "Dense", ["x", "v"], inside)
 
     def call(x, out):
         return helper.make_node("Dense", [x, name], [out], domain="local")
@@ -483,27 +475,17 @@ def argument(r, name, w):
     function(r, name, w)
     body = r.proto.functions[0]
     del body.node[:]
-    body.node.append(helper.make_node("MatMul", ["x", "v"], ["y"]))
+    body.node.append(helper.make_node("MatMul", ["x", "v"], ["o"]))
 
 
 def function_default(r, name, w):
     """The weight is the default of a function's attribute."""
-    shared = helper.make_attribute("w", numpy_helper.from_array(w))
-    held = helper.make_node("Constant", [], ["y"])
+    held = helper.make_node("Constant", [], ["o"])
     held.attribute.append(onnx.AttributeProto(name="value", type=4, ref_attr_name="w"))
-    body = helper.make_function(
-        "local",
-        f"Held_{name.replace('.', '_')}",
-        [],
-        ["y"],
-        [held],
-        [helper.make_opsetid("", r.proto.opset_import[0].version)],
-        attribute_protos=[shared],
+    default = numpy_helper.from_array(w)
+    r.node(
+        local_function(r, f"Held_{plain(name)}", [], [held], w=default), [], name, domain="local"
     )
-    r.proto.functions.append(body)
-    if all(entry.domain != "local" for entry in r.proto.opset_import):
-        r.proto.opset_import.append(helper.make_opsetid("local", 1))
-    r.node(body.name, [], name, domain="local")
 
 
 def local_function(r, name, inputs, nodes, older=0, **attributes):
