@@ -74,7 +74,11 @@ MODELS = {name: SAMPLES[name] for name in CHOSEN} | {
 FORMS = {
     "int8": {},
     "int8 per tensor": {"granularity": "tensor"},
+    "int8 in blocks": {"granularity": "block"},
+    "uint8": {"scheme": "uint8"},
     "int4": {"scheme": "int4"},
+    "int4 per channel": {"scheme": "int4", "granularity": "channel"},
+    "uint4": {"scheme": "uint4"},
     "nf4": {"scheme": "nf4"},
 }
 

@@ -56,7 +56,11 @@ TARGETS = ("portable", "onnxruntime")
 FORMS: dict[str, dict[str, Any]] = {
     "int8": {"scheme": "int8"},
     "int8 per tensor": {"granularity": "tensor"},
+    "int8 in blocks": {"granularity": "block"},
+    "uint8": {"scheme": "uint8"},
     "int4": {"scheme": "int4"},
+    "int4 per channel": {"scheme": "int4", "granularity": "channel"},
+    "uint4": {"scheme": "uint4"},
     "nf4": {"scheme": "nf4"},
     "fp4": {"scheme": "fp4"},
     "int8, uint8 activations": {"activations": "uint8"},

@@ -15,7 +15,16 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 FILE = click.Path(path_type=Path)
 GROUPS = ("Model and output", "Format", "Protection", "Accuracy", "Running", "Reports")
-FORMAT_OPTIONS = ("scheme", "granularity", "block_size", "include", "exclude", "int8")
+FORMAT_OPTIONS = (
+    "scheme",
+    "granularity",
+    "block_size",
+    "scale",
+    "reduce_range",
+    "include",
+    "exclude",
+    "int8",
+)
 
 
 class Option(click.Option):
@@ -91,8 +100,8 @@ def _click_option(name: str, default: Any, about: About, changed: dict[str, Any]
 def _type(default: Any, about: About) -> Any:
     """How click reads a value of the option."""
     if about.range is None:
-        numbers = about.choices and isinstance(about.choices[0], int)
-        return int if numbers else click.Choice(about.choices)
+        kind = type(about.choices[0])
+        return click.Choice(about.choices) if kind is str else kind
     if about.range.high is not None:  # GuardOptions says it in one line
         return type(default)
     if isinstance(default, float):

@@ -103,7 +103,9 @@ def _keep_types(proto: ModelProto, source: ModelProto) -> None:
 def opset_for(form: WeightForm, scheme: Scheme) -> int:
     """The lowest opset that has this form."""
     if scheme.bits == 4 and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED, WeightForm.GATHER):
-        return 21  # the first with scales per block, and with 4-bit integers as tensors
+        return 21  # the first with 4-bit integers as tensors
+    if scheme.in_blocks and form is WeightForm.DEQUANTIZE:
+        return 21  # the first with scales per block
     if form is WeightForm.DEQUANTIZE:
         return 13  # the first with scales per axis
     return 10 if form in (WeightForm.GATHER, WeightForm.GATHER_PACKED) else 7

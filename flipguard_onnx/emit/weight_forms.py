@@ -45,7 +45,7 @@ from ..graph.traversal import attribute
 from ..graph.weights import Weight
 from ..io.writer import Output
 from ..quantization.arrays import contiguous
-from ..quantization.schemes import Codebook, Grid, Scheme
+from ..quantization.schemes import Affine, Codebook, Grid, Scheme
 from .rewriter import Rewriter, remove_named
 
 MIN_PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory where speed counts
@@ -54,13 +54,15 @@ PACKED_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)  # that MatMulNBits mult
 
 ROUNDED_TO_8_BITS = 4  # the accuracy level of MatMulNBits; all others are slow at 8 bits
 
-BLOCKS_OF_8_BITS = (128, 64, 32)  # of a row of int8 codes with one scale, the larger the better
+BLOCKS_OF_A_ROW = (128, 64, 32)  # that a row with one scale is cut into, the larger the better
 
 FLOAT16_OPSET = 19  # the first whose DequantizeLinear yields float16
 
 RECURRENT = ("GRU", "LSTM", "RNN")
 
 PAIRS = 1 << 18  # of codes that are packed at a time, so that they stay in the cache
+
+UNSIGNED = np.arange(16) ^ 8  # a 4-bit code as it is written from 0 on, by its low four bits
 
 STRIP = 64  # rows, and their multiples: what a cache line holds of a transposed matrix
 
@@ -122,7 +124,7 @@ def form_of(use: Use, weight: Weight, scheme: Scheme, target: Target) -> WeightF
             return WeightForm.GATHER_PACKED
         if packed := _packed_form(use, weight, scheme, target):
             return packed
-    decodable = scheme.bits == 8 or len(weight.rows) == len(weight.shape) - 1
+    decodable = not scheme.in_blocks or len(weight.rows) == len(weight.shape) - 1
     if picks_rows and decodable and not isinstance(scheme, Codebook):
         return WeightForm.GATHER
     return _decoded_form(scheme, target)
@@ -135,7 +137,7 @@ def _picked_axis(use: Use) -> int:
 
 def _shares_packed(use: Use, weight: Weight, scheme: Scheme, target: Target) -> bool:
     """Whether the rows that a Gather picks can be read from the packed codes of a matrix."""
-    fits = use.perm == weight.perm and use.elem_type in PACKED_TYPES
+    fits = use.perm == weight.perm and use.elem_type in PACKED_TYPES and not has_zeros(scheme)
     forms = (_packed_form(each, weight, scheme, target) for each in weight.uses)
     return fits and WeightForm.NBITS in forms
 
@@ -158,6 +160,11 @@ def _decoded_form(scheme: Scheme, target: Target) -> WeightForm:
     """The form in which any reader can take the weight."""
     folds = isinstance(scheme, Codebook) or target.name == "onnxruntime"
     return WeightForm.FOLDED if folds else WeightForm.DEQUANTIZE
+
+
+def has_zeros(scheme: Scheme) -> bool:
+    """Whether blocks differ in the code that stands for 0."""
+    return isinstance(scheme, Affine) and scheme.has_zeros
 
 
 class Emitter:
@@ -211,6 +218,9 @@ class _WeightCodes:
         self._grid = grid
         self._blocks = grid.blocks
         self._codes = codes
+        self._in_blocks = scheme.in_blocks
+        self._has_zeros = has_zeros(scheme)
+        self._fuses_one_way = scheme.in_blocks or scheme.bits == 4
         self._pads = target.name != "onnxruntime"
         self._integers = target.integers
         self._shared: dict[tuple[Any, ...], Any] = {}
@@ -247,7 +257,7 @@ class _WeightCodes:
         perm = use.perm
         summed = use.direct and use.operator and use.output_axes() != self._weight.rows
         is_gemm = use.index == 1 and use.reads(WeightForm.DEQUANTIZE)
-        if self._scheme.bits == 4 and is_gemm and attribute(use.node, "transB", 0):
+        if self._fuses_one_way and is_gemm and attribute(use.node, "transB", 0):
             perm = perm[::-1]
             remove_named(use.node.attribute, "transB")
         in_vain = self._integers and use.node.op_type in RECURRENT
@@ -281,18 +291,18 @@ class _WeightCodes:
         return value
 
     def _axis_of_scales(self) -> int | None:
-        """The stored axis with the scales at 8 bits, with the blocks at 4; None if it is not one.
+        """The stored axis with the blocks, or with the scales of rows; None if it is not one.
 
         Axes of length 1 do not count.
         """
         rows = self._weight.rows
         summed = self._weight.perm[len(rows) :]
-        is_ragged = self._scheme.bits == 4 and self._blocks.cols % self._blocks.size > 0
+        is_ragged = self._blocks.cols % self._blocks.size > 0
         is_stack_of_one = self._weight.shape[:2] == (1, 1) and len(self._weight.shape) > 3
         if self._pads and (is_ragged or is_stack_of_one):
             return None  # the standard allows both, but OpenVINO does not load them
-        axes = rows if self._scheme.bits == 8 else summed
-        if self._blocks.rows == 1 and self._scheme.bits == 8:
+        axes = summed if self._in_blocks else rows
+        if self._blocks.rows == 1 and not self._in_blocks:
             return axes[0]
         long = [axis for axis in axes if self._weight.shape[axis] > 1] or axes[:1]
         return long[0] if len(long) == 1 else None
@@ -302,32 +312,40 @@ class _WeightCodes:
     ) -> tuple[list[str], dict[str, int]]:
         """Inputs and attributes of a DequantizeLinear.
 
-        At 8 bits the zero points, all 0, are there as onnxruntime's own quantizer writes them.
+        For int8 without blocks the zero points, all 0, are there as onnxruntime's own quantizer
+        writes them.
 
         perm: as in Use; axis: as `_axis_of_scales` returns it. Without it codes: [rows, weights of
         a row], scales: [rows] or [rows, blocks of a row].
         """
-        weight, blocks, scales = self._weight, self._blocks, self._grid.scale
-        four_bits = self._scheme.bits == 4
+        weight, blocks = self._weight, self._blocks
+
+        def shaped(per_block: Array) -> Array:
+            if axis is None:
+                return self._by_row(per_block) if self._in_blocks else per_block
+            if not self._in_blocks:
+                return per_block
+            shape = [blocks.per_row if a == axis else weight.shape[a] for a in weight.perm]
+            return per_block.reshape(shape).transpose([weight.perm.index(a) for a in perm])
+
         if axis is None:
-            codes, place = self._whole_blocks(), 1 if four_bits else 0
-            scales = self._block_scales() if four_bits else scales
+            codes, place = self._whole_blocks(), 1 if self._in_blocks else 0
         else:
             codes, place = weight.stored(self._codes).transpose(perm), perm.index(axis)
-            if four_bits:
-                shape = [blocks.per_row if a == axis else weight.shape[a] for a in weight.perm]
-                order = [weight.perm.index(a) for a in perm]
-                scales = scales.reshape(shape).transpose(order)
-        if not four_bits and blocks.rows == 1:
-            scales, attributes = scales.reshape(()), {}
-        else:
-            attributes = {"axis": place}
-        scale = self._add_constant("scale", scales.astype(_dtype(scale_type)))
-        inputs = [self._add_codes(codes), scale]
-        if four_bits:
+        one_scale = blocks.rows == 1 and not self._in_blocks
+        scales, zeros = (
+            each.reshape(()) if one_scale else shaped(each)
+            for each in (self._grid.scale, self._grid.zero.astype(np.int8))
+        )
+        attributes = {} if one_scale else {"axis": place}
+        if self._in_blocks:
             attributes["block_size"] = blocks.size
-        else:
-            inputs.append(self._add_constant("zero_point", np.zeros(scales.shape, np.int8)))
+        inputs = [
+            self._add_codes("quantized", codes, self._has_zeros),
+            self._add_constant("scale", scales.astype(_dtype(scale_type))),
+        ]
+        if self._has_zeros or (self._scheme.bits == 8 and not self._in_blocks):
+            inputs.append(self._add_codes("zero_point", zeros, self._has_zeros))
         return inputs, attributes
 
     def _write_nbits(self, use: Use) -> None:
@@ -335,13 +353,16 @@ class _WeightCodes:
         node = use.node
         outputs, contracted = self._matrix_shape()
         codes, scale, size = self._packed(use.elem_type)
+        zeros = []
+        if self._has_zeros:
+            zeros = [self._once(("packed zeros",), lambda: self._packed_zeros(size))]
         bias = [name for name in node.input[2:] if name]
         result = node.output[0]
         product = self._rewriter.fresh(f"{result}_MatMulNBits_Output") if bias else result
         nodes = [
             helper.make_node(
                 "MatMulNBits",
-                [node.input[0], codes, scale],
+                [node.input[0], codes, scale, *zeros],
                 [product],
                 name=node.name,
                 domain=CONTRIB,
@@ -400,9 +421,9 @@ class _WeightCodes:
         """
         outputs, contracted = self._matrix_shape()
         size = self._blocks.size
-        if self._scheme.bits == 8:
-            fitting = (block for block in BLOCKS_OF_8_BITS if contracted % block == 0)
-            size = next(fitting, BLOCKS_OF_8_BITS[-1])
+        if self._blocks.per_row == 1:
+            fitting = (block for block in BLOCKS_OF_A_ROW if contracted % block == 0)
+            size = next(fitting, BLOCKS_OF_A_ROW[-1])
         per_row = -(-contracted // size)
 
         def codes() -> str:
@@ -410,19 +431,32 @@ class _WeightCodes:
             lowest = -(1 << self._scheme.bits - 1)
             missing = per_row * size - contracted
             codes = np.pad(codes, ((0, 0), (0, missing)), constant_values=lowest)
-            if self._scheme.bits == 8:
-                unsigned = codes.view(np.uint8) ^ np.uint8(128)
-            else:
-                unsigned = pack(codes, False, np.arange(16) ^ 8)
+            unsigned = self._unsigned(codes)
             return self._add_constant("quantized", unsigned.reshape(outputs, per_row, -1))
 
         def scales() -> str:
-            scales = self._grid.scale.astype(_dtype(elem_type))
-            if self._scheme.bits == 8:
-                scales = np.broadcast_to(scales.reshape(-1, 1), (outputs, per_row))
-            return self._add_constant("scale", scales.reshape(outputs, per_row))
+            scales = self._of_packed(self._grid.scale, per_row).astype(_dtype(elem_type))
+            return self._add_constant("scale", scales)
 
         return self._once(("packed",), codes), self._once(("packed", elem_type), scales), size
+
+    def _packed_zeros(self, size: int) -> str:
+        """The zero points of MatMulNBits, in blocks of this size; a row is whole bytes."""
+        zeros = self._of_packed(self._grid.zero, -(-self._matrix_shape()[1] // size))
+        if self._scheme.bits == 4 and zeros.shape[1] % 2:
+            zeros = np.pad(zeros, ((0, 0), (0, 1)))
+        unsigned = self._unsigned(np.ascontiguousarray(zeros, np.int8))
+        return self._add_constant("zero_point", unsigned.reshape(len(zeros), -1))
+
+    def _of_packed(self, per_block: Array, per_row: int) -> Array:
+        """Values of the blocks, for as many blocks of a row, [outputs, per_row]."""
+        return np.broadcast_to(self._by_row(per_block), (self._matrix_shape()[0], per_row))
+
+    def _unsigned(self, codes: Array) -> Array:
+        """Codes from 0 on; those of 4 bits two to a byte."""
+        if self._scheme.bits == 8:
+            return codes.view(np.uint8) ^ np.uint8(128)
+        return pack(codes, False, UNSIGNED)
 
     def _write_bnb4(self, use: Use) -> None:
         """MatMul(x, w) -> MatMulBnb4(x, codes, scales).
@@ -456,8 +490,9 @@ class _WeightCodes:
 
         Mul(DequantizeLinear(Gather(codes, i), 1), Gather(scales, i)), since compilers want a
         DequantizeLinear to have constant scales; with one scale for the whole tensor
-        DequantizeLinear(Gather(codes, i), scale). The inputs of an int4 channel have two axes,
-        blocks and places in a block, until they are multiplied. In 16 bits, a Cast follows.
+        DequantizeLinear(Gather(codes, i), scale). Zero points of rows are subtracted before the
+        Mul. The inputs of a channel in blocks have two axes, blocks and places in a block, until
+        they are multiplied. In 16 bits, a Cast follows.
         """
         indices, result = use.node.input[1], use.node.output[0]
         nodes: list[NodeProto] = []
@@ -470,18 +505,17 @@ class _WeightCodes:
 
         blocks = self._blocks
         perm = use.perm
-        table, scale, row_scales = self._once(
-            ("gather", perm), lambda: self._table_and_scales(perm)
-        )
+        table, decoder, of_rows = self._once(("gather", perm), lambda: self._gathered(perm))
         axis = place = _picked_axis(use)
         contracted = perm.index(self._weight.perm[-1])
-        if self._scheme.bits == 4 and contracted < axis:
+        if self._in_blocks and contracted < axis:
             place += 1
-        value = step("DequantizeLinear", [step("Gather", [table, indices], axis=place), scale])
+        picked = step("Gather", [table, indices], axis=place)
+        value = step("DequantizeLinear", [picked, *decoder])
         nodes[0].name = use.node.name
-        if row_scales:
-            value = step("Mul", [value, step("Gather", [row_scales, indices], axis=place)])
-        if self._scheme.bits == 4:
+        for op, values in of_rows.items():
+            value = step(op, [value, step("Gather", [values, indices], axis=place)])
+        if self._in_blocks:
             lengths = [self._weight.shape[a] for a in perm]
             lengths[contracted] = blocks.per_row * blocks.size
             before, behind = (
@@ -498,33 +532,51 @@ class _WeightCodes:
         nodes[-1].output[0] = result
         self._rewriter.replace(use.scope, use.node, nodes)
 
-    def _table_and_scales(self, perm: tuple[int, ...]) -> tuple[str, str, str]:
-        """The codes that a Gather picks from; their scale; a further one per row, or "".
+    def _gathered(self, perm: tuple[int, ...]) -> tuple[str, list[str], dict[str, str]]:
+        """The codes that a Gather picks from; the scale and zero point of the DequantizeLinear.
 
+        The third: what follows for every row, the operator and the tensor that it picks from.
         Gather reads no 4-bit integers. So the codes of an embedding take a byte each; those of a
         stack of matrices, which may be most of a model, two to a byte in the file, and are cast.
         perm: as in Use
         """
         blocks, weight = self._blocks, self._weight
-        if self._scheme.bits == 4:
-            split = [weight.shape[a] for a in weight.rows] + [blocks.per_row, blocks.size]
-            order = [weight.perm.index(axis) for axis in perm]
+        split = [weight.shape[a] for a in weight.rows] + [blocks.per_row, blocks.size]
+        order = [weight.perm.index(axis) for axis in perm]
+        if self._in_blocks:
             contracted = order.index(len(order) - 1)
             order.insert(contracted + 1, len(order))
             table = self._whole_blocks().reshape(split).transpose(order)
-            scales = self._grid.scale.reshape(*split[:-1], 1).transpose(order)
         else:
-            table = self._weight.stored(self._codes).transpose(perm)
-            scales = self._broadcast_scales()
-            scales = scales.transpose(perm) if scales.ndim else scales
+            table = weight.stored(self._codes).transpose(perm)
         if self._scheme.bits == 4 and len(perm) > 2:
-            codes = self._add_node("Cast", [self._add_codes(table)], to=TensorProto.INT8)
+            packed = self._add_codes("quantized", table)
+            codes = self._add_node("Cast", [packed], to=TensorProto.INT8)
         else:
             codes = self._add_constant("quantized", table)
-        if not scales.ndim:
-            return codes, self._add_constant("scale", scales), ""
-        one = self._add_constant("one", np.ones((), np.float32))
-        return codes, one, self._add_constant("scale", scales)
+        if blocks.count == 1 and not self._in_blocks:
+            zero = self._grid.zero.astype(np.int8).reshape(())
+            return codes, self._decoder(self._grid.scale.reshape(()), zero), {}
+
+        def of_rows(suffix: str, per_block: Array) -> str:
+            if self._in_blocks:
+                return self._add_constant(
+                    suffix, per_block.reshape(*split[:-1], 1).transpose(order)
+                )
+            return self._add_constant(suffix, self._broadcast(per_block).transpose(perm))
+
+        steps = {"Sub": of_rows("zero", self._grid.zero)} if self._has_zeros else {}
+        steps |= {"Mul": of_rows("scale", self._grid.scale)}
+        return codes, self._decoder(np.ones((), np.float32), np.zeros((), np.int8)), steps
+
+    def _decoder(self, scale: Array, zero: Array) -> list[str]:
+        """The scale and the zero point of a Gather's DequantizeLinear, scalars.
+
+        The zero point is there even if it is 0: before a Reshape or Transpose, onnxruntime adds
+        a QuantizeLinear and another DequantizeLinear behind it, whose codes would be unsigned.
+        """
+        suffix = "one" if scale == 1 else "scale"
+        return [self._add_constant(suffix, scale), self._add_constant("zero_point", zero)]
 
     def _write_folded(self, use: Use) -> None:
         """Reader(w) -> Reader(constants and nodes that yield what the codes stand for)."""
@@ -537,7 +589,7 @@ class _WeightCodes:
         """
 
         def folded() -> str:
-            fold = self._fold_8_bits if self._scheme.bits == 8 else self._fold_4_bits
+            fold = self._fold_blocks if self._in_blocks else self._fold_rows
             value = fold(perm)
             if elem_type != TensorProto.FLOAT:
                 value = self._add_node("Cast", [value], to=elem_type)
@@ -546,24 +598,29 @@ class _WeightCodes:
         name: str = self._once(("folded", perm, elem_type), folded)
         return name
 
-    def _fold_8_bits(self, perm: tuple[int, ...]) -> str:
-        """w -> Mul(Cast(codes), scales), both with the operand's axes."""
-        codes = self._add_codes(self._weight.stored(self._codes).transpose(perm))
-        scales = self._broadcast_scales()
-        if scales.ndim:
-            scales = scales.transpose(perm)
-        floats = self._add_node("Cast", [codes], to=TensorProto.FLOAT)
-        return self._add_node("Mul", [floats, self._add_constant("scale", scales)])
+    def _fold_rows(self, perm: tuple[int, ...]) -> str:
+        """w -> Mul(Cast(codes), scales), all with the operand's axes; a Sub of zeros in between."""
 
-    def _fold_4_bits(self, perm: tuple[int, ...]) -> str:
+        def of_rows(suffix: str, per_block: Array) -> str:
+            values = self._broadcast(per_block)
+            return self._add_constant(suffix, values.transpose(perm) if values.ndim else values)
+
+        codes = self._add_codes("quantized", self._weight.stored(self._codes).transpose(perm))
+        value = self._add_node("Cast", [codes], to=TensorProto.FLOAT)
+        if self._has_zeros:
+            value = self._add_node("Sub", [value, of_rows("zero", self._grid.zero)])
+        return self._add_node("Mul", [value, of_rows("scale", self._grid.scale)])
+
+    def _fold_blocks(self, perm: tuple[int, ...]) -> str:
         """w -> Transpose(Reshape(Slice(Reshape(Mul(value(codes), scales))))).
 
-        codes: [blocks, block_size], scales: [blocks, 1]; value: Cast to float, or for a codebook
-        Gather(codebook, codes). The inner Reshape and the Slice are there only if the last block
-        of a row is shorter, the Transpose if it changes something.
+        codes: [blocks, block_size], scales: [blocks, 1]; value: Cast to float, and Sub of zeros,
+        or for a codebook Gather(codebook, codes). The inner Reshape and the Slice are there only if
+        the last block of a row is shorter, the Transpose if it changes something.
         """
         blocks = self._blocks
-        codes = self._add_codes(self._whole_blocks().reshape(blocks.count, blocks.size))
+        whole = self._whole_blocks().reshape(blocks.count, blocks.size)
+        codes = self._add_codes("quantized", whole)
         if isinstance(self._scheme, Codebook):
             index = self._add_node("Cast", [codes], to=TensorProto.INT32)
             book = np.empty(16, np.float32)
@@ -571,6 +628,9 @@ class _WeightCodes:
             value = self._add_node("Gather", [self._add_constant("codebook", book), index])
         else:
             value = self._add_node("Cast", [codes], to=TensorProto.FLOAT)
+        if self._has_zeros:
+            zeros = self._add_constant("zero", self._grid.zero.reshape(-1, 1))
+            value = self._add_node("Sub", [value, zeros])
         scales = self._add_constant("scale", self._grid.scale.reshape(-1, 1))
         value = self._add_node("Mul", [value, scales])
         if blocks.cols % blocks.size:
@@ -603,27 +663,33 @@ class _WeightCodes:
             value = self._add_node("Transpose", [value], perm=order)
         return value
 
-    def _block_scales(self) -> Array:
-        """The scales, [rows, blocks of a row]."""
-        return self._grid.scale.reshape(self._blocks.rows, self._blocks.per_row)
+    def _by_row(self, per_block: Array) -> Array:
+        """Values of the blocks, [rows, blocks of a row]; one for the tensor: [1, 1]."""
+        return per_block.reshape(self._blocks.rows, self._blocks.per_row)
 
-    def _broadcast_scales(self) -> Array:
-        """The scales of whole rows in a shape that broadcasts against the stored tensor."""
+    def _broadcast(self, per_row: Array) -> Array:
+        """Values of whole rows in a shape that broadcasts against the stored tensor."""
         if self._blocks.rows == 1:
-            return self._grid.scale.reshape(())
+            return per_row.reshape(())
         rows = [self._weight.shape[axis] for axis in self._weight.rows]
         ones = [1] * (len(self._weight.shape) - len(rows))
-        return self._grid.scale.reshape(rows + ones).transpose(np.argsort(self._weight.perm))
+        return per_row.reshape(rows + ones).transpose(np.argsort(self._weight.perm))
 
-    def _add_codes(self, codes: Array) -> str:
-        """Add integer codes: a byte each at 8 bits, two to a byte at 4."""
+    def _add_codes(self, suffix: str, codes: Array, unsigned: bool = False) -> str:
+        """Add integer codes, or zero points: a byte each at 8 bits, two to a byte at 4.
+
+        unsigned: counted from 0 on
+        """
         if self._scheme.bits == 8:
-            return self._add_constant("quantized", codes)
-        data_type, stored_codes = TensorProto.INT4, None
+            return self._add_constant(suffix, self._unsigned(codes) if unsigned else codes)
+        data_type: int = TensorProto.INT4
+        stored_codes: Array | None = None
         if isinstance(self._scheme, Codebook):
             data_type, stored_codes = TensorProto.UINT4, self._scheme.stored
+        elif unsigned:
+            data_type, stored_codes = TensorProto.UINT4, UNSIGNED
         packed = pack(codes, False, stored_codes)
-        name = f"{self._weight.tensor_name}_quantized"
+        name = f"{self._weight.tensor_name}_{suffix}"
         return self._rewriter.tensor(self._weight.scope, name, data_type, codes.shape, packed.data)
 
     def _add_constant(self, suffix: str, values: Array) -> str:

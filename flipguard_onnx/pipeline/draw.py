@@ -14,6 +14,7 @@ from ..detection.scan import collapses
 from ..emit.static_qdq import Calibration, StaticQdqWriter
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, guarded_values
 from ..errors import ModelError, ValidationError
+from ..formats import FORMATS
 from ..io.kept import Kept
 from ..io.model import Model
 from ..progress import Progress, meter
@@ -39,6 +40,9 @@ MAX_PRODUCT_ERROR = 0.35  # see `Products.error`; those of honest real models re
 # Share of nearest rounding's errors that may be left to choose. Codes are drawn without bias; moved
 # weights of 16 bits are too coarse to reach every level, and set their scales themselves.
 MAX_CHOSEN, MAX_CHOSEN_MOVED = 0.01, 0.1
+
+# by scheme: the grid that scan judges collapses on; others have their own
+LIKE = {"int8": "int8 channel", "uint8": "int8 channel", "uint4": "int4"}
 
 EXACT = 1e-6  # share of the weights themselves that is no more than the rounding of float32
 
@@ -76,7 +80,7 @@ class Draw:
         named = ", ".join(f"{t.name!r} ({t.scheme}, {error:.0%})" for error, t in worst)
         options = (
             ["--int8-share 0.25", "--int8 NAME"]
-            if any(tensor.scheme != "int8" for tensor in self.tensors)
+            if any(FORMATS[tensor.scheme].bits == 4 for tensor in self.tensors)
             else ["--exclude NAME"]
         )
         if inputs == "off":
@@ -214,7 +218,7 @@ class WeightQuantizer:
                     "--exclude leaves a tensor as it is"
                 )
             fallback = fallback or lost
-            finer = plan.finer(self.options)
+            finer = plan.finer()
             if finer is None:
                 return replace(tensor, scheme=FLOAT, fallback=fallback)
             quantized, tensor = self._draw(plan := finer, lambda _: None)
@@ -238,7 +242,7 @@ class WeightQuantizer:
                 f"at {tensor.scheme} its products would be off by {error:.0%} "
                 f"(allowed: {MAX_PRODUCT_ERROR:.0%})"
             )
-        grid = "int8 channel" if tensor.scheme == "int8" else tensor.scheme
+        grid = LIKE.get(tensor.scheme, tensor.scheme)
         known = error is not None and (self.moved or self.moments.inputs == "data")
         if (tensor.name, grid) in self.collapsing and not known:
             return f"at {tensor.scheme} outliers wipe out its other weights"
@@ -248,7 +252,7 @@ class WeightQuantizer:
         self, plan: WeightPlan, advance: Callable[[int], None]
     ) -> tuple[QuantizedTensor, Tensor]:
         weight, scheme = plan.weight, plan.scheme
-        name = f"{self.seed} {weight.name} {scheme.name} {plan.blocks} {self.moved}"
+        name = f"{self.seed} {weight.name} {scheme.choice.label} {plan.blocks} {self.moved}"
         if found := self.kept.load(name):
             storage = self.model.array(weight.tensor).dtype
             drawn = DrawnWeight.from_arrays(found, scheme, plan.blocks, storage)

@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from ..detection.alignment import budget
 from ..io.kept import Arrays
+from ..quantization.kernels.protocol import Scales
 from ..quantization.kernels.scalar import Levels
 from ..quantization.rounding import Policy, QuantizedTensor
-from ..quantization.schemes import Blocks, Codebook, Scheme
-from ..quantization.schemes.affine import AffineGrid
+from ..quantization.schemes import AffineGrid, Blocks, Codebook, Scheme
 from ..quantization.schemes.codebook import CodebookGrid
 from ..reports.scan import Budget
 
@@ -66,16 +66,14 @@ class DrawnWeight:
         arrays: Arrays = {
             "nearest": quantized.nearest,
             "codes": quantized.codes,
-            "scale": grid.scale,
-            "operand": grid.operand,
-            "absmax": grid.absmax,
             "products": np.array([quantized.gain, quantized.product_error], np.float64),
             "budget": np.array(astuple(self.account.budget)),
             "squares": np.array([self.account.squared_errors, self.account.squares]),
             "unfed": np.array(self.unfed),
         }
-        for name, part in grid.levels._asdict().items():
-            arrays[f"levels.{name}"] = np.asarray(part)
+        for kind in (grid.scales, grid.levels):
+            for name, part in kind._asdict().items():
+                arrays[f"{type(kind).__name__}.{name}"] = np.asarray(part)
         if quantized.guarded is not None:
             arrays["guarded"] = quantized.guarded.view(np.uint8)  # bfloat16 is no type of numpy's
         return arrays
@@ -85,12 +83,13 @@ class DrawnWeight:
         cls, arrays: Arrays, scheme: Scheme, blocks: Blocks, storage: np.dtype[Any]
     ) -> "DrawnWeight":
         """What `arrays` was made of. storage: the type of the weights."""
-        parts: list[Any] = [arrays[f"levels.{name}"][()] for name in Levels._fields]
+        parts: list[Any] = [arrays[f"Levels.{name}"][()] for name in Levels._fields]
         levels = Levels(int(parts[0]), *parts[1:])
+        scales = Scales(*(arrays[f"Scales.{name}"] for name in Scales._fields))
         kind = CodebookGrid if isinstance(scheme, Codebook) else AffineGrid
         gain, error = (None if math.isnan(x) else x for x in arrays["products"].tolist())
         quantized = QuantizedTensor(
-            kind(blocks, arrays["scale"], arrays["operand"], arrays["absmax"], levels),
+            kind(blocks, scales, levels),
             arrays["nearest"],
             arrays["codes"],
             None,

@@ -41,7 +41,7 @@ def guard(
     Parameters
     ----------
     model : path of an ONNX file, or a ModelProto (then `output` is required); it is never changed
-    scheme : "int8", "int4", "nf4" or "fp4"
+    scheme : "int8", "uint8", "int4", "uint4", "nf4" or "fp4"
     output : path to write; by default beside the input
     progress : called with (stage, done, in all): bytes of weights while guarding, else steps
     **options : the fields of `GuardOptions`
@@ -103,8 +103,10 @@ def inspect(
     model: StrPath,
     scheme: str = "int8",
     *,
-    granularity: str = "channel",
+    granularity: str | None = None,
     block_size: int | None = None,
+    scale: float | None = None,
+    reduce_range: bool = False,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),
     int8: tuple[str, ...] = (),
@@ -114,7 +116,8 @@ def inspect(
     Parameters
     ----------
     model : path of an ONNX file
-    scheme, granularity, block_size, include, exclude, int8 : as in `GuardOptions`
+    scheme, granularity, block_size, scale, reduce_range, include, exclude, int8 : as in
+        `GuardOptions`
 
     Returns
     -------
@@ -135,6 +138,8 @@ def inspect(
         scheme=scheme,
         granularity=granularity,
         block_size=block_size,
+        scale=scale,
+        reduce_range=reduce_range,
         include=include,
         exclude=exclude,
         int8=int8,
@@ -178,7 +183,7 @@ def calibrate(prepared: Prepared, samples: Samples, options: GuardOptions) -> Ca
         return None
     require_reachable(prepared.model, prepared.plain_weights)
     asked = ActivationQuantization(options.activations, options.symmetric, options.calibration)
-    return Calibration.of(asked, options.granularity == "channel", samples)
+    return Calibration.of(asked, options.granularity != "tensor", samples)
 
 
 def require_inputs(run: Run, prepared: Prepared, samples: Samples) -> None:
@@ -248,6 +253,7 @@ def describe(
 ) -> GuardReport:
     """The report on a draw, before it is validated and published."""
     options, source = run.options, prepared.model
+    chosen = options.choice.filled
     on_auto = options.device == "auto"
     return GuardReport(
         version=__version__,
@@ -258,8 +264,10 @@ def describe(
         options=options.record(),
         changed_options=options.changed(),
         scheme=options.scheme,
-        granularity=options.granularity,
-        block_size=options.blocks,
+        granularity=chosen.granularity or "",
+        block_size=chosen.block_size,
+        scale=chosen.divisor,
+        reduce_range=chosen.reduced,
         policy=options.policy,
         tau=options.tau if options.policy == "unbiased" else None,
         ratio=options.ratio if options.policy == "topk" else None,

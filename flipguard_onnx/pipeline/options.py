@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypedDict
 
 from ..errors import DeviceError, FlipguardError, OptionError, SchemeError
+from ..formats import BLOCK_SIZES, DIVISORS, FORMATS, GRANULARITIES, Choice
 
-SCHEME_NAMES = ("int8", "int4", "nf4", "fp4")
-FOUR_BIT_BLOCKS = {"int4": 32, "nf4": 64, "fp4": 64}  # default block sizes
-BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
 POLICIES = ("unbiased", "topk", "none")
 DRAWS = 3  # at most: a draw that drifts too far is thrown away
 # options that a record for another machine leaves out
@@ -70,10 +68,15 @@ class GuardOptions:
 
     Parameters
     ----------
-    scheme : "int8", "int4", "nf4" or "fp4": the number format of the weights
-    granularity : "channel" or "tensor": how many weights share a scale at int8, be it the scheme or
-        what a tensor gets under a 4-bit scheme
-    block_size : weights per scale at 4 bits: 16, 32, 64, 128 or 256; None is int4 32, others 64
+    scheme : "int8", "uint8", "int4", "uint4", "nf4" or "fp4": the number format of the weights.
+        "uint8" and "uint4" have zero points
+    granularity : "tensor", "channel" or "block": how many weights share a scale. None is a channel
+        at 8 bits and a block at 4. Tensors that a 4-bit scheme or one in blocks does not fit get
+        int8 per channel
+    block_size : weights of a block: 16, 32, 64, 128 or 256; None is 64 at nf4 and fp4, else 32
+    scale : the level that the largest magnitude of a block gets: 8, 7.5 or 7 at int4, 128 or 127 at
+        int8 in blocks; None is the first. Others have no choice
+    reduce_range : 7 bits: for int8 and uint8 per tensor or channel
     include, exclude : shell patterns over tensor names; what fails them is left as it is. A pattern
         that names no tensor of the model is an error
     activations : "int8", "uint8" or "int16" quantizes activations as well, by onnxruntime's static
@@ -125,18 +128,28 @@ class GuardOptions:
     flipguard_onnx.errors.OptionError: tau is 2.0; allowed: above 0, up to 1
     """
 
-    scheme: str = _option("int8", "Format", "Number format of the weights.", choices=SCHEME_NAMES)
-    granularity: str = _option(
-        "channel",
+    scheme: str = _option("int8", "Format", "Number format of the weights.", choices=tuple(FORMATS))
+    granularity: str | None = _option(
+        None,
         "Format",
-        "Tensors at 8 bits: one scale per output channel, or one per tensor.",
-        choices=("channel", "tensor"),
+        "What shares a scale.  [default: at 8 bits an output channel, at 4 a block]",
+        choices=GRANULARITIES,
     )
     block_size: int | None = _option(
         None,
         "Format",
-        "4 bits: weights per scale: 16, 32, 64, 128 or 256.  [default: int4 32, nf4 and fp4 64]",
+        "Weights of a block: 16, 32, 64, 128 or 256.  [default: 32, nf4 and fp4 64]",
         choices=BLOCK_SIZES,
+    )
+    scale: float | None = _option(
+        None,
+        "Format",
+        "The level of a block's largest weight: int4 8, 7.5 or 7, int8 in blocks 128 or 127.  "
+        "[default: the first]",
+        choices=DIVISORS,
+    )
+    reduce_range: bool = _option(
+        False, "Format", "int8 and uint8 per channel or tensor: 7 bits, as with reduce_range."
     )
     include: tuple[str, ...] = _option(
         (), "Format", "Guard only tensors with such a name.", metavar="PATTERN"
@@ -266,15 +279,19 @@ class GuardOptions:
                     given=given,
                     policy=policy,
                 )
-        four_bits = self.scheme in FOUR_BIT_BLOCKS
-        if self.block_size is not None and not four_bits:
+        whole_bytes = FORMATS[self.choice.name].bits == 8
+        if self.int8 and whole_bytes:
             raise SchemeError(
-                "block size is for int4, nf4 and fp4; int8 has a granularity", found=self.block_size
+                "int8 patterns are for 4 bits: {found} has all at 8", found=self.scheme
             )
-        if self.int8 and not four_bits:
-            raise SchemeError("int8 patterns are for int4, nf4 and fp4: int8 has all at 8 bits")
-        if self.int8_share and not four_bits:
-            raise SchemeError("int8 share is for int4, nf4 and fp4: int8 has all weights at 8 bits")
+        if self.int8_share and whole_bytes:
+            raise SchemeError("int8 share is for 4 bits: {found} has all at 8", found=self.scheme)
+        if self.scale == 7.5 and self.emit != "qdq" and self.policy != "none":
+            raise SchemeError(
+                "scale {found:g} goes with emit 'qdq': its quantizer clips the largest weights, so "
+                "that the mean of floats for it would be off",
+                found=self.scale,
+            )
         if self.preserve in ("synthetic", "data") and self.policy != "unbiased":
             raise SchemeError(
                 "preserve {preserve!r} is for the unbiased policy, not {found!r}",
@@ -287,8 +304,13 @@ class GuardOptions:
             raise OptionError("symmetric goes with activations")
         if self.calibration != GuardOptions.calibration and self.activations is None:
             raise OptionError("calibration {found!r} goes with activations", found=self.calibration)
-        if self.activations is not None and self.scheme != "int8":
-            raise SchemeError("activations go with scheme int8, not {found!r}", found=self.scheme)
+        if self.activations is not None and (
+            self.scheme != "int8" or self.granularity == "block" or self.reduce_range
+        ):
+            raise SchemeError(
+                "activations go with scheme int8 per channel or tensor, not {found!r}",
+                found=self.choice.label,
+            )
         if self.activations is not None and self.emit == "float":
             raise OptionError("activations go with emit 'qdq' or 'both', not 'float'")
 
@@ -323,9 +345,9 @@ class GuardOptions:
         return ", ".join(change for change, needed in changes.items() if needed)
 
     @property
-    def blocks(self) -> int | None:
-        """Weights per scale at 4 bits; None at int8, where the granularity says it."""
-        return self.block_size or FOUR_BIT_BLOCKS.get(self.scheme)
+    def choice(self) -> Choice:
+        """The scheme with all that was chosen of it."""
+        return Choice(self.scheme, self.granularity, self.block_size, self.scale, self.reduce_range)
 
     def seeds(self) -> list[int]:
         """The seeds to try in turn: a given one alone, else fresh entropy for every draw."""
@@ -369,8 +391,10 @@ class GuardKeywords(TypedDict, total=False):
     """The keyword arguments of guard() and guard_many(): the fields of GuardOptions but `scheme`,
     for editors and type checkers."""
 
-    granularity: str
+    granularity: str | None
     block_size: int | None
+    scale: float | None
+    reduce_range: bool
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     allow_unguarded: bool

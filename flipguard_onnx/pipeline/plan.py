@@ -10,10 +10,12 @@ from ..errors import OptionError, UnsupportedModelError
 from ..graph.copies import IndexedModel
 from ..graph.weights import Weight, find_weights
 from ..io.model import Model
-from ..quantization.schemes import SCHEMES, Blocks, Codebook, Scheme
+from ..quantization.schemes import SCHEMES, Blocks, Scheme, scheme_of
 from ..reports.guard import Tensor
 from ..reports.scan import Skipped, pieces
 from .options import GuardOptions
+
+INT8 = SCHEMES["int8"]
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,19 @@ class WeightPlan:
     @classmethod
     def of(cls, weight: Weight, options: GuardOptions) -> "WeightPlan":
         """The plan for one weight under these options."""
-        scheme = scheme_for(weight, SCHEMES[options.scheme])
+        scheme = scheme_for(weight, scheme_of(options.choice))
         if any(fnmatchcase(weight.name, pattern) for pattern in options.int8):
-            scheme = SCHEMES["int8"]
-        if scheme.bits == 8:
-            flat = options.granularity == "tensor"
-            return cls(weight, scheme, weight.blocks(None, flat=flat))
-        size = options.block_size or scheme.block_size
-        return cls(weight, scheme, weight.blocks(size, flat=isinstance(scheme, Codebook)))
+            scheme = INT8
+        return cls.in_scheme(weight, scheme)
 
-    def finer(self, options: GuardOptions) -> "WeightPlan | None":
+    @classmethod
+    def in_scheme(cls, weight: Weight, scheme: Scheme) -> "WeightPlan":
+        """The plan for one weight in this scheme."""
+        return cls(weight, scheme, weight.blocks(scheme.block_size, flat=scheme.flat))
+
+    def finer(self) -> "WeightPlan | None":
         """The next plan that loses less: int8 per output channel; None if this is it."""
-        int8 = replace(
-            options, scheme="int8", block_size=None, int8=(), int8_share=0.0, granularity="channel"
-        )
-        plan = WeightPlan.of(self.weight, int8)
+        plan = WeightPlan.in_scheme(self.weight, INT8)
         return None if plan == self else plan
 
     def described(self) -> Tensor:
@@ -52,6 +52,7 @@ class WeightPlan:
             weight.op,
             weight.shape,
             self.scheme.name,
+            self.scheme.choice.label,
             weight.size,
             others=weight.others,
         )
@@ -139,11 +140,13 @@ def plan_weights(weights: Sequence[Weight], options: GuardOptions) -> tuple[Weig
 def scheme_for(weight: Weight, scheme: Scheme) -> Scheme:
     """The scheme that this weight gets under the one asked for.
 
-    No onnxruntime kernel executes 4-bit Conv, ConvTranspose, LSTM, GRU or RNN: those get int8. So
-    do embeddings (Gather), unless a MatMul shares them: at 4 bits they cost a language model about
-    as much accuracy as all its other layers together, and nf4, fp4 have no operator to gather by.
+    No onnxruntime kernel executes Conv, ConvTranspose, LSTM, GRU or RNN at 4 bits or in blocks:
+    those get int8 per channel. So do embeddings (Gather), unless a MatMul shares them: at 4 bits
+    they cost a language model about as much accuracy as all its other layers together, and nf4, fp4
+    have no operator to gather by.
     """
-    return scheme if weight.operator.four_bits else SCHEMES["int8"]
+    coarse = scheme.bits == 4 or scheme.in_blocks
+    return INT8 if coarse and not weight.operator.four_bits else scheme
 
 
 def require_weights(model: Model, options: GuardOptions) -> tuple[list[Weight], list[Skipped]]:

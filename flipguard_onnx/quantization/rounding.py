@@ -172,9 +172,12 @@ def quantize_tensor(
         return QuantizedTensor(grid, nearest, codes, values, None, *on_products)
     drawn, on_products = values, NO_PRODUCTS
     if policy.name == "unbiased":
-        drawn = scheme.without_clipping(values, blocks, whole, random._replace(key=~key))
+        ends = random._replace(key=~key)
+        if extremes:  # the same for all parts of the block
+            ends = ends._replace(first=np.uint64(0))
+        drawn, whole = scheme.without_clipping(values, blocks, whole, ends)
         if drawn is not values:
-            found = whole = blocks.extremes(drawn, kernels)
+            found = blocks.extremes(drawn, kernels)
     grid = scheme.grid(whole, blocks, values.dtype)
     if policy.name == "none":
         nearest = grid.encode(values, kernels)

@@ -7,6 +7,7 @@ from functools import reduce
 from operator import add
 from typing import Any, Literal
 
+from ..formats import Choice
 from .scan import Budget, Scan, Skipped
 from .serialize import FORMAT, jsonable
 from .validation import Validation
@@ -56,7 +57,8 @@ class Tensor:
     name : of the initializer or constant, with the scopes it is in
     op : type of the operator that reads it
     shape : as it is stored in the model
-    scheme : "int8", "int4", "nf4" or "fp4"; under a 4-bit scheme some tensors may stay at int8
+    scheme : "int8", "uint8", "int4", "uint4", "nf4" or "fp4"; some tensors get int8 under others
+    grid : the scheme with its granularity, as a scan names it: "int8 channel", "int4", "int4 g128"
     weights : how many values it has
     flips : how many of them have another code than nearest rounding's
     furthest : the largest distance of a code from nearest rounding's, in levels
@@ -81,6 +83,7 @@ class Tensor:
     op: str
     shape: tuple[int, ...]
     scheme: str
+    grid: str
     weights: int
     flips: int | None = None
     furthest: int | None = None
@@ -110,7 +113,7 @@ class Inspection:
     input_data_sha256 : of its external data files, by their names
     input_bytes : size of the model, data files included
     output_bytes : size that the quantized model would have, estimated
-    scheme : "int8", "int4", "nf4" or "fp4"
+    scheme : "int8", "uint8", "int4", "uint4", "nf4" or "fp4"
     tensors : those that would be guarded, in the order of the graph
     skipped : the others, and why
     config : the file that gave options of the command line, if one did
@@ -196,9 +199,11 @@ class GuardReport:
     input_bytes : size of the model, data files included
     options : every option of the run as it was asked for, by its name in guard()
     changed_options : the names of those that differ from their defaults
-    scheme : "int8", "int4", "nf4" or "fp4"
-    granularity : how many weights share an int8 scale: "channel" or "tensor"
-    block_size : weights per scale at 4 bits; None at int8
+    scheme : "int8", "uint8", "int4", "uint4", "nf4" or "fp4"
+    granularity : how many weights share a scale: "tensor", "channel" or "block"
+    block_size : weights of a block; None for other granularities
+    scale : the level that the largest magnitude gets; None for codebooks and with zero points
+    reduce_range : whether 7 of 8 bits are used
     policy : how codes are chosen: "unbiased", "topk" or "none" (round to nearest)
     tau : of the unbiased policy: distance from a boundary up to which weights are drawn, in
         half-gaps; None for other policies
@@ -236,6 +241,8 @@ class GuardReport:
     scheme: str
     granularity: str
     block_size: int | None
+    scale: float | None
+    reduce_range: bool
     policy: str
     tau: float | None
     ratio: float | None
@@ -257,6 +264,13 @@ class GuardReport:
     outputs_sha256: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     config: str | None = None
+
+    @property
+    def grid(self) -> str:
+        """The scheme with what was chosen of it, as a scan names it."""
+        return Choice(
+            self.scheme, self.granularity, self.block_size, self.scale, self.reduce_range
+        ).label
 
     @property
     def weights(self) -> int:
@@ -293,8 +307,10 @@ class GuardReport:
         entries = {
             "version": self.version,
             "scheme": self.scheme,
-            "granularity": self.granularity if self.block_size is None else None,
+            "granularity": self.granularity,
             "block_size": self.block_size,
+            "scale": self.scale and f"{self.scale:g}",
+            "reduce_range": self.reduce_range or None,
             "policy": self.policy,
             "tau": self.tau,
             "ratio": self.ratio,

@@ -106,12 +106,9 @@ def guard_html(report: GuardReport) -> str:
     histograms = [
         (tensor.name, alignment.histogram)
         for tensor, found in pairs
-        if (alignment := _on_its_grid(tensor, found, report.granularity))
+        if (alignment := _on_its_grid(tensor, found))
     ]
-    flips = [
-        (tensor.name, _expected(tensor, found, report.granularity), _flipped(tensor))
-        for tensor, found in pairs
-    ]
+    flips = [(tensor.name, _expected(tensor, found), _flipped(tensor)) for tensor, found in pairs]
     sections = []
     if histograms:
         sections.append(
@@ -140,7 +137,7 @@ def guard_html(report: GuardReport) -> str:
         ),
         tuple(sections),
         IDENTITY | GUARDED,
-        tuple(_guarded(tensor, found, report.granularity) for tensor, found in pairs),
+        tuple(_guarded(tensor, found) for tensor, found in pairs),
         skipped_section(report.skipped),
         _footer(report),
     )
@@ -164,9 +161,9 @@ def _scanned(tensor: ScannedTensor) -> Layer:
     return Layer(tuple(cells), tuple((a.grid, a.histogram) for a in tensor.alignments))
 
 
-def _guarded(tensor: Tensor, found: ScannedTensor | None, granularity: str) -> Layer:
+def _guarded(tensor: Tensor, found: ScannedTensor | None) -> Layer:
     cells = [*_identity(tensor.name, tensor.op, tensor.shape, tensor.weights), Cell(tensor.scheme)]
-    cells += [share(_flipped(tensor)), share(_expected(tensor, found, granularity))]
+    cells += [share(_flipped(tensor)), share(_expected(tensor, found))]
     cells.append(count(tensor.furthest or 0))
     cells.append(Cell("none") if tensor.gain is None else figure(min(tensor.gain, 1.0), "x"))
     cells += map(share, tensor.budget.shares) if tensor.budget else [Cell("")] * 3
@@ -179,15 +176,14 @@ def _identity(name: str, op: str, shape: Sequence[int], weights: int) -> tuple[C
     return Cell(name), Cell(op), Cell("x".join(map(str, shape))), count(weights)
 
 
-def _on_its_grid(tensor: Tensor, found: ScannedTensor | None, granularity: str) -> Alignment | None:
+def _on_its_grid(tensor: Tensor, found: ScannedTensor | None) -> Alignment | None:
     """How a tensor stood to the grid that it was guarded on."""
-    grid = f"int8 {granularity}" if tensor.scheme == "int8" else tensor.scheme
-    return next((a for a in (found.alignments if found else ()) if a.grid == grid), None)
+    return next((a for a in (found.alignments if found else ()) if a.grid == tensor.grid), None)
 
 
-def _expected(tensor: Tensor, found: ScannedTensor | None, granularity: str) -> float:
+def _expected(tensor: Tensor, found: ScannedTensor | None) -> float:
     """Mean distance to the nearest level, in gaps: the share that unbiased draws move."""
-    alignment = _on_its_grid(tensor, found, granularity)
+    alignment = _on_its_grid(tensor, found)
     if alignment is None:
         return 0.0
     bins = alignment.histogram

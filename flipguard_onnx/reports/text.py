@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import printable
+from ..formats import FORMATS
 from .batch import BatchReport, ModelOutcome
 from .guard import (
     ActivationQuantization,
@@ -205,7 +206,9 @@ def _feedback_lines(report: GuardReport) -> list[str]:
     if report.preserve == "off":
         lines = [f"preserve  off: {report.preserve_note}"] if report.preserve_note else []
         errors = sorted(
-            tensor.weight_error or 0 for tensor in report.tensors if tensor.scheme != "int8"
+            tensor.weight_error or 0
+            for tensor in report.tensors
+            if FORMATS[tensor.scheme].bits == 4
         )
         if lines and errors:
             lines.append(

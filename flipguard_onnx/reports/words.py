@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from .guard import GuardReport
 
+WITH_ZEROS = ("uint8", "uint4")
+
 SCAN_TERMS = {  # columns of a scan
     "near": "share of the weights at a distance below 0.1 from a decision boundary (0: on the "
     "boundary, 1: on a level); 10% if spread evenly",
@@ -22,15 +24,19 @@ SCAN_TERMS = {  # columns of a scan
 
 def scheme_in_words(report: GuardReport) -> str:
     """The scheme, and how many weights share a scale."""
-    if report.scheme not in {tensor.scheme for tensor in report.tensors}:
-        return (
-            f"{report.scheme}, but no weight got it: all are int8, one scale per "
-            f"{report.granularity}"
-        )
+    share = f"per {report.granularity}"
     if report.block_size is not None:
-        flat = " (at int8 one per tensor)" if report.granularity == "tensor" else ""
-        return f"{report.scheme}, one scale per block of {report.block_size} weights{flat}"
-    return f"{report.scheme}, one scale per {report.granularity}"
+        share += f" of {report.block_size} weights"
+    words = f"{report.scheme}, one scale {share}"
+    if report.scheme in WITH_ZEROS:
+        words += ", with zero points"
+    if "/" in report.grid:
+        words += f", largest magnitude / {report.scale:g}"
+    if report.reduce_range:
+        words += ", 7 bits"
+    if report.grid in {tensor.grid for tensor in report.tensors}:
+        return words
+    return f"{words}; but no weight got it: all are int8, one scale per channel"
 
 
 def policy_in_words(report: GuardReport) -> str:

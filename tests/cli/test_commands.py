@@ -97,7 +97,7 @@ def test_failed_validation_is_exit_code_1_and_leaves_nothing(sample, tmp_path):
 def test_bad_options_get_exit_code_2(sample):
     result = call("guard", sample, "--scheme", "int3")
     assert result.exit_code == 2
-    assert "Invalid value for '--scheme': 'int3' is not one of 'int8', 'int4'" in result.stderr
+    assert "Invalid value for '--scheme': 'int3' is not one of 'int8', 'uint8'" in result.stderr
     assert "tau is 0.0" in one_line(call("guard", sample, "--tau", 0))
     assert "block size is 48" in one_line(call(sample, "--scheme", "nf4", "--block-size", 48))
 

@@ -79,7 +79,7 @@ def test_which_file_counts(source, tmp_path):
 
 
 REFUSED = {
-    "scheme = 'int3'": "scheme: 'int3' is not one of 'int8', 'int4', 'nf4', 'fp4'.",
+    "scheme = 'int3'": "scheme: 'int3' is not one of 'int8', 'uint8', 'int4', ",
     "Scheme = 'int4'": "Scheme is unknown; allowed: ",
     "max_drift = 2": "max_drift is unknown; allowed: ",
     "help = true": "help is unknown; allowed: ",

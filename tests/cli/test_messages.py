@@ -165,10 +165,23 @@ def test_small_files_have_small_units(tmp_path):
     onnx.checker.check_model(source)
 
 
-def test_the_report_says_what_the_granularity_acts_on(tmp_path):
-    options = ("--scheme", "int4", "--granularity", "tensor", *FAST)
-    shown = "scheme    int4, one scale per block of 32 weights (at int8 one per tensor)\n"
-    assert shown in call(save(matmul(), tmp_path), *options).stdout
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ("--scheme int4", "int4, one scale per block of 32 weights"),
+        (
+            "--scheme int4 --scale 7",
+            "int4, one scale per block of 32 weights, largest magnitude / 7",
+        ),
+        ("--scheme uint4 --granularity channel", "uint4, one scale per channel, with zero points"),
+        ("--scheme uint8 --reduce-range", "uint8, one scale per channel, with zero points, 7 bits"),
+    ],
+)
+def test_the_report_says_how_scales_are_made(tmp_path, options, shown):
+    assert f"scheme    {shown}\n" in call(save(matmul(), tmp_path), *options.split(), *FAST).stdout
+
+
+def test_the_report_says_that_no_weight_got_the_scheme(tmp_path):
     source = save(SAMPLES["conv_transpose"](), tmp_path)
-    shown = "scheme    int4, but no weight got it: all are int8, one scale per tensor\n"
-    assert shown in call(source, *options, "--force").stdout
+    shown = "32 weights; but no weight got it: all are int8, one scale per channel\n"
+    assert shown in call(source, "--scheme", "int4", *FAST).stdout

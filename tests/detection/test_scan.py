@@ -377,7 +377,7 @@ def test_distances_are_those_of_the_grid():
     for name in GRIDS:
         grid, weights = grid_of(name, honest(shape=(128, 96)))
         found = tally(weights, weights, Repetition.among(weights), grid)
-        inside = np.abs(weights) < LIMIT * grid.blocks.spread(grid.absmax)
+        inside = np.abs(weights) < LIMIT * grid.blocks.spread(grid.scales.high)
         for number in (0, FIXED.start):
             scaled = weights * FACTORS[number, 0]
             offsets = np.abs(grid.analyze(scaled, CPU).offsets[inside])

@@ -366,7 +366,10 @@ def test_a_folder_of_inputs_is_all_of_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activations": "uint8", "scheme": "int4"}, "activations go with scheme int8, not 'int4'"),
+        (
+            {"activations": "uint8", "scheme": "int4"},
+            "scheme int8 per channel or tensor, not 'int4'",
+        ),
         ({"activations": "uint8", "emit": "float"}, "activations go with emit 'qdq' or 'both'"),
         ({"activations": "uint4"}, "activations 'uint4' is unknown; allowed: int8, uint8, int16"),
         ({"calibration": "mean"}, "calibration 'mean' is unknown; allowed: minmax, entropy"),

@@ -93,14 +93,13 @@ def run(path, **feed):
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"]).run(None, feed)
 
 
-def both_targets(tmp_path, proto, scheme):
+def both_targets(tmp_path, proto, scheme, **options):
     """The file for onnxruntime, and the portable one with the same codes."""
     source = save(proto, tmp_path)
     paths = [tmp_path / f"{target}.onnx" for target in ("onnxruntime", "portable")]
+    options = {"seed": 1, "preserve": "off", "validate": False} | options
     for path in paths:
-        flipguard_onnx.guard(
-            source, scheme, target=path.stem, seed=1, preserve="off", validate=False, output=path
-        )
+        flipguard_onnx.guard(source, scheme, target=path.stem, output=path, **options)
     return paths
 
 
@@ -158,6 +157,28 @@ def test_a_decoder_stays_packed_at_nf4(tmp_path):
     path, portable = both_targets(tmp_path, decoder(), "nf4")
     types = [n.op_type for n in onnx.load(path).graph.node]
     assert types.count("MatMulBnb4") == 2
+    ids = np.array([[3, 95, 0]])
+    assert_close(run(path, ids=ids, **PAST)[0], run(portable, ids=ids, **PAST)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "block"},
+        {"scheme": "uint8"},
+        {"scheme": "uint8", "granularity": "tensor"},
+        {"scheme": "uint8", "granularity": "block", "block_size": 16},
+        {"scheme": "int4", "granularity": "channel"},
+        {"scheme": "uint4"},
+        {"scheme": "uint4", "block_size": 16},
+        {"scheme": "uint4", "granularity": "channel"},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_a_decoder_stays_packed_in_every_integer_format(tmp_path, options):
+    path, portable = both_targets(tmp_path, decoder(), options.pop("scheme", "int8"), **options)
+    types = [n.op_type for n in onnx.load(path).graph.node]
+    assert types.count("MatMulNBits") == 3
     ids = np.array([[3, 95, 0]])
     assert_close(run(path, ids=ids, **PAST)[0], run(portable, ids=ids, **PAST)[0])
 

@@ -84,9 +84,13 @@ def blocks_of(weights, size):
 
 
 def quantize(scheme, weights, size):
-    """Quantized of every block of `weights`, 2-D, in its storage type."""
+    """Quantized of every block of `weights`, 2-D, in its storage type.
+
+    scheme: a name of BLOCK; what follows a hyphen may be missing there
+    """
+    block_of = BLOCK.get(scheme) or BLOCK[scheme.split("-")[0]]
     with np.errstate(all="ignore"):
-        return [BLOCK[scheme](block) for block in blocks_of(weights, size)]
+        return [block_of(block) for block in blocks_of(weights, size)]
 
 
 def rounded(values, scheme, *contracted):
@@ -118,34 +122,109 @@ def _integers(scale, positions, rounded, low, high):
     return Quantized(scale, [int(v) for v in levels], positions, levels, neighbours, decoded)
 
 
-def int8_block(block):
-    """Symmetric: scale = 2 absmax / 254 in float64, stored in the weights' type; w / scale."""
+def int8_block(block, divisor=127, ends=(-127, 127)):
+    """Symmetric: scale = absmax / divisor in float64, stored in the weights' type; w / scale."""
     absmax = max(abs(float(w)) for w in block)
-    exact = 2 * absmax / 254
-    scale = block.dtype.type(exact)
-    too_small = scale == 0 if block.dtype == np.float16 else exact < np.finfo(np.float32).tiny
-    if too_small:
-        scale = block.dtype.type(1)
+    scale, too_small = _double_scale(2 * absmax / (2 * divisor), block.dtype)
     positions = [F(w) / F(scale) for w in block]
     # a coarse (float16 subnormal) scale may put the extremes past 127; onnxruntime clips at -128
-    low = -128 if np.rint(F(absmax) / F(scale)) > 127 and not too_small else -127
-    return _integers(scale, positions, [np.rint(x) for x in positions], low, 127)
+    if np.rint(F(absmax) / F(scale)) > math.ceil(divisor) and not too_small:
+        ends = (-128, 127)
+    return _integers(scale, positions, [np.rint(x) for x in positions], *ends)
+
+
+def uint8_block(block, steps=255):
+    """Zero point = round(-low / scale), both from float64; rint(w / stored scale) + zero point."""
+    low, high = (float(end) for end in _range_with_0(block))
+    exact = (high - low) / steps
+    scale, too_small = _double_scale(exact, block.dtype)
+    zero = 0 if too_small else int(np.rint(-low / exact))
+    positions = [F(w) / F(scale) for w in block]
+    rounded = _shifted(scale, positions, [np.rint(x) for x in positions], zero, 255)
+    return _without_ends(block, rounded)
 
 
 def int4_block(block):
     """The weight of largest magnitude, sign and all, is -8 scales; w * (1 / stored scale)."""
+    scale, positions = _from_extreme(block, -8)
+    return _integers(scale, positions, [_roundf(x) for x in positions], -8, 7)
+
+
+def int8_extreme_block(block):
+    """The same at 8 bits, -128 scales; roundf(w * (1 / stored scale) + 128)."""
+    scale, positions = _from_extreme(block, -128)
+    return _rounded_from_0(scale, positions, 128, 255)
+
+
+def uint4_block(block):
+    """Zero point = roundf(-low / scale) in float32; roundf(w * (1 / stored scale)) + zero point."""
+    scale, zero, positions = _float_range(block, 15)
+    rounded = _shifted(scale, positions, [_roundf(x) for x in positions], zero, 15)
+    return _without_ends(block, rounded)
+
+
+def uint8_range_block(block):
+    """The same at 8 bits, but roundf(w * (1 / stored scale) + zero point)."""
+    scale, zero, positions = _float_range(block, 255)
+    return _without_ends(block, _rounded_from_0(scale, positions, zero, 255))
+
+
+def _without_ends(block, quantized):
+    """The weights that set the scale and the zero point have no neighbours."""
+    ends = _range_with_0(block)
+    for i, w in enumerate(block):
+        if F(w) in ends:
+            quantized.neighbours[i] = None
+    return quantized
+
+
+def _range_with_0(block):
+    return min([F(0), *map(F, block)]), max([F(0), *map(F, block)])
+
+
+def _double_scale(exact, dtype):
+    """A scale as it is stored, and whether onnxruntime gives up on it and takes 1."""
+    scale = dtype.type(exact)
+    too_small = scale == 0 if dtype == np.float16 else exact < np.finfo(np.float32).tiny
+    return (dtype.type(1) if too_small else scale), too_small
+
+
+def _from_extreme(block, level):
     extreme = F(0)
     for w in block:
         if abs(F(w)) > abs(extreme) or (abs(F(w)) == abs(extreme) and w < 0):
             extreme = F(w)
-    scale = block.dtype.type(extreme / F(-8))
+    scale = block.dtype.type(extreme / F(level))
     inverse = F(1) / F(scale) if scale != 0 else F(0)
-    positions = [F(w) * inverse for w in block]
-    rounded = []
-    for x in positions:  # C roundf: halves away from zero, exactly
-        whole = math.floor(Fraction(float(abs(x))) + Fraction(1, 2)) if np.isfinite(x) else abs(x)
-        rounded.append(whole if x > 0 else -whole)
-    return _integers(scale, positions, rounded, -8, 7)
+    return scale, [F(w) * inverse for w in block]
+
+
+def _float_range(block, steps):
+    low, high = _range_with_0(block)
+    exact = (high - low) / F(steps)
+    zero = int(min(max(_roundf(-low / exact), 0), steps)) if exact != 0 else 0
+    scale = block.dtype.type(exact)
+    inverse = F(1) / F(scale) if scale != 0 else F(0)
+    return scale, zero, [F(w) * inverse for w in block]
+
+
+def _roundf(x):
+    """C's roundf: halves away from zero, exactly."""
+    whole = math.floor(Fraction(float(abs(x))) + Fraction(1, 2)) if np.isfinite(x) else abs(x)
+    return whole if x > 0 else -whole
+
+
+def _rounded_from_0(scale, positions, zero, steps):
+    """A block whose positions are rounded once the lowest level has become 0."""
+    rounded = [_roundf(x + F(zero)) - zero for x in positions]
+    return _shifted(scale, [(x + F(zero)) - F(zero) for x in positions], rounded, zero, steps)
+
+
+def _shifted(scale, positions, rounded, zero, steps):
+    """A block on an integer grid from -zero to steps - zero; the codes are signed."""
+    block = _integers(scale, positions, rounded, -zero, steps - zero)
+    block.codes = [code + zero - (steps + 1) // 2 for code in block.codes]
+    return block
 
 
 def nf4_block(block):
@@ -167,7 +246,20 @@ def fp4_block(block):
     return _codebook(absmax, codes, positions, levels, distinct)
 
 
-BLOCK = {"int8": int8_block, "int4": int4_block, "nf4": nf4_block, "fp4": fp4_block}
+BLOCK = {
+    "int8": int8_block,
+    "int8-block": int8_extreme_block,
+    "uint8": uint8_block,
+    "uint8-block": uint8_range_block,
+    "uint8-reduced": lambda block: uint8_block(block, 127),
+    "int8-reduced": lambda block: int8_block(block, 64, (-64, 64)),
+    "int4": int4_block,
+    "int4-7.5": lambda block: int8_block(block, 7.5, (-8, 7)),
+    "int4-7": lambda block: int8_block(block, 7, (-8, 7)),
+    "uint4": uint4_block,
+    "nf4": nf4_block,
+    "fp4": fp4_block,
+}
 
 
 def _normalized(block):

@@ -22,24 +22,74 @@ SYMMETRIC = {"WeightSymmetric": True, "ActivationSymmetric": False}
 
 def int8(weights, per_channel):
     """`quantize_data`, which onnxruntime's int8 quantizers call per row or once for the tensor."""
+    return _by_data(weights if per_channel else [weights], onnx.TensorProto.INT8)
+
+
+def uint8(weights, per_channel, reduce_range=False):
+    """The same for QUInt8; returns the zero points, too."""
     parts = weights if per_channel else [weights]
-    results = [quantize_data(part, onnx.TensorProto.INT8, symmetric=True) for part in parts]
+    return _by_data(parts, onnx.TensorProto.UINT8, symmetric=False, reduce_range=reduce_range)
+
+
+def _by_data(parts, kind, symmetric=True, reduce_range=False):
+    results = [quantize_data(part, kind, symmetric, reduce_range) for part in parts]
     codes = np.concatenate([codes.reshape(-1) for _, _, codes in results])
-    return codes, np.array([scale for _, scale, _ in results])
+    found = codes, np.array([scale for _, scale, _ in results])
+    return found if symmetric else (*found, np.array([zero for zero, _, _ in results]))
 
 
 def int4(weights, block=32):
     """`quantize_qdq_matmul_4bits`: the 4-bit QDQ form."""
+    codes, scales, _ = _qdq(weights, block, symmetric=True)
+    return _signed(codes), scales
+
+
+def uint4(weights, block=32):
+    """The same with zero points, which it returns, too."""
+    return _qdq(weights, block, symmetric=False)
+
+
+def _qdq(weights, block, symmetric):
     cols, rows = weights.T.shape
     per_row = -(-cols // block)
     packed = np.zeros((cols * rows + 1) // 2, np.uint8)
     scales = np.zeros((per_row, rows), weights.dtype)
     zero_points = np.zeros((per_row * rows + 1) // 2, np.uint8)
     native.quantize_qdq_matmul_4bits(
-        packed, weights.T.copy(), scales, zero_points, block, rows, cols, True
+        packed, weights.T.copy(), scales, zero_points, block, rows, cols, symmetric
     )
-    codes = _signed(_low_nibble_first(packed)[: cols * rows]).reshape(cols, rows)
-    return codes.T.reshape(-1), scales.T.reshape(-1)
+    codes = _low_nibble_first(packed)[: cols * rows].reshape(cols, rows)
+    zeros = _low_nibble_first(zero_points)[: per_row * rows].reshape(per_row, rows)
+    return codes.T.reshape(-1), scales.T.reshape(-1), zeros.T.reshape(-1)
+
+
+def int8_blocks(weights, block=32):
+    """`quantize_matmul_8bits`: the MatMulNBits form at 8 bits."""
+    codes, scales, _ = _eight_bits(weights, block, symmetric=True)
+    return codes.astype(np.int16) - 128, scales
+
+
+def uint8_blocks(weights, block=32):
+    """The same with zero points, which it returns, too."""
+    return _eight_bits(weights, block, symmetric=False)
+
+
+def _eight_bits(weights, block, symmetric):
+    cols, rows = weights.T.shape
+    per_row = -(-cols // block)
+    padded = np.ascontiguousarray(np.pad(weights.T, ((0, per_row * block - cols), (0, 0))))
+    codes = np.zeros((rows, per_row, block), np.uint8)
+    scales = np.zeros((rows, per_row), weights.dtype)
+    zeros = np.zeros((rows, per_row), np.uint8)
+    native.quantize_matmul_8bits(codes, padded, scales, zeros, block, rows, cols, symmetric)
+    return codes.reshape(rows, -1)[:, :cols].reshape(-1), scales.reshape(-1), zeros.reshape(-1)
+
+
+def symmetric_int4(weights, block=32):
+    """`quantize_data` for QInt4, block by block: absmax / 7.5."""
+    blocks = [row[k : k + block] for row in weights for k in range(0, len(row), block)]
+    codes, scales = _by_data(blocks, onnx.TensorProto.INT4)
+    return codes.astype(np.int8), scales
 
 
 def int4_matmul_nbits(weights, block=32):
@@ -171,18 +221,20 @@ def _signed(nibbles):
     return ((nibbles.astype(np.int8) + 8) % 16 - 8).astype(np.int8)
 
 
-# how each form cuts a [rows, cols] tensor: (rows, cols, block size)
-CUTS = {
-    "int8-channel": lambda rows, cols: (rows, cols, cols),
-    "int8-tensor": lambda rows, cols: (1, rows * cols, rows * cols),
-    "int4": lambda rows, cols: (rows, cols, 32),
-    "nf4": lambda rows, cols: (1, rows * cols, 64),
-    "fp4": lambda rows, cols: (1, rows * cols, 64),
-}
 ORACLES = {
     "int8-channel": lambda w: int8(w, per_channel=True),
     "int8-tensor": lambda w: int8(w, per_channel=False),
+    "int8-block": int8_blocks,
+    "int8-reduced": lambda w: _by_data(w, onnx.TensorProto.INT8, reduce_range=True),
+    "uint8-channel": lambda w: uint8(w, per_channel=True),
+    "uint8-tensor": lambda w: uint8(w, per_channel=False),
+    "uint8-block": uint8_blocks,
+    "uint8-reduced": lambda w: uint8(w, per_channel=False, reduce_range=True),
     "int4": int4,
+    "int4-7.5": symmetric_int4,
+    "int4-channel": lambda w: int4(w, w.shape[1]),
+    "uint4": uint4,
+    "uint4-channel": lambda w: uint4(w, w.shape[1]),
     "nf4": lambda w: bnb4(w, "nf4"),
     "fp4": lambda w: bnb4(w, "fp4"),
 }

@@ -199,6 +199,7 @@ def test_metadata_tells_how_to_repeat_the_run(tmp_path):
     assert entries == {
         "flipguard.version": flipguard_onnx.__version__,
         "flipguard.scheme": "nf4",
+        "flipguard.granularity": "block",
         "flipguard.block_size": "64",
         "flipguard.policy": "unbiased",
         "flipguard.tau": "0.5",

@@ -9,24 +9,18 @@ import pytest
 
 from flipguard_onnx import DeviceError, GuardOptions, OptionError, SchemeError, guard, verify
 from flipguard_onnx.cli.commands import main
+from flipguard_onnx.formats import BLOCK_SIZES
 from flipguard_onnx.io.model import open_model
-from flipguard_onnx.pipeline.options import (
-    BLOCK_SIZES,
-    FOUR_BIT_BLOCKS,
-    SCHEME_NAMES,
-    GuardKeywords,
-    Range,
-    described,
-)
+from flipguard_onnx.pipeline.options import GuardKeywords, Range, described
 from flipguard_onnx.pipeline.verify import recorded_options
-from flipguard_onnx.quantization.schemes import SCHEMES
 from tests.helpers.command import call
 from tests.helpers.samples import SAMPLES, F, model, node, save, weights
 
 NOT_DEFAULT = GuardOptions(
     scheme="int4",
-    granularity="tensor",
+    granularity="block",
     block_size=64,
+    scale=7.0,
     include=("a*", "b"),
     exclude=("c",),
     target="onnxruntime",
@@ -37,12 +31,6 @@ NOT_DEFAULT = GuardOptions(
     max_drift=2.0,
     max_memory=64,
 )
-
-
-def test_the_names_of_schemes_and_their_blocks_are_those_of_the_schemes():
-    assert list(SCHEMES) == list(SCHEME_NAMES)
-    blocks = {name: scheme.block_size for name, scheme in SCHEMES.items() if scheme.bits == 4}
-    assert blocks == FOUR_BIT_BLOCKS
 
 
 def test_the_keywords_for_type_checkers_are_the_fields():
@@ -62,11 +50,11 @@ def test_every_option_is_described_in_the_docstring():
         (
             {"scheme": "int5"},
             SchemeError,
-            "scheme 'int5' is unknown; allowed: int8, int4, nf4, fp4",
+            "scheme 'int5' is unknown; allowed: int8, uint8, int4, uint4, nf4, fp4",
         ),
         ({"policy": "x"}, SchemeError, "policy 'x' is unknown; allowed: unbiased, topk, none"),
         ({"device": "tpu"}, DeviceError, "device 'tpu' is unknown; allowed: auto, cpu, cuda"),
-        ({"granularity": "row"}, OptionError, "granularity 'row' is unknown; allowed: channel, "),
+        ({"granularity": "row"}, OptionError, "granularity 'row' is unknown; allowed: tensor, "),
         ({"emit": "x"}, OptionError, "emit 'x' is unknown; allowed: qdq, float, both"),
         ({"tau": 0}, OptionError, "tau is 0; allowed: above 0, up to 1"),
         ({"tau": 1.5}, OptionError, "tau is 1.5; allowed: above 0, up to 1"),
@@ -79,9 +67,15 @@ def test_every_option_is_described_in_the_docstring():
         ({"include": "conv*"}, OptionError, "include is 'conv*'; allowed: a sequence of patterns"),
         ({"force": "yes"}, OptionError, "force is 'yes'; allowed: true or false"),
         ({"scheme": "int4", "block_size": 48}, OptionError, "block size is 48; allowed: 16, 32, "),
-        ({"block_size": 32}, SchemeError, "block size is for int4, nf4 and fp4"),
-        ({"int8_share": 0.25}, SchemeError, "int8 share is for int4, nf4 and fp4"),
-        ({"int8": ("w",)}, SchemeError, "int8 patterns are for int4, nf4 and fp4"),
+        ({"block_size": 32}, SchemeError, "int8 has one scale per channel; allowed: --granularity"),
+        ({"scheme": "int4", "scale": 6}, OptionError, "scale is 6; allowed: 8.0, 7.5, 7.0, 128.0"),
+        (
+            {"scheme": "int4", "scale": 7.5, "emit": "float"},
+            SchemeError,
+            "7.5 goes with emit 'qdq'",
+        ),
+        ({"int8_share": 0.25}, SchemeError, "int8 share is for 4 bits: int8 has all at 8"),
+        ({"int8": ("w",)}, SchemeError, "int8 patterns are for 4 bits: int8 has all at 8"),
         ({"ratio": 0.3}, SchemeError, "ratio 0.3 is for the topk policy, not 'unbiased'"),
         ({"ratio": 0.3, "policy": "none"}, SchemeError, "ratio 0.3 is for the topk policy, not"),
         ({"tau": 0.5, "policy": "topk"}, SchemeError, "tau 0.5 is for the unbiased policy, not 't"),
@@ -162,9 +156,7 @@ def test_the_command_line_has_every_option_with_its_default():
         assert option.default == (default if default != () else option.default)
         assert option.help == about.help
         assert option.group == about.group
-    assert options["block_size"].help.startswith(
-        "4 bits: weights per scale: 16, 32, 64, 128 or 256"
-    )
+    assert options["block_size"].help.startswith("Weights of a block: 16, 32, 64, 128 or 256.")
     assert BLOCK_SIZES == (16, 32, 64, 128, 256)
 
 

@@ -13,11 +13,11 @@ from flipguard_onnx.quantization.kernels.threads import ENOUGH
 from flipguard_onnx.quantization.layout import Layout
 from flipguard_onnx.quantization.rounding import FED, Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
+from tests.helpers import forms
 from tests.helpers.cores import on_cores
-from tests.helpers.oracles import CUTS
+from tests.helpers.forms import CHOICES
 
 CPU = get_backend("cpu")
-RANGES = {"int8": range(-127, 128), "int4": range(-8, 8), "nf4": range(16), "fp4": range(16)}
 KEY = tensor_key(1, "w")
 ALL = np.float32(0)  # the limit of tau 1: every weight is drawn
 NEAREST = np.float32(1)
@@ -41,8 +41,8 @@ def inputs_of(columns, groups=1, spans=None, seed=0, dampings=(0.01,)):
 
 
 def grid_of(form, weights):
-    blocks = Blocks(*CUTS[form](*weights.shape))
-    return SCHEMES[form.split("-")[0]].fit(weights.reshape(-1), blocks, weights.dtype, CPU)
+    blocks = forms.cut(form, *weights.shape)
+    return forms.scheme(form).fit(weights.reshape(-1), blocks, weights.dtype, CPU)
 
 
 def random(key=KEY, limit=ALL):
@@ -68,10 +68,14 @@ def oracle(form, weights, inputs):
     upper Cholesky factor of the inverse of H."""
     grid = grid_of(form, weights)
     rows, columns = weights.shape
-    codes_of = RANGES[form.split("-")[0]]
+    lowest, highest = forms.range_of(form)
+    codes_of = range(lowest, highest + 1)
     levels = [grid.decode(np.full(weights.size, c, np.int8)) for c in codes_of]
     levels = np.array(levels, np.float64).reshape(-1, rows, columns)
-    absmax = grid.blocks.spread(grid.absmax).reshape(rows, columns)
+    low, high = (
+        grid.blocks.spread(end).reshape(rows, columns)
+        for end in (grid.scales.low, grid.scales.high)
+    )
     rounded = grid.encode(weights.reshape(-1), CPU).reshape(rows, columns)
     decoded = grid.decode(rounded.reshape(-1)).reshape(rows, columns)
     result = rounded.copy()
@@ -82,7 +86,7 @@ def oracle(form, weights, inputs):
         factor = np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T
         left = weights[row].astype(np.float64)
         for place, column in enumerate(order):
-            if abs(weights[row, column]) >= absmax[row, column]:
+            if not low[row, column] < weights[row, column] < high[row, column]:
                 value = decoded[row, column]
             else:
                 known = levels[:, row, column]
@@ -108,7 +112,7 @@ def oracle(form, weights, inputs):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_equals_the_update_rule_of_obq(form, groups):
     weights, inputs = weights_of(), inputs_of(40, groups)
     codes = drawn(form, weights, inputs, panel_width=16)
@@ -118,7 +122,7 @@ def test_equals_the_update_rule_of_obq(form, groups):
     np.testing.assert_array_equal(codes, expected)
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_without_correlation_it_is_the_draw_without_feedback(form):
     weights = weights_of(8, 200)
     identity = InputMoments(
@@ -128,7 +132,7 @@ def test_without_correlation_it_is_the_draw_without_feedback(form):
     np.testing.assert_array_equal(drawn(form, weights, identity), alone)
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_products_change_less_than_without_feedback(form):
     """About as little as the theory says for nearest rounding, whose errors are half as large."""
     weights, inputs = weights_of(64, 200), inputs_of(200)
@@ -145,12 +149,12 @@ def test_products_change_less_than_without_feedback(form):
     assert error(drawn(form, weights, inputs, limit=NEAREST)) < fed
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_draws_average_to_the_weights_whatever_the_inputs_are(form):
     """Six standard errors over 600 draws; nearest rounding with feedback misses most of them."""
     weights, inputs, draws = weights_of(4, 48), inputs_of(48), 600
-    flat, blocks = weights.reshape(-1), Blocks(*CUTS[form](*weights.shape))
-    scheme = SCHEMES[form.split("-")[0]]
+    flat, blocks = weights.reshape(-1), forms.cut(form, *weights.shape)
+    scheme = forms.scheme(form)
     grid = scheme.unclipped(blocks.extremes(flat, CPU), blocks, weights.dtype)
 
     def values(limit, key):
@@ -188,7 +192,7 @@ def test_feedback_asks_no_weight_beyond_the_ends_of_the_grid():
     assert abs(np.mean(found) - 6.5) < 0.05
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_spans_are_blocks_of_h_of_their_own(form):
     weights, inputs = weights_of(), inputs_of(40, spans=[range(24), range(24, 40)])
     whole = np.zeros((1, 40, 40), np.float32)
@@ -203,7 +207,7 @@ def test_spans_are_blocks_of_h_of_their_own(form):
     np.testing.assert_array_equal(drawn(form, weights, inputs), drawn(form, weights, joined))
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_codes_do_not_depend_on_threads(form):
     rows = 2 * ENOUGH // PANEL**2  # enough for two threads
     weights, inputs = weights_of(rows, 300), inputs_of(300)
@@ -213,12 +217,12 @@ def test_codes_do_not_depend_on_threads(form):
 
 
 def quantized(form, weights, inputs=None, policy=UNBIASED):
-    scheme, blocks = SCHEMES[form.split("-")[0]], Blocks(*CUTS[form](*weights.shape))
+    scheme, blocks = forms.scheme(form), forms.cut(form, *weights.shape)
     return quantize_tensor("w", weights.reshape(-1), scheme, blocks, policy, KEY, CPU, inputs)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_invariants_hold_with_feedback_and_codes_move_further(form, dtype):
     weights = weights_of(32, 128).astype(dtype)
     result = quantized(form, weights, inputs_of(128))
@@ -271,7 +275,7 @@ def test_a_large_tensor_is_drawn_in_strips_of_rows(form):
     """With the codes of the whole, in the memory of one strip besides the codes."""
     columns, inputs = 56, inputs_of(56)
     weights = weights_of(4 * FED // columns, columns)
-    scheme, blocks = SCHEMES[form], Blocks(*CUTS[form](*weights.shape))
+    scheme, blocks = forms.scheme(form), forms.cut(form, *weights.shape)
     flat = weights.reshape(-1)
     grid = scheme.unclipped(blocks.extremes(flat, CPU), blocks, flat.dtype)
     whole = draw_with_feedback(flat, grid, inputs, random(), CPU)

@@ -31,8 +31,9 @@ from flipguard_onnx.quantization.kernels.threads import ENOUGH
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import SCHEMES, Blocks
 from flipguard_onnx.quantization.schemes.blocks import FORMS
+from tests.helpers import forms
 from tests.helpers.cores import on_cores
-from tests.helpers.oracles import CUTS
+from tests.helpers.forms import CHOICES
 from tests.helpers.samples import matmul, save
 
 CPU = get_backend("cpu")
@@ -70,7 +71,7 @@ def test_twins_agree_in_the_simulator():
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [f"{form}:equal" for form in CUTS]
+    assert done.stdout.split() == [f"{form}:equal" for form in CHOICES]
 
 
 def compare_twins():
@@ -78,7 +79,7 @@ def compare_twins():
     # idle threads cost as much as busy ones here, and several blocks are run; two streams, and a
     # last tile that is not full
     gpu = CudaKernels(threads=32, tile=96)
-    for form in CUTS:
+    for form in CHOICES:
         compare_kernels(form, edge_cases().astype(np.float32), gpu)
         for dtype in (np.float16, ml_dtypes.bfloat16):
             compare_tensors(form, edge_cases().astype(dtype), gpu)
@@ -86,8 +87,8 @@ def compare_twins():
 
 
 def compare_kernels(form, weights, gpu):
-    scheme = SCHEMES[form.split("-")[0]]
-    blocks = Blocks(*CUTS[form](*weights.shape))
+    scheme = forms.scheme(form)
+    blocks = forms.cut(form, *weights.shape)
     flat = weights.reshape(-1)
 
     def steps(kernels):
@@ -122,8 +123,8 @@ def inputs_of(weights):
 
 
 def compare_tensors(form, weights, gpu):
-    scheme, key = SCHEMES[form.split("-")[0]], tensor_key(3, "w")
-    blocks = Blocks(*CUTS[form](*weights.shape))
+    scheme, key = forms.scheme(form), tensor_key(3, "w")
+    blocks = forms.cut(form, *weights.shape)
     ours, theirs = (
         quantize_tensor("w", weights.reshape(-1), scheme, blocks, Policy(), key, kernels)
         for kernels in (CPU, gpu)
@@ -216,11 +217,11 @@ print("done")
         assert done.stdout.split() == expected, done.stderr
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_what_a_scan_counts_does_not_depend_on_threads(form):
     weights = np.random.default_rng(0).standard_normal((4, 2 * ENOUGH // 4), np.float32)
-    blocks = Blocks(*CUTS[form](*weights.shape))
-    grid = SCHEMES[form.split("-")[0]].fit(weights.reshape(-1), blocks, weights.dtype, CPU)
+    blocks = forms.cut(form, *weights.shape)
+    grid = forms.scheme(form).fit(weights.reshape(-1), blocks, weights.dtype, CPU)
 
     def counted():
         found = tally(weights.reshape(-1), weights.reshape(-1), Repetition(1, 1), grid)

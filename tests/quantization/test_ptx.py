@@ -74,7 +74,7 @@ def print_ptx(capability):
 
     index, one = types.int64, np.ones(1, np.float32)
     grid = SCHEMES["nf4"].grid(Extremes(one, one), Blocks(1, 1, 1), one.dtype)
-    grid = [types.NamedUniTuple(floats, 3, Scales), numba.typeof(grid.levels)]
+    grid = [types.NamedUniTuple(floats, len(Scales._fields), Scales), numba.typeof(grid.levels)]
     tensor = types.NamedUniTuple(index, 3, kernels.SharedWeights)
     extremes = types.NamedUniTuple(keys, 2, Extremes)
     random = named(RandomDraw, types.uint64, types.uint64, types.float32)

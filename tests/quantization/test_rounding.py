@@ -16,10 +16,10 @@ from flipguard_onnx.quantization.rounding import (
     require_invariants,
     tensor_key,
 )
-from flipguard_onnx.quantization.schemes import SCHEMES, Blocks, Codebook
-from tests.helpers import naive, oracles
+from tests.helpers import forms, naive, oracles
 from tests.helpers.cores import on_cores
-from tests.helpers.oracles import CUTS, ORACLES
+from tests.helpers.forms import CHOICES
+from tests.helpers.oracles import ORACLES
 from tests.helpers.tensors import tensors
 
 CPU = get_backend("cpu")
@@ -32,8 +32,8 @@ def weights_of(rows=8, cols=100, dtype=np.float32, seed=0):
 
 
 def flipped(form, weights, policy=POLICIES[0], seed=0, name="w"):
-    scheme = SCHEMES[form.split("-")[0]]
-    blocks = Blocks(*CUTS[form](*weights.shape))
+    scheme = forms.scheme(form)
+    blocks = forms.cut(form, *weights.shape)
     key = tensor_key(seed, name)
     return quantize_tensor(name, weights.reshape(-1), scheme, blocks, policy, key, CPU)
 
@@ -43,8 +43,8 @@ def margins_of(result, weights):
 
 
 def naives(form, weights):
-    rows, cols, size = CUTS[form](*weights.shape)
-    return naive.quantize(form.split("-")[0], weights.reshape(rows, cols), size)
+    blocks = forms.cut(form, *weights.shape)
+    return naive.quantize(form, weights.reshape(blocks.rows, blocks.cols), blocks.size)
 
 
 def bits(values):
@@ -52,7 +52,7 @@ def bits(values):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_inside_the_margin_the_code_holds_and_just_past_it_changes(form, dtype):
     weights = weights_of(dtype=dtype)
     grid = flipped(form, weights, Policy("none")).grid
@@ -73,7 +73,7 @@ def test_inside_the_margin_the_code_holds_and_just_past_it_changes(form, dtype):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.name}-{p.tau}")
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_flips_keep_the_grid_and_every_unselected_weight(form, dtype, policy):
     weights = weights_of(dtype=dtype)
     result = flipped(form, weights, policy)
@@ -88,7 +88,7 @@ def test_flips_keep_the_grid_and_every_unselected_weight(form, dtype, policy):
     np.testing.assert_array_equal(result.codes[crossed], neighbours[crossed])
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 @settings(max_examples=40, deadline=None)
 @given(weights=tensors(), policy=st.sampled_from([*POLICIES, Policy("topk", ratio=1.0)]))
 def test_any_tensor_can_be_quantized(form, weights, policy):
@@ -99,13 +99,12 @@ def test_any_tensor_can_be_quantized(form, weights, policy):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.name}-{p.tau}")
 @pytest.mark.parametrize("dtype", FLOATS[:2])
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", [form for form in CHOICES if form in ORACLES])
 def test_onnxruntime_quantizes_the_guarded_weights_to_the_guarded_codes(form, dtype, policy):
     weights = weights_of(dtype=dtype)
     result = flipped(form, weights, policy)
-    scheme = SCHEMES[form.split("-")[0]]
-    codes = scheme.stored[result.codes] if isinstance(scheme, Codebook) else result.codes
-    theirs, scales = ORACLES[form](result.guarded.reshape(weights.shape))
+    codes = forms.stored(form, result.codes)
+    theirs, scales, *_ = ORACLES[form](result.guarded.reshape(weights.shape))
     np.testing.assert_array_equal(codes, theirs)
     np.testing.assert_array_equal(result.grid.scale, scales.astype(np.float32))
     if form == "int4":
@@ -116,7 +115,7 @@ def test_onnxruntime_quantizes_the_guarded_weights_to_the_guarded_codes(form, dt
         np.testing.assert_array_equal(codes[crossed], theirs[crossed])
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_none_is_rounding_to_nearest(form):
     weights = weights_of()
     result = flipped(form, weights, Policy("none"))
@@ -156,7 +155,7 @@ def test_topk_flips_exactly_its_share_of_every_block(form, ratio, per_block):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3])
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_topk_equals_the_papers_algorithm(form, ratio):
     weights = weights_of(3, 70)
     result = flipped(form, weights, Policy("topk", ratio=ratio))
@@ -167,10 +166,10 @@ def test_topk_equals_the_papers_algorithm(form, ratio):
         moved += positions
     np.testing.assert_array_equal(np.flatnonzero(result.codes != result.nearest), chosen)
     positions = result.guarded / result.grid.blocks.spread(result.grid.scale)
-    np.testing.assert_allclose(positions, moved, rtol=2.0**-18, atol=1e-5)
+    np.testing.assert_allclose(positions, moved, rtol=2.0**-18, atol=2e-5)
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_unbiased_draws_average_to_the_weights(form):
     """Bernstein's bound, which a single weight breaks with probability 1e-9: about 6.5 standard
     errors. Rounding to nearest and topk break it."""
@@ -197,21 +196,21 @@ def test_unbiased_draws_average_to_the_weights(form):
     assert misses(Policy("topk", ratio=0.3), 1) > 0.3
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_tau_selects_by_margin_and_a_larger_tau_only_adds(form):
     weights = weights_of()
     smaller = np.zeros(weights.size, bool)
     for tau in (0.1, 0.3, 0.7, 1.0):
         result = flipped(form, weights, Policy(tau=tau))
         crossed = result.codes != result.nearest
-        margin = 1 - 2 * np.abs(margins_of(result, weights).offsets)
+        margin = 1 - 2 * np.abs(margins_of(result, result.drawn).offsets)
         assert crossed.any()
         assert np.all(margin[crossed] < tau)
         assert np.all(crossed[smaller])
         smaller = crossed
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_result_does_not_depend_on_threads_or_on_the_order_of_calls(form):
     # several pieces of a block, and enough for two threads
     weights, other = weights_of(4, 2 * ENOUGH // 4), weights_of(4, 9000, seed=1)
@@ -226,15 +225,15 @@ def test_result_does_not_depend_on_threads_or_on_the_order_of_calls(form):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_a_tensor_may_be_quantized_piece_by_piece(form, dtype):
     weights = weights_of(12, 128, dtype)
     whole = flipped(form, weights)
-    scheme, key = SCHEMES[form.split("-")[0]], tensor_key(0, "w")
+    scheme, key = forms.scheme(form), tensor_key(0, "w")
     pieces = [weights[rows].reshape(-1) for rows in (slice(0, 4), slice(4, 5), slice(5, 12))]
-    cuts = [Blocks(*CUTS[form](piece.size // 128, 128)) for piece in pieces]
+    cuts = [forms.cut(form, piece.size // 128, 128) for piece in pieces]
     extremes = None
-    if form == "int8-tensor":  # one block, cut
+    if forms.scheme(form).flat and whole.grid.blocks.count == 1:  # one block, cut
         found = [blocks.extremes(p, CPU) for blocks, p in zip(cuts, pieces, strict=True)]
         lowest, highest = zip(*found, strict=True)
         extremes = Extremes(np.min(lowest, axis=0), np.max(highest, axis=0))
@@ -280,7 +279,7 @@ def test_policy_names_the_value_it_rejects(options, named):
 def test_nothing_crosses_in_a_block_without_a_scale():
     weights = np.zeros((2, 64), np.float32)
     weights[1] = 1e-40
-    for form in CUTS:
+    for form in CHOICES:
         assert flipped(form, weights).count == 0
 
 
@@ -305,14 +304,14 @@ def _negate_a_zero(guarded, codes):
     ],
 )
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize("form", CHOICES)
 def test_check_refuses_a_tampered_result(form, dtype, tamper, complaint):
     weights = weights_of(dtype=dtype)
     weights[0, 5] = 0
     rounded = flipped(form, weights, Policy("none"))
     guarded, codes = rounded.guarded.copy(), rounded.codes.copy()
     tamper(guarded, codes)
-    scheme, grid = SCHEMES[form.split("-")[0]], rounded.grid
+    scheme, grid = forms.scheme(form), rounded.grid
     checked = grid.check(weights.reshape(-1), guarded, rounded.codes, codes, CPU)
     whole = grid.blocks.extremes(weights.reshape(-1), CPU)
     with pytest.raises(ValidationError, match=f"tensor 'w': .*{complaint}"):

@@ -31,8 +31,8 @@ def test_options_are_shown_where_they_differ_from_the_defaults(report):
 
 def test_it_says_when_no_weight_got_the_scheme(report):
     assert "scheme    int4, one scale per block of 32 weights\n" in report.render()
-    others = tuple(replace(tensor, scheme="int8") for tensor in report.tensors)
-    shown = "scheme    int4, but no weight got it: all are int8, one scale per channel\n"
+    others = tuple(replace(t, scheme="int8", grid="int8 channel") for t in report.tensors)
+    shown = "weights; but no weight got it: all are int8, one scale per channel\n"
     assert shown in replace(report, tensors=others).render()
 
 

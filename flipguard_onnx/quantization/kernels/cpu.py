@@ -45,7 +45,11 @@ _ordered = inline(scalar.ordered)
 
 position_of = inline(scalar.position)
 
-_code = inline(scalar.code)
+is_free = inline(scalar.is_free)
+
+ends_of = inline(scalar.ends)
+
+level_of = inline(scalar.level)
 
 _offset = inline(scalar.offset)
 
@@ -188,41 +192,63 @@ def _merge(keys, cut, found):
 
 
 @inline
-def _positions(rule, values, operand, absmax, levels, positions, free):
+def _integers(rule, values, operand, ends, zero, limits, levels, codes, offsets):
+    """Codes and offsets of the weights of one block. limits: low and high of `Scales`."""
+    lowest, highest = ends
     for i in range(values.size):
-        positions[i] = position_of(values[i], operand, rule, levels)
-        free[i] = abs(values[i]) < absmax
+        position = position_of(values[i], operand, rule, lowest, highest)
+        level = level_of(position, rule, lowest, levels)
+        offset = _offset(position, level, rule, levels)
+        codes[i] = np.int32(level + zero)
+        offsets[i] = offset if is_free(values[i], *limits) else scalar.ZERO
 
 
 @inline
-def _round(rule, positions, free, levels, codes, offsets):
+def _positions(values, operand, limits, levels, positions, free):
+    for i in range(values.size):
+        positions[i] = position_of(
+            values[i], operand, scalar.COUNT_PIVOTS, levels.lowest, levels.highest
+        )
+        free[i] = is_free(values[i], *limits)
+
+
+@inline
+def _pivots(positions, free, levels, codes, offsets):
     for i in range(positions.size):
-        code = _code(positions[i], rule, levels)
-        offset = _offset(positions[i], code, rule, levels)
-        codes[i] = code
+        level = level_of(positions[i], scalar.COUNT_PIVOTS, levels.lowest, levels)
+        offset = _offset(positions[i], level, scalar.COUNT_PIVOTS, levels)
+        codes[i] = level
         offsets[i] = offset if free[i] else scalar.ZERO
 
 
 @inline
 def share_margins(values, share, cut, scales, levels, codes, offsets):
     """Codes and offsets of one share; for every rule loops compiled for it alone."""
-    positions = np.empty(values.size, np.float32)
-    free = np.empty(values.size, np.bool_)
+    if levels.rule == scalar.COUNT_PIVOTS:
+        positions = np.empty(values.size, np.float32)
+        free = np.empty(values.size, np.bool_)
+        for piece in range(share.first_piece, share.stop_piece):
+            b, start, stop = piece_span(piece, cut)
+            part = slice(start - share.start, stop - share.start)
+            limits = scales.low[b], scales.high[b]
+            _positions(values[part], scales.operand[b], limits, levels, positions[part], free[part])
+        _pivots(positions, free, levels, codes, offsets)
+        return
     for piece in range(share.first_piece, share.stop_piece):
         b, start, stop = piece_span(piece, cut)
         part = slice(start - share.start, stop - share.start)
-        some, into, inner = values[part], positions[part], free[part]
-        operand, absmax = scales.operand[b], scales.absmax[b]
+        some, into, beside = values[part], codes[part], offsets[part]
+        operand, limits = scales.operand[b], (scales.low[b], scales.high[b])
+        ends, zero = ends_of(scales.zero[b], levels), np.int32(scales.zero[b])
         if levels.rule == scalar.DIVIDE_HALF_EVEN:
-            _positions(scalar.DIVIDE_HALF_EVEN, some, operand, absmax, levels, into, inner)
+            rule = scalar.DIVIDE_HALF_EVEN
+            _integers(rule, some, operand, ends, zero, limits, levels, into, beside)
+        elif levels.rule == scalar.MULTIPLY_HALF_AWAY:
+            rule = scalar.MULTIPLY_HALF_AWAY
+            _integers(rule, some, operand, ends, zero, limits, levels, into, beside)
         else:
-            _positions(scalar.MULTIPLY_HALF_AWAY, some, operand, absmax, levels, into, inner)
-    if levels.rule == scalar.DIVIDE_HALF_EVEN:
-        _round(scalar.DIVIDE_HALF_EVEN, positions, free, levels, codes, offsets)
-    elif levels.rule == scalar.MULTIPLY_HALF_AWAY:
-        _round(scalar.MULTIPLY_HALF_AWAY, positions, free, levels, codes, offsets)
-    else:
-        _round(scalar.COUNT_PIVOTS, positions, free, levels, codes, offsets)
+            rule = scalar.MULTIPLY_HALF_UP
+            _integers(rule, some, operand, ends, zero, limits, levels, into, beside)
 
 
 def extremes(weights, found):
@@ -278,7 +304,6 @@ def move_weights(weights, scales, levels, nearest, codes):
 
 @kernel
 def _move_weights(first, stop, cut, patterns, form, scales, levels, nearest, codes):
-    operand, scale, absmax = scales
     rule = levels.rule
     chosen = np.empty(PIECE, np.int64)
     for number in range(first, stop):
@@ -289,17 +314,19 @@ def _move_weights(first, stop, cut, patterns, form, scales, levels, nearest, cod
             for i in range(start, end):  # a list, as no processor foresees who will be on it
                 chosen[count] = i
                 count += codes[i] != nearest[i]
+            zero, (lowest, highest) = np.int32(scales.zero[b]), ends_of(scales.zero[b], levels)
             for i in chosen[:count]:
-                boundary, direction = _edge(nearest[i], codes[i], rule, levels)
-                target = _just_past(boundary, direction) * scale[b]
+                wanted = codes[i] - zero
+                boundary, direction = _edge(nearest[i] - zero, wanted, rule, levels)
+                target = _just_past(boundary, direction) * scales.scale[b]
                 upward = target > _value(patterns[i], form)
                 bits = _pattern(target, form)
                 found = False
                 for _ in range(MAX_STEPS):
                     value = _value(bits, form)
-                    position = position_of(value, operand[b], rule, levels)
-                    right = _code(position, rule, levels) == codes[i]
-                    found = right and _lands(value, target, upward, absmax[b])
+                    position = position_of(value, scales.operand[b], rule, lowest, highest)
+                    right = level_of(position, rule, lowest, levels) == wanted
+                    found = right and _lands(value, target, upward, scales.low[b], scales.high[b])
                     if found:
                         break
                     bits = _next_pattern(bits, upward, form)
@@ -362,7 +389,6 @@ def draw_with_feedback(weights, scales, levels, panel, random, codes, errors):
 def _draw_with_feedback(
     first_row, stop_row, cut, stored, form, scales, levels, panel, random, codes, errors
 ):
-    operand, scale, absmax = scales
     carried, factors, order, first = panel
     rows, length = codes.shape
     width = factors.shape[1]
@@ -375,18 +401,20 @@ def _draw_with_feedback(
             i = row * length + column
             b = (i // cut.cols) * cut.blocks_per_row + (i % cut.cols) // cut.block_size
             weight = _read(stored[i], form)
-            free = abs(weight) < absmax[b]
-            position = position_of(weight, operand[b], rule, levels)
+            free = is_free(weight, scales.low[b], scales.high[b])
+            scale, operand = scales.scale[b], scales.operand[b]
+            lowest, highest = ends_of(scales.zero[b], levels)
+            position = position_of(weight, operand, rule, lowest, highest)
             if free:
-                change = _within_grid(np.float32(due[k]), position, scale[b], levels)
-                position = position_of(weight + change, operand[b], rule, levels)
-            code = _code(position, rule, levels)
+                change = _within_grid(np.float32(due[k]), position, scale, lowest, highest)
+                position = position_of(weight + change, operand, rule, lowest, highest)
+            level = level_of(position, rule, lowest, levels)
             if free:
-                offset = _offset(position, code, rule, levels)
+                offset = _offset(position, level, rule, levels)
                 noise = _uniform(_state(random.key, random.first + np.uint64(i)))
-                code += _step(offset, random.limit, noise)
-            codes[row, column] = code
-            error = error_of(weight, code, scale[b], rule, levels)
+                level += _step(offset, random.limit, noise)
+            codes[row, column] = level + np.int32(scales.zero[b])
+            error = error_of(weight, level, scale, rule, levels)
             errors[row, first + k] = error
             later, factor = due[k + 1 :], factors[group, k, k + 1 :]
             for j in range(later.size):

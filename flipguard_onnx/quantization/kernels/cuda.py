@@ -35,7 +35,11 @@ _ordered = _device(scalar.ordered)
 
 _position = _device(scalar.position)
 
-_code = _device(scalar.code)
+_is_free = _device(scalar.is_free)
+
+_ends = _device(scalar.ends)
+
+_level = _device(scalar.level)
 
 _offset = _device(scalar.offset)
 
@@ -221,11 +225,12 @@ def analyze(start, tensor, scales, levels, patterns, codes, offsets):
     if i < patterns.size:
         b = _block_of(start + i, tensor)
         value = _value(patterns[i], tensor.form)
-        position = _position(value, scales.operand[b], levels.rule, levels)
-        code = _code(position, levels.rule, levels)
-        offset = _offset(position, code, levels.rule, levels)
-        codes[i] = code
-        offsets[i] = offset if abs(value) < scales.absmax[b] else scalar.ZERO
+        lowest, highest = _ends(scales.zero[b], levels)
+        position = _position(value, scales.operand[b], levels.rule, lowest, highest)
+        level = _level(position, levels.rule, lowest, levels)
+        offset = _offset(position, level, levels.rule, levels)
+        codes[i] = level + np.int32(scales.zero[b])
+        offsets[i] = offset if _is_free(value, scales.low[b], scales.high[b]) else scalar.ZERO
 
 
 @cuda.jit
@@ -234,13 +239,14 @@ def draw(start, tensor, scales, levels, random, patterns, nearest, codes):
     if i < patterns.size:
         b = _block_of(start + i, tensor)
         value = _value(patterns[i], tensor.form)
-        position = _position(value, scales.operand[b], levels.rule, levels)
-        code = _code(position, levels.rule, levels)
-        nearest[i] = code
-        if abs(value) < scales.absmax[b]:
+        zero, (lowest, highest) = np.int32(scales.zero[b]), _ends(scales.zero[b], levels)
+        position = _position(value, scales.operand[b], levels.rule, lowest, highest)
+        level = _level(position, levels.rule, lowest, levels)
+        nearest[i] = level + zero
+        if _is_free(value, scales.low[b], scales.high[b]):
             noise = _uniform(_state(random.key, random.first + np.uint64(start + i)))
-            code += _step(_offset(position, code, levels.rule, levels), random.limit, noise)
-        codes[i] = code
+            level += _step(_offset(position, level, levels.rule, levels), random.limit, noise)
+        codes[i] = level + zero
 
 
 @cuda.jit
@@ -249,16 +255,18 @@ def move_weights(start, tensor, scales, levels, nearest, patterns, codes):
     if i < patterns.size and codes[i] != nearest[i]:
         b = _block_of(start + i, tensor)
         rule = levels.rule
-        boundary, direction = _edge(nearest[i], codes[i], rule, levels)
+        zero, (lowest, highest) = np.int32(scales.zero[b]), _ends(scales.zero[b], levels)
+        wanted = codes[i] - zero
+        boundary, direction = _edge(nearest[i] - zero, wanted, rule, levels)
         target = _just_past(boundary, direction) * scales.scale[b]
         upward = target > _value(patterns[i], tensor.form)
         bits = _pattern(target, tensor.form)
         found = False
         for _ in range(MAX_STEPS):
             value = _value(bits, tensor.form)
-            position = _position(value, scales.operand[b], rule, levels)
-            right = _code(position, rule, levels) == codes[i]
-            found = right and _lands(value, target, upward, scales.absmax[b])
+            position = _position(value, scales.operand[b], rule, lowest, highest)
+            right = _level(position, rule, lowest, levels) == wanted
+            found = right and _lands(value, target, upward, scales.low[b], scales.high[b])
             if found:
                 break
             bits = _next_pattern(bits, upward, tensor.form)
@@ -275,8 +283,10 @@ def check(start, tensor, scales, levels, keys, faults, before, after, nearest, c
         b = _block_of(start + i, tensor)
         value = _value(after[i], tensor.form)
         _note_extremes(value, b, keys)
-        position = _position(value, scales.operand[b], levels.rule, levels)
-        if _code(position, levels.rule, levels) != codes[i]:
+        lowest, highest = _ends(scales.zero[b], levels)
+        position = _position(value, scales.operand[b], levels.rule, lowest, highest)
+        level = _level(position, levels.rule, lowest, levels)
+        if level + np.int32(scales.zero[b]) != codes[i]:
             cuda.atomic.add(faults, 0, 1)
         if before[i] != after[i] and nearest[i] == codes[i]:
             cuda.atomic.add(faults, 1, 1)
@@ -296,17 +306,19 @@ def draw_with_feedback(
             i = (start + row) * codes.shape[1] + column
             b = _block_of(i, tensor)
             weight = _value(patterns[row, column], tensor.form)
-            free = abs(weight) < scales.absmax[b]
+            free = _is_free(weight, scales.low[b], scales.high[b])
+            scale, operand = scales.scale[b], scales.operand[b]
+            lowest, highest = _ends(scales.zero[b], levels)
             due = np.float64(carried[row, k])
             for j in range(k):
                 due = _take_over(due, errors[row, first + j], factors[group, j, k])
-            position = _position(weight, scales.operand[b], rule, levels)
+            position = _position(weight, operand, rule, lowest, highest)
             if free:
-                change = _within_grid(np.float32(due), position, scales.scale[b], levels)
-                position = _position(weight + change, scales.operand[b], rule, levels)
-            code = _code(position, rule, levels)
+                change = _within_grid(np.float32(due), position, scale, lowest, highest)
+                position = _position(weight + change, operand, rule, lowest, highest)
+            level = _level(position, rule, lowest, levels)
             if free:
                 noise = _uniform(_state(random.key, random.first + np.uint64(i)))
-                code += _step(_offset(position, code, rule, levels), random.limit, noise)
-            codes[row, column] = code
-            errors[row, first + k] = _error(weight, code, scales.scale[b], rule, levels)
+                level += _step(_offset(position, level, rule, levels), random.limit, noise)
+            codes[row, column] = level + np.int32(scales.zero[b])
+            errors[row, first + k] = _error(weight, level, scale, rule, levels)

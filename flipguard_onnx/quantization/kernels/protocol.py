@@ -47,13 +47,16 @@ class FloatWeights(NamedTuple):
 class Scales(NamedTuple):
     """The scales of a grid, float32 [blocks].
 
-    operand: what the quantizer divides or multiplies by. scale: as it is stored. absmax: the
-    magnitude from which on a weight sets the scale and never moves.
+    operand: what the quantizer divides or multiplies by. scale: as it is stored. zero: the code
+    that stands for 0, a whole number; a level is its code minus that. low, high: a weight that is
+    not between them sets the scale and never moves.
     """
 
     operand: Floats
     scale: Floats
-    absmax: Floats
+    zero: Floats
+    low: Floats
+    high: Floats
 
 
 class RandomDraw(NamedTuple):
@@ -110,7 +113,7 @@ class Kernels(Protocol):
     ) -> None:
         """Find the nearest level of every weight: its code, int8 [n], and the offset, float32 [n].
 
-        A weight at its block's absmax sets the scale, so its offset is 0.
+        A weight that sets the scale has the offset 0.
         """
 
     def draw(

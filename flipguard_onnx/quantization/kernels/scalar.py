@@ -23,13 +23,16 @@ DIVIDE_HALF_EVEN = 0  # onnxruntime's int8: float32 division, numpy.round
 
 MULTIPLY_HALF_AWAY = 1  # onnxruntime's 4-bit QDQ: multiply by the reciprocal, C roundf
 
-COUNT_PIVOTS = 2  # onnxruntime's nf4 and fp4: multiply by the reciprocal, compare
+MULTIPLY_HALF_UP = 2  # its 8-bit blocks: the same once the lowest level has become 0
+
+COUNT_PIVOTS = 3  # onnxruntime's nf4 and fp4: multiply by the reciprocal, compare
 
 
 class Levels(NamedTuple):
     """The levels of a grid, in its own units, and how a position is rounded to one.
 
-    rule: one of the three above. lowest, highest: float32, the outermost levels.
+    rule: one of the four above. lowest, highest: float32, the outermost levels; of integers, their
+    codes.
     Codebooks only, else empty, all float32: values [16], ascending; pivots [15] between them;
     gaps [15], from each value to the next.
     """
@@ -120,18 +123,30 @@ def ordered(word):
     return np.int32(word ^ np.int32(np.int32(word >> SIGNS) & MAGNITUDE))
 
 
-def position(weight, operand, rule, levels):
+def is_free(weight, low, high):
+    """Whether a weight may move: those that are not between `low` and `high` set the scale."""
+    return (low < weight) & (weight < high)
+
+
+def ends(zero, levels):
+    """The outermost levels of a block; `zero` is the code that stands for 0."""
+    return levels.lowest - zero, levels.highest - zero
+
+
+def position(weight, operand, rule, lowest, highest):
     """Weight in units of the grid; `operand` is the scale (divide) or its reciprocal.
 
-    NaN (0 times an infinite reciprocal) becomes the lowest level.
+    lowest, highest: the outermost levels of the block. NaN (0 times an infinite reciprocal) becomes
+    the lowest level.
     """
     exact = weight / operand if rule == DIVIDE_HALF_EVEN else weight * operand
-    above = exact if exact > levels.lowest else levels.lowest
-    return above if above < levels.highest else levels.highest
+    above = exact if exact > lowest else lowest
+    inner = above if above < highest else highest
+    return (inner - lowest) + lowest if rule == MULTIPLY_HALF_UP else inner
 
 
-def code(position, rule, levels):
-    """Number of the nearest level: an integer, or how many pivots lie strictly below."""
+def level(position, rule, lowest, levels):
+    """The nearest level: an integer, or the number of pivots that lie strictly below."""
     if rule == COUNT_PIVOTS:
         count = np.int32(0)
         for i in range(15):
@@ -139,31 +154,34 @@ def code(position, rule, levels):
         return count
     if rule == DIVIDE_HALF_EVEN:
         return np.int32((position + ROUND_TO_EVEN) - ROUND_TO_EVEN)
-    magnitude = abs(position)
+    above = position - lowest if rule == MULTIPLY_HALF_UP else position
+    magnitude = abs(above)
     whole = np.int32(magnitude)
     whole = np.int32(whole + np.int32(magnitude - np.float32(whole) >= HALF))
+    if rule == MULTIPLY_HALF_UP:
+        return np.int32(whole + np.int32(lowest))
     return whole if position > ZERO else np.int32(-whole)
 
 
-def offset(position, code, rule, levels):
+def offset(position, level, rule, levels):
     """Signed distance to the level in gaps to the neighbour on that side; 0 where there is none."""
     if rule != COUNT_PIVOTS:
-        return position - np.float32(code)
-    level, gap = levels.values[0], levels.gaps[0]
-    for i in range(14):  # levels.values[code] would need a gather, which is slower
+        return position - np.float32(level)
+    value, gap = levels.values[0], levels.gaps[0]
+    for i in range(14):  # levels.values[level] would need a gather, which is slower
         following, width = levels.values[i + 1], levels.gaps[i + 1]
-        level = following if position > levels.pivots[i] else level
+        value = following if position > levels.pivots[i] else value
         gap = width if position > following else gap
     last = levels.values[15]
-    level = last if position > levels.pivots[14] else level
-    return (position - level) / gap
+    value = last if position > levels.pivots[14] else value
+    return (position - value) / gap
 
 
-def edge(code, wanted, rule, levels):
-    """The boundary of the wanted cell on the side of another code, and 1 or -1: the way in."""
-    direction = np.float32(1.0 if wanted > code else -1.0)
+def edge(level, wanted, rule, levels):
+    """The boundary of the wanted cell on the side of another level, and 1 or -1: the way in."""
+    direction = np.float32(1.0 if wanted > level else -1.0)
     if rule == COUNT_PIVOTS:
-        return levels.pivots[wanted - 1 if wanted > code else wanted], direction
+        return levels.pivots[wanted - 1 if wanted > level else wanted], direction
     return np.float32(wanted) - direction * HALF, direction
 
 
@@ -173,11 +191,11 @@ def just_past(boundary, direction):
     return boundary + step if direction > ZERO else boundary - step
 
 
-def lands(value, target, upward, absmax):
+def lands(value, target, upward, low, high):
     """Whether a value of the storage type may stand for the target: not short of it, nor a new
     extreme of its block."""
     short = value < target if upward else value > target
-    return not short and abs(value) <= absmax
+    return not short and low <= value <= high
 
 
 def state(key, index):
@@ -201,17 +219,17 @@ def step(offset, limit, noise):
     return side if crosses else np.int32(0)
 
 
-def error(weight, code, scale, rule, levels):
+def error(weight, level, scale, rule, levels):
     """Weight - decoded; in float64, where the product is exact and may be fused, rounded once."""
-    level = levels.values[code] if rule == COUNT_PIVOTS else np.float32(code)
-    return np.float32(np.float64(weight) - np.float64(level) * np.float64(scale))
+    value = levels.values[level] if rule == COUNT_PIVOTS else np.float32(level)
+    return np.float32(np.float64(weight) - np.float64(value) * np.float64(scale))
 
 
-def within_grid(due, position, scale, levels):
+def within_grid(due, position, scale, lowest, highest):
     """What a weight makes up for of the errors before it: at most its distance from the nearer end
     of the grid. Beyond an end there is no level, and the mean of the draw would not be the target.
     """
-    room = min(position - levels.lowest, levels.highest - position) * abs(scale)
+    room = min(position - lowest, highest - position) * abs(scale)
     return min(max(due, -room), room)
 
 

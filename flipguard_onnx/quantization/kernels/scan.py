@@ -10,8 +10,10 @@ from .cpu import (
     INLINE,
     PIECE,
     cut_of,
+    ends_of,
     error_of,
     inline,
+    is_free,
     kernel,
     nth_share,
     piece_span,
@@ -59,8 +61,8 @@ def _segments(values, pivots):
 
 def _distance(position, levels):
     """Distance to the nearest boundary in half-gaps: 0 on the boundary, 1 on the level."""
-    code = scalar.code(position, levels.rule, levels)
-    return 1.0 - 2.0 * abs(float(scalar.offset(position, code, levels.rule, levels)))
+    level = scalar.level(position, levels.rule, levels.lowest, levels)
+    return 1.0 - 2.0 * abs(float(scalar.offset(position, level, levels.rule, levels)))
 
 
 @inline
@@ -88,18 +90,18 @@ def survey(weights, scales, levels, limit, factors, counts):
 
 @kernel
 def _survey(first_run, stop_run, cut, values, scales, levels, limit, factors, segments, counts):
-    operand, absmax = scales.operand, scales.absmax
     runs, grids, width = counts.shape
     kept = np.empty(PIECE, np.float32)
     bins = np.empty(PIECE, np.int32)
     for number in range(first_run, stop_run):
         for piece in range(cut.pieces * number // runs, cut.pieces * (number + 1) // runs):
             b, start, stop = piece_span(piece, cut)
-            below = limit * absmax[b]
+            low, high = limit * scales.low[b], limit * scales.high[b]
+            operand, (lowest, highest) = scales.operand[b], ends_of(scales.zero[b], levels)
             count = 0
             for weight in values[start:stop]:
-                kept[count] = position_of(weight, operand[b], levels.rule, levels)
-                count += (weight != 0) & (abs(weight) < below)
+                kept[count] = position_of(weight, operand, levels.rule, lowest, highest)
+                count += (weight != 0) & is_free(weight, low, high)
             for grid in range(grids):
                 factor = factors[grid, b % factors.shape[1]]
                 if levels.rule == scalar.COUNT_PIVOTS:
@@ -112,9 +114,9 @@ def _survey(first_run, stop_run, cut, values, scales, levels, limit, factors, se
 
 
 @inline
-def _absolute_errors(rule, values, codes, scale, levels, errors):
+def _absolute_errors(rule, values, codes, zero, scale, levels, errors):
     for i in range(values.size):
-        errors[i] = abs(error_of(values[i], codes[i], scale, rule, levels))
+        errors[i] = abs(error_of(values[i], codes[i] - zero, scale, rule, levels))
 
 
 @numba.njit(fastmath={"reassoc"}, **INLINE)
@@ -156,16 +158,20 @@ def _loss(values, errors, top):
 
 
 @inline
-def _clipped(values, scale, absmax, highest):
-    """How many weights neither are 0 nor set the scale, lie above the highest level, below -it."""
+def _clipped(values, scale, limits, ends):
+    """How many weights neither are 0 nor set the scale; lie above the highest level; as far below.
+
+    limits: low and high of `Scales`; ends: the outermost levels.
+    """
     inverse = ONE / scale
+    lowest, highest = max(ends[0], -ends[1]), ends[1]
     free, above, below = 0, 0, 0
     for i in range(values.size):
-        inner = (values[i] != 0) & (abs(values[i]) < absmax)
+        inner = (values[i] != 0) & is_free(values[i], *limits)
         position = values[i] * inverse
         free += inner
         above += inner & (position > highest)
-        below += inner & (position < -highest)
+        below += inner & (position < lowest)
     return free, above, below
 
 
@@ -192,16 +198,19 @@ def _rounding_error_sums(first_share, stop_share, cut, weights, scales, levels, 
             b, start, stop = piece_span(piece, cut)
             part = slice(start - share.start, stop - share.start)
             some, chosen, into = values[part], codes[part], errors[part]
+            zero = np.int32(scales.zero[b])
             if levels.rule == scalar.COUNT_PIVOTS:
-                _absolute_errors(scalar.COUNT_PIVOTS, some, chosen, scale[b], levels, into)
+                _absolute_errors(scalar.COUNT_PIVOTS, some, chosen, zero, scale[b], levels, into)
             else:
-                _absolute_errors(scalar.DIVIDE_HALF_EVEN, some, chosen, scale[b], levels, into)
+                rule = scalar.DIVIDE_HALF_EVEN
+                _absolute_errors(rule, some, chosen, zero, scale[b], levels, into)
         runs, losses, free, above, below = 0, 0.0, 0, 0, 0
         for piece in range(share.first_piece, share.stop_piece):
             b, start, stop = piece_span(piece, cut)
             start, stop = start - share.start, stop - share.start
             if scale[b] != 0:
-                found = _clipped(values[start:stop], scale[b], scales.absmax[b], levels.highest)
+                limits, ends = (scales.low[b], scales.high[b]), ends_of(scales.zero[b], levels)
+                found = _clipped(values[start:stop], scale[b], limits, ends)
                 free, above, below = free + found[0], above + found[1], below + found[2]
             for first in range(start, stop, RUN):
                 here = slice(first, min(first + RUN, stop))

@@ -1,35 +1,40 @@
-"""The number formats. `SCHEMES` lists them by name; each fits a Grid to a tensor."""
+"""The number formats: `scheme_of` makes one of a `Choice`; each fits a Grid to a tensor."""
 
-from ...errors import SchemeError
-from .affine import Int4, Int8
+from dataclasses import replace
+from functools import cache
+
+from ...formats import FORMATS, Choice
+from .affine import Affine, AffineGrid, affine
 from .blocks import Blocks, Codes, Floats
 from .codebook import FP4, NF4, Codebook
 from .grid import Checked, Grid, Margins, Scheme
 
-SCHEMES: dict[str, Scheme] = {"int8": Int8(), "int4": Int4(), "nf4": NF4, "fp4": FP4}
+CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 
 
-def get_scheme(name: str) -> Scheme:
-    """Return the scheme of that name.
+@cache
+def scheme_of(choice: Choice) -> Scheme:
+    """The scheme that was chosen, with defaults for what was not."""
+    chosen = choice.filled
+    if chosen.name in CODEBOOKS:
+        return replace(CODEBOOKS[chosen.name], choice=chosen)
+    return affine(chosen)
 
-    Raises
-    ------
-    SchemeError : there is none
-    """
-    if name not in SCHEMES:
-        raise SchemeError("scheme {found!r} is unknown", found=name, allowed=", ".join(SCHEMES))
-    return SCHEMES[name]
 
+SCHEMES: dict[str, Scheme] = {name: scheme_of(Choice(name)) for name in FORMATS}
 
 __all__ = [
     "SCHEMES",
+    "Affine",
+    "AffineGrid",
     "Blocks",
     "Checked",
+    "Choice",
     "Codebook",
     "Codes",
     "Floats",
     "Grid",
     "Margins",
     "Scheme",
-    "get_scheme",
+    "scheme_of",
 ]

@@ -1,4 +1,9 @@
-"""Affine grids, symmetric: level = code * scale, one scale per block."""
+"""Affine grids: level = (code - zero) * scale, one scale and one zero per block.
+
+Three rules make them. `Symmetric` (zero is 0) maps the largest magnitude to a level that is the
+same for all blocks. `SignedExtreme` (zero is 0, the scale may be negative) maps the weight of the
+largest magnitude to the lowest level. `MinMax` maps the range of the weights to all levels.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,85 +12,124 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from ...formats import FORMATS, Choice
 from ..kernels import scalar
-from ..kernels.protocol import Extremes, RandomDraw
+from ..kernels.protocol import Extremes, RandomDraw, Scales
 from .blocks import Blocks, Codes, Floats, Values
 from .grid import Grid, Margins, Scheme, finite_reciprocal, not_below
 
 Doubles = npt.NDArray[np.float64]
 
+Integers = npt.NDArray[np.int64]
+
 NO_TABLE = np.empty(0, np.float32)
 
-
-def integers(rule: int, lowest: int, highest: int) -> scalar.Levels:
-    """The integers from `lowest` to `highest` as levels."""
-    ends = np.float32(lowest), np.float32(highest)
-    return scalar.Levels(rule, *ends, NO_TABLE, NO_TABLE, NO_TABLE)
+SURE = 1e-6  # a chance that differs by no more from 0 or 1 is rounding
 
 
 @dataclass(frozen=True)
 class AffineGrid(Grid):
-    """Codes are the integers that are the levels."""
+    """Codes are integers."""
 
     def decode(self, codes: Codes) -> Floats:
-        return self.blocks.scaled(codes.astype(np.float32), self.scale)
+        levels = codes.astype(np.float32)
+        if self.zero.any():
+            levels -= self.blocks.spread(self.zero)
+        return self.blocks.scaled(levels, self.scale)
 
     def errors(self, margins: Margins) -> Floats:
         return np.abs(margins.offsets)
 
 
 @dataclass(frozen=True)
-class Int8(Scheme):
-    """Signed 8 bits, -127..127: onnxruntime's symmetric QInt8, bit for bit."""
+class Affine(Scheme):
+    """An affine scheme.
 
-    name: str = "int8"
-    bits: int = 8
-    block_size: int | None = None  # a whole row (granularity "channel") or tensor
+    Parameters
+    ----------
+    lowest, highest : the codes
+    rule : how weights are rounded, see `kernels.scalar`
+    """
+
+    lowest: int
+    highest: int
+    rule: int
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether blocks differ in the code that stands for 0; files then hold unsigned codes."""
+        return False
+
+    def levels(self, rule: int, *, full: bool = False) -> scalar.Levels:
+        """The codes as levels. full: all that the type has."""
+        half = 1 << self.bits - 1
+        lowest, highest = (-half, half - 1) if full else (self.lowest, self.highest)
+        ends = np.float32(lowest), np.float32(highest)
+        return scalar.Levels(rule, *ends, NO_TABLE, NO_TABLE, NO_TABLE)
+
+    def free_grid(
+        self, blocks: Blocks, exact: Doubles, zero: Doubles, storage: np.dtype[Any]
+    ) -> AffineGrid:
+        """A grid with these scales, rounded so that no weight is clipped; none sets its scale.
+
+        No scale is so small that it would be 0, but for blocks of zeros: a quantizer that rounds
+        small weights to 0 lets an attacker choose what goes.
+        """
+        smallest = float(ml_dtypes.finfo(storage).smallest_subnormal)  # type: ignore[no-untyped-call]
+        magnitudes = not_below(np.maximum(np.abs(exact), smallest), storage)
+        used = exact != 0
+        scale = np.where(used, np.copysign(magnitudes, exact), 1).astype(np.float32)
+        free = np.where(used, np.float32(np.inf), np.float32(0))
+        scales = Scales(scale, scale, zero.astype(np.float32), -free, free)
+        return AffineGrid(blocks, scales, self.levels(scalar.DIVIDE_HALF_EVEN))
+
+
+@dataclass(frozen=True)
+class Symmetric(Affine):
+    """scale = absmax / divisor: onnxruntime's symmetric QInt8 and QInt4, bit for bit."""
+
+    divisor: float = 127
 
     def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
-        """scale = 2 * absmax / 254 in float64, then cast to the weights' own type.
+        """In float64, then cast to the weights' own type.
 
         Source: `compute_scale_zp` in onnxruntime.quantization.quant_utils.
         """
         absmax = np.maximum(np.abs(extremes.lowest), np.abs(extremes.highest))
-        exact = 2 * absmax.astype(np.float64) / 254
-        scale = exact.astype(storage).astype(np.float32)
-        # onnxruntime uses float16's subnormal scales, but not float32's
-        degenerate = scale == 0 if storage == np.float16 else exact < np.finfo(np.float32).tiny
-        scale[degenerate] = 1.0
+        exact = 2 * absmax.astype(np.float64) / (2 * self.divisor)
+        scale, degenerate = _stored(exact, storage)
         absmax[degenerate] = 0.0  # that scale is not made from the weights, so none may move
-        # a subnormal scale may be rounded so far down that its extremes lie past 127
-        past_127 = np.any(np.rint(absmax / scale) > 127)
-        lowest = -128 if past_127 else -127  # onnxruntime clips codes to -128..127
-        levels = integers(scalar.DIVIDE_HALF_EVEN, lowest, 127)
-        return AffineGrid(blocks, scale=scale, operand=scale, absmax=absmax, levels=levels)
+        # a subnormal scale may be rounded so far down that its extremes lie past the last code,
+        # but onnxruntime clips at the ends of the type
+        full = bool(np.any(np.rint(absmax / scale) > np.ceil(self.divisor)))
+        scales = Scales(scale, scale, np.zeros_like(scale), -absmax, absmax)
+        return AffineGrid(blocks, scales, self.levels(self.rule, full=full))
 
     def unclipped(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
         """The quantizer rounds its scale, also downwards, and gives up on rows below 1.5e-36."""
-        return _unclipped(blocks, _absmax(extremes) / 127, storage, -127, 127)
+        longer, _, _ = _ends(extremes)
+        return self.free_grid(blocks, longer / self.highest, np.zeros_like(longer), storage)
 
 
 @dataclass(frozen=True)
-class Int4(Scheme):
-    """Signed 4 bits, -8..7, the extreme of each block on -8: onnxruntime's 4-bit QDQ form."""
-
-    name: str = "int4"
-    bits: int = 4
-    block_size: int | None = 32
+class SignedExtreme(Affine):
+    """The extreme of each block gets the lowest code: onnxruntime's 4 and 8 bits in blocks."""
 
     def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
         """scale = -extreme / 8, where the extreme keeps its sign; of two, the negative one counts.
 
-        The reciprocal is that of the scale as it is stored, in the weights' own type.
-        Source: `BlockwiseQDQQuantizer` in onnxruntime's `mlas/lib/q4_dq.cpp`.
+        At 8 bits, 128. The reciprocal is that of the scale as it is stored, in the weights' own
+        type.
+        Source: `BlockwiseQDQQuantizer` and `BlockwiseQuantizer` in onnxruntime's
+        `mlas/lib/q4_dq.cpp`.
         """
         low, high = extremes
         extreme = np.where(np.abs(high) > np.abs(low), high, low)
-        scale = np.divide(extreme, -8, dtype=np.float32).astype(storage).astype(np.float32)
+        scale = np.divide(extreme, self.lowest, dtype=np.float32).astype(storage).astype(np.float32)
         operand, usable = finite_reciprocal(scale)
         absmax = np.where(usable, np.abs(extreme), np.float32(0))
-        levels = integers(scalar.MULTIPLY_HALF_AWAY, -8, 7)
-        return AffineGrid(blocks, scale=scale, operand=operand, absmax=absmax, levels=levels)
+        scales = Scales(operand, scale, np.zeros_like(scale), -absmax, absmax)
+        return AffineGrid(blocks, scales, self.levels(self.rule))
 
     def unclipped(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
         """The quantizer's grid clips what lies beyond 7 steps opposite to the extreme.
@@ -93,46 +137,188 @@ class Int4(Scheme):
         scale = -sign(extreme) * max(abs(extreme) / 8, abs(opposite extreme) / 7).
         """
         longer, shorter, sign = _ends(extremes)
-        exact = np.minimum(np.maximum(longer / 8, shorter / 7), _largest(storage) / 8)
-        return _unclipped(blocks, -sign * exact, storage, -8, 7)
+        exact = np.maximum(longer / -self.lowest, shorter / self.highest)
+        exact = np.minimum(exact, _largest(storage) / -self.lowest)
+        return self.free_grid(blocks, -sign * exact, np.zeros_like(exact), storage)
 
     def without_clipping(
         self, values: Values, blocks: Blocks, extremes: Extremes, random: RandomDraw
-    ) -> Values:
-        """In blocks that the quantizer's grid would clip, which end is the one at -8 is drawn.
+    ) -> tuple[Values, Extremes]:
+        """In blocks that the quantizer's grid would clip, which end gets the lowest code is drawn.
 
-        Let E and O be the magnitudes of the extreme and of the opposite one, O > 7/8 E. With the
-        step s = (E + O) / 15, the end with E is the long one, 8 steps, with the probability
-        p = E / s - 7, and the end with O else; the other end is 7 steps. Of the weights beyond 7
-        steps those at the short end become 7 steps, and those at the long one, w, 7 s + (w - 7 s)
-        / (probability of that end), so that their mean over the ends is w; E or O becomes 8 s and
-        so sets the scale.
+        See `_DrawnEnds`: the end of the extreme is the long one, or the other, to which then the
+        extreme changes.
         """
         longer, shorter, sign = _ends(extremes)
-        clipped = (shorter > longer * 7 / 8) & (
-            self.grid(extremes, blocks, values.dtype).absmax > 0
-        )
-        if not clipped.any():
-            return values
-        exact = np.minimum((longer + shorter) / 15, _largest(values.dtype) / 8)
-        step = np.where(clipped, not_below(exact, values.dtype), np.inf)
-        weights = values.astype(np.float64)
-        beyond = np.flatnonzero(np.abs(weights) > 7 * blocks.spread(step.astype(np.float32)))
-        block = blocks.number_of(beyond)
-        step, chance = step[block], np.where(clipped, longer / step - 7, 0)[block]
-        long_at_extreme = random.uniform(blocks.first_weight(block)) < chance
-        at_extreme = np.sign(weights[beyond]) == sign[block]
-        chance = np.where(at_extreme, chance, 1 - chance)
-        magnitude = np.abs(weights[beyond])
+        usable = self.grid(extremes, blocks, values.dtype).scales.high > 0
+        clipped = (shorter > longer * self.highest / -self.lowest) & usable
+        step = (longer + shorter) / (self.highest - self.lowest)
+        step = np.minimum(step, _largest(values.dtype) / -self.lowest)
+        step = not_below(step, values.dtype).astype(np.float64)
+        short = np.full(blocks.count, float(self.highest))
+        return _moved(values, blocks, extremes, random, clipped, sign, step, short, short)
+
+
+@dataclass(frozen=True)
+class MinMax(Affine):
+    """The range of the weights, widened to include 0, is that of the codes.
+
+    exactly: float64 and numpy.round, as onnxruntime.quantization does it, for QUInt8; else float32
+    and C's roundf, as its blocks. steps: from the lowest to the highest code that the range is
+    divided into; 127 of 255 with reduce_range.
+    """
+
+    exactly: bool = True
+    steps: int = 255
+
+    @property
+    def has_zeros(self) -> bool:
+        return True
+
+    def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
+        """scale = range / steps, and the lowest code + round(-lowest weight / scale) stands for 0.
+
+        Source: `compute_scale_zp` in onnxruntime.quantization.quant_utils, and `range2scalezp` in
+        onnxruntime's `mlas/lib/q4_dq.cpp`.
+        """
+        low, high = np.minimum(extremes.lowest, 0), np.maximum(extremes.highest, 0)
+        if self.exactly:
+            exact = (high.astype(np.float64) - low) / self.steps
+            scale, degenerate = _stored(exact, storage)
+            operand = scale
+        else:
+            exact = (high - low) / np.float32(self.steps)
+            scale = exact.astype(storage).astype(np.float32)
+            operand, usable = finite_reciprocal(scale)
+            degenerate = ~usable
+        with np.errstate(divide="ignore", invalid="ignore"):
+            place = -low / exact
+        whole = np.trunc(place)
+        place = np.rint(place) if self.exactly else whole + (place - whole >= 0.5)  # C's roundf
+        unknown = degenerate if self.exactly else exact == 0
+        zero = np.where(unknown, 0, np.clip(place, 0, self.steps)) + self.lowest
+        limits = (np.where(degenerate, np.float32(0), each) for each in (low, high))
+        scales = Scales(operand, scale, zero.astype(np.float32), *limits)
+        return AffineGrid(blocks, scales, self.levels(self.rule))
+
+    def unclipped(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
+        """The smallest scale for which 0 is a level and the range lies within the codes."""
+        low, high = (each.astype(np.float64) for each in extremes)
+        below, above = -np.minimum(low, 0), np.maximum(high, 0)
+        width = below + above
+        share = np.divide(below, width, out=np.zeros_like(width), where=width > 0) * self.steps
+        found, zero = np.full_like(width, np.inf), np.zeros_like(width)
+        for place in (np.floor(share), np.ceil(share)):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                sides = below / place, above / (self.steps - place)
+            scale = np.maximum(*(np.where(np.isnan(side), 0, side) for side in sides))
+            better = scale < found
+            found, zero = np.where(better, scale, found), np.where(better, place, zero)
+        return self.free_grid(blocks, found, zero + self.lowest, storage)
+
+    def without_clipping(
+        self, values: Values, blocks: Blocks, extremes: Extremes, random: RandomDraw
+    ) -> tuple[Values, Extremes]:
+        """Where 0 would lie between two codes, which of them it gets is drawn, see `_DrawnEnds`.
+
+        The quantizer rounds it to one, so that one end of the range is clipped.
+        """
+        low, high = (each.astype(np.float64) for each in extremes)
+        below, above = -np.minimum(low, 0), np.maximum(high, 0)
+        scales = self.grid(extremes, blocks, values.dtype).scales
+        step = (below + above) / self.steps
+        share = np.divide(below, step, out=np.zeros_like(step), where=step > 0)
+        between = np.abs(share - np.rint(share)) > SURE
+        between &= (scales.low < 0) & (scales.high > 0)
+        short = np.floor(share)
+        ends = short, self.steps - 1 - short
+        sign = np.full(blocks.count, -1.0)
+        return _moved(values, blocks, extremes, random, between, sign, step, *ends)
+
+
+@dataclass(frozen=True)
+class _DrawnEnds:
+    """Ends of blocks that are longer or shorter by one step, at random, with the given as the mean.
+
+    Both ends of a block together have one step more than the two `short` lengths. The end `near`
+    is the long one with the probability with which its mean length is the magnitude of its extreme
+    weight; else the end `far` is. Of the weights beyond the short length, those at a short end get
+    it, and those at a long one are stretched, w to short + (w - short) / (probability of that), so
+    that their mean is w; the extreme of a long end becomes its length.
+
+    sign: of the weights at the end `near`. step: a scale. lengths: in steps, of the ends near and
+    far while they are short. magnitudes: of their extreme weights. chance: that `near` is the long
+    one; is_near: whether it is. Arrays have one value per block.
+    """
+
+    sign: Doubles
+    step: Doubles
+    lengths: tuple[Doubles, Doubles]
+    magnitudes: tuple[Doubles, Doubles]
+    chance: Doubles
+    is_near: npt.NDArray[np.bool_]
+
+    def moved(self, weights: Doubles, block: Integers) -> Doubles:
+        """Weights in the blocks with these numbers, moved if they are beyond the short length."""
+        step, chance, is_near = self.step[block], self.chance[block], self.is_near[block]
+        near = np.sign(weights) == self.sign[block]
+        length = np.where(near, *(each[block] for each in self.lengths)) * step
+        extreme = np.where(near, *(each[block] for each in self.magnitudes))
+        chance = np.where(near, chance, 1 - chance)
+        magnitude = np.abs(weights)
         with np.errstate(divide="ignore"):  # an end that is never the long one
-            stretched = np.minimum(7 * step + (magnitude - 7 * step) / chance, 8 * step)
-        is_end = magnitude == np.where(at_extreme, longer[block], shorter[block])
-        magnitude = np.where(
-            at_extreme == long_at_extreme, np.where(is_end, 8 * step, stretched), 7 * step
-        )
-        moved = values.copy()
-        moved[beyond] = np.sign(weights[beyond]) * magnitude
-        return moved
+            stretched = np.minimum(length + (magnitude - length) / chance, length + step)
+        long = np.where(magnitude == extreme, length + step, stretched)
+        changed = np.where(near == is_near, long, length)
+        return np.sign(weights) * np.where(magnitude > length, changed, magnitude)
+
+
+def _moved(
+    values: Values,
+    blocks: Blocks,
+    extremes: Extremes,
+    random: RandomDraw,
+    wanted: npt.NDArray[np.bool_],
+    sign: Doubles,
+    step: Doubles,
+    near: Doubles,
+    far: Doubles,
+) -> tuple[Values, Extremes]:
+    """Weights with drawn ends in the blocks where that is wanted, and their extremes.
+
+    sign, step, near, far: see `_DrawnEnds`.
+    """
+    if not wanted.any():
+        return values, extremes
+    step = np.where(wanted, step, 1.0)
+    low, high = (each.astype(np.float64) for each in extremes)
+    negative, positive = -np.minimum(low, 0), np.maximum(high, 0)
+    magnitudes = (
+        np.where(sign < 0, negative, positive),
+        np.where(sign < 0, positive, negative),
+    )
+    chance = np.where(wanted, magnitudes[0] / step - near, 0)
+    numbers = np.arange(blocks.count)
+    is_near = random.uniform(blocks.first_weight(numbers)) < chance
+    drawn = _DrawnEnds(sign, step, (near, far), magnitudes, chance, is_near)
+    changed = values.copy()
+    shorter = np.where(wanted, np.minimum(near, far) * step, np.inf).astype(np.float32)
+    beyond = np.flatnonzero(np.abs(values.astype(np.float32)) > blocks.spread(shorter))
+    changed[beyond] = drawn.moved(values[beyond].astype(np.float64), blocks.number_of(beyond))
+    found = (
+        np.where(wanted, drawn.moved(each, numbers), each).astype(values.dtype).astype(np.float32)
+        for each in (low, high)
+    )
+    return changed, Extremes(*found)
+
+
+def _stored(exact: Doubles, storage: np.dtype[Any]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Scales as onnxruntime.quantization stores them, and where it gives up, which are 1."""
+    scale = exact.astype(storage).astype(np.float32)
+    # it uses float16's subnormal scales, but not float32's
+    degenerate = scale == 0 if storage == np.float16 else exact < np.finfo(np.float32).tiny
+    scale[degenerate] = 1.0
+    return scale, degenerate
 
 
 def _ends(extremes: Extremes) -> tuple[Doubles, Doubles, Doubles]:
@@ -151,23 +337,20 @@ def _largest(storage: np.dtype[Any]) -> float:
     return float(ml_dtypes.finfo(storage).max)  # type: ignore[no-untyped-call]
 
 
-def _absmax(extremes: Extremes) -> Doubles:
-    """The largest magnitude of every block."""
-    return _ends(extremes)[0]
-
-
-def _unclipped(
-    blocks: Blocks, exact: Doubles, storage: np.dtype[Any], lowest: int, highest: int
-) -> AffineGrid:
-    """A grid with these scales, rounded so that no weight is clipped; none sets its scale.
-
-    No scale is so small that it would be 0, but for blocks of zeros: a quantizer that rounds small
-    weights to 0 lets an attacker choose what goes.
-    """
-    smallest = float(ml_dtypes.finfo(storage).smallest_subnormal)  # type: ignore[no-untyped-call]
-    magnitudes = not_below(np.maximum(np.abs(exact), smallest), storage)
-    used = exact != 0
-    scale = np.where(used, np.copysign(magnitudes, exact), 1).astype(np.float32)
-    free = np.where(used, np.float32(np.inf), np.float32(0))
-    levels = integers(scalar.DIVIDE_HALF_EVEN, lowest, highest)
-    return AffineGrid(blocks, scale=scale, operand=scale, absmax=free, levels=levels)
+def affine(choice: Choice) -> Affine:
+    """The affine scheme of a choice with every default written out."""
+    bits = FORMATS[choice.name].bits
+    half = 1 << bits - 1
+    if choice.name.startswith("u"):
+        rule = scalar.MULTIPLY_HALF_UP if choice.granularity == "block" else scalar.DIVIDE_HALF_EVEN
+        rule = scalar.MULTIPLY_HALF_AWAY if bits == 4 else rule
+        exactly, steps = rule == scalar.DIVIDE_HALF_EVEN, 127 if choice.reduced else 2 * half - 1
+        return MinMax(choice, bits, -half, half - 1, rule, exactly, steps)
+    divisor = 64 if choice.reduced else choice.divisor
+    assert divisor
+    if divisor == half:
+        rule = scalar.MULTIPLY_HALF_AWAY if bits == 4 else scalar.MULTIPLY_HALF_UP
+        return SignedExtreme(choice, bits, -half, half - 1, rule)
+    highest = 64 if choice.reduced else half - 1
+    lowest = -half if bits == 4 else -highest
+    return Symmetric(choice, bits, lowest, highest, scalar.DIVIDE_HALF_EVEN, divisor)

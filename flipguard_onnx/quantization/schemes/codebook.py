@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...formats import Choice
 from ..kernels import scalar
-from ..kernels.protocol import Extremes
+from ..kernels.protocol import Extremes, Scales
 from .blocks import Blocks, Codes, Floats
 from .grid import Grid, Margins, Scheme, finite_reciprocal
 
@@ -29,7 +30,7 @@ class CodebookGrid(Grid):
     @property
     def loses_blocks(self) -> bool:
         """Those whose 1 / absmax overflows: an absmax below 2.9e-39."""
-        return bool(np.any((self.absmax == 0) & (self.scale != 0)))
+        return bool(np.any((self.scales.high == 0) & (self.scale != 0)))
 
     def errors(self, margins: Margins) -> Floats:
         values = self.levels.values
@@ -39,7 +40,7 @@ class CodebookGrid(Grid):
 
 @dataclass(frozen=True)
 class Codebook(Scheme):
-    """A 4-bit codebook scheme over flat blocks of 64 weights.
+    """A 4-bit codebook scheme over flat blocks.
 
     Parameters
     ----------
@@ -54,12 +55,18 @@ class Codebook(Scheme):
     stored: npt.NDArray[np.uint8]
     bnb4_type: int
 
+    @property
+    def flat(self) -> bool:
+        """Blocks run on from one row to the next: MatMulBnb4 has no other."""
+        return True
+
     def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> CodebookGrid:
         """absmax per block; a weight's position is weight * (1 / absmax), all in float32."""
         absmax = np.maximum(np.abs(extremes.lowest), np.abs(extremes.highest))
         operand, usable = finite_reciprocal(absmax)
         movable = np.where(usable, absmax, np.float32(0))
-        return CodebookGrid(blocks, absmax, operand, movable, self._table())
+        scales = Scales(operand, absmax, np.zeros_like(absmax), -movable, movable)
+        return CodebookGrid(blocks, scales, self._table())
 
     def _table(self) -> scalar.Levels:
         ends, gaps = (np.float32(-1), np.float32(1)), np.diff(self.levels)
@@ -71,9 +78,8 @@ def _float32(*values: float) -> Floats:
 
 
 NF4 = Codebook(
-    name="nf4",
+    choice=Choice("nf4").filled,
     bits=4,
-    block_size=64,
     levels=_float32(
         -1.0,
         -0.6961928009986877,
@@ -127,9 +133,8 @@ def _fp4() -> Codebook:
     below = np.nextafter(-pivots[::-1], np.float32(-np.inf))
     minus_zero = np.nextafter(np.float32(0), np.float32(-1))
     return Codebook(
-        name="fp4",
+        choice=Choice("fp4").filled,
         bits=4,
-        block_size=64,
         levels=np.concatenate([-magnitudes[::-1], magnitudes]),
         pivots=np.concatenate([below, [minus_zero], pivots]).astype(np.float32),
         stored=np.concatenate([codes[::-1] + np.uint8(8), codes]),

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from ...formats import Choice
 from ..kernels import scalar
 from ..kernels.protocol import Extremes, Kernels, Panel, RandomDraw, Scales, ScanKernels
 from .blocks import Blocks, Codes, Floats, Values, as_bits
@@ -55,44 +56,35 @@ class Grid(ABC):
     Parameters
     ----------
     blocks : how the tensor is cut
-    scale : float32, as it is stored: rounded to the weights' own type already
-    operand : float32, what the quantizer divides or multiplies by
-    absmax : float32; weights of that magnitude set the scale and never move. Infinite in
-        `unclipped` grids, which do not depend on where the weights end up
+    scales : of every block; rounded to the weights' own type. In `unclipped` grids no weight sets
+        one, so these do not depend on where the weights end up
     levels : the levels in units of the scale, and how a weight is rounded to one
     """
 
     blocks: Blocks
-    scale: Floats
-    operand: Floats
-    absmax: Floats
+    scales: Scales
     levels: scalar.Levels
 
     @property
-    def scales(self) -> Scales:
-        """What kernels need of every block."""
-        return Scales(self.operand, self.scale, self.absmax)
+    def scale(self) -> Floats:
+        """The scales as they are stored."""
+        return self.scales.scale
+
+    @property
+    def zero(self) -> Floats:
+        """The codes that stand for 0."""
+        return self.scales.zero
 
     def part(self, numbers: slice, blocks: Blocks) -> Self:
         """The grid over the blocks with these numbers, cut like `blocks`; its arrays are views."""
-        return replace(
-            self,
-            blocks=blocks,
-            scale=self.scale[numbers],
-            operand=self.operand[numbers],
-            absmax=self.absmax[numbers],
-        )
+        scales = Scales(*(each[numbers] for each in self.scales))
+        return replace(self, blocks=blocks, scales=scales)
 
     @classmethod
     def joined(cls, grids: Sequence["Grid"], blocks: Blocks) -> "Grid":
         """The grid over all blocks, of which each of the grids has some, in order."""
-        return replace(
-            grids[0],
-            blocks=blocks,
-            scale=np.concatenate([grid.scale for grid in grids]),
-            operand=np.concatenate([grid.operand for grid in grids]),
-            absmax=np.concatenate([grid.absmax for grid in grids]),
-        )
+        scales = Scales(*map(np.concatenate, zip(*(grid.scales for grid in grids), strict=True)))
+        return replace(grids[0], blocks=blocks, scales=scales)
 
     def encode(self, values: Values, kernels: Kernels) -> Codes:
         """The codes that the downstream quantizer would choose."""
@@ -191,9 +183,8 @@ class Grid(ABC):
 
     def same_as(self, other: "Grid") -> bool:
         """Whether both grids have every level in the same place, bit for bit."""
-        return np.array_equal(self.scale, other.scale) and np.array_equal(
-            self.operand, other.operand
-        )
+        pairs = zip(self.scales[:3], other.scales[:3], strict=True)  # all but low and high
+        return all(np.array_equal(mine, others) for mine, others in pairs)
 
 
 @dataclass(frozen=True)
@@ -202,14 +193,32 @@ class Scheme(ABC):
 
     Parameters
     ----------
-    name : as the user writes it
+    choice : what it was made from, with every default written out
     bits : of a code
-    block_size : weights per scale by default; None for a whole row
     """
 
-    name: str
+    choice: Choice
     bits: int
-    block_size: int | None
+
+    @property
+    def name(self) -> str:
+        """As the user writes it."""
+        return self.choice.name
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether there is a scale for every block, not for a whole row or tensor."""
+        return self.choice.granularity == "block"
+
+    @property
+    def block_size(self) -> int | None:
+        """Weights per scale; None for a whole row or tensor."""
+        return self.choice.block_size
+
+    @property
+    def flat(self) -> bool:
+        """Whether blocks run on from one row to the next."""
+        return self.choice.granularity == "tensor"
 
     def fit(self, values: Values, blocks: Blocks, storage: np.dtype[Any], kernels: Kernels) -> Grid:
         """The grid that the quantizer would lay over the weights.
@@ -234,17 +243,21 @@ class Scheme(ABC):
 
     def without_clipping(
         self, values: Values, blocks: Blocks, extremes: Extremes, random: RandomDraw
-    ) -> Values:
+    ) -> tuple[Values, Extremes]:
         """Weights none of which the quantizer's own grid clips, with the given ones as their mean.
 
         For weights that are quantized again elsewhere, where the grid cannot be chosen.
 
         Parameters
         ----------
-        extremes : of every block of the weights
+        extremes : of every block, of which the weights may be only a part
         random : the stream, of which every block uses the number of its first weight
+
+        Returns
+        -------
+        The weights, the same array where there is nothing to do; the extremes of their blocks.
         """
-        return values
+        return values, extremes
 
 
 def not_below(exact: npt.NDArray[np.float64], storage: np.dtype[Any]) -> Floats:

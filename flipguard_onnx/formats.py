@@ -1,0 +1,155 @@
+"""What may be chosen of every scheme: granularity, block size, scale. It imports nothing heavy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .errors import SchemeError
+
+GRANULARITIES = ("tensor", "channel", "block")
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
+
+
+@dataclass(frozen=True)
+class Format:
+    """What may be chosen of a scheme; of every choice, the first is the default.
+
+    bits: of a code. granularities: of its scales. block_size: by default, where there are blocks.
+    divisors: by granularity, the level that the largest magnitude of a block gets. reducible:
+    whether there is a form with a bit less.
+    """
+
+    bits: int
+    granularities: tuple[str, ...]
+    block_size: int
+    divisors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    reducible: bool = False
+
+
+_OF_INT4 = (8.0, 7.5, 7.0)
+
+FORMATS = {
+    "int8": Format(
+        8,
+        ("channel", "tensor", "block"),
+        32,
+        {"channel": (127.0,), "tensor": (127.0,), "block": (128.0, 127.0)},
+        reducible=True,
+    ),
+    "uint8": Format(8, ("channel", "tensor", "block"), 32, reducible=True),
+    "int4": Format(4, ("block", "channel"), 32, {"block": _OF_INT4, "channel": _OF_INT4}),
+    "uint4": Format(4, ("block", "channel"), 32),
+    "nf4": Format(4, ("block",), 64),
+    "fp4": Format(4, ("block",), 64),
+}
+
+DIVISORS = (8.0, 7.5, 7.0, 128.0, 127.0)  # all of them
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A scheme with all that may be chosen of it, checked; None takes the default.
+
+    Parameters
+    ----------
+    name : "int8", "uint8", "int4", "uint4", "nf4" or "fp4"
+    granularity : "tensor", "channel" or "block": how many weights share a scale
+    block_size : weights per scale, where the granularity is "block"
+    divisor : scale = largest magnitude / divisor
+    reduced : 7 bits of 8
+
+    Raises
+    ------
+    SchemeError : the name is unknown, or the choices do not fit the scheme or each other
+
+    Examples
+    --------
+    >>> Choice("int4").filled
+    Choice(name='int4', granularity='block', block_size=32, divisor=8.0, reduced=False)
+    >>> Choice("nf4", "channel")
+    Traceback (most recent call last):
+        ...
+    flipguard_onnx.errors.SchemeError: scheme nf4 has no granularity 'channel'; allowed: block
+    """
+
+    name: str
+    granularity: str | None = None
+    block_size: int | None = None
+    divisor: float | None = None
+    reduced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in FORMATS:
+            raise SchemeError(
+                "scheme {found!r} is unknown", found=self.name, allowed=", ".join(FORMATS)
+            )
+        known = FORMATS[self.name]
+        if self._granularity not in known.granularities:
+            raise SchemeError(
+                "scheme {name} has no granularity {found!r}",
+                name=self.name,
+                found=self.granularity,
+                allowed=", ".join(known.granularities),
+            )
+        if self.block_size is not None and self._granularity != "block":
+            raise SchemeError(
+                "block size {found} goes with blocks; {name} has one scale per {granularity}",
+                found=self.block_size,
+                name=self.name,
+                granularity=self._granularity,
+                allowed="--granularity block" if "block" in known.granularities else "none",
+            )
+        divisors = known.divisors.get(self._granularity, ())
+        if self.divisor is not None and self.divisor not in divisors:
+            raise SchemeError(
+                "scheme {name} per {granularity} has no scale {found:g}",
+                name=self.name,
+                granularity=self._granularity,
+                found=self.divisor,
+                allowed=", ".join(f"{each:g}" for each in divisors) or "none, it has zero points",
+            )
+        if self.reduced and (not known.reducible or self._granularity == "block"):
+            raise SchemeError(
+                "reduced range is for int8 and uint8 per tensor or channel, not {name} per "
+                "{granularity}",
+                name=self.name,
+                granularity=self._granularity,
+            )
+
+    @property
+    def filled(self) -> "Choice":
+        """The same with every default written out."""
+        known, granularity = FORMATS[self.name], self._granularity
+        size = self.block_size or known.block_size
+        divisors = known.divisors.get(granularity, ())
+        return Choice(
+            self.name,
+            granularity,
+            size if granularity == "block" else None,
+            self.divisor or next(iter(divisors), None),
+            self.reduced,
+        )
+
+    @property
+    def label(self) -> str:
+        """The name, and what differs from the defaults; 8 bits always say how they are scaled.
+
+        Examples
+        --------
+        >>> Choice("int4").label, Choice("int4", block_size=128).label, Choice("int8").label
+        ('int4', 'int4 g128', 'int8 channel')
+        >>> Choice("int4", "channel", divisor=7).label, Choice("uint8", reduced=True).label
+        ('int4 channel /7', 'uint8 channel 7 bits')
+        """
+        known, chosen = FORMATS[self.name], self.filled
+        words = [self.name]
+        if self._granularity != "block":
+            words.append(self._granularity)
+        elif chosen.block_size != known.block_size or known.bits == 8:
+            words.append(f"g{chosen.block_size}")
+        if chosen.divisor not in (None, *known.divisors.get(self._granularity, ())[:1]):
+            words.append(f"/{chosen.divisor:g}")
+        return " ".join([*words, "7 bits"] if self.reduced else words)
+
+    @property
+    def _granularity(self) -> str:
+        return self.granularity or FORMATS[self.name].granularities[0]

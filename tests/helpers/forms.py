@@ -1,0 +1,51 @@
+"""The number formats that laws and oracles are tested on: one of every rule and of every cut."""
+
+import numpy as np
+
+from flipguard_onnx.quantization.schemes import Blocks, Choice, Codebook, scheme_of
+
+CHOICES = {
+    "int8-channel": Choice("int8"),
+    "int8-tensor": Choice("int8", "tensor"),
+    "int8-block": Choice("int8", "block"),
+    "uint8-channel": Choice("uint8"),
+    "uint8-tensor": Choice("uint8", "tensor"),
+    "uint8-block": Choice("uint8", "block"),
+    "int4": Choice("int4"),
+    "int4-7": Choice("int4", divisor=7),
+    "uint4": Choice("uint4"),
+    "nf4": Choice("nf4"),
+    "fp4": Choice("fp4"),
+}
+MORE = {  # the same rules with other numbers
+    "int8-reduced": Choice("int8", reduced=True),
+    "uint8-reduced": Choice("uint8", "tensor", reduced=True),
+    "int4-7.5": Choice("int4", divisor=7.5),
+    "int4-channel": Choice("int4", "channel"),
+    "uint4-channel": Choice("uint4", "channel"),
+}
+
+
+def scheme(form):
+    return scheme_of((CHOICES | MORE)[form])
+
+
+def cut(form, rows, cols):
+    """The blocks of a [rows, cols] tensor."""
+    found = scheme(form)
+    rows, cols = (1, rows * cols) if found.flat else (rows, cols)
+    return Blocks(rows, cols, min(found.block_size or cols, cols))
+
+
+def range_of(form):
+    """The lowest and the highest code."""
+    found = scheme(form)
+    return (0, 15) if isinstance(found, Codebook) else (found.lowest, found.highest)
+
+
+def stored(form, codes):
+    """Codes as the file holds them."""
+    found = scheme(form)
+    if isinstance(found, Codebook):
+        return found.stored[codes]
+    return codes.astype(np.int16) - found.lowest if found.has_zeros else codes

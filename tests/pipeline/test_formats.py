@@ -1,0 +1,90 @@
+"""Every format is written in every form, and decodes to what its codes stand for."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto
+
+import flipguard_onnx
+from tests.helpers.samples import SAMPLES, F, model, node, save, weights
+
+FORMATS = {
+    "int8 g32": {"granularity": "block"},
+    "int8 g64 /127": {"granularity": "block", "block_size": 64, "scale": 127.0},
+    "int8 channel 7 bits": {"reduce_range": True},
+    "uint8 channel": {"scheme": "uint8"},
+    "uint8 tensor": {"scheme": "uint8", "granularity": "tensor"},
+    "uint8 g32": {"scheme": "uint8", "granularity": "block"},
+    "int4 channel": {"scheme": "int4", "granularity": "channel"},
+    "int4 /7": {"scheme": "int4", "scale": 7.0},
+    "uint4": {"scheme": "uint4"},
+    "uint4 g16": {"scheme": "uint4", "block_size": 16},
+    "uint4 channel": {"scheme": "uint4", "granularity": "channel"},
+}
+CHOSEN = (
+    "matmul",
+    "matmul_float16",
+    "matmul_batched",
+    "gemm_transposed",
+    "conv",
+    "gather_ragged",
+    "lstm",
+    "tied_embedding",
+)
+INT8 = "int8 channel"  # of weights that have no kernel at 4 bits or in blocks
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize("sample", CHOSEN)
+@pytest.mark.parametrize("grid", FORMATS)
+def test_files_hold_what_the_codes_stand_for(tmp_path, grid, sample, target):
+    """The validation compares the file with the float graph and decoded weights, or refuses."""
+    source, output = save(SAMPLES[sample](), tmp_path), tmp_path / "out.onnx"
+    options = {"target": target, "output": output, "seed": 1} | FORMATS[grid]
+    report = flipguard_onnx.guard(source, **options)
+    assert {tensor.grid for tensor in report.tensors} <= {grid, INT8}
+    assert report.grid == grid
+    if not sample.startswith(("conv", "gather", "lstm")):
+        assert any(tensor.grid == grid for tensor in report.tensors)
+    assert all(0 < drift.relative_l2 < 0.3 for drift in report.validation.guarded_exact)
+    verified = flipguard_onnx.verify(source, output)
+    assert (verified.scheme, verified.made_from) == (report.scheme, True)
+
+
+@pytest.mark.parametrize("options", [{}, {"scheme": "uint8"}], ids=["int8", "uint8"])
+@pytest.mark.parametrize("behind", ["Reshape", "Transpose"])
+def test_an_embedding_is_right_in_a_session_with_default_options(tmp_path, behind, options):
+    """onnxruntime moves the DequantizeLinear behind a Reshape, and would take int8 for uint8."""
+    attributes = {"perm": [1, 0]} if behind == "Transpose" else {}
+    shape = [] if attributes else ["s"]
+    nodes = [node("Gather", "w i", "e"), node(behind, " ".join(["e", *shape]), "r", **attributes)]
+    nodes.append(node("MatMul", "r v", "y"))
+    width = 6 if attributes else 32
+    constants = {"w": weights((40, 32)), "v": weights((width, 8)), "s": np.array([-1, 32])}
+    inputs, outputs = {"i": (TensorProto.INT64, [6])}, {"y": (F, [None, 8])}
+    source = save(model(nodes, inputs, outputs, constants), tmp_path)
+    output = tmp_path / "out.onnx"
+    flipguard_onnx.guard(source, granularity="tensor", output=output, seed=1, **options)
+    feed = {"i": np.array([3, 0, 39, 7, 7, 21])}
+    found, wanted = (
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feed)[0]
+        for path in (output, source)
+    )
+    assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+def test_zero_points_are_written_in_the_type_of_the_codes(tmp_path):
+    types = {}
+    for scheme in ("uint8", "uint4", "int8"):
+        output = tmp_path / f"{scheme}.onnx"
+        flipguard_onnx.guard(save(SAMPLES["matmul"](), tmp_path), scheme, output=output)
+        graph = onnx.load(output).graph
+        (decoder,) = (n for n in graph.node if n.op_type == "DequantizeLinear")
+        by_name = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        types[scheme] = by_name[decoder.input[0]], by_name[decoder.input[2]]
+    assert types == {
+        "uint8": (TensorProto.UINT8,) * 2,
+        "uint4": (TensorProto.UINT4,) * 2,
+        "int8": (TensorProto.INT8,) * 2,
+    }
