@@ -1,11 +1,12 @@
 """What `scan` finds and what it does not: Markdown tables.
 
     python tools/fetch_models.py
-    python -m tools.scan_bench [attacks] [clean] [planted] [outliers] [clipped] [decoded] [training]
-        [--models NAME...]
+    python -m tools.scan_bench [attacks] [clean] [honest] [planted] [outliers] [clipped] [decoded]
+        [training] [--models NAME...]
 
 attacks: every model of models/attacks, beside what it was made for. clean: every real model, as it
-is, in float16 and bfloat16, pruned, and quantized and decoded again. planted: the standard attack's
+is, in float16 and bfloat16, pruned, and quantized and decoded again. honest: many small tensors of
+random weights, and how near they come to an alarm. planted: the standard attack's
 shift in a share of the weights of a clean model. outliers: a weight F times as large as the others
 in every block of the digits classifier ("Widening the Gap", arXiv 2605.15152). clipped: weights
 beyond the last level of int4. decoded: honest and attacked weights put into quantized formats and
@@ -16,6 +17,7 @@ torch and scikit-learn).
 import argparse
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,26 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flipguard_onnx.detection.alignment import GRIDS, sample_size
-from flipguard_onnx.detection.scan import MIN_WEIGHTS, Examined, conclude, examine, scan
+from flipguard_onnx.detection.alignment import GRIDS, Sample, alignment, sample_size, tallies
+from flipguard_onnx.detection.scan import (
+    MIN_WEIGHTS,
+    Examined,
+    chance,
+    conclude,
+    examine,
+    scan,
+    tensor_verdict,
+)
 from flipguard_onnx.errors import UnsupportedModelError
 from flipguard_onnx.graph.weights import Weight, find_weights
 from flipguard_onnx.io.model import Model, open_model
 from flipguard_onnx.quantization.kernels import get_backend
-from flipguard_onnx.quantization.schemes import SCHEMES
+from flipguard_onnx.quantization.layout import Layout
 from flipguard_onnx.reports.scan import ScannedTensor, Verdict
 from tests.helpers.decoded import FORMATS
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
-PARTS = ("attacks", "clean", "planted", "outliers", "clipped", "decoded", "training")
+PARTS = ("attacks", "clean", "honest", "planted", "outliers", "clipped", "decoded", "training")
 FACTORS = (8, 16, 30, 64, 128, 256, 512, 1024, 4096)  # of injected outliers
 NAMES = {"int8": "int8 channel", "int8_tensor": "int8 tensor"}  # those of the manifest
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05)
@@ -46,6 +56,7 @@ ON_LATTICES = (  # attacks that are put into quantized formats
     "lm-code-standard-int4",
     "lm-code-margin20-int4",
 )
+HONEST_SHAPES = ((10, 128), (16, 96), (32, 64), (64, 64), (40, 256), (8, 1152), (128, 300))
 STEPS = 400  # of quantization-aware training
 
 Values = np.ndarray[Any, Any]
@@ -133,10 +144,10 @@ def _decoded(name: str) -> Change:
 
 
 def _grid(name: str, weight: Weight, values: Values) -> tuple[Any, Values]:
-    scheme, flat = GRIDS[name]
-    blocks = weight.blocks(SCHEMES[scheme].block_size, flat)
+    scheme = GRIDS[name]
+    blocks = weight.blocks(scheme.block_size, scheme.flat)
     weights = values.astype(np.float32)
-    return SCHEMES[scheme].fit(weights, blocks, values.dtype, get_backend("cpu")), weights
+    return scheme.fit(weights, blocks, values.dtype, get_backend("cpu")), weights
 
 
 VERSIONS: dict[str, Change] = {
@@ -150,6 +161,25 @@ VERSIONS: dict[str, Change] = {
     "int4 decoded": _decoded("int4"),
     "nf4 decoded": _decoded("nf4"),
 }
+
+
+def honest(tensors: int = 700) -> None:
+    """The largest strength by chance, as a share of what it takes for an alarm."""
+    rng, shares, alarms = np.random.default_rng(1), [], 0
+    for number in range(tensors):
+        rows, cols = HONEST_SHAPES[number % len(HONEST_SHAPES)]
+        draws = rng.standard_normal, rng.laplace, partial(rng.standard_t, 4)
+        weights = 0.05 * draws[number % 3](size=(rows, cols))
+        weights *= np.exp(0.5 * rng.standard_normal((rows, 1)))
+        values = weights.astype((np.float32, np.float16)[number // 3 % 2])
+        sample = Sample.take(values, Layout((rows, cols), (0,)), values.size, rng)
+        found = [alignment(name, tally) for name, tally in tallies(sample).items()]
+        alarms += tensor_verdict(found).alarming
+        shares += [a.strength / chance(a) for a in found if a.weights >= MIN_WEIGHTS]
+    print(
+        f"{alarms} alarms in {tensors} random tensors; in {len(shares):,} tests the strength is at "
+        f"most {max(shares):.2f} times what it takes\n"
+    )
 
 
 def planted(name: str = "minilm") -> None:
@@ -376,7 +406,13 @@ def main() -> None:
         if part in with_models:
             with_models[part](options.models)
         else:
-            {"attacks": attacks, "planted": planted, "training": training}[part]()
+            others = {
+                "attacks": attacks,
+                "honest": honest,
+                "planted": planted,
+                "training": training,
+            }
+            others[part]()
 
 
 if __name__ == "__main__":

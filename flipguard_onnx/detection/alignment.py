@@ -8,6 +8,7 @@ placebos as well (weights much smaller than the scale, weights that repeat) does
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,20 +21,37 @@ from ..quantization.kernels.protocol import Extremes
 from ..quantization.layout import Layout
 from ..quantization.parts import parts
 from ..quantization.rounding import Policy, QuantizedTensor
-from ..quantization.schemes import SCHEMES, Blocks, Grid, Scheme
+from ..quantization.schemes import SCHEMES, Blocks, Choice, Grid, Scheme, scheme_of
 from ..reports.scan import Alignment, Budget
 
-GRIDS = {  # name -> scheme, and whether blocks run across the rows
-    "int8 channel": ("int8", False),
-    "int8 tensor": ("int8", True),
-    "int4": ("int4", False),
-    "nf4": ("nf4", True),
-    "fp4": ("fp4", True),
+GRIDS = {  # by name
+    choice.label: scheme_of(choice)
+    for choice in (
+        Choice("int8"),
+        Choice("int8", "tensor"),
+        Choice("int8", "block"),
+        Choice("int8", "block", 128),
+        Choice("uint8"),
+        Choice("uint8", "tensor"),
+        Choice("int4"),
+        Choice("int4", "block", 64),
+        Choice("int4", "block", 128),
+        Choice("int4", "channel"),
+        Choice("int4", "block", divisor=7),
+        Choice("int4", "block", divisor=7.5),
+        Choice("uint4"),
+        Choice("uint4", "block", 128),
+        Choice("uint4", "channel"),
+        Choice("nf4"),
+        Choice("fp4"),
+    )
 }
 
 BINS = 100  # of a histogram of distances, from the boundary (bin 0) to the level
 
 PEAK_BINS = 80  # the first bins, where peaks count; in the others rounding errors are too small
+
+EDGE = 0.1  # distance up to which weights are next to a boundary
 
 ON_LEVEL = slice(98, 100)  # the bins of weights that are a level
 
@@ -55,11 +73,17 @@ FLOAT16_ZERO_BITS = range(13, 16)  # how many low bits of a float32 are 0 if it 
 
 FLOAT16_STEP = np.float32(2.0**-24)  # between the smallest values of float16
 
+ECHO = 0.15  # share of its strength that a grid with weights of its own keeps without the others'
+
+CANDIDATES = 4  # grids that are tried in turn as the one that explains the most
+
 WINDOW, AROUND = 3, 6  # bins of a peak, and of its surroundings on either side
 
 Floats = npt.NDArray[np.float32]
 
 Shares = npt.NDArray[np.float64]
+
+Chance = Callable[[Alignment], float]
 
 
 def _factors() -> Floats:
@@ -177,13 +201,10 @@ class Sample:
         extremes = whole.extremes(array.reshape(-1), get_backend("cpu"))
         return cls(values, layout, extremes.lowest[0], extremes.highest[0])
 
-    def grids(self, scheme: Scheme, flat: bool) -> tuple[Grid, Grid]:
-        """The grids that the scheme's quantizer and a guard lay over these weights.
-
-        flat: blocks run across rows.
-        """
-        whole = self.layout.blocks(scheme.block_size, flat)
-        rows = 1 if flat else self.values.size // whole.cols
+    def grids(self, scheme: Scheme) -> tuple[Grid, Grid]:
+        """The grids that the scheme's quantizer and a guard lay over these weights."""
+        whole = self.layout.blocks(scheme.block_size, scheme.flat)
+        rows = 1 if scheme.flat else self.values.size // whole.cols
         cols = self.values.size // rows
         blocks = Blocks(rows, cols, min(whole.size, cols))
         if whole.count == 1:
@@ -202,19 +223,76 @@ def tallies(sample: Sample, spread: Floats | None = None) -> dict[str, Tally]:
     ----------
     spread : its weights, where they are on a grid, as `Lattice.spread` makes them
     """
-    weights = sample.values.astype(np.float32)
-    smoothed = without_lattice(sample.values)
-    if spread is None:
-        repetition = Repetition.among(smoothed)
-    else:
-        smoothed = np.where(spread != weights, spread, smoothed)
-        repetition = Repetition.among(weights)
+    weights, smoothed = sample.values.astype(np.float32), _smoothed(sample, spread)
+    repetition = Repetition.among(smoothed if spread is None else weights)
     found = {}
-    for name, (scheme, flat) in GRIDS.items():
-        grid, guarded = sample.grids(SCHEMES[scheme], flat)
+    for name, scheme in GRIDS.items():
+        grid, guarded = sample.grids(scheme)
         counted = tally(weights, smoothed, repetition, grid, guarded)
         found[name] = replace(counted, sums=counted.sums * (sample.layout.size / weights.size))
     return found
+
+
+def explaining(
+    sample: Sample, spread: Floats | None, found: Sequence[Alignment], chance: Chance
+) -> tuple[str, ...]:
+    """The fewest of the grids, with which weights are aligned, that explain all the alignment.
+
+    Grids whose scales agree in some blocks share boundaries there, and those of int4 are levels of
+    int8. In turn, the weights at the peak of that grid are scattered after which the least
+    alignment with the others is left; of several, of one with fewer levels and the usual scale.
+
+    Parameters
+    ----------
+    spread : as in `tallies`
+    found : the alignments, the strongest first
+    chance : the strength up to which an alignment may be chance
+    """
+    left = _smoothed(sample, spread)
+    grids = {a.grid: sample.grids(GRIDS[a.grid])[0] for a in found}
+    names: list[str] = []
+    while found:
+        tried: list[tuple[float, int, bool, float, str, Floats, list[Alignment]]] = []
+        for a in found[:CANDIDATES]:
+            without = _scattered(grids[a.grid], left, a)
+            repetition = Repetition.among(without)
+            before = [o for o in found if o is not a]
+            others = [
+                alignment(o.grid, _counted(without, repetition, grids[o.grid])) for o in before
+            ]
+            own = [
+                now
+                for o, now in zip(before, others, strict=True)
+                if now.strength > max(chance(now), ECHO * o.strength)
+            ]
+            rest, trace = (sum(o.strength for o in each) for each in (own, others))
+            rarity = GRIDS[a.grid].bits, "/" in a.grid
+            tried.append((rest, *rarity, trace, a.grid, without, own))
+        *_, name, left, own = min(tried, key=lambda each: each[:4])
+        names.append(name)
+        found = sorted(own, key=lambda a: -a.strength)
+    return tuple(names)
+
+
+def _scattered(grid: Grid, weights: Floats, found: Alignment) -> Floats:
+    """The weights, of which those where they crowd on this grid are moved at random, by at most
+    half a gap: they crowd on no grid any more, and leave no hole."""
+    margins = grid.analyze(weights, get_backend("cpu"))
+    distances = 1 - 2 * np.abs(margins.offsets)
+    there = np.abs(distances - found.peak_at) <= AROUND / BINS
+    if found.edge > found.peak:
+        there |= distances < EDGE
+    gaps = grid.decode(margins.neighbours) - grid.decode(margins.codes)
+    noise = np.random.default_rng(0).random(weights.size, np.float32) - np.float32(0.5)
+    return np.where(there & (weights != 0), weights + noise * gaps, weights)
+
+
+def _smoothed(sample: Sample, spread: Floats | None) -> Floats:
+    """The weights as their distances are counted; spread: as in `tallies`."""
+    smoothed = without_lattice(sample.values)
+    if spread is None:
+        return smoothed
+    return np.where(spread != sample.values.astype(np.float32), spread, smoothed)
 
 
 def tally(
@@ -234,8 +312,7 @@ def tally(
     guarded : the grid that a guard would use, if it is another
     """
     kernels = get_scan_kernels()
-    counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
-    grid.survey(smoothed, LIMIT, FACTORS, counts, kernels)
+    counted = _counted(smoothed, repetition, grid)
     sums = np.append(grid.rounding_error_sums(weights, np.float32(0), kernels), _magnitude(weights))
     if guarded and not guarded.same_as(grid):
         sums[AFTER_GUARD] = guarded.rounding_error_sums(weights, np.float32(0), kernels)[
@@ -245,7 +322,14 @@ def tally(
     kernels.largest_two(grid.blocks.float_weights(weights), first, second)
     used = second > 0
     outliers = first[used].astype(np.float64) / second[used]
-    return Tally(counts.sum(axis=0, dtype=np.int64), sums, outliers, repetition)
+    return replace(counted, sums=sums, outliers=outliers)
+
+
+def _counted(smoothed: Floats, repetition: Repetition, grid: Grid) -> Tally:
+    """The counts and the repetition of a tally; its sums are 0."""
+    counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
+    grid.survey(smoothed, LIMIT, FACTORS, counts, get_scan_kernels())
+    return Tally(counts.sum(axis=0, dtype=np.int64), np.zeros(11), np.empty(0), repetition)
 
 
 def without_lattice(values: npt.NDArray[Any]) -> Floats:
@@ -276,7 +360,7 @@ def alignment(name: str, tally: Tally) -> Alignment:
     shares = tally.shares
     expected = shares[DRAWN].mean(axis=0)
     peak, peak_bin = _excess(shares[0], shares[FIXED], PEAK_BINS)
-    edge, _ = _excess(shares[0], shares[DRAWN], BINS // 10, 2)
+    edge, _ = _excess(shares[0], shares[DRAWN], round(EDGE * BINS), 2)
     nonzero, lost, error, stuck, variance = tally.sums[:5]
     runs, losses, free, above, mirrored, total = tally.sums[5:]
     return Alignment(

@@ -145,7 +145,7 @@ def lattice_steps(runs: Floats) -> tuple[npt.NDArray[np.float64], npt.NDArray[np
 def on_codebook(sample: Sample, weights: Floats) -> bool:
     """Whether nearly all weights are levels of a codebook; fp4's are almost on a lattice."""
     for name in CODEBOOKS:
-        grid, _ = sample.grids(SCHEMES[name], flat=True)
+        grid, _ = sample.grids(SCHEMES[name])
         offsets = grid.analyze(weights, get_backend("cpu")).offsets
         if np.count_nonzero(np.abs(offsets) < 0.01) > 0.9 * offsets.size:
             return True

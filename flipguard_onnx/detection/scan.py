@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -20,6 +20,7 @@ from ..io.model import Model
 from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.rounding import unsound
+from ..quantization.schemes import Affine, Floats
 from ..reports.scan import (
     LEVELS,
     NOT_JUDGED,
@@ -32,7 +33,7 @@ from ..reports.scan import (
     listed,
     pieces,
 )
-from .alignment import Sample, Tally, alignment, sample_size, tallies
+from .alignment import GRIDS, Sample, Tally, alignment, explaining, sample_size, tallies
 from .prequantized import find_lattice, most_are_levels, most_repeat, on_codebook
 
 MIN_WEIGHTS = 1000  # fewer prove nothing
@@ -198,17 +199,33 @@ def examine(
     lattice = find_lattice(floats, cols)
     if lattice and on_codebook(sample, floats):
         lattice = None
-    by_grid = tallies(sample, lattice.spread(floats) if lattice else None)
+    spread = lattice.spread(floats) if lattice else None
+    by_grid = tallies(sample, spread)
     alignments = tuple(alignment(name, tally) for name, tally in by_grid.items())
     verdict = tensor_verdict(alignments)
+    if FINDINGS.get(verdict.level) == ALIGNMENT:
+        verdict = _attributed(verdict, alignments, sample, spread)
     if lattice and not verdict.alarming:
-        found = f"{ON_GRID.reason}: {lattice.text}"
-        verdict = _blurred(alignments, found) or Verdict(NOT_JUDGED, found)
+        reason = f"{ON_GRID.reason}: {lattice.text}"
+        verdict = _blurred(alignments, reason) or Verdict(NOT_JUDGED, reason)
         by_grid = by_grid if verdict.alarming else {}
     elif not lattice and (most_are_levels(by_grid.values()) or most_repeat(floats, cols)):
         verdict, by_grid = ON_GRID, {}
     shape, size = weight.shape, weight.size
     return ScannedTensor(weight.name, weight.op, shape, size, verdict, alignments), by_grid
+
+
+def _attributed(
+    verdict: Verdict, alignments: Sequence[Alignment], sample: Sample, spread: Floats | None
+) -> Verdict:
+    """The verdict without grids of integers that only echo others; see `explaining`."""
+    by_name = {a.grid: a for a in alignments}
+    integers = [by_name[grid] for grid in verdict.grids if isinstance(GRIDS[grid], Affine)]
+    if len(integers) < 2:
+        return verdict
+    own = iter(explaining(sample, spread, integers, chance))
+    grids = (next(own, None) if by_name[g] in integers else g for g in verdict.grids)
+    return replace(verdict, grids=tuple(grid for grid in grids if grid))
 
 
 def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
@@ -222,16 +239,16 @@ def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
 
 def _aligned(alignments: Sequence[Alignment]) -> Verdict | None:
     """Do the weights gather at the boundaries of a grid?"""
-    found = [a for a in alignments if a.strength > _chance(a)]
+    found = [a for a in alignments if a.strength > chance(a)]
     if not found:
         return None
     # a peak, measured against the fixed placebos, tells apart grids with the same blocks
-    found = [a for a in found if a.peak > _chance(a)] or found
+    found = [a for a in found if a.peak > chance(a)] or found
     found.sort(key=lambda a: -a.strength)
     first = found[0]
     distance = f"{first.peak_at:.2f}" if first.peak >= first.edge else "less than 0.1"
     return Verdict(
-        "aligned" if first.strength > ALIGNED + _chance(first) else "suspicious",
+        "aligned" if first.strength > ALIGNED + chance(first) else "suspicious",
         f"{first.strength:.1%} of the weights stand {distance} half-gaps from the boundaries of "
         f"{first.grid}, which no other grid explains",
         tuple(a.grid for a in found if a.strength > ECHO * first.strength),
@@ -241,8 +258,8 @@ def _aligned(alignments: Sequence[Alignment]) -> Verdict | None:
 
 def _blurred(alignments: Sequence[Alignment], found: str) -> Verdict | None:
     """Do weights gather at boundaries that are on a lattice, on which no peak is sharp?"""
-    first = max(alignments, key=lambda a: a.shift)
-    if first.weights < MIN_WEIGHTS or first.shift < SHIFTED + _chance(first):
+    first = _foremost(alignments, lambda a: a.shift)
+    if first.weights < MIN_WEIGHTS or first.shift < SHIFTED + chance(first):
         return None
     return Verdict(
         "suspicious",
@@ -296,7 +313,7 @@ def _clipped(alignments: Sequence[Alignment]) -> Verdict | None:
     ]
     if not found:
         return None
-    first = max(found, key=lambda a: a.clipped)
+    first = _foremost(found, lambda a: a.clipped)
     return Verdict(
         "clips",
         f"{first.clipped:.1%} of the weights lie beyond the last level of {first.grid} and are all "
@@ -365,7 +382,14 @@ def _on_a_grid(tensor: ScannedTensor) -> bool:
     return tensor.verdict.reason.startswith(ON_GRID.reason)
 
 
-def _chance(alignment: Alignment) -> float:
+def _foremost(alignments: Sequence[Alignment], value: Callable[[Alignment], float]) -> Alignment:
+    """The one with the largest value; of several, which share boundaries, the coarsest grid."""
+    most = max(map(value, alignments))
+    close = [a for a in alignments if value(a) >= most * (1 - ECHO)]
+    return min(close, key=lambda a: GRIDS[a.grid].bits)
+
+
+def chance(alignment: Alignment) -> float:
     """The strength up to which the alignment may be chance."""
     return SUSPICIOUS + NOISE / math.sqrt(max(alignment.independent, 1))
 
