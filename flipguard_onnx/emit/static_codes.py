@@ -54,6 +54,7 @@ class StaticGraphChecker:
             and node.input[0] not in self._originals
         }
         self._exact: dict[str, NodeProto] = {}  # of the guarded weights, by what they yield
+        self._with_rows: dict[str, Weight] = {}  # of these, those whose rows have scales each
 
     def weight(self, weight: Weight, grid: Grid, codes: Codes) -> None:
         """Keep a weight that has the guarded codes and scales; put any other back as floats.
@@ -77,6 +78,8 @@ class StaticGraphChecker:
             reason = f"onnxruntime chose other codes for {changed:,} weights"
         else:
             self._exact[decoder.output[0]] = decoder
+            if rows > 1:
+                self._with_rows[decoder.output[0]] = weight
             return
         self._back_to_float(weight.name, decoder, reason)
 
@@ -101,6 +104,7 @@ class StaticGraphChecker:
                 self._back_to_float(name, decoder)
         _drop_unread_initializers(self._made.proto)
         self._hold_floats()
+        self._hide_codes()
         _drop_unread_initializers(self._made.proto)
 
     def _bias(self, name: str, decoder: NodeProto, reader: NodeProto) -> None:
@@ -181,6 +185,28 @@ class StaticGraphChecker:
             )
         rewriter.finish()
 
+    def _hide_codes(self) -> None:
+        """Reader(DequantizeLinear(codes)) -> Reader(Max(DequantizeLinear(codes), lowest)), for each
+        reader that has other output channels than those with the scales.
+
+        When onnxruntime loads the file, it would fuse the two all the same, and give the scales to
+        the wrong channels. The Max, which changes no value, is in its way.
+        """
+        rewriter, scope = Rewriter(self._made.proto, self._output), Scope(self._graph)
+        hidden: dict[str, str] = {}
+        for node in self._graph.node:
+            for index, name in enumerate(node.input):
+                weight = self._with_rows.get(name)
+                if weight is None or _has_scales(node, index, weight):
+                    continue
+                if name not in hidden:
+                    values = np.array(np.finfo(np.float32).min)
+                    lowest = rewriter.constant(scope, f"{weight.name}_lowest", values)
+                    value = f"{weight.name}_Max_Output"
+                    hidden[name] = rewriter.node(scope, "Max", [name, lowest], value)
+                node.input[index] = hidden[name]
+        rewriter.finish()
+
     def _back_to_float(self, name: str, decoder: NodeProto, reason: str | None = None) -> None:
         """Let the readers of a decoder read the float tensor.
 
@@ -202,6 +228,22 @@ class StaticGraphChecker:
 
     def _array(self, name: str) -> Array:
         return self._made.array(self._constants[name])
+
+
+def quantized_axis(node: NodeProto) -> int:
+    """The axis of a weight along which onnxruntime's static quantizer (1.32) has its scales differ,
+    whatever number of axes there are, and on whichever side of a MatMul it stands."""
+    transposed = node.op_type == "Gemm" and attribute(node, "transB", 0)
+    return 0 if node.op_type == "Conv" or transposed else 1
+
+
+def _has_scales(node: NodeProto, index: int, weight: Weight) -> bool:
+    """Whether the weight's scales are those of this reader's output channels."""
+    operator = operator_of(node)
+    if not operator or not operator.static or index not in operator.weights:
+        return False
+    axes = operator.output_axes(node, index, len(weight.shape))
+    return axes == weight.rows == (quantized_axis(node),)
 
 
 def _drop_unread_initializers(proto: ModelProto) -> None:

@@ -20,6 +20,7 @@ from ..calibration.synthetic import synthetic_feeds
 from ..errors import UnsupportedModelError, ValidationError
 from ..graph.copies import IndexedModel
 from ..graph.operators import OPERATORS, operator_of
+from ..graph.scopes import Use
 from ..graph.traversal import attribute, output_names
 from ..graph.weights import Weight, find_weights
 from ..io.integrity import needed_nodes
@@ -30,7 +31,7 @@ from ..quantization.schemes import Codes, Grid, Scheme
 from ..reports.guard import ActivationQuantization
 from .preprocessing import bias_of, make_room
 from .rewriter import drop_lost_defaults
-from .static_codes import StaticGraphChecker
+from .static_codes import StaticGraphChecker, quantized_axis
 from .weight_forms import Emitter
 from .writers import FloatWriter, guarded_values, save
 
@@ -136,16 +137,22 @@ def _left_float(main: GraphProto) -> list[str]:
 
 
 def _read_otherwise(weights: Iterable[Weight]) -> list[str]:
-    """The names of the nodes that read a weight whose scales are those of other channels.
+    """The names of the nodes that read a weight whose scales onnxruntime would not give to them.
 
-    onnxruntime's static quantizer (1.32) gives all readers the scales that fit one of them.
+    Its static quantizer (1.32) gives all readers the scales that fit one of them, and knows scales
+    that differ along one axis, which follows from the operator.
     """
     return [
         use.node.name
         for weight in weights
         for use in weight.uses
-        if use.direct and use.output_axes() != weight.rows
+        if use.direct and use.operator and not _takes_scales(use, weight)
     ]
+
+
+def _takes_scales(use: Use, weight: Weight) -> bool:
+    """Whether onnxruntime's scales differ along the axis along which the weight's do."""
+    return use.output_axes() == weight.rows == (use.perm[quantized_axis(use.node)],)
 
 
 def _one_per_channel(node: NodeProto, weight: TensorProto, bias: TensorProto) -> bool:

@@ -1,6 +1,7 @@
 """Graphs that onnxruntime's static quantizer refuses or gets wrong, each with the right numbers."""
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
@@ -295,3 +296,37 @@ def test_a_weight_of_which_readers_sum_over_different_axes(tmp_path):
     report, (drift,) = static(proto, tmp_path, {"x": X})
     assert report.integers.weight_only == {}
     assert drift < 0.03
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize(
+    "second", [node("MatMul", "x w", "z"), node("Gemm", "x w", "z"), node("MatMul", "w t", "z")]
+)
+def test_a_square_weight_that_is_read_in_two_directions(tmp_path, second, granularity):
+    """onnxruntime would fuse both readers with codes whose scales fit one of them."""
+    w = weights((24, 24)) * np.exp(weights((24, 1), 1) * 10)
+    proto = model(
+        [node("Transpose", "x", "t"), node("Gemm", "x w", "y", transB=1), second],
+        {"x": (F, [4, 24])},
+        {"y": (F, [4, 24]), "z": (F, [24, 4] if "t" in second.input else [4, 24])},
+        {"w": w.astype(np.float32)},
+    )
+    report, drifts = static(proto, tmp_path, {"x": X}, granularity=granularity)
+    assert report.integers.weight_only == {}
+    assert max(drifts) < (0.02 if granularity == "channel" else 0.06)
+
+
+def test_the_result_of_an_operator_whose_weight_stays_float_is_not_rounded(tmp_path):
+    """onnxruntime has scales along one axis; a stack of matrices wants them along two."""
+    proto = model(
+        [node("MatMul", "x w", "h"), node("MatMul", "x s", "y")],
+        {"x": (F, [4, 24])},
+        {"h": (F, [4, 32]), "y": (F, [2, 4, 16])},
+        {"w": weights((24, 32)), "s": weights((2, 24, 16), 1)},
+    )
+    report, (_, drift) = static(proto, tmp_path, {"x": X})
+    assert report.integers.weight_only == {"s": "onnxruntime leaves this MatMul float"}
+    nodes = onnx.load(tmp_path / "out.onnx").graph.node
+    quantized = {n.input[0] for n in nodes if n.op_type == "QuantizeLinear"}
+    assert quantized == {"x", "h_QuantizeLinear_Input"}
+    assert drift < 0.02
