@@ -7,7 +7,7 @@ report says why. All other constants that onnxruntime rounded become float again
 have aligned them, since they were not rounded at random.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 
@@ -22,7 +22,7 @@ from ..graph.copies import IndexedModel
 from ..graph.operators import OPERATORS, operator_of
 from ..graph.scopes import Use
 from ..graph.traversal import attribute, output_names
-from ..graph.weights import Weight, find_weights
+from ..graph.weights import Place, Weight, find_weights
 from ..io.integrity import needed_nodes
 from ..io.model import Model, open_model
 from ..io.writer import Output
@@ -43,6 +43,8 @@ QUANTIZED_OPERATORS = (
     *WEIGHTED, "Add", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape",
     "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Resize", "Concat", "Split", "Slice", "Pad",
 )  # fmt: skip
+
+UNROUNDED = "_QuantizeLinear_Input"  # ends the name of an output before it is rounded
 
 SAMPLES = 32  # inputs that are synthesized beside the accepted ones
 
@@ -251,19 +253,27 @@ class StaticQdqWriter:
             )
         drop_lost_defaults(made.proto, floats.proto)
         _sort(made.proto.graph)
-        self._emit_the_rest(made.proto, checker.weight_only)
+        places = {_place(weights[name]): name for name in self._guarded}
+        self._emit_the_rest(made.proto, places, checker.weight_only)
         weight_only = {called.get(name, name): why for name, why in checker.weight_only.items()}
         floats_left = tuple(called.get(name, name) for name in checker.floats)
         self.integers = replace(self.integers, weight_only=weight_only, floats=floats_left)
         _keep_metadata(made.proto, floats.proto)
         save(made.proto, self.output, made, metadata)
 
-    def _emit_the_rest(self, proto: ModelProto, weight_only: Collection[str]) -> None:
+    def _emit_the_rest(
+        self, proto: ModelProto, places: Mapping[Place, str], weight_only: Collection[str]
+    ) -> None:
         """Write the weight-only tensors in the forms that a graph with float activations has.
 
         So are those in integers for readers that stay float, as all in subgraphs do.
+
+        proto : what the static quantizer made
+        places : the names of the guarded weights, by their places
+        weight_only : the names of those that must be there
         """
-        left = {w.name: w for w in find_weights(proto, partly=True)[0] if w.name in self._guarded}
+        weights = find_weights(proto, partly=True)[0]
+        left = {places[_place(w)]: w for w in weights if _place(w) in places}
         if lost := set(weight_only) - left.keys():
             raise ValidationError(
                 "tensor {tensor!r}: its codes found no place in the graph", tensor=min(lost)
@@ -274,6 +284,16 @@ class StaticQdqWriter:
             weight = replace(found, rows=self._rows[name])  # whatever stands before its operator
             emitter.emit(weight, guarded.scheme, guarded.grid, guarded.codes)
         emitter.finish()
+
+
+def _place(weight: Weight) -> Place:
+    """The weight's place in the model, also in what onnxruntime's static quantizer made of it.
+
+    That gives another name to what a node with graphs in it yields, if it is an output of the model
+    and is quantized.
+    """
+    path, name = weight.place
+    return tuple(part.removesuffix(UNROUNDED) for part in path), name
 
 
 def _sort(main: GraphProto) -> None:

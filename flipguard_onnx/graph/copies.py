@@ -50,7 +50,7 @@ def weights_in_copy(
     def moved(scope: Scope) -> Scope:
         if id(scope) not in scopes:
             parent = scope.parent and moved(scope.parent)
-            scopes[id(scope)] = Scope(twins[id(scope.body)], parent, scope.defined)
+            scopes[id(scope)] = replace(scope, body=twins[id(scope.body)], parent=parent)
         return scopes[id(scope)]
 
     def use_in_copy(use: Use) -> Use:

@@ -32,11 +32,16 @@ WHOLE = (*CHAIN, "Squeeze", "Unsqueeze", "Gather")  # pass on whole matrices of 
 
 @dataclass(frozen=True)
 class Scope:
-    """A graph or the body of a model-local function; names resolve through its parents."""
+    """A graph or the body of a model-local function; names resolve through its parents.
+
+    path: the names that lead to it, from outside: those of a function, then what each node around
+    yields and its attribute. They do not depend on the order of nodes or attributes.
+    """
 
     body: GraphProto | FunctionProto
     parent: "Scope | None" = None
     defined: set[str] = field(default_factory=set)
+    path: tuple[str, ...] = ()
 
     def owner(self, name: str) -> "Scope | None":
         """The innermost scope from here outwards that defines the name."""
@@ -114,7 +119,7 @@ class GraphIndex:
         self._edges: dict[Value, list[tuple[Scope, NodeProto, int]]] = defaultdict(list)
         self._outputs: set[tuple[Value, str]] = set()  # each with the node around its graph
         for function in proto.functions:
-            scope = self._enter(function, None)
+            scope = self._enter(function, None, (function.domain, function.name))
             self.functions[function.domain, function.name] = scope
         self._enter(proto.graph, None)
         for scope in self.scopes:
@@ -123,9 +128,13 @@ class GraphIndex:
         self._leaving = self._reaching(self._outputs, self._renamed)
 
     def _enter(
-        self, body: GraphProto | FunctionProto, parent: Scope | None, around: str = ""
+        self,
+        body: GraphProto | FunctionProto,
+        parent: Scope | None,
+        path: tuple[str, ...] = (),
+        around: str = "",
     ) -> Scope:
-        scope = Scope(body, parent)
+        scope = Scope(body, parent, path=path)
         self._around[id(body)] = around
         self.scopes.append(scope)
         self._inner[id(body)] = scope
@@ -138,7 +147,8 @@ class GraphIndex:
             scope.defined.update(node.output)
             for attr in node.attribute:
                 for graph in subgraphs(attr):
-                    self._enter(graph, scope, node.op_type)
+                    inner = next(filter(None, node.output), ""), attr.name
+                    self._enter(graph, scope, (*path, *inner), node.op_type)
         return scope
 
     def _connect(self, scope: Scope) -> None:

@@ -38,6 +38,8 @@ OTHER_FLOATS = (
 
 BIASES = {"Gemm": 2, "LSTM": 3, "GRU": 3, "RNN": 3}  # inputs that are biases of two axes
 
+Place = tuple[tuple[str, ...], str]  # the path of a scope, and a name in it
+
 SMALLEST = 64  # weights; the scales of a smaller tensor would take more than its codes save
 
 
@@ -84,6 +86,11 @@ class Weight:
     def tensor_name(self) -> str:
         """The name in the graph, where subgraphs may repeat it."""
         return self.node.output[0] if self.node else self.tensor.name
+
+    @property
+    def place(self) -> Place:
+        """What tells it from all others, whatever the order of nodes and attributes."""
+        return self.scope.path, self.tensor_name
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -162,15 +169,10 @@ def find_weights(
     weights: list[Weight] = []
     skipped: list[Skipped] = []
     quantized: dict[str, int] = defaultdict(int)
-    seen: dict[str, int] = defaultdict(int)
-    names: set[str] = set()
+    constants = list(index.constants())
+    names = _unique_names([(scope.path, name) for scope, name, _, _ in constants])
     parts = frozenset().union(*(each.sources for each in unfolded))
-    for scope, plain_name, tensor, node in index.constants():
-        name = plain_name
-        while name in names:
-            seen[plain_name] += 1
-            name = f"{plain_name}#{seen[plain_name] + 1}"
-        names.add(name)
+    for name, (scope, plain_name, tensor, node) in zip(names, constants, strict=True):
         shape = tuple(tensor.dims)
         uses = tuple(index.uses(scope, plain_name, tuple(range(len(shape))), tensor.data_type))
         if tensor.data_type in QUANTIZED and prod(shape) >= SMALLEST and len(shape) > 1:
@@ -218,6 +220,24 @@ def find_weights(
             allowed="a float model, so guard the one that this was made from",
         )
     return weights, skipped
+
+
+def _unique_names(places: Sequence[Place]) -> list[str]:
+    """A name for each constant: its own, or with a number where one of an earlier path has it.
+
+    The order of nodes and attributes, which tools change, does not matter.
+    """
+    names: dict[int, str] = {}
+    taken: set[str] = set()
+    counts: dict[str, int] = defaultdict(lambda: 1)
+    for index in sorted(range(len(places)), key=lambda i: places[i][0]):
+        name = plain_name = places[index][1]
+        while name in taken:
+            counts[plain_name] += 1
+            name = f"{plain_name}#{counts[plain_name]}"
+        taken.add(name)
+        names[index] = name
+    return [names[index] for index in range(len(places))]
 
 
 def selected(name: str, include: tuple[str, ...]) -> bool:

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import flipguard_onnx
 from flipguard_onnx import UnsupportedModelError
@@ -330,3 +330,32 @@ def test_the_result_of_an_operator_whose_weight_stays_float_is_not_rounded(tmp_p
     quantized = {n.input[0] for n in nodes if n.op_type == "QuantizeLinear"}
     assert quantized == {"x", "h_QuantizeLinear_Input"}
     assert drift < 0.02
+
+
+@pytest.mark.parametrize("is_output", [True, False])
+def test_weights_of_the_same_name_in_two_branches(tmp_path, is_output):
+    """onnxruntime lists the branches the other way round; what they yield may get another name."""
+    branches = [
+        helper.make_graph(
+            [node("MatMul", "h own", f"o{seed}")],
+            f"branch{seed}",
+            [],
+            [helper.make_tensor_value_info(f"o{seed}", F, None)],
+            [numpy_helper.from_array(weights((24, 24), seed), "own")],
+        )
+        for seed in (1, 2)
+    ]
+    proto = model(
+        [
+            node("MatMul", "x w", "h"),
+            node("If", "c", "i", then_branch=branches[0], else_branch=branches[1]),
+            node("MatMul", "i v", "y"),
+        ],
+        {"x": (F, [4, 24]), "c": (TensorProto.BOOL, [])},
+        {"y": (F, [4, 16])} | ({"i": (F, [4, 24])} if is_output else {}),
+        {"w": weights((24, 24)), "v": weights((24, 16), 3)},
+    )
+    for taken in (True, False):
+        report, drifts = static(proto, tmp_path, {"x": X, "c": np.array(taken)})
+        assert set(report.integers.weight_only) == {"own", "own#2"}
+        assert max(drifts) < 0.04

@@ -78,6 +78,34 @@ def test_names_repeated_in_subgraphs_stay_apart():
     assert set(found(proto)) == {"outer", "same", "same#2"}
 
 
+def test_names_depend_on_no_order():
+    def branch(name, seed):
+        own = numpy_helper.from_array(weights((24, 24), seed), "own")
+        result = helper.make_tensor_value_info(name, F, None)
+        return helper.make_graph([node("MatMul", "x own", name)], name, [], [result], [own])
+
+    proto = model(
+        [
+            node("If", "c", "a", then_branch=branch("o1", 1), else_branch=branch("o2", 2)),
+            node("If", "c", "b", then_branch=branch("o3", 3), else_branch=branch("o4", 4)),
+            node("MatMul", "a single", "d"),
+            node("Add", "d b", "y"),
+        ],
+        {"x": (F, [8, 24]), "c": (TensorProto.BOOL, [])},
+        {"y": (F, [8, 24])},
+        {"single": weights((24, 24)), "own#2": weights((24, 24))},
+    )
+    before = found(proto)
+    assert [*before] == ["single", "own", "own#3", "own#4", "own#5"]
+    first, second, *others = proto.graph.node
+    for each in (first, second):
+        each.attribute.reverse()
+    del proto.graph.node[:]
+    proto.graph.node.extend([second, first, *others])
+    after = found(proto)
+    assert {name: w.tensor for name, w in before.items()} == {n: w.tensor for n, w in after.items()}
+
+
 def test_reasons():
     proto = model(
         [
