@@ -319,7 +319,7 @@ def _input(value: ValueInfoProto, table_rows: int | None) -> Input:
         )
     dims: list[int | str] = []
     for axis, dim in enumerate(kind.shape.dim):
-        if dim.dim_value > 0:
+        if dim.HasField("dim_value") and dim.dim_value >= 0:
             dims.append(dim.dim_value)
         elif axis == 0 or "batch" in dim.dim_param.lower():
             dims.append(BATCH)

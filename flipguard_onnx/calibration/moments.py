@@ -195,7 +195,7 @@ class MomentRecorder:
         source, template = self._source, self._template
         batch = samples_at_a_time(template, signature(source.proto))
         # attention takes memory that grows with the square of the rows of a sample
-        batch = min(batch, max(1, ROWS // max(self._counts.values())))
+        batch = min(batch, max(1, ROWS // max(1, *self._counts.values())))
         if batch > 1:
             try:
                 self._counted(synthetic_feeds(source, None, template, batch, batch, SEED)[0])
@@ -225,6 +225,8 @@ class MomentRecorder:
         if self._latest is None or self._latest[0] != inputs:  # those before lose their factors
             self._latest = inputs, replace(self._gathered[inputs])
         moments = self._latest[1]
+        if not moments.fresh.shape[1]:
+            return "its inputs hold no values"
         finite = all(np.isfinite(hessian).all() for hessian in moments.hessians)
         return moments if finite and np.isfinite(moments.fresh).all() else "its inputs overflow"
 

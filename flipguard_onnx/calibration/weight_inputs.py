@@ -118,7 +118,8 @@ def _patches(
     count = int(np.prod(places))
     chosen = np.arange(count) if count <= max_rows else rng.choice(count, max_rows, replace=False)
     patches = windows[np.unravel_index(chosen, places)]
-    grouped = patches.reshape(len(chosen), window.groups, -1).transpose(1, 0, 2)
+    columns = prod(patches.shape[1:]) // window.groups
+    grouped = patches.reshape(len(chosen), window.groups, columns).transpose(1, 0, 2)
     return np.ascontiguousarray(grouped, np.float32)
 
 

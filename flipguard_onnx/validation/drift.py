@@ -146,7 +146,8 @@ def _decibels(relative: float) -> float:
 
 
 def _mean(parts: list[Array] | None) -> float | None:
-    return None if parts is None else float(np.mean(np.concatenate(parts)))
+    values = np.concatenate(parts) if parts else np.zeros(0)
+    return float(np.mean(values)) if values.size else None
 
 
 def _divergences(wanted: Array, found: Array) -> npt.NDArray[np.float64]:

@@ -149,3 +149,16 @@ def test_other_outputs_are_refused(tmp_path):
     proto.graph.initializer[0].raw_data = np.full((16, 16), np.inf, np.float32).tobytes()
     with pytest.raises(ValidationError, match="'y' holds NaN or infinity"):
         runner.drift(save(proto, tmp_path, "inf.onnx"), exact=True)
+
+
+def test_a_dimension_of_zero_is_made_up_as_it_is(tmp_path):
+    """onnxruntime takes no other; a cache before the first token has it."""
+    proto = model(
+        [node("Concat", "past x", "h", axis=1), node("MatMul", "h w", "y")],
+        {"x": (F, [1, "n", 8]), "past": (F, [1, 0, 8])},
+        {"y": (F, None)},
+        {"w": weights((8, 16))},
+    )
+    found = Samples(open_model(save(proto, tmp_path)), None).require()
+    assert {feed["past"].shape for feed in found.feeds} == {(1, 0, 8)}
+    assert all(feed["x"].size for feed in found.feeds)

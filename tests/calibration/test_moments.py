@@ -481,3 +481,35 @@ def test_float16_models_are_preserved(tmp_path):
     report = guard(tmp_path, proto, scheme="int4", data=correlated(tmp_path, np.float16))
     assert report.preserve == "data"
     assert 0 < report.tensors[0].gain < 0.3
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_inputs_without_values_teach_nothing(tmp_path, given):
+    proto = model(
+        [node("MatMul", "x w", "a"), node("Conv", "z v", "b"), node("MatMul", "e u", "c")],
+        {"x": (F, ["n", 32]), "z": (F, [0, 4, 10]), "e": (F, [0, 32])},
+        {"a": (F, None), "b": (F, None), "c": (F, None)},
+        {"w": weights((32, 48)), "v": weights((8, 4, 3)), "u": weights((32, 16), 1)},
+    )
+    x = np.random.default_rng(5).standard_normal((40, 32)).astype(np.float32)
+    empty = {"z": np.zeros((0, 4, 10), np.float32), "e": np.zeros((0, 32), np.float32)}
+    np.savez(tmp_path / "x.npz", x=x, **empty)
+    report = flipguard_onnx.guard(
+        save(proto, tmp_path), data=tmp_path / "x.npz" if given else None, seed=1
+    )
+    reasons = {tensor.name: tensor.unfed for tensor in report.tensors}
+    assert reasons["v"] == reasons["u"] == "its inputs hold no values"
+    assert reasons["w"] != reasons["v"]
+    top1 = {drift.output: drift.top1 for drift in report.validation.guarded_exact}
+    assert top1["c"] is None, "of no values, none is the largest"
+
+
+def test_a_model_whose_inputs_are_all_empty(tmp_path):
+    proto = model(
+        [node("MatMul", "x w", "y")],
+        {"x": (F, [0, 32])},
+        {"y": (F, [0, 16])},
+        {"w": weights((32, 16))},
+    )
+    (tensor,) = flipguard_onnx.guard(save(proto, tmp_path)).tensors
+    assert tensor.unfed == "its inputs hold no values"
