@@ -12,7 +12,7 @@ from ..calibration.inputs import node_readers
 from ..errors import ModelError, UnsupportedModelError, ValidationError
 from ..graph.copies import IndexedModel
 from ..graph.operators import operator_of
-from ..graph.traversal import attribute, bodies, graphs, output_names
+from ..graph.traversal import attribute, bodies, graphs, output_names, subgraphs
 from ..io.model import INLINE_LIMIT, Model, open_model
 from ..io.writer import Output
 from .opset import converted
@@ -67,9 +67,10 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
         raise UnsupportedModelError(
             "its outputs depend on no inputs; go without --activations", path=source.path
         ) from None
+    _keep_tied(made.proto, proto)
     main = made.proto.graph
     for node in main.node:  # those that stay float are listed by name
-        if not node.name and (node.op_type in ("Add", "Relu", "Clip") or operator_of(node)):
+        if not node.name:
             node.name = f"{node.output[0]}_{node.op_type}"
     _restore_names(made.proto, source.proto)
     _widen_constants(made)
@@ -82,6 +83,33 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
     del made.proto.metadata_props[:]
     made.proto.metadata_props.extend(source.proto.metadata_props)
     return replace(source, proto=made.proto, payloads=made.payloads)
+
+
+def _keep_tied(proto: ModelProto, source: ModelProto) -> None:
+    """Compute outputs from constants again where onnxruntime evaluated them, if these are there.
+
+    What is an output as well as a weight, transposed for example, is to be what the guarded weight
+    is, and no second constant.
+    """
+    main = proto.graph
+    constants = {tensor.name for tensor in main.initializer}
+    before = [n for n in source.graph.node if not any(map(subgraphs, n.attribute))]
+    computed = {name for n in before if n.op_type != "Constant" for name in n.output}
+    evaluated = [name for name in output_names(main) if name in constants & computed]
+    there = constants.difference(evaluated).union(*(node.output for node in main.node), [""])
+    for name in evaluated:
+        wanted, nodes = {name}, []
+        for node in reversed(before):
+            if wanted.intersection(node.output):
+                nodes.append(node)
+                wanted.update(set(node.input) - there)
+        made = {each for node in nodes for each in node.output}
+        if wanted <= made:
+            remove_named(main.initializer, name)
+            nodes = [*reversed(nodes), *main.node]
+            del main.node[:]
+            main.node.extend(nodes)
+            there |= made
 
 
 def _restore_names(proto: ModelProto, source: ModelProto) -> None:

@@ -114,13 +114,20 @@ def _left_float(main: GraphProto) -> list[str]:
     the next convolution can take as they are. What onnxruntime's static quantizer (1.32) gets wrong
     stays float, too: biases that are not one constant for each output channel, those of a
     ConvTranspose with groups, and a Relu or Clip of an output of the graph, which would get the
-    range behind it; and an operator whose weight is empty, as its output has no range.
+    range behind it; and an operator whose weight is empty, as its output has no range. So does what
+    is computed from constants alone.
     """
     makers = {name: operator_of(node) for node in main.node for name in node.output}
     outputs = {*output_names(main)}
     constants = {tensor.name: tensor for tensor in main.initializer}
+    constant = {*constants}
+    for node in main.node:
+        if node.input and constant.issuperset(node.input):
+            constant.update(node.output)
 
     def is_float(node: NodeProto) -> bool:
+        if node.input and constant.issuperset(node.input):
+            return True
         if node.op_type in ("Relu", "Clip"):
             return node.input[0] in outputs
         if any(0 in constants[name].dims for name in node.input if name in constants):

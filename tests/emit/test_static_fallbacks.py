@@ -359,3 +359,26 @@ def test_weights_of_the_same_name_in_two_branches(tmp_path, is_output):
         report, drifts = static(proto, tmp_path, {"x": X, "c": np.array(taken)})
         assert set(report.integers.weight_only) == {"own", "own#2"}
         assert max(drifts) < 0.04
+
+
+def test_a_weight_that_is_an_output_transposed_is_one_weight(tmp_path):
+    """onnxruntime would make a second constant of the output, which would not be guarded."""
+    proto = model(
+        [
+            node("MatMul", "x w", "h"),
+            node("MatMul", "h v", "y"),
+            node("Transpose", "w", "t"),
+            node("Identity", "t", "w_out"),
+        ],
+        {"x": (F, [4, 24])},
+        {"y": (F, [4, 16]), "w_out": (F, [32, 24])},
+        {"w": weights((24, 32)), "v": weights((32, 16), 1)},
+    )
+    report, (drift, of_weight) = static(proto, tmp_path, {"x": X})
+    assert report.coverage == 1
+    assert (report.skipped, report.integers.weight_only) == ((), {})
+    assert drift < 0.03
+    assert 0 < of_weight < 0.02
+    values = initializers(tmp_path / "out.onnx")
+    (found,) = onnxruntime.InferenceSession(tmp_path / "out.onnx").run(["w_out"], {"x": X})
+    np.testing.assert_array_equal(found, (values["w_quantized"] * values["w_scale"]).T)
