@@ -16,7 +16,7 @@ from ..graph.traversal import attribute, bodies, graphs, output_names, subgraphs
 from ..io.model import INLINE_LIMIT, Model, open_model
 from ..io.writer import Output
 from .opset import converted
-from .rewriter import drop_lost_defaults, remove_named
+from .rewriter import IR_VERSION, drop_lost_defaults, remove_named
 
 QUANTIZER_SUFFIXES = (  # of the names that it makes
     *("_quantized", "_quantized_scale", "_quantized_zero_point", "_scale", "_zero_point"),
@@ -67,6 +67,7 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
         raise UnsupportedModelError(
             "its outputs depend on no inputs; go without --activations", path=source.path
         ) from None
+    _drop_new_inputs(made.proto, proto)
     _keep_tied(made.proto, proto)
     main = made.proto.graph
     for node in main.node:  # those that stay float are listed by name
@@ -83,6 +84,16 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
     del made.proto.metadata_props[:]
     made.proto.metadata_props.extend(source.proto.metadata_props)
     return replace(source, proto=made.proto, payloads=made.payloads)
+
+
+def _drop_new_inputs(proto: ModelProto, source: ModelProto) -> None:
+    """Let constants be no inputs that are none in the source.
+
+    onnxruntime lists all of them as inputs in models of before IR version 4, which know no others.
+    """
+    known = {value.name for value in source.graph.input}
+    remove_named(proto.graph.input, *({value.name for value in proto.graph.input} - known))
+    proto.ir_version = max(proto.ir_version, IR_VERSION)
 
 
 def _keep_tied(proto: ModelProto, source: ModelProto) -> None:
@@ -144,13 +155,14 @@ def _widen_constants(model: Model) -> None:
     main = model.proto.graph
     readers = node_readers(node for graph in graphs(model.proto) for node in graph.node)
     outputs = {*output_names(main)}
+    inputs = {value.name for value in main.input}
     left = {id(n) for n in main.node if _widens(n) and not outputs.intersection(n.output)}
     renamed: dict[str, str] = {}
     dropped: set[int] = set()
     for tensor in main.initializer:
         casts = {id(node): node.output[0] for node in readers[tensor.name]}
         is_short = tensor.data_type in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-        if is_short and casts and casts.keys() <= left:
+        if is_short and tensor.name not in inputs and casts and casts.keys() <= left:
             tensor.CopyFrom(from_array(model.array(tensor).astype("float32"), tensor.name))
             renamed.update(dict.fromkeys(casts.values(), tensor.name))
             dropped |= casts.keys()

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import flipguard_onnx
 from flipguard_onnx import UnsupportedModelError
+from tests.helpers import odd_graphs
 from tests.helpers.samples import F, model, node, save, weights
 from tests.helpers.written import initializers
 
@@ -382,3 +383,17 @@ def test_a_weight_that_is_an_output_transposed_is_one_weight(tmp_path):
     values = initializers(tmp_path / "out.onnx")
     (found,) = onnxruntime.InferenceSession(tmp_path / "out.onnx").run(["w_out"], {"x": X})
     np.testing.assert_array_equal(found, (values["w_quantized"] * values["w_scale"]).T)
+
+
+def test_an_old_model_gets_no_new_inputs(tmp_path):
+    """Before IR version 4 all constants are inputs, so that onnxruntime lists its own as well."""
+    source = save(odd_graphs.old_opset(), tmp_path)
+    x = np.random.default_rng(4).standard_normal((1, 3, 6, 6)).astype(np.float32)
+    _, drifts = static(odd_graphs.old_opset(), tmp_path, {"x": x})
+    before, after = (
+        [value.name for value in onnx.load(path).graph.input]
+        for path in (source, tmp_path / "out.onnx")
+    )
+    assert after[0] == "x"
+    assert set(after) <= set(before)
+    assert max(drifts) < 0.05
