@@ -230,11 +230,15 @@ class StaticGraphChecker:
         return self._made.array(self._constants[name])
 
 
-def quantized_axis(node: NodeProto) -> int:
-    """The axis of a weight along which onnxruntime's static quantizer (1.32) has its scales differ,
-    whatever number of axes there are, and on whichever side of a MatMul it stands."""
-    transposed = node.op_type == "Gemm" and attribute(node, "transB", 0)
-    return 0 if node.op_type == "Conv" or transposed else 1
+def quantized_axis(node: NodeProto, index: int) -> int | None:
+    """The axis of a weight along which onnxruntime's static quantizer (1.32) has its scales differ.
+
+    It is the same whatever number of axes there are, and on both sides of a MatMul; None on the
+    left of a Gemm, where the quantizer takes a weight for an activation.
+    """
+    if node.op_type == "Gemm":
+        return (0 if attribute(node, "transB", 0) else 1) if index == 1 else None
+    return 0 if node.op_type == "Conv" else 1
 
 
 def _has_scales(node: NodeProto, index: int, weight: Weight) -> bool:
@@ -243,7 +247,7 @@ def _has_scales(node: NodeProto, index: int, weight: Weight) -> bool:
     if not operator or not operator.static or index not in operator.weights:
         return False
     axes = operator.output_axes(node, index, len(weight.shape))
-    return axes == weight.rows == (quantized_axis(node),)
+    return axes == weight.rows == (quantized_axis(node, index),)
 
 
 def _drop_unread_initializers(proto: ModelProto) -> None:

@@ -161,7 +161,8 @@ def _read_otherwise(weights: Iterable[Weight]) -> list[str]:
 
 def _takes_scales(use: Use, weight: Weight) -> bool:
     """Whether onnxruntime's scales differ along the axis along which the weight's do."""
-    return use.output_axes() == weight.rows == (use.perm[quantized_axis(use.node)],)
+    axis = quantized_axis(use.node, use.index)
+    return axis is not None and use.output_axes() == weight.rows == (use.perm[axis],)
 
 
 def _one_per_channel(node: NodeProto, weight: TensorProto, bias: TensorProto) -> bool:

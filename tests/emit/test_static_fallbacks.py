@@ -317,19 +317,27 @@ def test_a_square_weight_that_is_read_in_two_directions(tmp_path, second, granul
     assert max(drifts) < (0.02 if granularity == "channel" else 0.06)
 
 
-def test_the_result_of_an_operator_whose_weight_stays_float_is_not_rounded(tmp_path):
-    """onnxruntime has scales along one axis; a stack of matrices wants them along two."""
+@pytest.mark.parametrize(
+    ("reader", "shape"),
+    [
+        (node("MatMul", "x s", "y"), (2, 24, 16)),  # scales along two axes, where there can be one
+        (node("MatMul", "s t", "y"), (16, 24)),  # along the other axis
+        (node("Gemm", "s t", "y"), (16, 24)),  # one scale, as for an activation
+    ],
+)
+def test_the_result_of_an_operator_whose_weight_stays_float_is_not_rounded(tmp_path, reader, shape):
     proto = model(
-        [node("MatMul", "x w", "h"), node("MatMul", "x s", "y")],
+        [node("MatMul", "x w", "h"), node("Transpose", "x", "t"), reader],
         {"x": (F, [4, 24])},
-        {"h": (F, [4, 32]), "y": (F, [2, 4, 16])},
-        {"w": weights((24, 32)), "s": weights((2, 24, 16), 1)},
+        {"h": (F, [4, 32]), "y": (F, None)},
+        {"w": weights((24, 32)), "s": weights(shape, 1)},
     )
     report, (_, drift) = static(proto, tmp_path, {"x": X})
-    assert report.integers.weight_only == {"s": "onnxruntime leaves this MatMul float"}
+    assert report.integers.weight_only == {"s": f"onnxruntime leaves this {reader.op_type} float"}
     nodes = onnx.load(tmp_path / "out.onnx").graph.node
     quantized = {n.input[0] for n in nodes if n.op_type == "QuantizeLinear"}
-    assert quantized == {"x", "h_QuantizeLinear_Input"}
+    assert "h_QuantizeLinear_Input" in quantized
+    assert "y_QuantizeLinear_Input" not in quantized
     assert drift < 0.02
 
 
