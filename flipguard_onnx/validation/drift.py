@@ -21,6 +21,8 @@ LOGITS = range(2, 1_000_000)  # sizes of a last axis over which argmax is compar
 
 VOCABULARY = 1000  # from this size on, a last axis is taken for logits of a distribution
 
+KERNELS = 0.1  # relative L2 that kernels with integers may add
+
 TINY = float(np.finfo(np.float32).tiny)
 
 Array = npt.NDArray[Any]
@@ -45,6 +47,28 @@ def judge(nearest: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) 
                 output=drift.output,
                 allowed=f"up to {MAX_KL:g}, which is {math.exp(MAX_KL):.1f} times the perplexity",
             )
+
+
+def require_same_meaning(exact: Sequence[Drift], default: Sequence[Drift]) -> None:
+    """Raise ValidationError when a session with default options reads something else in a file.
+
+    Its kernels round what weights are multiplied with, which adds little; where it rewrites a graph
+    wrongly, rounding to nearest is as far off, and no comparison with that shows it.
+
+    Parameters
+    ----------
+    exact : of the guarded model with its codes decoded first
+    default : of the same file in a session with default options
+    """
+    allowed = 2 * pooled(exact) + KERNELS
+    if not pooled(default) <= allowed:
+        raise ValidationError(
+            "in a session with default options the outputs drift by {found:.4f} (relative L2), but "
+            "by {exact:.4f} with the codes decoded first: onnxruntime rewrites this graph wrongly",
+            found=pooled(default),
+            exact=pooled(exact),
+            allowed=f"{allowed:.4f}",
+        )
 
 
 def drifts(

@@ -30,7 +30,7 @@ from ..io.model import Model, open_model
 from ..io.writer import Output
 from ..quantization.schemes import Scheme
 from ..reports.validation import Drift, Validation
-from .drift import DriftSums, judge
+from .drift import DriftSums, judge, require_same_meaning
 from .layers import Layer, cut_out, sample
 
 INFIDELITY = 1e-3  # relative L2 that another order of summation may cause
@@ -220,6 +220,7 @@ class Validator:
         )
         judge(result.plain_exact, result.guarded_exact, self.max_drift)
         judge(result.plain_default, result.guarded_default, self.max_drift)
+        require_same_meaning(result.guarded_exact, result.guarded_default)
         if result.moved:
             judge(result.plain_default, result.moved, self.max_drift)
         return result

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from flipguard_onnx import DriftError
+from flipguard_onnx import DriftError, ValidationError
 from flipguard_onnx.reports.validation import MAX_RELATIVE_L2, Drift, joined, pooled
-from flipguard_onnx.validation.drift import drifts, judge
+from flipguard_onnx.validation.drift import drifts, judge, require_same_meaning
 
 
 def drift(relative, kl=None):
@@ -16,6 +16,13 @@ def test_no_drift_of_nearest_rounding_excuses_a_lost_model():
     judge(drift(0.7), drift(MAX_RELATIVE_L2), max_drift=3)
     with pytest.raises(DriftError, match=r"0\.8100 .* 2\.16 times .* at most 0\.8 at all"):
         judge(drift(0.7), drift(0.81), max_drift=2)
+
+
+def test_a_session_with_default_options_computes_what_the_codes_stand_for():
+    """Kernels round activations; whatever adds more is a graph that was rewritten wrongly."""
+    require_same_meaning(drift(0.02), drift(0.13))
+    with pytest.raises(ValidationError, match=r"by 0\.2000 .* by 0\.0200 .* allowed: 0\.1400"):
+        require_same_meaning(drift(0.02), drift(0.2))
 
 
 def test_a_language_model_may_not_lose_its_distributions():
