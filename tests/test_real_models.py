@@ -144,17 +144,19 @@ def test_onnxruntimes_tools_turn_the_moved_model_into_our_codes(tmp_path, monkey
     """The float model that we write, put through onnxruntime's own quantizer of that format."""
     monkeypatch.setattr(qdq, "MIN_PACKED", 0)  # all in the kernels' layouts, which are theirs
     moved, output = tmp_path / "out-float.onnx", tmp_path / "out.onnx"
-    options = {"output": output, "emit": "both", "target": "onnxruntime"}
+    target = "portable" if scheme == "uint8" else "onnxruntime"
+    options = {"output": output, "emit": "both", "target": target}
     flipguard_onnx.guard(downloaded("fsmn_vad"), scheme, **options)
     theirs = tmp_path / "theirs.onnx"
-    if scheme == "int8":
-        options = {"WeightSymmetric": True}
-        kind = QuantType.QInt8
+    if scheme in ("int8", "uint8"):
+        options = {"WeightSymmetric": scheme == "int8"}
+        kind = QuantType.QInt8 if scheme == "int8" else QuantType.QUInt8
         quantize_dynamic(moved, theirs, per_channel=True, weight_type=kind, extra_options=options)
         suffix, model = "quantized", onnx.load(theirs)
-    elif scheme == "int4":
+    elif scheme in ("int4", "uint4"):
+        symmetric, layout = scheme == "int4", QuantFormat.QOperator
         quantizer = MatMulNBitsQuantizer(
-            str(moved), block_size=32, is_symmetric=True, quant_format=QuantFormat.QOperator
+            str(moved), block_size=32, is_symmetric=symmetric, quant_format=layout
         )
         quantizer.process()
         suffix, model = "Q4", quantizer.model.model

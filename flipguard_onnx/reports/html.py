@@ -27,6 +27,8 @@ TONES = {
     "aligned": "bad",
 }
 
+USUAL = ("int8 channel", "int8 tensor", "int4", "nf4", "fp4")  # grids that every layer shows
+
 IDENTITY = {  # columns of the table of layers, and what they mean where that needs words
     "name": "",
     "operator": "",
@@ -158,7 +160,7 @@ def _scanned(tensor: ScannedTensor) -> Layer:
         cells.append(share(at.budget.shares[0]))
     else:
         cells += [Cell("")] * 9
-    return Layer(tuple(cells), tuple((a.grid, a.histogram) for a in tensor.alignments))
+    return Layer(tuple(cells), _histograms(tensor.alignments, *tensor.verdict.grids))
 
 
 def _guarded(tensor: Tensor, found: ScannedTensor | None) -> Layer:
@@ -168,8 +170,15 @@ def _guarded(tensor: Tensor, found: ScannedTensor | None) -> Layer:
     cells.append(Cell("none") if tensor.gain is None else figure(min(tensor.gain, 1.0), "x"))
     cells += map(share, tensor.budget.shares) if tensor.budget else [Cell("")] * 3
     cells += [Cell(found.verdict.level), share(found.verdict.strength)] if found else [Cell("")] * 2
-    alignments = found.alignments if found else ()
-    return Layer(tuple(cells), tuple((a.grid, a.histogram) for a in alignments))
+    shown = _histograms(found.alignments, tensor.grid, *found.verdict.grids) if found else ()
+    return Layer(tuple(cells), shown)
+
+
+def _histograms(
+    alignments: Iterable[Alignment], *grids: str
+) -> tuple[tuple[str, tuple[float, ...]], ...]:
+    """Those of the usual grids and of these; all of a large model would make a large page."""
+    return tuple((a.grid, a.histogram) for a in alignments if a.grid in (*USUAL, *grids))
 
 
 def _identity(name: str, op: str, shape: Sequence[int], weights: int) -> tuple[Cell, ...]:

@@ -26,7 +26,7 @@ from tests.helpers.attacked import FOLDER
 from tests.helpers.command import call, one_line
 from tests.helpers.samples import matmul, save, weights
 
-GRIDS = ("int8 channel", "int8 tensor", "int4", "nf4", "fp4")
+MADE_UP = ("int8 channel", "int8 tensor", "int4", "nf4", "fp4")
 EVIL = "</script><img src=x onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -69,7 +69,7 @@ def a_scan(count, attacked=()):
             (i + 100, 1),
             i + 100,
             aligned if i in attacked else clean,
-            tuple(alignment(g, i + 100, 0.3 * (i in attacked and g == "int4")) for g in GRIDS),
+            tuple(alignment(g, i + 100, 0.3 * (i in attacked and g == "int4")) for g in MADE_UP),
         )
         for i in range(count)
     )
@@ -77,7 +77,7 @@ def a_scan(count, attacked=()):
         Skipped("bias", (8,), SkipReason.ONE_AXIS),
         Skipped(f"{EVIL}.pos", (1, 8, 8), SkipReason.NO_OPERATOR, "Add"),
     )
-    pooled = tuple(alignment(g, 9999, 0.3 * bool(attacked and g == "int4")) for g in GRIDS)
+    pooled = tuple(alignment(g, 9999, 0.3 * bool(attacked and g == "int4")) for g in MADE_UP)
     verdict = aligned if attacked else clean
     return Scan("0", f"{EVIL}.onnx", "ab" * 32, {}, 10**6, verdict, pooled, tensors, skipped, 1.0)
 
@@ -123,7 +123,7 @@ def test_the_verdict_and_the_histograms_are_there():
     assert "on int4</h2>" in html  # the heat map is of the grid that stands out
     embedded = re.search(r'id="histograms">(.*?)</script>', html)[1]
     histograms = json.loads(embedded)
-    assert [grid for grid, _ in histograms[1]] == list(GRIDS)
+    assert [grid for grid, _ in histograms[1]] == list(MADE_UP)
     assert histograms[1][2][1] == [3350, *[350] * 19]
     assert histograms[0][2][1] == [500] * 20
 
@@ -166,7 +166,7 @@ def test_the_page_of_a_guard(guarded):
     drift = re.search(r"the outputs drift from the original's by ([\d.]+)", text)[1]
     assert f"drift from the original&#39;s by {float(drift):.4f} (relative L2)" in html
     embedded = json.loads(re.search(r'id="histograms">(.*?)</script>', html)[1])
-    assert [grid for grid, _ in embedded[0]] == list(GRIDS)
+    assert [grid for grid, _ in embedded[0]] == list(MADE_UP)
     flipped = re.search(r"Gemm +int4 +3 +84,480 +([\d.]+%)", text)[1]
     assert f"{flipped} of them moved across a boundary" in html
 
@@ -262,7 +262,7 @@ def test_in_a_browser(browser, tmp_path):
 
     browser.find_element("css selector", "button[data-layer='4']").click()
     details = browser.find_elements("css selector", "tr.details figure")
-    assert [figure.text for figure in details] == list(GRIDS)
+    assert [figure.text for figure in details] == list(MADE_UP)
     assert len(details[2].find_elements("css selector", "rect.bar")) == 20
     browser.find_element("css selector", "button[data-layer='4']").click()
     assert not browser.find_elements("css selector", "tr.details")
@@ -311,7 +311,7 @@ def test_the_page_of_a_guard_in_a_browser(browser, guarded, tmp_path):
     opened(browser, file)
     assert shown(browser, 1) == ["Gemm"] * 3
     browser.find_element("css selector", "button[data-layer='1']").click()
-    assert len(browser.find_elements("css selector", "tr.details figure")) == len(GRIDS)
+    assert len(browser.find_elements("css selector", "tr.details figure")) == len(MADE_UP)
     assert len(browser.find_elements("css selector", "section > figure > svg")) == 3
     assert requests(browser) == [file.as_uri()]
     assert browser.get_log("browser") == []

@@ -36,10 +36,10 @@ class Case:
     folder: Path
 
     @property
-    def format(self) -> tuple[str, str]:
+    def format(self) -> tuple[str, str | None]:
         """Scheme and granularity, as guard() names them."""
         name, _, granularity = self.scheme.partition("_")
-        return name, granularity or "channel"
+        return name, granularity or None
 
     def guard(self, target: Path, model: onnx.ModelProto | Path | None = None, **options):
         """guard() of this model, or of a changed copy, as it is called by a user."""

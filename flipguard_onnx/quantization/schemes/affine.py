@@ -208,7 +208,8 @@ class MinMax(Affine):
         width = below + above
         share = np.divide(below, width, out=np.zeros_like(width), where=width > 0) * self.steps
         found, zero = np.full_like(width, np.inf), np.zeros_like(width)
-        for place in (np.floor(share), np.ceil(share)):
+        for step in (-1, 0, 1):  # -1: where rounding has made a whole number of the share
+            place = np.clip(np.floor(share) + step, 0, self.steps)
             with np.errstate(divide="ignore", invalid="ignore"):
                 sides = below / place, above / (self.steps - place)
             scale = np.maximum(*(np.where(np.isnan(side), 0, side) for side in sides))
