@@ -18,6 +18,8 @@ from ..io.writer import Output
 from .opset import converted
 from .rewriter import IR_VERSION, drop_lost_defaults, remove_named
 
+CALIBRATORS = ("ReduceMax", "ReduceMin")  # the calibration adds such nodes, of just these names
+
 QUANTIZER_SUFFIXES = (  # of the names that it makes
     *("_quantized", "_quantized_scale", "_quantized_zero_point", "_scale", "_zero_point"),
     *("_QuantizeLinear_Input", "_QuantizeLinear_Output", "_DequantizeLinear_Output"),
@@ -71,7 +73,7 @@ def preprocessed(source: Model, activations: str, max_bytes: int, folder: Path) 
     _keep_tied(made.proto, proto)
     main = made.proto.graph
     for node in main.node:  # those that stay float are listed by name
-        if not node.name:
+        if not node.name and node.op_type not in CALIBRATORS:
             node.name = f"{node.output[0]}_{node.op_type}"
     _restore_names(made.proto, source.proto)
     _widen_constants(made)

@@ -405,3 +405,18 @@ def test_an_old_model_gets_no_new_inputs(tmp_path):
     assert after[0] == "x"
     assert set(after) <= set(before)
     assert max(drifts) < 0.05
+
+
+def test_a_node_without_a_name_may_reduce_what_is_calibrated(tmp_path):
+    """The calibration adds a ReduceMax and a ReduceMin of each value, named after it."""
+    nodes = [node("MatMul", "x w", "h"), node("ReduceMax", "h", "m", axes=[0], keepdims=1)]
+    proto = model(
+        [*nodes, node("MatMul", "m v", "y")],
+        {"x": (F, [4, 24])},
+        {"y": (F, [1, 16])},
+        {"w": weights((24, 32)), "v": weights((32, 16), 1)},
+        opset=13,
+    )
+    report, drifts = static(proto, tmp_path, {"x": X})
+    assert report.integers.weight_only == {}
+    assert max(drifts) < 0.05
