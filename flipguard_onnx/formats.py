@@ -15,7 +15,8 @@ class Format:
 
     bits: of a code. granularities: of its scales. block_size: by default, where there are blocks.
     divisors: by granularity, the level that the largest magnitude of a block gets. reducible:
-    whether there is a form with a bit less.
+    whether there is a form with a bit less. has_zeros: whether blocks differ in the code that
+    stands for 0; files then hold unsigned codes.
     """
 
     bits: int
@@ -23,6 +24,7 @@ class Format:
     block_size: int
     divisors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     reducible: bool = False
+    has_zeros: bool = False
 
 
 _OF_INT4 = (8.0, 7.5, 7.0)
@@ -35,9 +37,9 @@ FORMATS = {
         {"channel": (127.0,), "tensor": (127.0,), "block": (128.0, 127.0)},
         reducible=True,
     ),
-    "uint8": Format(8, ("channel", "tensor", "block"), 32, reducible=True),
+    "uint8": Format(8, ("channel", "tensor", "block"), 32, reducible=True, has_zeros=True),
     "int4": Format(4, ("block", "channel"), 32, {"block": _OF_INT4, "channel": _OF_INT4}),
-    "uint4": Format(4, ("block", "channel"), 32),
+    "uint4": Format(4, ("block", "channel"), 32, has_zeros=True),
     "nf4": Format(4, ("block",), 64),
     "fp4": Format(4, ("block",), 64),
 }

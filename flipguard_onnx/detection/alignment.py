@@ -73,7 +73,7 @@ FLOAT16_ZERO_BITS = range(13, 16)  # how many low bits of a float32 are 0 if it 
 
 FLOAT16_STEP = np.float32(2.0**-24)  # between the smallest values of float16
 
-ECHO = 0.15  # share of its strength that a grid with weights of its own keeps without the others'
+ECHO = 0.15  # share of a strength up to which it may be due to boundaries shared with others
 
 CANDIDATES = 4  # grids that are tried in turn as the one that explains the most
 

@@ -33,7 +33,7 @@ from ..reports.scan import (
     listed,
     pieces,
 )
-from .alignment import GRIDS, Sample, Tally, alignment, explaining, sample_size, tallies
+from .alignment import ECHO, GRIDS, Sample, Tally, alignment, explaining, sample_size, tallies
 from .prequantized import find_lattice, most_are_levels, most_repeat, on_codebook
 
 MIN_WEIGHTS = 1000  # fewer prove nothing
@@ -45,8 +45,6 @@ ALIGNED = 0.01  # how much more it takes for the verdict "aligned"
 NOISE = 0.6  # / sqrt(weights): the strength that may be chance
 
 SHIFTED = 0.03  # largest difference to the placebos of weights that a lattice has blurred
-
-ECHO = 0.15  # of the strongest grid's strength; others share some of its boundaries
 
 # Tensors that are no weights as the graph is; one that has more of them than weights may change.
 UNREAD = (SkipReason.NO_OPERATOR, SkipReason.NO_WEIGHT, SkipReason.NOT_FOLLOWED)

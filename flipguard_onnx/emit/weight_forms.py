@@ -45,7 +45,7 @@ from ..graph.traversal import attribute
 from ..graph.weights import Weight
 from ..io.writer import Output
 from ..quantization.arrays import contiguous
-from ..quantization.schemes import Affine, Codebook, Grid, Scheme
+from ..quantization.schemes import Codebook, Grid, Scheme
 from .rewriter import Rewriter, remove_named
 
 MIN_PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory where speed counts
@@ -137,7 +137,7 @@ def _picked_axis(use: Use) -> int:
 
 def _shares_packed(use: Use, weight: Weight, scheme: Scheme, target: Target) -> bool:
     """Whether the rows that a Gather picks can be read from the packed codes of a matrix."""
-    fits = use.perm == weight.perm and use.elem_type in PACKED_TYPES and not has_zeros(scheme)
+    fits = use.perm == weight.perm and use.elem_type in PACKED_TYPES and not scheme.has_zeros
     forms = (_packed_form(each, weight, scheme, target) for each in weight.uses)
     return fits and WeightForm.NBITS in forms
 
@@ -160,11 +160,6 @@ def _decoded_form(scheme: Scheme, target: Target) -> WeightForm:
     """The form in which any reader can take the weight."""
     folds = isinstance(scheme, Codebook) or target.name == "onnxruntime"
     return WeightForm.FOLDED if folds else WeightForm.DEQUANTIZE
-
-
-def has_zeros(scheme: Scheme) -> bool:
-    """Whether blocks differ in the code that stands for 0."""
-    return isinstance(scheme, Affine) and scheme.has_zeros
 
 
 class Emitter:
@@ -219,7 +214,7 @@ class _WeightCodes:
         self._blocks = grid.blocks
         self._codes = codes
         self._in_blocks = scheme.in_blocks
-        self._has_zeros = has_zeros(scheme)
+        self._has_zeros = scheme.has_zeros
         self._fuses_one_way = scheme.in_blocks or scheme.bits == 4
         self._pads = target.name != "onnxruntime"
         self._integers = target.integers
@@ -563,7 +558,7 @@ class _WeightCodes:
                 return self._add_constant(
                     suffix, per_block.reshape(*split[:-1], 1).transpose(order)
                 )
-            return self._add_constant(suffix, self._broadcast(per_block).transpose(perm))
+            return self._add_constant(suffix, self._broadcast(per_block, perm))
 
         steps = {"Sub": of_rows("zero", self._grid.zero)} if self._has_zeros else {}
         steps |= {"Mul": of_rows("scale", self._grid.scale)}
@@ -600,16 +595,13 @@ class _WeightCodes:
 
     def _fold_rows(self, perm: tuple[int, ...]) -> str:
         """w -> Mul(Cast(codes), scales), all with the operand's axes; a Sub of zeros in between."""
-
-        def of_rows(suffix: str, per_block: Array) -> str:
-            values = self._broadcast(per_block)
-            return self._add_constant(suffix, values.transpose(perm) if values.ndim else values)
-
         codes = self._add_codes("quantized", self._weight.stored(self._codes).transpose(perm))
         value = self._add_node("Cast", [codes], to=TensorProto.FLOAT)
         if self._has_zeros:
-            value = self._add_node("Sub", [value, of_rows("zero", self._grid.zero)])
-        return self._add_node("Mul", [value, of_rows("scale", self._grid.scale)])
+            zeros = self._add_constant("zero", self._broadcast(self._grid.zero, perm))
+            value = self._add_node("Sub", [value, zeros])
+        scales = self._add_constant("scale", self._broadcast(self._grid.scale, perm))
+        return self._add_node("Mul", [value, scales])
 
     def _fold_blocks(self, perm: tuple[int, ...]) -> str:
         """w -> Transpose(Reshape(Slice(Reshape(Mul(value(codes), scales))))).
@@ -667,13 +659,13 @@ class _WeightCodes:
         """Values of the blocks, [rows, blocks of a row]; one for the tensor: [1, 1]."""
         return per_block.reshape(self._blocks.rows, self._blocks.per_row)
 
-    def _broadcast(self, per_row: Array) -> Array:
-        """Values of whole rows in a shape that broadcasts against the stored tensor."""
+    def _broadcast(self, per_row: Array, perm: tuple[int, ...]) -> Array:
+        """Values of whole rows in a shape that broadcasts against the operand; perm: as in Use."""
         if self._blocks.rows == 1:
             return per_row.reshape(())
         rows = [self._weight.shape[axis] for axis in self._weight.rows]
         ones = [1] * (len(self._weight.shape) - len(rows))
-        return per_row.reshape(rows + ones).transpose(np.argsort(self._weight.perm))
+        return per_row.reshape(rows + ones).transpose(np.argsort(self._weight.perm)).transpose(perm)
 
     def _add_codes(self, suffix: str, codes: Array, unsigned: bool = False) -> str:
         """Add integer codes, or zero points: a byte each at 8 bits, two to a byte at 4.

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 
+from ..formats import FORMATS
 from .guard import GuardReport
-
-WITH_ZEROS = ("uint8", "uint4")
 
 SCAN_TERMS = {  # columns of a scan
     "near": "share of the weights at a distance below 0.1 from a decision boundary (0: on the "
@@ -28,7 +27,7 @@ def scheme_in_words(report: GuardReport) -> str:
     if report.block_size is not None:
         share += f" of {report.block_size} weights"
     words = f"{report.scheme}, one scale {share}"
-    if report.scheme in WITH_ZEROS:
+    if FORMATS[report.scheme].has_zeros:
         words += ", with zero points"
     if "/" in report.grid:
         words += f", largest magnitude / {report.scale:g}"

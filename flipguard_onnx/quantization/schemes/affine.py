@@ -55,11 +55,6 @@ class Affine(Scheme):
     highest: int
     rule: int
 
-    @property
-    def has_zeros(self) -> bool:
-        """Whether blocks differ in the code that stands for 0; files then hold unsigned codes."""
-        return False
-
     def levels(self, rule: int, *, full: bool = False) -> scalar.Levels:
         """The codes as levels. full: all that the type has."""
         half = 1 << self.bits - 1
@@ -171,10 +166,6 @@ class MinMax(Affine):
     exactly: bool = True
     steps: int = 255
 
-    @property
-    def has_zeros(self) -> bool:
-        return True
-
     def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
         """scale = range / steps, and the lowest code + round(-lowest weight / scale) stands for 0.
 
@@ -203,8 +194,7 @@ class MinMax(Affine):
 
     def unclipped(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
         """The smallest scale for which 0 is a level and the range lies within the codes."""
-        low, high = (each.astype(np.float64) for each in extremes)
-        below, above = -np.minimum(low, 0), np.maximum(high, 0)
+        below, above = _sides(extremes)
         width = below + above
         share = np.divide(below, width, out=np.zeros_like(width), where=width > 0) * self.steps
         found, zero = np.full_like(width, np.inf), np.zeros_like(width)
@@ -224,8 +214,7 @@ class MinMax(Affine):
 
         The quantizer rounds it to one, so that one end of the range is clipped.
         """
-        low, high = (each.astype(np.float64) for each in extremes)
-        below, above = -np.minimum(low, 0), np.maximum(high, 0)
+        below, above = _sides(extremes)
         scales = self.grid(extremes, blocks, values.dtype).scales
         step = (below + above) / self.steps
         share = np.divide(below, step, out=np.zeros_like(step), where=step > 0)
@@ -292,12 +281,8 @@ def _moved(
     if not wanted.any():
         return values, extremes
     step = np.where(wanted, step, 1.0)
-    low, high = (each.astype(np.float64) for each in extremes)
-    negative, positive = -np.minimum(low, 0), np.maximum(high, 0)
-    magnitudes = (
-        np.where(sign < 0, negative, positive),
-        np.where(sign < 0, positive, negative),
-    )
+    below, above = _sides(extremes)
+    magnitudes = np.where(sign < 0, below, above), np.where(sign < 0, above, below)
     chance = np.where(wanted, magnitudes[0] / step - near, 0)
     numbers = np.arange(blocks.count)
     is_near = random.uniform(blocks.first_weight(numbers)) < chance
@@ -308,7 +293,7 @@ def _moved(
     changed[beyond] = drawn.moved(values[beyond].astype(np.float64), blocks.number_of(beyond))
     found = (
         np.where(wanted, drawn.moved(each, numbers), each).astype(values.dtype).astype(np.float32)
-        for each in (low, high)
+        for each in (extreme.astype(np.float64) for extreme in extremes)
     )
     return changed, Extremes(*found)
 
@@ -327,10 +312,15 @@ def _ends(extremes: Extremes) -> tuple[Doubles, Doubles, Doubles]:
 
     Of two extremes, the negative one counts.
     """
-    negative = -np.minimum(extremes.lowest, 0).astype(np.float64)
-    positive = np.maximum(extremes.highest, 0).astype(np.float64)
-    sign = np.where(positive > negative, 1.0, -1.0)
-    return np.maximum(negative, positive), np.minimum(negative, positive), sign
+    below, above = _sides(extremes)
+    sign = np.where(above > below, 1.0, -1.0)
+    return np.maximum(below, above), np.minimum(below, above), sign
+
+
+def _sides(extremes: Extremes) -> tuple[Doubles, Doubles]:
+    """Of every block: how far it reaches below 0, and above."""
+    low, high = (each.astype(np.float64) for each in extremes)
+    return -np.minimum(low, 0), np.maximum(high, 0)
 
 
 def _largest(storage: np.dtype[Any]) -> float:
@@ -340,9 +330,10 @@ def _largest(storage: np.dtype[Any]) -> float:
 
 def affine(choice: Choice) -> Affine:
     """The affine scheme of a choice with every default written out."""
-    bits = FORMATS[choice.name].bits
+    known = FORMATS[choice.name]
+    bits = known.bits
     half = 1 << bits - 1
-    if choice.name.startswith("u"):
+    if known.has_zeros:
         rule = scalar.MULTIPLY_HALF_UP if choice.granularity == "block" else scalar.DIVIDE_HALF_EVEN
         rule = scalar.MULTIPLY_HALF_AWAY if bits == 4 else rule
         exactly, steps = rule == scalar.DIVIDE_HALF_EVEN, 127 if choice.reduced else 2 * half - 1

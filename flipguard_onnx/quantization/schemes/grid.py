@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ...formats import Choice
+from ...formats import FORMATS, Choice
 from ..kernels import scalar
 from ..kernels.protocol import Extremes, Kernels, Panel, RandomDraw, Scales, ScanKernels
 from .blocks import Blocks, Codes, Floats, Values, as_bits
@@ -209,6 +209,11 @@ class Scheme(ABC):
     def in_blocks(self) -> bool:
         """Whether there is a scale for every block, not for a whole row or tensor."""
         return self.choice.granularity == "block"
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether blocks differ in the code that stands for 0."""
+        return FORMATS[self.name].has_zeros
 
     @property
     def block_size(self) -> int | None:
