@@ -8,20 +8,24 @@ from .errors import SchemeError
 GRANULARITIES = ("tensor", "channel", "block")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # those that onnxruntime's kernels take
 
+BY_32 = (32, *(size for size in BLOCK_SIZES if size != 32))
+
+BY_64 = (64, *(size for size in BLOCK_SIZES if size != 64))
+
 
 @dataclass(frozen=True)
 class Format:
     """What may be chosen of a scheme; of every choice, the first is the default.
 
-    bits: of a code. granularities: of its scales. block_size: by default, where there are blocks.
-    divisors: by granularity, the level that the largest magnitude of a block gets. reducible:
-    whether there is a form with a bit less. has_zeros: whether blocks differ in the code that
-    stands for 0; files then hold unsigned codes.
+    bits: of a code. granularities: of its scales. block_sizes: where there are blocks. divisors: by
+    granularity, the level that the largest magnitude of a block gets, about. reducible: whether
+    there is a form with a bit less. has_zeros: whether blocks differ in the code that stands for 0;
+    files then hold unsigned codes.
     """
 
     bits: int
     granularities: tuple[str, ...]
-    block_size: int
+    block_sizes: tuple[int, ...]
     divisors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     reducible: bool = False
     has_zeros: bool = False
@@ -33,18 +37,21 @@ FORMATS = {
     "int8": Format(
         8,
         ("channel", "tensor", "block"),
-        32,
+        BY_32,
         {"channel": (127.0,), "tensor": (127.0,), "block": (128.0, 127.0)},
         reducible=True,
     ),
-    "uint8": Format(8, ("channel", "tensor", "block"), 32, reducible=True, has_zeros=True),
-    "int4": Format(4, ("block", "channel"), 32, {"block": _OF_INT4, "channel": _OF_INT4}),
-    "uint4": Format(4, ("block", "channel"), 32, has_zeros=True),
-    "nf4": Format(4, ("block",), 64),
-    "fp4": Format(4, ("block",), 64),
+    "uint8": Format(8, ("channel", "tensor", "block"), BY_32, reducible=True, has_zeros=True),
+    "int4": Format(4, ("block", "channel"), BY_32, {"block": _OF_INT4, "channel": _OF_INT4}),
+    "uint4": Format(4, ("block", "channel"), BY_32, has_zeros=True),
+    "nf4": Format(4, ("block",), BY_64),
+    "fp4": Format(4, ("block",), BY_64),
+    "mxfp4": Format(4, ("block",), (32,), {"block": (4.0, 6.0)}),
 }
 
-DIVISORS = (8.0, 7.5, 7.0, 128.0, 127.0)  # all of them
+FLOAT4 = ("mxfp4",)  # whose codes are ONNX's float4e2m1, for which onnxruntime has no kernel
+
+DIVISORS = (8.0, 7.5, 7.0, 128.0, 127.0, 4.0, 6.0)  # all of them
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,11 @@ class Choice:
 
     Parameters
     ----------
-    name : "int8", "uint8", "int4", "uint4", "nf4" or "fp4"
+    name : "int8", "uint8", "int4", "uint4", "nf4", "fp4" or "mxfp4"
     granularity : "tensor", "channel" or "block": how many weights share a scale
     block_size : weights per scale, where the granularity is "block"
-    divisor : scale = largest magnitude / divisor
+    divisor : scale = largest magnitude / divisor; at mxfp4 that is rounded to a power of two, down
+        with 4 and up with 6
     reduced : 7 bits of 8
 
     Raises
@@ -100,6 +108,13 @@ class Choice:
                 granularity=self._granularity,
                 allowed="--granularity block" if "block" in known.granularities else "none",
             )
+        if self.block_size not in (None, *known.block_sizes):
+            raise SchemeError(
+                "scheme {name} has no blocks of {found}",
+                name=self.name,
+                found=self.block_size,
+                allowed=", ".join(map(str, sorted(known.block_sizes))),
+            )
         divisors = known.divisors.get(self._granularity, ())
         if self.divisor is not None and self.divisor not in divisors:
             raise SchemeError(
@@ -107,7 +122,8 @@ class Choice:
                 name=self.name,
                 granularity=self._granularity,
                 found=self.divisor,
-                allowed=", ".join(f"{each:g}" for each in divisors) or "none, it has zero points",
+                allowed=", ".join(f"{each:g}" for each in divisors)
+                or ("none, it has zero points" if known.has_zeros else "none"),
             )
         if self.reduced and (not known.reducible or self._granularity == "block"):
             raise SchemeError(
@@ -121,7 +137,7 @@ class Choice:
     def filled(self) -> "Choice":
         """The same with every default written out."""
         known, granularity = FORMATS[self.name], self._granularity
-        size = self.block_size or known.block_size
+        size = self.block_size or known.block_sizes[0]
         divisors = known.divisors.get(granularity, ())
         return Choice(
             self.name,
@@ -146,7 +162,7 @@ class Choice:
         words = [self.name]
         if self._granularity != "block":
             words.append(self._granularity)
-        elif chosen.block_size != known.block_size or known.bits == 8:
+        elif chosen.block_size != known.block_sizes[0] or known.bits == 8:
             words.append(f"g{chosen.block_size}")
         if chosen.divisor not in (None, *known.divisors.get(self._granularity, ())[:1]):
             words.append(f"/{chosen.divisor:g}")

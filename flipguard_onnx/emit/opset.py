@@ -4,6 +4,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from .. import runtime
 from ..errors import UnsupportedModelError, ValidationError
+from ..formats import FLOAT4
 from ..graph.copies import IndexedModel
 from ..graph.operators import FLOATS, WeightForm
 from ..graph.traversal import bodies, opset_of, tensors
@@ -102,6 +103,8 @@ def _keep_types(proto: ModelProto, source: ModelProto) -> None:
 
 def opset_for(form: WeightForm, scheme: Scheme) -> int:
     """The lowest opset that has this form."""
+    if scheme.name in FLOAT4 and form is WeightForm.DEQUANTIZE:
+        return 23  # the first with 4-bit floats as tensors
     if scheme.bits == 4 and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED, WeightForm.GATHER):
         return 21  # the first with 4-bit integers as tensors
     if scheme.in_blocks and form is WeightForm.DEQUANTIZE:

@@ -4,8 +4,8 @@ Before, a reader takes the float weight w. After, with s for the scales (one axi
 the weight, two for blocks of them):
 
 DEQUANTIZE  MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, s))
-            int8 and int4 for every runtime: compilers look for this operator, and keep such a
-            weight in its codes. onnxruntime's CPU provider fuses it with MatMul and Gemm and runs
+            int8, int4 and mxfp4 for every runtime: compilers look for this operator, and keep such
+            a weight in its codes. onnxruntime's CPU provider fuses it with MatMul and Gemm and runs
             it again at every inference elsewhere, unless it is told to fold it. A reader whose
             output channels are not those with the scales, and a Gather, has a Max with the lowest
             float in between: OpenVINO 2026.4 would take the scales for those of other channels. So
@@ -38,6 +38,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..calibration.inputs import signature
 from ..errors import UnsupportedModelError
+from ..formats import FLOAT4
 from ..graph.operands import gather_axes
 from ..graph.operators import CONTRIB, WeightForm
 from ..graph.scopes import Use
@@ -148,7 +149,7 @@ def _packed_form(use: Use, weight: Weight, scheme: Scheme, target: Target) -> We
     if not (large or target.decodes) or use.index != 1 or use.output_axes() != weight.rows:
         return None
     if isinstance(scheme, Codebook):
-        is_float = use.elem_type == TensorProto.FLOAT
+        is_float = use.elem_type == TensorProto.FLOAT and scheme.bnb4_type is not None
         return WeightForm.BNB4 if use.reads(WeightForm.BNB4) and is_float else None
     plain = all(attribute(use.node, name, 1) == 1 for name in ("alpha", "beta"))
     plain = plain and not attribute(use.node, "transA", 0)
@@ -158,7 +159,8 @@ def _packed_form(use: Use, weight: Weight, scheme: Scheme, target: Target) -> We
 
 def _decoded_form(scheme: Scheme, target: Target) -> WeightForm:
     """The form in which any reader can take the weight."""
-    folds = isinstance(scheme, Codebook) or target.name == "onnxruntime"
+    has_no_type = isinstance(scheme, Codebook) and scheme.name not in FLOAT4
+    folds = has_no_type or target.name == "onnxruntime"
     return WeightForm.FOLDED if folds else WeightForm.DEQUANTIZE
 
 
@@ -269,6 +271,7 @@ class _WeightCodes:
         """
         opset = self._rewriter.opset(self._weight.scope)
         in_16_bits = elem_type == TensorProto.FLOAT16 and opset >= FLOAT16_OPSET
+        in_16_bits = in_16_bits and self._scheme.name not in FLOAT4  # its scales reach further down
         scale_type = TensorProto.FLOAT16 if in_16_bits else TensorProto.FLOAT
         axis = self._axis_of_scales()
         key = None if axis is None else perm
@@ -336,7 +339,7 @@ class _WeightCodes:
         if self._in_blocks:
             attributes["block_size"] = blocks.size
         inputs = [
-            self._add_codes("quantized", codes, self._has_zeros),
+            self._add_codes("quantized", codes, self._has_zeros, self._scheme.name in FLOAT4),
             self._add_constant("scale", scales.astype(_dtype(scale_type))),
         ]
         if self._has_zeros or (self._scheme.bits == 8 and not self._in_blocks):
@@ -667,17 +670,20 @@ class _WeightCodes:
         ones = [1] * (len(self._weight.shape) - len(rows))
         return per_row.reshape(rows + ones).transpose(np.argsort(self._weight.perm)).transpose(perm)
 
-    def _add_codes(self, suffix: str, codes: Array, unsigned: bool = False) -> str:
-        """Add integer codes, or zero points: a byte each at 8 bits, two to a byte at 4.
+    def _add_codes(
+        self, suffix: str, codes: Array, unsigned: bool = False, float4: bool = False
+    ) -> str:
+        """Add codes, or zero points: a byte each at 8 bits, two to a byte at 4.
 
-        unsigned: counted from 0 on
+        unsigned: counted from 0 on; float4: as floats of 4 bits
         """
         if self._scheme.bits == 8:
             return self._add_constant(suffix, self._unsigned(codes) if unsigned else codes)
         data_type: int = TensorProto.INT4
         stored_codes: Array | None = None
         if isinstance(self._scheme, Codebook):
-            data_type, stored_codes = TensorProto.UINT4, self._scheme.stored
+            data_type = TensorProto.FLOAT4E2M1 if float4 else TensorProto.UINT4
+            stored_codes = self._scheme.stored
         elif unsigned:
             data_type, stored_codes = TensorProto.UINT4, UNSIGNED
         packed = pack(codes, False, stored_codes)

@@ -68,14 +68,15 @@ class GuardOptions:
 
     Parameters
     ----------
-    scheme : "int8", "uint8", "int4", "uint4", "nf4" or "fp4": the number format of the weights.
-        "uint8" and "uint4" have zero points
+    scheme : "int8", "uint8", "int4", "uint4", "nf4", "fp4" or "mxfp4": the number format of the
+        weights. "uint8" and "uint4" have zero points
     granularity : "tensor", "channel" or "block": how many weights share a scale. None is a channel
         at 8 bits and a block at 4. Tensors that a 4-bit scheme or one in blocks does not fit get
         int8 per channel
     block_size : weights of a block: 16, 32, 64, 128 or 256; None is 64 at nf4 and fp4, else 32
     scale : the level that the largest magnitude of a block gets: 8, 7.5 or 7 at int4, 128 or 127 at
-        int8 in blocks; None is the first. Others have no choice
+        int8 in blocks, 4 or 6 at mxfp4, before it is rounded to a power of two; None is the first.
+        Others have no choice
     reduce_range : 7 bits: for int8 and uint8 per tensor or channel
     include, exclude : shell patterns over tensor names; what fails them is left as it is. A pattern
         that names no tensor of the model is an error
@@ -87,7 +88,7 @@ class GuardOptions:
     allow_unguarded : write the model although it has weights that a quantizer could reach and that
         cannot be guarded
     target : what runs the quantized graph: "portable" writes standard operators alone, with a
-        DequantizeLinear for every int8 and int4 weight, which all runtimes and compilers know;
+        DequantizeLinear for every weight but those at nf4 and fp4, which all compilers know;
         "onnxruntime" what onnxruntime's CPU provider runs best
     force : overwrite an existing output
     policy : "unbiased", "topk" (the paper's Algorithm 1) or "none" (rounding to nearest)
@@ -144,8 +145,8 @@ class GuardOptions:
     scale: float | None = _option(
         None,
         "Format",
-        "The level of a block's largest weight: int4 8, 7.5 or 7, int8 in blocks 128 or 127.  "
-        "[default: the first]",
+        "The level of a block's largest weight: int4 8, 7.5 or 7, int8 in blocks 128 or 127, mxfp4 "
+        "4 or 6.  [default: the first]",
         choices=DIVISORS,
     )
     reduce_range: bool = _option(

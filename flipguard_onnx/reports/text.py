@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..errors import printable
-from ..formats import FORMATS
+from ..formats import FLOAT4, FORMATS
 from .batch import BatchReport, ModelOutcome
 from .guard import (
     ActivationQuantization,
@@ -61,6 +61,11 @@ FUSED_OR_DECODED = (
     "in onnxruntime, MatMul and Gemm may round what these weights are multiplied with to 8 bits;",
     "otherwise the weights are decoded again at every inference. Not so with the session option",
     "session.disable_quant_qdq=1, nor in a model written with --target onnxruntime",
+)
+
+NO_KERNEL = (
+    "onnxruntime has no kernel for the 4-bit floats in this file, which was validated with their",
+    "values as float32; --target onnxruntime writes a form that it runs",
 )
 
 NOTHING_QUANTIZED = "nothing in the guarded model is quantized: it holds no integer weights"
@@ -172,7 +177,10 @@ def _speed_lines(report: GuardReport) -> list[str]:
         forms = {form for tensor in report.tensors for form in tensor.forms}
         known = [PACKED[form] for form in PACKED if form in forms]
     else:
-        ops = {tensor.op for tensor in report.tensors if "dequantize" in tensor.forms}
+        decoded = [tensor for tensor in report.tensors if "dequantize" in tensor.forms]
+        if any(tensor.scheme in FLOAT4 for tensor in decoded):
+            return [f"runs      {NO_KERNEL[0]}", f"{INDENT}{NO_KERNEL[1]}"]
+        ops = {tensor.op for tensor in decoded}
         known = [FUSED_OR_DECODED if ops & {"MatMul", "Gemm"} else DECODED_AGAIN] if ops else []
     lines = []
     for first, *others in known:

@@ -32,6 +32,7 @@ from ..quantization.schemes import Scheme
 from ..reports.validation import Drift, Validation
 from .drift import DriftSums, judge, require_same_meaning
 from .layers import Layer, cut_out, sample
+from .stand_ins import stand_in
 
 INFIDELITY = 1e-3  # relative L2 that another order of summation may cause
 INFIDELITY_16_BIT = 2e-2  # and that decoded weights in a model's 16-bit type may
@@ -201,6 +202,8 @@ class Validator:
         for path in written.values():
             check_model(path, self.original)
         written["plain"] = files["plain"]
+        for kind, path in written.items():
+            written[kind] = stand_in(path, folder / f"{kind}-stand-in")
         if self.layers:
             for kind, path in written.items():
                 written[kind] = self._layers_of(path, folder / f"{kind}-layers")

@@ -16,6 +16,7 @@ CHOICES = {
     "uint4": Choice("uint4"),
     "nf4": Choice("nf4"),
     "fp4": Choice("fp4"),
+    "mxfp4": Choice("mxfp4"),
 }
 MORE = {  # the same rules with other numbers
     "int8-reduced": Choice("int8", reduced=True),
@@ -23,7 +24,10 @@ MORE = {  # the same rules with other numbers
     "int4-7.5": Choice("int4", divisor=7.5),
     "int4-channel": Choice("int4", "channel"),
     "uint4-channel": Choice("uint4", "channel"),
+    "mxfp4-6": Choice("mxfp4", divisor=6),
 }
+
+TWO_ZEROS = ("fp4", "mxfp4")  # with codes for -0 and for 0
 
 
 def scheme(form):

@@ -246,6 +246,35 @@ def fp4_block(block):
     return _codebook(absmax, codes, positions, levels, distinct)
 
 
+def mxfp4_block(block):
+    """The largest power of two that leaves the extreme 4 or more; half to the even code."""
+    absmax = max(abs(float(w)) for w in block)
+    scale = F(2.0) ** F(max(math.frexp(absmax)[1] - 3, -127) if absmax else -127)
+    return _e2m1(block, scale, [abs(F(w)) / scale for w in block], even=True)
+
+
+def mxfp4_ceil_block(block):
+    """2 ** ceil(log2(absmax / 6)) in float32; half to the smaller magnitude."""
+    absmax = max(abs(F(w)) for w in block)
+    scale = F(2.0) ** F(max(np.ceil(np.log2(absmax / F(6))), -127))
+    return _e2m1(block, scale, [abs(F(w)) / scale for w in block], even=False)
+
+
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+
+
+def _e2m1(block, scale, magnitudes, even):
+    codes, levels, positions = [], [], []
+    for w, exact in zip(block, magnitudes, strict=True):
+        x = min(exact, F(6))
+        near = min(range(8), key=lambda c: (abs(x - E2M1[c]), c % 2 if even else c))
+        codes.append(near + 8 if w < 0 else near)
+        levels.append(F(E2M1[near]) if w > 0 else -F(E2M1[near]))
+        positions.append(exact if w > 0 else -exact)
+    distinct = sorted({F(v) for v in E2M1} | {-F(v) for v in E2M1})
+    return _codebook(scale, codes, positions, levels, distinct)
+
+
 BLOCK = {
     "int8": int8_block,
     "int8-block": int8_extreme_block,
@@ -259,6 +288,8 @@ BLOCK = {
     "uint4": uint4_block,
     "nf4": nf4_block,
     "fp4": fp4_block,
+    "mxfp4": mxfp4_block,
+    "mxfp4-6": mxfp4_ceil_block,
 }
 
 

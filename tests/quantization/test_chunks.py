@@ -19,7 +19,7 @@ from flipguard_onnx.quantization.kernels.threads import share_out
 from flipguard_onnx.quantization.layout import Layout
 from flipguard_onnx.quantization.parts import parts
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
-from flipguard_onnx.quantization.schemes import SCHEMES, Codebook
+from flipguard_onnx.quantization.schemes import SCHEMES
 from tests.helpers.cores import on_cores
 from tests.helpers.samples import weights
 
@@ -51,7 +51,7 @@ def cut(layout, scheme, granularity="channel"):
     """The blocks that guard() would use."""
     if scheme.bits == 8:
         return layout.blocks(None, flat=granularity == "tensor")
-    return layout.blocks(scheme.block_size, flat=isinstance(scheme, Codebook))
+    return layout.blocks(scheme.block_size, flat=scheme.flat)
 
 
 def quantized(array, layout, scheme, blocks, policy=UNBIASED, **options):
@@ -80,7 +80,7 @@ def test_parts_are_the_whole(name, scheme, size):
     layout, scheme = LAYOUTS[name], SCHEMES[scheme]
     blocks = cut(layout, scheme)
     whole, joined, count = whole_and_in_parts(layout, scheme, blocks, size)
-    if isinstance(scheme, Codebook):  # where its blocks run across a batch, that cannot be cut
+    if scheme.flat:  # where its blocks run across a batch, that cannot be cut
         assert count == (1 if name == "batch of matrices" else 2)
     else:
         assert count == COUNTS[name][SIZES.index(size)]

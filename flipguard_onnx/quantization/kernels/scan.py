@@ -39,11 +39,12 @@ def _segments(values, pivots):
     values, pivots: the bytes of a codebook's; empty for integers, which need no segments.
 
     Returns the ends of the segments (levels and pivots, ascending), their intercepts and slopes,
-    and for each of CELLS equal cells of [-1, 1] the segment in which the cell begins. No cell has
-    more than one end inside: the closest two, 0 and fp4's first pivot, are 0.0026 apart.
+    for each of CELLS equal cells from the lowest level to the highest the segment in which the cell
+    begins, and cells per unit. No cell has more than one end inside: the closest two, 0 and fp4's
+    first pivot, are 0.0026 of the highest level apart.
     """
     values, pivots = (np.frombuffer(table, np.float32) for table in (values, pivots))
-    lowest, highest = np.float32(-1), np.float32(1)
+    lowest, highest = (values[0], values[-1]) if values.size else (-ONE, ONE)
     levels = scalar.Levels(scalar.COUNT_PIVOTS, lowest, highest, values, pivots, np.diff(values))
     ends = np.sort(np.concatenate([pivots, values]))
     intercepts, slopes = np.zeros((2, ends.size + 1), np.float32)
@@ -55,8 +56,9 @@ def _segments(values, pivots):
         near, far = (_distance(np.float32(position), levels) for position in (first, last))
         slopes[segment] = (far - near) / (last - first)
         intercepts[segment] = near - first * (far - near) / (last - first)
-    cells = np.linspace(-1, 1, CELLS, endpoint=False, dtype=np.float32)
-    return ends, intercepts, slopes, np.searchsorted(ends, cells, side="right").astype(np.int32)
+    cells = np.linspace(lowest, highest, CELLS, endpoint=False, dtype=np.float32)
+    begins = np.searchsorted(ends, cells, side="right").astype(np.int32)
+    return ends, intercepts, slopes, begins, np.float32(CELLS / 2) / highest
 
 
 def _distance(position, levels):
@@ -68,12 +70,12 @@ def _distance(position, levels):
 @inline
 def _bins(rule, positions, factor, segments, last, bins):
     """The bin, from 0 to `last`, of every position times the factor."""
-    ends, intercepts, slopes, starts = segments
+    ends, intercepts, slopes, starts, per_unit = segments
     scale = np.float32(last + 1)
     for i in range(positions.size):
         moved = positions[i] * factor
         if rule == scalar.COUNT_PIVOTS:
-            segment = starts[np.int32((moved + ONE) * np.float32(CELLS / 2))]
+            segment = starts[np.int32(moved * per_unit + np.float32(CELLS / 2))]
             segment += np.int32(moved > ends[segment])
             distance = intercepts[segment] + slopes[segment] * moved
         else:

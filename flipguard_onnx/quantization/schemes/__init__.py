@@ -8,6 +8,7 @@ from .affine import Affine, AffineGrid, affine
 from .blocks import Blocks, Codes, Floats
 from .codebook import FP4, NF4, Codebook
 from .grid import Checked, Grid, Margins, Scheme
+from .microscaling import microscaling
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 
@@ -18,6 +19,8 @@ def scheme_of(choice: Choice) -> Scheme:
     chosen = choice.filled
     if chosen.name in CODEBOOKS:
         return replace(CODEBOOKS[chosen.name], choice=chosen)
+    if chosen.name == "mxfp4":
+        return microscaling(chosen)
     return affine(chosen)
 
 

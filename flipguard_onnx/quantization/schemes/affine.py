@@ -16,7 +16,7 @@ from ...formats import FORMATS, Choice
 from ..kernels import scalar
 from ..kernels.protocol import Extremes, RandomDraw, Scales
 from .blocks import Blocks, Codes, Floats, Values
-from .grid import Grid, Margins, Scheme, finite_reciprocal, not_below
+from .grid import Grid, Margins, Scheme, finite_reciprocal, largest, not_below
 
 Doubles = npt.NDArray[np.float64]
 
@@ -133,7 +133,7 @@ class SignedExtreme(Affine):
         """
         longer, shorter, sign = _ends(extremes)
         exact = np.maximum(longer / -self.lowest, shorter / self.highest)
-        exact = np.minimum(exact, _largest(storage) / -self.lowest)
+        exact = np.minimum(exact, largest(storage) / -self.lowest)
         return self.free_grid(blocks, -sign * exact, np.zeros_like(exact), storage)
 
     def without_clipping(
@@ -148,7 +148,7 @@ class SignedExtreme(Affine):
         usable = self.grid(extremes, blocks, values.dtype).scales.high > 0
         clipped = (shorter > longer * self.highest / -self.lowest) & usable
         step = (longer + shorter) / (self.highest - self.lowest)
-        step = np.minimum(step, _largest(values.dtype) / -self.lowest)
+        step = np.minimum(step, largest(values.dtype) / -self.lowest)
         step = not_below(step, values.dtype).astype(np.float64)
         short = np.full(blocks.count, float(self.highest))
         return _moved(values, blocks, extremes, random, clipped, sign, step, short, short)
@@ -321,11 +321,6 @@ def _sides(extremes: Extremes) -> tuple[Doubles, Doubles]:
     """Of every block: how far it reaches below 0, and above."""
     low, high = (each.astype(np.float64) for each in extremes)
     return -np.minimum(low, 0), np.maximum(high, 0)
-
-
-def _largest(storage: np.dtype[Any]) -> float:
-    """The largest number of a type."""
-    return float(ml_dtypes.finfo(storage).max)  # type: ignore[no-untyped-call]
 
 
 def affine(choice: Choice) -> Affine:

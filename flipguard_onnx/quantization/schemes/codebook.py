@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...formats import Choice
 from ..kernels import scalar
-from ..kernels.protocol import Extremes, Scales
+from ..kernels.protocol import Extremes, Scales, ScanKernels
 from .blocks import Blocks, Codes, Floats
 from .grid import Grid, Margins, Scheme, finite_reciprocal
 
@@ -30,7 +30,23 @@ class CodebookGrid(Grid):
     @property
     def loses_blocks(self) -> bool:
         """Those whose 1 / absmax overflows: an absmax below 2.9e-39."""
-        return bool(np.any((self.scales.high == 0) & (self.scale != 0)))
+        return not np.isfinite(self.scales.operand).all()
+
+    def survey(
+        self,
+        weights: Floats,
+        limit: np.float32,
+        factors: Floats,
+        counts: npt.NDArray[np.int32],
+        kernels: ScanKernels,
+    ) -> None:
+        """As `Grid.survey`, of weights within the levels."""
+        end = self.levels.highest * self.scale
+        within = self.scales._replace(
+            low=np.maximum(self.scales.low, -end), high=np.minimum(self.scales.high, end)
+        )
+        values = self.blocks.float_weights(weights)
+        kernels.survey(values, within, self.levels, limit, factors, counts)
 
     def errors(self, margins: Margins) -> Floats:
         values = self.levels.values
@@ -40,25 +56,25 @@ class CodebookGrid(Grid):
 
 @dataclass(frozen=True)
 class Codebook(Scheme):
-    """A 4-bit codebook scheme over flat blocks.
+    """A 4-bit codebook scheme; scale = absmax.
 
     Parameters
     ----------
-    levels : float32 [16], ascending
+    levels : float32 [16], ascending, in units of the scale
     pivots : float32 [15], the boundaries between them
     stored : the code that the file holds for every level, [16]
-    bnb4_type : the attribute quant_type of onnxruntime's MatMulBnb4
+    bnb4_type : the attribute quant_type of onnxruntime's MatMulBnb4; None if it has none
     """
 
     levels: Floats
     pivots: Floats
     stored: npt.NDArray[np.uint8]
-    bnb4_type: int
+    bnb4_type: int | None
 
     @property
     def flat(self) -> bool:
-        """Blocks run on from one row to the next: MatMulBnb4 has no other."""
-        return True
+        """In MatMulBnb4 blocks run on from one row to the next."""
+        return self.bnb4_type is not None
 
     def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> CodebookGrid:
         """absmax per block; a weight's position is weight * (1 / absmax), all in float32."""
@@ -66,10 +82,11 @@ class Codebook(Scheme):
         operand, usable = finite_reciprocal(absmax)
         movable = np.where(usable, absmax, np.float32(0))
         scales = Scales(operand, absmax, np.zeros_like(absmax), -movable, movable)
-        return CodebookGrid(blocks, scales, self._table())
+        return CodebookGrid(blocks, scales, self.table())
 
-    def _table(self) -> scalar.Levels:
-        ends, gaps = (np.float32(-1), np.float32(1)), np.diff(self.levels)
+    def table(self) -> scalar.Levels:
+        """The levels as kernels take them."""
+        ends, gaps = (self.levels[0], self.levels[-1]), np.diff(self.levels)
         return scalar.Levels(scalar.COUNT_PIVOTS, *ends, self.levels, self.pivots, gaps)
 
 
@@ -120,26 +137,37 @@ NF4 = Codebook(
 )
 
 
-def _fp4() -> Codebook:
-    """FP4: sign and magnitude, with two codes for zero.
+def with_two_zeros(
+    magnitudes: Floats, pivots: Floats, codes: npt.NDArray[np.uint8]
+) -> tuple[Floats, Floats, npt.NDArray[np.uint8]]:
+    """Levels, pivots and stored codes of sign and magnitude, with two codes for zero.
 
-    onnxruntime compares |position| > pivot and sets the sign bit of negative positions. In one
-    ascending list, compared with `position > pivot`, the negative twin of a pivot p becomes the
+    A magnitude is above a pivot p if |position| > p, and negative positions have the sign bit set.
+    In one ascending list, compared with `position > pivot`, the negative twin of p becomes the
     float just below -p, and the pivot between the two zeros the negative float nearest to 0.
+
+    Parameters
+    ----------
+    magnitudes : float32 [8], ascending
+    pivots : float32 [7], between them
+    codes : of the magnitudes, [8]
     """
-    magnitudes = _float32(0.0, 0.00520833333, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1.0)
-    codes = np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8)
-    pivots = _float32(0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333)
     below = np.nextafter(-pivots[::-1], np.float32(-np.inf))
     minus_zero = np.nextafter(np.float32(0), np.float32(-1))
-    return Codebook(
-        choice=Choice("fp4").filled,
-        bits=4,
-        levels=np.concatenate([-magnitudes[::-1], magnitudes]),
-        pivots=np.concatenate([below, [minus_zero], pivots]).astype(np.float32),
-        stored=np.concatenate([codes[::-1] + np.uint8(8), codes]),
-        bnb4_type=0,
+    return (
+        np.concatenate([-magnitudes[::-1], magnitudes]),
+        np.concatenate([below, [minus_zero], pivots]).astype(np.float32),
+        np.concatenate([codes[::-1] + np.uint8(8), codes]),
     )
 
 
-FP4 = _fp4()
+FP4 = Codebook(
+    Choice("fp4").filled,
+    4,
+    *with_two_zeros(
+        _float32(0.0, 0.00520833333, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1.0),
+        _float32(0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333),
+        np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8),
+    ),
+    bnb4_type=0,
+)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -282,3 +283,8 @@ def finite_reciprocal(values: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(values != 0, np.float32(1) / values, np.float32(0))
     return inverse, np.isfinite(inverse) & (inverse != 0)
+
+
+def largest(storage: np.dtype[Any]) -> float:
+    """The largest number of a type."""
+    return float(ml_dtypes.finfo(storage).max)  # type: ignore[no-untyped-call]
