@@ -46,6 +46,7 @@ FORMATS = {
     "uint4": Format(4, ("block", "channel"), BY_32, has_zeros=True),
     "nf4": Format(4, ("block",), BY_64),
     "fp4": Format(4, ("block",), BY_64),
+    "fp8": Format(8, ("channel", "tensor"), BY_32),
     "mxfp4": Format(4, ("block",), (32,), {"block": (4.0, 6.0)}),
 }
 
@@ -60,7 +61,7 @@ class Choice:
 
     Parameters
     ----------
-    name : "int8", "uint8", "int4", "uint4", "nf4", "fp4" or "mxfp4"
+    name : "int8", "uint8", "int4", "uint4", "nf4", "fp4", "fp8" or "mxfp4"
     granularity : "tensor", "channel" or "block": how many weights share a scale
     block_size : weights per scale, where the granularity is "block"
     divisor : scale = largest magnitude / divisor; at mxfp4 that is rounded to a power of two, down

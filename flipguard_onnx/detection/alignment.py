@@ -44,6 +44,8 @@ GRIDS = {  # by name
         Choice("uint4", "channel"),
         Choice("nf4"),
         Choice("fp4"),
+        Choice("fp8"),
+        Choice("fp8", "tensor"),
         Choice("mxfp4"),
         Choice("mxfp4", divisor=6),
     )

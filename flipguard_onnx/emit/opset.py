@@ -10,7 +10,7 @@ from ..graph.operators import FLOATS, WeightForm
 from ..graph.traversal import bodies, opset_of, tensors
 from ..graph.weights import Weight
 from ..io.model import Model
-from ..quantization.schemes import Scheme
+from ..quantization.schemes import Float8, Scheme
 from .weight_forms import Target, form_of
 
 RESIZE_OPSET = 11  # the first whose Resize says how coordinates are found
@@ -105,6 +105,8 @@ def opset_for(form: WeightForm, scheme: Scheme) -> int:
     """The lowest opset that has this form."""
     if scheme.name in FLOAT4 and form is WeightForm.DEQUANTIZE:
         return 23  # the first with 4-bit floats as tensors
+    if isinstance(scheme, Float8) and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED):
+        return 19  # the first with 8-bit floats as tensors
     if scheme.bits == 4 and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED, WeightForm.GATHER):
         return 21  # the first with 4-bit integers as tensors
     if scheme.in_blocks and form is WeightForm.DEQUANTIZE:

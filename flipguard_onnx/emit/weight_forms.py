@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -46,7 +47,7 @@ from ..graph.traversal import attribute
 from ..graph.weights import Weight
 from ..io.writer import Output
 from ..quantization.arrays import contiguous
-from ..quantization.schemes import Codebook, Grid, Scheme
+from ..quantization.schemes import Codebook, Float8, Grid, Scheme
 from .rewriter import Rewriter, remove_named
 
 MIN_PACKED = 1 << 20  # weights from which a matrix stays in 4 bits in memory where speed counts
@@ -126,7 +127,7 @@ def form_of(use: Use, weight: Weight, scheme: Scheme, target: Target) -> WeightF
         if packed := _packed_form(use, weight, scheme, target):
             return packed
     decodable = not scheme.in_blocks or len(weight.rows) == len(weight.shape) - 1
-    if picks_rows and decodable and not isinstance(scheme, Codebook):
+    if picks_rows and decodable and not isinstance(scheme, Codebook | Float8):
         return WeightForm.GATHER
     return _decoded_form(scheme, target)
 
@@ -153,6 +154,7 @@ def _packed_form(use: Use, weight: Weight, scheme: Scheme, target: Target) -> We
         return WeightForm.BNB4 if use.reads(WeightForm.BNB4) and is_float else None
     plain = all(attribute(use.node, name, 1) == 1 for name in ("alpha", "beta"))
     plain = plain and not attribute(use.node, "transA", 0)
+    plain = plain and not isinstance(scheme, Float8)
     fits = use.reads(WeightForm.NBITS) and use.elem_type in PACKED_TYPES and plain
     return WeightForm.NBITS if fits else None
 
@@ -342,7 +344,8 @@ class _WeightCodes:
             self._add_codes("quantized", codes, self._has_zeros, self._scheme.name in FLOAT4),
             self._add_constant("scale", scales.astype(_dtype(scale_type))),
         ]
-        if self._has_zeros or (self._scheme.bits == 8 and not self._in_blocks):
+        by_rows = self._scheme.name == "int8" and not self._in_blocks
+        if self._has_zeros or by_rows:
             inputs.append(self._add_codes("zero_point", zeros, self._has_zeros))
         return inputs, attributes
 
@@ -677,6 +680,9 @@ class _WeightCodes:
 
         unsigned: counted from 0 on; float4: as floats of 4 bits
         """
+        if isinstance(self._scheme, Float8):
+            floats = self._scheme.stored(codes).view(ml_dtypes.float8_e4m3fn)
+            return self._add_constant(suffix, floats)
         if self._scheme.bits == 8:
             return self._add_constant(suffix, self._unsigned(codes) if unsigned else codes)
         data_type: int = TensorProto.INT4

@@ -12,8 +12,7 @@ from ..io.kept import Arrays
 from ..quantization.kernels.protocol import Scales
 from ..quantization.kernels.scalar import Levels
 from ..quantization.rounding import Policy, QuantizedTensor
-from ..quantization.schemes import AffineGrid, Blocks, Codebook, Scheme
-from ..quantization.schemes.codebook import CodebookGrid
+from ..quantization.schemes import Blocks, Scheme
 from ..reports.scan import Budget
 
 
@@ -86,10 +85,9 @@ class DrawnWeight:
         parts: list[Any] = [arrays[f"Levels.{name}"][()] for name in Levels._fields]
         levels = Levels(int(parts[0]), *parts[1:])
         scales = Scales(*(arrays[f"Scales.{name}"] for name in Scales._fields))
-        kind = CodebookGrid if isinstance(scheme, Codebook) else AffineGrid
         gain, error = (None if math.isnan(x) else x for x in arrays["products"].tolist())
         quantized = QuantizedTensor(
-            kind(blocks, scales, levels),
+            scheme.grid_type(blocks, scales, levels),
             arrays["nearest"],
             arrays["codes"],
             None,

@@ -68,8 +68,8 @@ class GuardOptions:
 
     Parameters
     ----------
-    scheme : "int8", "uint8", "int4", "uint4", "nf4", "fp4" or "mxfp4": the number format of the
-        weights. "uint8" and "uint4" have zero points
+    scheme : "int8", "uint8", "int4", "uint4", "nf4", "fp4", "fp8" or "mxfp4": the number format of
+        the weights. "uint8" and "uint4" have zero points
     granularity : "tensor", "channel" or "block": how many weights share a scale. None is a channel
         at 8 bits and a block at 4. Tensors that a 4-bit scheme or one in blocks does not fit get
         int8 per channel

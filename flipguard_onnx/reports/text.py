@@ -180,8 +180,9 @@ def _speed_lines(report: GuardReport) -> list[str]:
         decoded = [tensor for tensor in report.tensors if "dequantize" in tensor.forms]
         if any(tensor.scheme in FLOAT4 for tensor in decoded):
             return [f"runs      {NO_KERNEL[0]}", f"{INDENT}{NO_KERNEL[1]}"]
-        ops = {tensor.op for tensor in decoded}
-        known = [FUSED_OR_DECODED if ops & {"MatMul", "Gemm"} else DECODED_AGAIN] if ops else []
+        ops = {tensor.op for tensor in decoded if tensor.scheme != "fp8"}  # which it never fuses
+        fused = bool(ops & {"MatMul", "Gemm"})
+        known = [FUSED_OR_DECODED if fused else DECODED_AGAIN] if decoded else []
     lines = []
     for first, *others in known:
         lines += [f"speed     {first}", *(f"{INDENT}{line}" for line in others)]

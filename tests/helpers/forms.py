@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flipguard_onnx.quantization.schemes import Blocks, Choice, Codebook, scheme_of
+from flipguard_onnx.quantization.schemes import Blocks, Choice, Codebook, Float8, scheme_of
 
 CHOICES = {
     "int8-channel": Choice("int8"),
@@ -16,6 +16,7 @@ CHOICES = {
     "uint4": Choice("uint4"),
     "nf4": Choice("nf4"),
     "fp4": Choice("fp4"),
+    "fp8": Choice("fp8"),
     "mxfp4": Choice("mxfp4"),
 }
 MORE = {  # the same rules with other numbers
@@ -24,6 +25,7 @@ MORE = {  # the same rules with other numbers
     "int4-7.5": Choice("int4", divisor=7.5),
     "int4-channel": Choice("int4", "channel"),
     "uint4-channel": Choice("uint4", "channel"),
+    "fp8-tensor": Choice("fp8", "tensor"),
     "mxfp4-6": Choice("mxfp4", divisor=6),
 }
 
@@ -44,11 +46,13 @@ def cut(form, rows, cols):
 def range_of(form):
     """The lowest and the highest code."""
     found = scheme(form)
+    if isinstance(found, Float8):
+        return -126, 126
     return (0, 15) if isinstance(found, Codebook) else (found.lowest, found.highest)
 
 
 def stored(form, codes):
-    """Codes as the file holds them."""
+    """Codes as the file holds them, but for those of fp8."""
     found = scheme(form)
     if isinstance(found, Codebook):
         return found.stored[codes]

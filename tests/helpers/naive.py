@@ -4,6 +4,7 @@ Written from the description of the formats; shares no code with the package, on
 All arithmetic is on np.float32 scalars, which round as the quantizers' C code does.
 """
 
+import bisect
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -246,6 +247,25 @@ def fp4_block(block):
     return _codebook(absmax, codes, positions, levels, distinct)
 
 
+def fp8_block(block):
+    """The nearest float8 of w / scale, half to even; scale = absmax / 448 as int8's."""
+    absmax = max(abs(float(w)) for w in block)
+    scale, _ = _double_scale(absmax / 448, block.dtype)
+    positions, numbers = [F(w) / F(scale) for w in block], []
+    for x in positions:
+        size = min(Fraction(float(abs(x))), 448)
+        above = bisect.bisect_left(E4M3, size)
+        near = min({max(above - 1, 0), above}, key=lambda k: (abs(E4M3[k] - size), k % 2))
+        numbers.append(near if x > 0 else -near)
+    levels = [F(E4M3[abs(k)]) * (F(-1) if k < 0 else F(1)) for k in numbers]
+    distinct = sorted({F(v) for v in E4M3} | {-F(v) for v in E4M3})
+    return _codebook(F(scale), numbers, positions, levels, distinct)
+
+
+E4M3 = [Fraction(m, 512) for m in range(8)]
+E4M3 += [Fraction(8 + m, 8) * Fraction(2) ** e for e in range(-6, 9) for m in range(8)][:-1]
+
+
 def mxfp4_block(block):
     """The largest power of two that leaves the extreme 4 or more; half to the even code."""
     absmax = max(abs(float(w)) for w in block)
@@ -288,6 +308,7 @@ BLOCK = {
     "uint4": uint4_block,
     "nf4": nf4_block,
     "fp4": fp4_block,
+    "fp8": fp8_block,
     "mxfp4": mxfp4_block,
     "mxfp4-6": mxfp4_ceil_block,
 }

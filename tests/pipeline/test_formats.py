@@ -21,6 +21,8 @@ FORMATS = {
     "uint4": {"scheme": "uint4"},
     "uint4 g16": {"scheme": "uint4", "block_size": 16},
     "uint4 channel": {"scheme": "uint4", "granularity": "channel"},
+    "fp8 channel": {"scheme": "fp8"},
+    "fp8 tensor": {"scheme": "fp8", "granularity": "tensor"},
     "mxfp4": {"scheme": "mxfp4"},
     "mxfp4 /6": {"scheme": "mxfp4", "scale": 6.0},
 }

@@ -116,6 +116,7 @@ LEFT = {  # gaps by which floats of 16 bits may be off: (float16, bfloat16)
     "int8-block": (0.25, 1),
     "uint8-channel": (0.16, 0.5),
     "uint8-block": (0.13, 0.5),
+    "fp8": (0.03, 0.03),
     "int4": (1e-3, 0.06),
     "int4-7": (5e-3, 0.06),
     "uint4": (0.01, 0.06),
@@ -133,10 +134,14 @@ def bias_and_noise(form, weights, copies, moved, inputs=None):
         "w", flat, scheme, blocks, Policy(), tensor_key(1, "w"), CPU, inputs, moved=moved
     )
     decoded = result.grid.decode(result.codes).astype(np.float64)
-    gaps = np.abs(result.grid.scale)
+    scales = np.abs(result.grid.scale)
     if form == "mxfp4":  # whose scales may be random, and whose widest gap is 2 of them
-        gaps = 2 * scheme.fit(flat, blocks, flat.dtype, CPU).scale
-    errors = (decoded - flat.astype(np.float64)) / blocks.spread(gaps)
+        scales = 2 * scheme.fit(flat, blocks, flat.dtype, CPU).scale
+    gaps = blocks.spread(scales).astype(np.float64)
+    if form == "fp8":  # whose gaps grow with the weights
+        place = np.maximum(np.abs(flat.astype(np.float64)) / gaps, 2.0**-6)
+        gaps *= 2.0 ** (np.floor(np.log2(place)) - 3)
+    errors = (decoded - flat.astype(np.float64)) / gaps
     errors = errors.reshape(copies, -1)
     return errors.mean(axis=0), errors.std(axis=0)
 

@@ -156,7 +156,10 @@ def test_fp4_has_two_codes_for_zero_and_only_negative_weights_take_the_second():
 @pytest.mark.parametrize(
     ("chosen", "named"),
     [
-        (("int3",), "scheme 'int3' is unknown; allowed: int8, uint8, int4, uint4, nf4, fp4, mxfp4"),
+        (
+            ("int3",),
+            "scheme 'int3' is unknown; allowed: int8, uint8, int4, uint4, nf4, fp4, fp8, mxfp4",
+        ),
         (("int4", "tensor"), "scheme int4 has no granularity 'tensor'; allowed: block, channel"),
         (("int8", None, 64), "block size 64 goes with blocks; int8 has one scale per channel"),
         (("nf4", None, None, 7.0), "scheme nf4 per block has no scale 7; allowed: none"),

@@ -51,7 +51,7 @@ ends_of = inline(scalar.ends)
 
 level_of = inline(scalar.level)
 
-_offset = inline(scalar.offset)
+offset_of = inline(scalar.offset)
 
 _edge = inline(scalar.edge)
 
@@ -192,13 +192,13 @@ def _merge(keys, cut, found):
 
 
 @inline
-def _integers(rule, values, operand, ends, zero, limits, levels, codes, offsets):
+def _one_by_one(rule, values, operand, ends, zero, limits, levels, codes, offsets):
     """Codes and offsets of the weights of one block. limits: low and high of `Scales`."""
     lowest, highest = ends
     for i in range(values.size):
         position = position_of(values[i], operand, rule, lowest, highest)
         level = level_of(position, rule, lowest, levels)
-        offset = _offset(position, level, rule, levels)
+        offset = offset_of(position, level, rule, levels)
         codes[i] = np.int32(level + zero)
         offsets[i] = offset if is_free(values[i], *limits) else scalar.ZERO
 
@@ -216,7 +216,7 @@ def _positions(values, operand, limits, levels, positions, free):
 def _pivots(positions, free, levels, codes, offsets):
     for i in range(positions.size):
         level = level_of(positions[i], scalar.COUNT_PIVOTS, levels.lowest, levels)
-        offset = _offset(positions[i], level, scalar.COUNT_PIVOTS, levels)
+        offset = offset_of(positions[i], level, scalar.COUNT_PIVOTS, levels)
         codes[i] = level
         offsets[i] = offset if free[i] else scalar.ZERO
 
@@ -242,13 +242,13 @@ def share_margins(values, share, cut, scales, levels, codes, offsets):
         ends, zero = ends_of(scales.zero[b], levels), np.int32(scales.zero[b])
         if levels.rule == scalar.DIVIDE_HALF_EVEN:
             rule = scalar.DIVIDE_HALF_EVEN
-            _integers(rule, some, operand, ends, zero, limits, levels, into, beside)
+            _one_by_one(rule, some, operand, ends, zero, limits, levels, into, beside)
         elif levels.rule == scalar.MULTIPLY_HALF_AWAY:
             rule = scalar.MULTIPLY_HALF_AWAY
-            _integers(rule, some, operand, ends, zero, limits, levels, into, beside)
-        else:
-            rule = scalar.MULTIPLY_HALF_UP
-            _integers(rule, some, operand, ends, zero, limits, levels, into, beside)
+            _one_by_one(rule, some, operand, ends, zero, limits, levels, into, beside)
+        else:  # the rest shares one
+            rule = levels.rule
+            _one_by_one(rule, some, operand, ends, zero, limits, levels, into, beside)
 
 
 def extremes(weights, found):
@@ -410,7 +410,7 @@ def _draw_with_feedback(
                 position = position_of(weight + change, operand, rule, lowest, highest)
             level = level_of(position, rule, lowest, levels)
             if free:
-                offset = _offset(position, level, rule, levels)
+                offset = offset_of(position, level, rule, levels)
                 noise = _uniform(_state(random.key, random.first + np.uint64(i)))
                 level += _step(offset, random.limit, noise)
             codes[row, column] = level + np.int32(scales.zero[b])

@@ -27,14 +27,17 @@ MULTIPLY_HALF_UP = 2  # its 8-bit blocks: the same once the lowest level has bec
 
 COUNT_PIVOTS = 3  # onnxruntime's nf4 and fp4: multiply by the reciprocal, compare
 
+FLOAT8 = 4  # ONNX's float8e4m3fn: float32 division, nearest, half to even
+
 
 class Levels(NamedTuple):
     """The levels of a grid, in its own units, and how a position is rounded to one.
 
-    rule: one of the four above. lowest, highest: float32, the outermost levels; of integers, their
+    rule: one of the five above. lowest, highest: float32, the outermost levels; of integers, their
     codes.
-    Codebooks only, else empty, all float32: values [16], ascending; pivots [15] between them;
-    gaps [15], from each value to the next.
+    Codebooks and FLOAT8 only, else empty, all float32. Of codebooks, values [16], ascending; pivots
+    [15] between them; gaps [15], from each value to the next. Of FLOAT8 the same of all levels and
+    one more at either end; level 0 is the number MIDDLE of the values.
     """
 
     rule: int
@@ -54,6 +57,20 @@ ROUND_TO_EVEN = np.float32(12582912.0)  # 1.5 * 2**23: adding it drops the fract
 EPSILON = np.float32(1e-5)  # how far past a boundary a flipped weight is put, in grid units
 
 RELATIVE_EPSILON = np.float32(2.0**-19)  # ... and at least this share of the boundary's position
+
+MIDDLE = np.int32(127)
+
+FLOAT8_NORMAL = np.float32(2.0**-6)  # the smallest number that is not subnormal
+
+FLOAT8_EXPONENT = np.uint32(121 << 23)  # its bits
+
+FLOAT8_SUBNORMALS = np.float32(512.0)  # of them to 1
+
+FLOAT8_FIRST = np.int32(120 << 3)  # what the upper bits of a float32 are before its first normal
+
+FLOAT8_ROUNDS = np.uint32(20 << 23)  # to an exponent: adding that power of two drops the fraction
+
+LAST_BITS = np.uint32(20)  # that a float32 has more
 
 UNIFORM = np.float32(2.0**-24)
 
@@ -139,14 +156,16 @@ def position(weight, operand, rule, lowest, highest):
     lowest, highest: the outermost levels of the block. NaN (0 times an infinite reciprocal) becomes
     the lowest level.
     """
-    exact = weight / operand if rule == DIVIDE_HALF_EVEN else weight * operand
+    divides = (rule == DIVIDE_HALF_EVEN) | (rule == FLOAT8)
+    exact = weight / operand if divides else weight * operand
     above = exact if exact > lowest else lowest
     inner = above if above < highest else highest
     return (inner - lowest) + lowest if rule == MULTIPLY_HALF_UP else inner
 
 
 def level(position, rule, lowest, levels):
-    """The nearest level: an integer, or the number of pivots that lie strictly below."""
+    """The nearest level: an integer, the number of pivots that lie strictly below, or of FLOAT8 the
+    number of levels from 0 on, with the sign of the position."""
     if rule == COUNT_PIVOTS:
         count = np.int32(0)
         for i in range(15):
@@ -154,6 +173,16 @@ def level(position, rule, lowest, levels):
         return count
     if rule == DIVIDE_HALF_EVEN:
         return np.int32((position + ROUND_TO_EVEN) - ROUND_TO_EVEN)
+    if rule == FLOAT8:
+        size = np.float32(abs(position))
+        exponent = max(np.uint32(np.uint32(size.view(np.uint32)) & INFINITE), FLOAT8_EXPONENT)
+        large = np.uint32(exponent + FLOAT8_ROUNDS).view(np.float32)
+        rounded = np.float32((size + large) - large)
+        upper = np.uint32(np.uint32(rounded.view(np.uint32)) >> LAST_BITS)
+        normal = rounded >= FLOAT8_NORMAL
+        subnormal = np.int32(rounded * FLOAT8_SUBNORMALS)
+        number = np.int32(np.int32(upper) - FLOAT8_FIRST) if normal else subnormal
+        return number if position > ZERO else np.int32(-number)
     above = position - lowest if rule == MULTIPLY_HALF_UP else position
     magnitude = abs(above)
     whole = np.int32(magnitude)
@@ -165,6 +194,9 @@ def level(position, rule, lowest, levels):
 
 def offset(position, level, rule, levels):
     """Signed distance to the level in gaps to the neighbour on that side; 0 where there is none."""
+    if rule == FLOAT8:
+        value, near = levels.values[level + MIDDLE], level + MIDDLE
+        return (position - value) / levels.gaps[near if position > value else near - 1]
     if rule != COUNT_PIVOTS:
         return position - np.float32(level)
     value, gap = levels.values[0], levels.gaps[0]
@@ -182,6 +214,9 @@ def edge(level, wanted, rule, levels):
     direction = np.float32(1.0 if wanted > level else -1.0)
     if rule == COUNT_PIVOTS:
         return levels.pivots[wanted - 1 if wanted > level else wanted], direction
+    if rule == FLOAT8:
+        place = wanted + MIDDLE
+        return levels.pivots[place - 1 if wanted > level else place], direction
     return np.float32(wanted) - direction * HALF, direction
 
 
@@ -221,7 +256,11 @@ def step(offset, limit, noise):
 
 def error(weight, level, scale, rule, levels):
     """Weight - decoded; in float64, where the product is exact and may be fused, rounded once."""
-    value = levels.values[level] if rule == COUNT_PIVOTS else np.float32(level)
+    value = np.float32(level)
+    if rule == COUNT_PIVOTS:
+        value = levels.values[level]
+    if rule == FLOAT8:
+        value = levels.values[level + MIDDLE]
     return np.float32(np.float64(weight) - np.float64(value) * np.float64(scale))
 
 

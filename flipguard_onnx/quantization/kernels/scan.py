@@ -15,7 +15,9 @@ from .cpu import (
     inline,
     is_free,
     kernel,
+    level_of,
     nth_share,
+    offset_of,
     piece_span,
     position_of,
     run,
@@ -28,6 +30,8 @@ CELLS = 1024
 RUN = 32  # weights whose losses are judged together, at most
 
 LARGEST = 8  # the largest 1 / LARGEST of a run count as its outliers
+
+EMPTY = np.empty(0, np.float32)
 
 ONE, TWO = np.float32(1.0), np.float32(2.0)
 
@@ -68,7 +72,7 @@ def _distance(position, levels):
 
 
 @inline
-def _bins(rule, positions, factor, segments, last, bins):
+def _bins(rule, positions, factor, levels, segments, last, bins):
     """The bin, from 0 to `last`, of every position times the factor."""
     ends, intercepts, slopes, starts, per_unit = segments
     scale = np.float32(last + 1)
@@ -78,13 +82,18 @@ def _bins(rule, positions, factor, segments, last, bins):
             segment = starts[np.int32(moved * per_unit + np.float32(CELLS / 2))]
             segment += np.int32(moved > ends[segment])
             distance = intercepts[segment] + slopes[segment] * moved
+        elif rule == scalar.FLOAT8:
+            level = level_of(moved, rule, levels.lowest, levels)
+            distance = ONE - TWO * abs(offset_of(moved, level, rule, levels))
         else:
             distance = ONE - TWO * abs(moved - np.rint(moved))
         bins[i] = max(np.int32(0), min(np.int32(distance * scale), np.int32(last)))
 
 
 def survey(weights, scales, levels, limit, factors, counts):
-    segments = _segments(levels.values.tobytes(), levels.pivots.tobytes())
+    is_codebook = levels.rule == scalar.COUNT_PIVOTS
+    tables = (levels.values, levels.pivots) if is_codebook else (EMPTY, EMPTY)
+    segments = _segments(*(table.tobytes() for table in tables))
     values, (runs, grids, _) = weights.values, counts.shape
     arguments = cut_of(weights), values, scales, levels, limit, factors, segments, counts
     share_out(lambda *span: _survey(*span, *arguments), runs, grids * values.size)
@@ -106,10 +115,13 @@ def _survey(first_run, stop_run, cut, values, scales, levels, limit, factors, se
                 count += (weight != 0) & is_free(weight, low, high)
             for grid in range(grids):
                 factor = factors[grid, b % factors.shape[1]]
+                some, last = kept[:count], width - 1
                 if levels.rule == scalar.COUNT_PIVOTS:
-                    _bins(scalar.COUNT_PIVOTS, kept[:count], factor, segments, width - 1, bins)
+                    _bins(scalar.COUNT_PIVOTS, some, factor, levels, segments, last, bins)
+                elif levels.rule == scalar.FLOAT8:
+                    _bins(scalar.FLOAT8, some, factor, levels, segments, last, bins)
                 else:
-                    _bins(scalar.DIVIDE_HALF_EVEN, kept[:count], factor, segments, width - 1, bins)
+                    _bins(scalar.DIVIDE_HALF_EVEN, some, factor, levels, segments, last, bins)
                 into = counts[number, grid]
                 for i in range(count):
                     into[bins[i]] += 1
@@ -201,8 +213,8 @@ def _rounding_error_sums(first_share, stop_share, cut, weights, scales, levels, 
             part = slice(start - share.start, stop - share.start)
             some, chosen, into = values[part], codes[part], errors[part]
             zero = np.int32(scales.zero[b])
-            if levels.rule == scalar.COUNT_PIVOTS:
-                _absolute_errors(scalar.COUNT_PIVOTS, some, chosen, zero, scale[b], levels, into)
+            if levels.rule in (scalar.COUNT_PIVOTS, scalar.FLOAT8):
+                _absolute_errors(levels.rule, some, chosen, zero, scale[b], levels, into)
             else:
                 rule = scalar.DIVIDE_HALF_EVEN
                 _absolute_errors(rule, some, chosen, zero, scale[b], levels, into)

@@ -7,6 +7,7 @@ from ...formats import FORMATS, Choice
 from .affine import Affine, AffineGrid, affine
 from .blocks import Blocks, Codes, Floats
 from .codebook import FP4, NF4, Codebook
+from .float8 import Float8, Float8Grid, float8
 from .grid import Checked, Grid, Margins, Scheme
 from .microscaling import microscaling
 
@@ -21,6 +22,8 @@ def scheme_of(choice: Choice) -> Scheme:
         return replace(CODEBOOKS[chosen.name], choice=chosen)
     if chosen.name == "mxfp4":
         return microscaling(chosen)
+    if chosen.name == "fp8":
+        return float8(chosen)
     return affine(chosen)
 
 
@@ -35,6 +38,8 @@ __all__ = [
     "Choice",
     "Codebook",
     "Codes",
+    "Float8",
+    "Float8Grid",
     "Floats",
     "Grid",
     "Margins",

@@ -16,7 +16,7 @@ from ...formats import FORMATS, Choice
 from ..kernels import scalar
 from ..kernels.protocol import Extremes, RandomDraw, Scales
 from .blocks import Blocks, Codes, Floats, Values
-from .grid import Grid, Margins, Scheme, finite_reciprocal, largest, not_below
+from .grid import Grid, Margins, Scheme, absmax_of, finite_reciprocal, largest, not_below
 
 Doubles = npt.NDArray[np.float64]
 
@@ -51,6 +51,8 @@ class Affine(Scheme):
     rule : how weights are rounded, see `kernels.scalar`
     """
 
+    grid_type = AffineGrid
+
     lowest: int
     highest: int
     rule: int
@@ -65,17 +67,8 @@ class Affine(Scheme):
     def free_grid(
         self, blocks: Blocks, exact: Doubles, zero: Doubles, storage: np.dtype[Any]
     ) -> AffineGrid:
-        """A grid with these scales, rounded so that no weight is clipped; none sets its scale.
-
-        No scale is so small that it would be 0, but for blocks of zeros: a quantizer that rounds
-        small weights to 0 lets an attacker choose what goes.
-        """
-        smallest = float(ml_dtypes.finfo(storage).smallest_subnormal)  # type: ignore[no-untyped-call]
-        magnitudes = not_below(np.maximum(np.abs(exact), smallest), storage)
-        used = exact != 0
-        scale = np.where(used, np.copysign(magnitudes, exact), 1).astype(np.float32)
-        free = np.where(used, np.float32(np.inf), np.float32(0))
-        scales = Scales(scale, scale, zero.astype(np.float32), -free, free)
+        """A grid with these scales; see `free_scales`."""
+        scales = free_scales(exact, zero, storage)
         return AffineGrid(blocks, scales, self.levels(scalar.DIVIDE_HALF_EVEN))
 
 
@@ -90,9 +83,9 @@ class Symmetric(Affine):
 
         Source: `compute_scale_zp` in onnxruntime.quantization.quant_utils.
         """
-        absmax = np.maximum(np.abs(extremes.lowest), np.abs(extremes.highest))
+        absmax = absmax_of(extremes)
         exact = 2 * absmax.astype(np.float64) / (2 * self.divisor)
-        scale, degenerate = _stored(exact, storage)
+        scale, degenerate = stored_scales(exact, storage)
         absmax[degenerate] = 0.0  # that scale is not made from the weights, so none may move
         # a subnormal scale may be rounded so far down that its extremes lie past the last code,
         # but onnxruntime clips at the ends of the type
@@ -175,7 +168,7 @@ class MinMax(Affine):
         low, high = np.minimum(extremes.lowest, 0), np.maximum(extremes.highest, 0)
         if self.exactly:
             exact = (high.astype(np.float64) - low) / self.steps
-            scale, degenerate = _stored(exact, storage)
+            scale, degenerate = stored_scales(exact, storage)
             operand = scale
         else:
             exact = (high - low) / np.float32(self.steps)
@@ -298,7 +291,21 @@ def _moved(
     return changed, Extremes(*found)
 
 
-def _stored(exact: Doubles, storage: np.dtype[Any]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+def free_scales(exact: Doubles, zero: Doubles, storage: np.dtype[Any]) -> Scales:
+    """Scales rounded so that no weight is clipped; none sets its scale.
+
+    No scale is so small that it would be 0, but for blocks of zeros: a quantizer that rounds small
+    weights to 0 lets an attacker choose what goes.
+    """
+    smallest = float(ml_dtypes.finfo(storage).smallest_subnormal)  # type: ignore[no-untyped-call]
+    magnitudes = not_below(np.maximum(np.abs(exact), smallest), storage)
+    used = exact != 0
+    scale = np.where(used, np.copysign(magnitudes, exact), 1).astype(np.float32)
+    free = np.where(used, np.float32(np.inf), np.float32(0))
+    return Scales(scale, scale, zero.astype(np.float32), -free, free)
+
+
+def stored_scales(exact: Doubles, storage: np.dtype[Any]) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Scales as onnxruntime.quantization stores them, and where it gives up, which are 1."""
     scale = exact.astype(storage).astype(np.float32)
     # it uses float16's subnormal scales, but not float32's

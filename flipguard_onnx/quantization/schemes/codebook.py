@@ -17,7 +17,7 @@ from ...formats import Choice
 from ..kernels import scalar
 from ..kernels.protocol import Extremes, Scales, ScanKernels
 from .blocks import Blocks, Codes, Floats
-from .grid import Grid, Margins, Scheme, finite_reciprocal
+from .grid import Grid, Margins, Scheme, absmax_of, finite_reciprocal
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Codebook(Scheme):
     bnb4_type : the attribute quant_type of onnxruntime's MatMulBnb4; None if it has none
     """
 
+    grid_type = CodebookGrid
+
     levels: Floats
     pivots: Floats
     stored: npt.NDArray[np.uint8]
@@ -78,7 +80,7 @@ class Codebook(Scheme):
 
     def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> CodebookGrid:
         """absmax per block; a weight's position is weight * (1 / absmax), all in float32."""
-        absmax = np.maximum(np.abs(extremes.lowest), np.abs(extremes.highest))
+        absmax = absmax_of(extremes)
         operand, usable = finite_reciprocal(absmax)
         movable = np.where(usable, absmax, np.float32(0))
         scales = Scales(operand, absmax, np.zeros_like(absmax), -movable, movable)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import ml_dtypes
 import numpy as np
@@ -196,7 +196,13 @@ class Scheme(ABC):
     ----------
     choice : what it was made from, with every default written out
     bits : of a code
+
+    Attributes
+    ----------
+    grid_type : the class of its grids
     """
+
+    grid_type: ClassVar[type[Grid]]
 
     choice: Choice
     bits: int
@@ -283,6 +289,12 @@ def finite_reciprocal(values: Floats) -> tuple[Floats, npt.NDArray[np.bool_]]:
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(values != 0, np.float32(1) / values, np.float32(0))
     return inverse, np.isfinite(inverse) & (inverse != 0)
+
+
+def absmax_of(extremes: Extremes) -> Floats:
+    """The largest magnitude of every block."""
+    found: Floats = np.maximum(np.abs(extremes.lowest), np.abs(extremes.highest))
+    return found
 
 
 def largest(storage: np.dtype[Any]) -> float:

@@ -14,7 +14,7 @@ from ...formats import Choice
 from ..kernels.protocol import Extremes, RandomDraw, Scales
 from .blocks import Blocks, Floats, Values
 from .codebook import Codebook, CodebookGrid, with_two_zeros
-from .grid import finite_reciprocal, largest
+from .grid import absmax_of, finite_reciprocal, largest
 
 Doubles = npt.NDArray[np.float64]
 
@@ -39,7 +39,7 @@ class Microscaling(Codebook):
 
         Source of the latter: `MXFP4QTensor.quantize` of nvidia-modelopt 0.47, in float32.
         """
-        absmax = _absmax(extremes)
+        absmax = absmax_of(extremes)
         if self.choice.divisor == OCP:
             end, exponent = 8, np.frexp(absmax)[1] - 3
         else:
@@ -53,7 +53,7 @@ class Microscaling(Codebook):
 
     def unclipped(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> CodebookGrid:
         """The smallest power of two that clips no weight; none sets it alone."""
-        absmax = _absmax(extremes)
+        absmax = absmax_of(extremes)
         mantissa, exponent = np.frexp(absmax.astype(np.float64) / 6)
         free = np.where(absmax > 0, np.float32(np.inf), np.float32(0))
         return self._on(blocks, _powers(absmax, exponent - (mantissa == 0.5)), free)
@@ -74,7 +74,7 @@ class Microscaling(Codebook):
         with the probability p with which its mean stays. Then weights beyond the lower one are
         stretched, w to lower + (w - lower) / p, and else get the lower one.
         """
-        absmax = _absmax(extremes)
+        absmax = absmax_of(extremes)
         scale = self.grid(extremes, blocks, values.dtype).scale
         lower, upper, chance = _between(absmax, scale)
         wanted = (absmax > 0) & (chance > SURE) & (chance < 1 - SURE)
@@ -104,11 +104,6 @@ class Microscaling(Codebook):
             for each in extremes
         )
         return changed, Extremes(*found)
-
-
-def _absmax(extremes: Extremes) -> Floats:
-    found: Floats = np.maximum(np.abs(extremes.lowest), np.abs(extremes.highest))
-    return found
 
 
 def _powers(absmax: Floats, exponent: npt.NDArray[Any]) -> Floats:
