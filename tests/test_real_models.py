@@ -35,7 +35,7 @@ CASES = [
     (name, scheme)
     for name in FLOAT_MODELS
     for scheme in SCHEMES
-    if scheme not in ("nf4", "fp4") or name not in (*SLOW, "minilm")  # int4 with other levels
+    if scheme not in ("nf4", "fp4", "fp8", "mxfp4") or name not in (*SLOW, "minilm")  # int4 with other levels
 ]
 
 
@@ -139,7 +139,7 @@ def test_4_bit_codes_equal_onnxruntimes(scheme):
     assert compared > 5_000_000
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in ("fp8", "mxfp4")])
 def test_onnxruntimes_tools_turn_the_moved_model_into_our_codes(tmp_path, monkeypatch, scheme):
     """The float model that we write, put through onnxruntime's own quantizer of that format."""
     monkeypatch.setattr(qdq, "MIN_PACKED", 0)  # all in the kernels' layouts, which are theirs

@@ -5,8 +5,10 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
 
 import flipguard_onnx
+from tests.helpers import naive
 from tests.helpers.samples import SAMPLES, F, model, node, save, weights
 
 FORMATS = {
@@ -92,3 +94,24 @@ def test_zero_points_are_written_in_the_type_of_the_codes(tmp_path):
         "uint4": (TensorProto.UINT4,) * 2,
         "int8": (TensorProto.INT8,) * 2,
     }
+
+
+@pytest.mark.parametrize("scale", [4.0, 6.0])
+def test_mxfp4_files_mean_the_same_to_onnx(tmp_path, scale):
+    """The published form, which onnxruntime does not run, and the floats, quantized again."""
+    source, output = save(SAMPLES["matmul"](), tmp_path), tmp_path / "out.onnx"
+    options = {"scale": scale, "emit": "both", "output": output, "seed": 1}
+    report = flipguard_onnx.guard(source, "mxfp4", **options)
+    types = {tensor.data_type for tensor in onnx.load(output).graph.initializer}
+    assert TensorProto.FLOAT4E2M1 in types
+    with pytest.raises(Exception, match="DequantizeLinear"):
+        onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    (moved,) = onnx.load(tmp_path / "out-float.onnx").graph.initializer
+    values = onnx.numpy_helper.to_array(moved)
+    form = "mxfp4" if scale == 4 else "mxfp4-6"
+    columns = [b.decoded for b in naive.quantize(form, values.T, 32)]
+    wanted = np.concatenate(columns).reshape(values.T.shape).T
+    rows = values.shape[0]
+    (found,) = ReferenceEvaluator(str(output)).run(None, {"x": np.eye(rows, dtype=np.float32)})
+    np.testing.assert_array_equal(found.reshape(rows, -1), wanted)
+    assert "onnxruntime has no kernel" in report.render()
