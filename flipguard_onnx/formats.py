@@ -52,7 +52,7 @@ FORMATS = {
 
 FLOAT4 = ("mxfp4",)  # whose codes are ONNX's float4e2m1, for which onnxruntime has no kernel
 
-DIVISORS = (8.0, 7.5, 7.0, 128.0, 127.0, 4.0, 6.0)  # all of them
+DIVISORS = sorted({d for known in FORMATS.values() for ds in known.divisors.values() for d in ds})
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ CASES = [
     (name, scheme)
     for name in FLOAT_MODELS
     for scheme in SCHEMES
-    if scheme not in ("nf4", "fp4", "fp8", "mxfp4") or name not in (*SLOW, "minilm")  # int4 with other levels
+    if scheme not in ("nf4", "fp4", "fp8", "mxfp4")
+    or name not in (*SLOW, "minilm")  # int4 with other levels
 ]
 
 

@@ -68,7 +68,12 @@ def test_every_option_is_described_in_the_docstring():
         ({"force": "yes"}, OptionError, "force is 'yes'; allowed: true or false"),
         ({"scheme": "int4", "block_size": 48}, OptionError, "block size is 48; allowed: 16, 32, "),
         ({"block_size": 32}, SchemeError, "int8 has one scale per channel; allowed: --granularity"),
-        ({"scheme": "int4", "scale": 6}, OptionError, "scale is 6; allowed: 8.0, 7.5, 7.0, 128.0"),
+        (
+            {"scheme": "int4", "scale": 9},
+            OptionError,
+            "scale is 9; allowed: 4.0, 6.0, 7.0, 7.5, 8.0",
+        ),
+        ({"scheme": "int4", "scale": 6}, SchemeError, "no scale 6; allowed: 8, 7.5, 7"),
         (
             {"scheme": "int4", "scale": 7.5, "emit": "float"},
             SchemeError,
