@@ -15,9 +15,7 @@ from .cpu import (
     inline,
     is_free,
     kernel,
-    level_of,
     nth_share,
-    offset_of,
     piece_span,
     position_of,
     run,
@@ -26,6 +24,8 @@ from .cpu import (
 from .threads import share_out
 
 CELLS = 1024
+
+FLOAT8_GAPS = np.uint32(257 << 23)  # minus an exponent's bits: gaps of fp8 to that power of two
 
 RUN = 32  # weights whose losses are judged together, at most
 
@@ -72,7 +72,7 @@ def _distance(position, levels):
 
 
 @inline
-def _bins(rule, positions, factor, levels, segments, last, bins):
+def _bins(rule, positions, factor, segments, last, bins):
     """The bin, from 0 to `last`, of every position times the factor."""
     ends, intercepts, slopes, starts, per_unit = segments
     scale = np.float32(last + 1)
@@ -83,8 +83,11 @@ def _bins(rule, positions, factor, levels, segments, last, bins):
             segment += np.int32(moved > ends[segment])
             distance = intercepts[segment] + slopes[segment] * moved
         elif rule == scalar.FLOAT8:
-            level = level_of(moved, rule, levels.lowest, levels)
-            distance = ONE - TWO * abs(offset_of(moved, level, rule, levels))
+            size = np.float32(abs(moved))
+            exponent = np.uint32(np.uint32(size.view(np.uint32)) & scalar.INFINITE)
+            exponent = max(exponent, scalar.FLOAT8_EXPONENT)
+            gaps = size * np.uint32(FLOAT8_GAPS - exponent).view(np.float32)
+            distance = ONE - TWO * abs(gaps - np.rint(gaps))
         else:
             distance = ONE - TWO * abs(moved - np.rint(moved))
         bins[i] = max(np.int32(0), min(np.int32(distance * scale), np.int32(last)))
@@ -117,11 +120,11 @@ def _survey(first_run, stop_run, cut, values, scales, levels, limit, factors, se
                 factor = factors[grid, b % factors.shape[1]]
                 some, last = kept[:count], width - 1
                 if levels.rule == scalar.COUNT_PIVOTS:
-                    _bins(scalar.COUNT_PIVOTS, some, factor, levels, segments, last, bins)
+                    _bins(scalar.COUNT_PIVOTS, some, factor, segments, last, bins)
                 elif levels.rule == scalar.FLOAT8:
-                    _bins(scalar.FLOAT8, some, factor, levels, segments, last, bins)
+                    _bins(scalar.FLOAT8, some, factor, segments, last, bins)
                 else:
-                    _bins(scalar.DIVIDE_HALF_EVEN, some, factor, levels, segments, last, bins)
+                    _bins(scalar.DIVIDE_HALF_EVEN, some, factor, segments, last, bins)
                 into = counts[number, grid]
                 for i in range(count):
                     into[bins[i]] += 1
