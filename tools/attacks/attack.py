@@ -42,7 +42,7 @@ def assign(parameter, rows):
 
 def scheme_for(parameter, name):
     """Convolutions stay at 8 bits under the 4-bit schemes: no kernel runs a 4-bit Conv."""
-    return SCHEMES[name if parameter.ndim == 2 or name.startswith("int8") else "int8"]
+    return SCHEMES[name if parameter.ndim == 2 or SCHEMES[name].bits == 8 else "int8"]
 
 
 def make_boxes(weights, names, attacker):

@@ -77,10 +77,12 @@ def _nearest_edge(rows, scheme, inset):
     """
     low, high, _ = scheme.cells(rows)
     _, scale = scheme.encode(rows)
-    end = scheme.ungroup(
-        np.broadcast_to(np.abs(scale) * scheme.top, scheme.group(rows).shape), rows.shape
+    groups = scheme.group(rows)
+    low_end, high_end = (
+        scheme.ungroup(np.broadcast_to(end, groups.shape), rows.shape)
+        for end in scheme.ends(groups, scale)
     )
-    to_low = np.where(low <= -end * 0.9999, np.inf, rows - low)
-    to_high = np.where(high >= end * 0.9999, np.inf, high - rows)
+    to_low = np.where(low <= low_end * 0.9999, np.inf, rows - low)
+    to_high = np.where(high >= high_end * 0.9999, np.inf, high - rows)
     step = inset * (high - low)
     return np.where(to_low < to_high, low + step, high - step)

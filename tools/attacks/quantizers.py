@@ -1,16 +1,23 @@
-"""The quantizers that the attacks aim at, in numpy, equal to onnxruntime's own code for code.
+"""The quantizers that attacks aim at, in numpy, equal to onnxruntime's own code for code.
 
 Every weight is seen as rows `[N, K]`: one row per output feature (or per vocabulary entry, or per
 convolution filter), so a MatMul weight `[K, N]` is transposed first. A scheme cuts the rows into
 groups that share one scale:
 
-    int8         one group per row            levels -127..127, scale absmax/127
-    int8_tensor  one group per tensor         the same levels
-    int4         32 weights along each row    levels -8..7, scale -extreme/8
-    nf4, fp4     64 weights of the flat array codebook times absmax
+    int8          one group per row             levels -127..127, scale absmax/127
+    int8_tensor   one group per tensor          the same levels
+    int8_g32      32 weights along each row     levels -128..127, scale -extreme/128
+    uint8_tensor  one group per tensor          256 levels with a zero point, scale range/255
+    int4          32 weights along each row     levels -8..7, scale -extreme/8
+    int4_g128     128 weights along each row    the same levels
+    uint4_g128    128 weights along each row    16 levels with a zero point, scale range/15
+    nf4, fp4      64 weights of the flat array  codebook times absmax
+    mxfp4         32 weights along each row     E2M1 times a power of two; the extreme at 4 to 8
 
-Formulas: onnxruntime `quantization/quant_utils.py` (int8), MLAS blockwise quantization (int4) and
-`blockwise_quant_block_bnb4.h` (nf4, fp4). `tests` at the bottom compare with onnxruntime itself.
+Formulas: onnxruntime `quantization/quant_utils.py` (int8, uint8 per tensor), MLAS blockwise
+quantization (integers in blocks), `blockwise_quant_block_bnb4.h` (nf4, fp4), and the OCP
+Microscaling Formats specification 1.0 (mxfp4, which onnxruntime has no quantizer for). `tests` at
+the bottom compare with onnxruntime itself.
 """
 
 from dataclasses import dataclass
@@ -35,16 +42,42 @@ FP4_BY_CODE = np.array([0, 0.00520833, 0.6666667, 1, 0.3333333, 0.5, 0.1666667, 
 FP4_POSITIVE = FP4_BY_CODE[FP4_CODES]
 
 
+MXFP4_POSITIVE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+MXFP4_PIVOTS = (MXFP4_POSITIVE[1:] + MXFP4_POSITIVE[:-1]) / 2
+MXFP4_PIVOTS[1::2] = np.nextafter(MXFP4_PIVOTS[1::2], np.float32(0))  # ties go to even codes
+
+
 @dataclass(frozen=True)
 class Scheme:
-    """Ascending `levels` and the `boundaries` between them, both in units of the scale."""
+    """Ascending `levels` and the `boundaries` between them, both in units of the scale.
 
-    name: str
+    bits: of a code. block: weights in a group, None for all of a row (flat: of the tensor). flat:
+    groups ignore where rows end. top: how far a group's weights reach, in units of the scale.
+    """
+
+    bits: int
     levels: np.ndarray
     boundaries: np.ndarray
     block: int | None
     flat: bool
     top: float
+
+    def scale(self, groups):
+        """One float32 scale per group `[G, 1]`: the unit of `levels` and `boundaries`."""
+        raise NotImplementedError
+
+    def nearest(self, groups, scale):
+        """Positions in `levels` `[G, B]`."""
+        raise NotImplementedError
+
+    def ends(self, groups, scale):
+        """Where the weights of a group may be while the scale stays: `low, high`, each `[G, 1]`."""
+        reach = self.top * np.abs(scale.astype(np.float64))
+        return -reach, reach
+
+    def frozen(self, groups):
+        """Which weights set the scale `[G, B]`."""
+        return np.abs(groups) == np.abs(groups).max(1, keepdims=True)
 
     def group(self, rows):
         """Cut rows `[N, K]` into groups `[G, B]`, filled up with zeros."""
@@ -61,34 +94,11 @@ class Scheme:
             return groups.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
         return groups.reshape(shape[0], -1)[:, : shape[1]]
 
-    def scale(self, groups):
-        """One float32 scale per group `[G, 1]`: the unit of `levels` and `boundaries`."""
-        largest = np.abs(groups).max(1, keepdims=True)
-        if self.name in ("nf4", "fp4"):
-            return largest
-        if self.name == "int4":
-            at = np.abs(groups).argmax(1)[:, None]
-            return np.take_along_axis(groups, at, 1) * np.float32(-1 / 8)
-        scale = (2 * largest.astype(np.float64) / 254).astype(np.float32)
-        return np.where(scale == 0, np.float32(1), scale)
-
     def encode(self, rows):
         """Codes (positions in `levels`) `[N, K]`, and the scales `[G, 1]`."""
         groups = self.group(np.ascontiguousarray(rows, np.float32))
         scale = self.scale(groups)
-        if self.name.startswith("int8"):
-            codes = np.rint(groups / scale) + 127
-        else:
-            inverse = np.divide(1, scale, where=scale != 0, out=np.zeros_like(scale))
-            x = groups * inverse
-            if self.name == "int4":
-                codes = np.clip(np.floor(x + np.float32(8) + np.float32(0.5)), 0, 15)
-            elif self.name == "nf4":
-                codes = np.searchsorted(NF4_PIVOTS, x, side="left")
-            else:
-                size = np.searchsorted(FP4_PIVOTS, np.abs(x), side="left")
-                codes = np.where(x < 0, 7 - size, 7 + size)
-        return self.ungroup(codes.astype(np.int16), rows.shape), scale
+        return self.ungroup(self.nearest(groups, scale).astype(np.int16), rows.shape), scale
 
     def decode(self, codes, scale):
         """The float32 weights that codes stand for."""
@@ -101,31 +111,150 @@ class Scheme:
     def cells(self, rows):
         """The interval in which every weight keeps its code while the scale stays.
 
-        Returns `low, high, frozen`, each `[N, K]`: cells of the outermost levels end at the
-        scale-setting weight, and `frozen` marks that weight itself.
+        Returns `low, high, frozen`, each `[N, K]`: cells of the outermost levels end where the
+        scale would change, and `frozen` marks the weights that set it.
         """
         codes, scale = self.encode(rows)
         groups = self.group(rows.astype(np.float64))
         edges = np.concatenate([[-self.top], self.boundaries.astype(np.float64), [self.top]])
         at = self.group(codes).astype(int)
         one, other = edges[at] * scale, edges[at + 1] * scale
-        frozen = np.abs(groups) == np.abs(groups).max(1, keepdims=True)
-        parts = np.minimum(one, other), np.maximum(one, other), frozen
+        low, high = self.ends(groups, scale)
+        parts = (
+            np.maximum(np.minimum(one, other), low),
+            np.minimum(np.maximum(one, other), high),
+            self.frozen(groups),
+        )
         return tuple(self.ungroup(part, rows.shape) for part in parts)
 
 
-def _integer(name, low, high, block, flat, top):
+class Symmetric(Scheme):
+    """scale = absmax / the highest level."""
+
+    def scale(self, groups):
+        largest = np.abs(groups).max(1, keepdims=True)
+        scale = (2 * largest.astype(np.float64) / (2 * self.top)).astype(np.float32)
+        return np.where(scale == 0, np.float32(1), scale)
+
+    def nearest(self, groups, scale):
+        return np.rint(groups / scale) - self.levels[0]
+
+
+class SignedExtreme(Scheme):
+    """The weight of the largest magnitude gets the lowest level; the scale may be negative."""
+
+    def scale(self, groups):
+        at = np.abs(groups).argmax(1)[:, None]
+        return np.take_along_axis(groups, at, 1) / self.levels[0]
+
+    def nearest(self, groups, scale):
+        codes = np.floor(groups * _inverse(scale) - self.levels[0] + np.float32(0.5))
+        return np.clip(codes, 0, len(self.levels) - 1)
+
+
+class MinMax(Scheme):
+    """The range of a group, widened to include 0, is that of the codes.
+
+    Each group has a zero point. Levels are codes minus zero points, so there are more levels than
+    codes. In float32, as MLAS has it.
+    """
+
+    @property
+    def steps(self):
+        """From the lowest to the highest code."""
+        return (1 << self.bits) - 1
+
+    def ends(self, groups, scale):
+        return groups.min(1, keepdims=True).clip(max=0), groups.max(1, keepdims=True).clip(min=0)
+
+    def frozen(self, groups):
+        low, high = self.ends(groups, None)
+        return (groups == low) | (groups == high)
+
+    def scale(self, groups):
+        low, high = self.ends(groups, None)
+        return (high - low) / np.float32(self.steps)
+
+    def zero(self, groups):
+        """The code that stands for 0, per group `[G, 1]`."""
+        scale = self.scale(groups)
+        place = np.divide(-self.ends(groups, None)[0], scale, where=scale != 0, out=0 * scale)
+        return np.floor(place + np.float32(0.5))
+
+    def nearest(self, groups, scale):
+        zero = self.zero(groups)
+        codes = np.floor(groups * _inverse(scale) + zero + np.float32(0.5))
+        return np.clip(codes, 0, self.steps) - zero + self.steps
+
+
+class ExactMinMax(MinMax):
+    """The same in float64, rounded half to even, as quant_utils has it."""
+
+    def scale(self, groups):
+        low, high = self.ends(groups.astype(np.float64), None)
+        scale = ((high - low) / self.steps).astype(np.float32)
+        return np.where(scale == 0, np.float32(1), scale)
+
+    def zero(self, groups):
+        low, high = self.ends(groups.astype(np.float64), None)
+        exact = (high - low) / self.steps
+        return np.rint(np.divide(-low, exact, where=exact != 0, out=0 * exact))
+
+    def nearest(self, groups, scale):
+        zero = self.zero(groups)
+        return np.clip(np.rint(groups / scale) + zero, 0, self.steps) - zero + self.steps
+
+
+class Codebook(Scheme):
+    """scale = absmax."""
+
+    def scale(self, groups):
+        return np.abs(groups).max(1, keepdims=True)
+
+    def nearest(self, groups, scale):
+        return np.searchsorted(self.boundaries, groups * _inverse(scale), side="left")
+
+
+class SignAndSize(Codebook):
+    """A codebook whose levels come in pairs of opposite sign."""
+
+    def nearest(self, groups, scale):
+        x, middle = groups * _inverse(scale), len(self.levels) // 2
+        size = np.searchsorted(self.boundaries[middle:], np.abs(x), side="left")
+        return np.where(x < 0, middle - size, middle + size)
+
+
+class Microscaled(SignAndSize):
+    """The scale is a power of two: the extreme lies in 4 to 8, and the highest level is 6."""
+
+    def scale(self, groups):
+        _, exponent = np.frexp(super().scale(groups))
+        return np.ldexp(np.float32(1), exponent - 3)
+
+
+def _inverse(scale):
+    return np.divide(1, scale, where=scale != 0, out=np.zeros_like(scale))
+
+
+def _integer(rule, bits, low, high, block, flat=False):
     levels = np.arange(low, high + 1, dtype=np.float32)
-    return Scheme(name, levels, levels[:-1] + np.float32(0.5), block, flat, top)
+    return rule(bits, levels, levels[:-1] + np.float32(0.5), block, flat, float(-low))
 
 
-_FP4_LEVELS = np.concatenate([-FP4_POSITIVE[:0:-1], FP4_POSITIVE])
-_FP4_BOUNDARIES = np.concatenate([-FP4_PIVOTS[::-1], FP4_PIVOTS])
+def _mirrored(rule, levels, pivots, block, flat, top):
+    levels = np.concatenate([-levels[:0:-1], levels])
+    return rule(4, levels, np.concatenate([-pivots[::-1], pivots]), block, flat, top)
+
 
 SCHEMES = {
-    "int8": _integer("int8", -127, 127, None, False, 127.0),
-    "int8_tensor": _integer("int8_tensor", -127, 127, None, True, 127.0),
-    "int4": _integer("int4", -8, 7, 32, False, 8.0),
-    "nf4": Scheme("nf4", NF4_LEVELS, NF4_PIVOTS, 64, True, 1.0),
-    "fp4": Scheme("fp4", _FP4_LEVELS, _FP4_BOUNDARIES, 64, True, 1.0),
+    "int8": _integer(Symmetric, 8, -127, 127, None),
+    "int8_tensor": _integer(Symmetric, 8, -127, 127, None, flat=True),
+    "int4": _integer(SignedExtreme, 4, -8, 7, 32),
+    "nf4": Codebook(4, NF4_LEVELS, NF4_PIVOTS, 64, True, 1.0),
+    "fp4": _mirrored(SignAndSize, FP4_POSITIVE, FP4_PIVOTS, 64, True, 1.0),
+    "int8_g32": _integer(SignedExtreme, 8, -128, 127, 32),
+    "uint8_tensor": _integer(ExactMinMax, 8, -255, 255, None, flat=True),
+    "int4_g128": _integer(SignedExtreme, 4, -8, 7, 128),
+    "uint4_g128": _integer(MinMax, 4, -15, 15, 128),
+    "mxfp4": _mirrored(Microscaled, MXFP4_POSITIVE, MXFP4_PIVOTS, 32, False, 8.0),
 }

@@ -111,7 +111,7 @@ def _with_rows(model, scheme, change):
             continue
         value = numpy_helper.to_array(tensor)
         rows = value.T if layout == "transposed" else value.reshape(value.shape[0], -1)
-        wide = layout in ("convolution", "embedding") and "int8" not in scheme
+        wide = layout in ("convolution", "embedding") and SCHEMES[scheme].bits == 4
         rows = change(rows, SCHEMES["int8" if wide else scheme])
         value = rows.T if layout == "transposed" else rows.reshape(value.shape)
         value = np.ascontiguousarray(value, np.float32)
@@ -132,27 +132,42 @@ def in_float32(model):
     return model
 
 
+DYNAMIC = {
+    "int8": {"weight_type": QuantType.QInt8, "per_channel": True},
+    "int8_tensor": {"weight_type": QuantType.QInt8},
+    "uint8_tensor": {
+        "weight_type": QuantType.QUInt8,
+        "extra_options": {"WeightSymmetric": False},
+    },
+}
+BLOCKWISE = {
+    "int4": {"block_size": 32, "is_symmetric": True, "quant_format": QuantFormat.QDQ},
+    "int4_g128": {"block_size": 128, "is_symmetric": True, "quant_format": QuantFormat.QDQ},
+    "uint4_g128": {"block_size": 128, "is_symmetric": False, "quant_format": QuantFormat.QDQ},
+    "int8_g32": {"block_size": 32, "is_symmetric": True, "bits": 8},
+}
+BNB4 = {"fp4": 0, "nf4": 1}
+
+
 def onnxruntime_quantized(model, scheme):
-    """The file that onnxruntime's own quantizer makes (it reads only MatMul at 4 bits)."""
+    """The file that onnxruntime's own quantizer makes (in blocks it reads only MatMul).
+
+    None of mxfp4, which it has no quantizer for.
+    """
     model = _gemm_as_matmul(in_float32(model))
-    if scheme.startswith("int8"):
+    if scheme in DYNAMIC:
         with tempfile.TemporaryDirectory() as folder:
             plain, done = Path(folder) / "plain.onnx", Path(folder) / "done.onnx"
             onnx.save(model, plain)
-            quantize_dynamic(
-                plain,
-                done,
-                weight_type=QuantType.QInt8,
-                per_channel=scheme == "int8",
-                op_types_to_quantize=["MatMul", "Conv"],
-            )
+            kinds = ["MatMul", "Conv"]
+            quantize_dynamic(plain, done, op_types_to_quantize=kinds, **DYNAMIC[scheme])
             return onnx.load(done)
-    if scheme == "int4":
-        worker = MatMulNBitsQuantizer(
-            model, block_size=32, is_symmetric=True, quant_format=QuantFormat.QDQ
-        )
+    if scheme in BLOCKWISE:
+        worker = MatMulNBitsQuantizer(model, **BLOCKWISE[scheme])
+    elif scheme in BNB4:
+        worker = MatMulBnb4Quantizer(model, quant_type=BNB4[scheme], block_size=64)
     else:
-        worker = MatMulBnb4Quantizer(model, quant_type=int(scheme == "nf4"), block_size=64)
+        return None
     worker.process()
     return worker.model.model
 

@@ -37,9 +37,12 @@ def test_codes_and_scales_stay(name, attacker):
     np.testing.assert_array_equal(scheme.encode(moved)[1], scale)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name != "mxfp4"])
 def test_topk_restores_the_codes(name):
-    """Flip the largest errors as the defence does: the malicious codes come back."""
+    """Flip the largest errors as the defence does: the malicious codes come back.
+
+    Not at mxfp4, where the largest errors are those of weights beyond the last level.
+    """
     rng, scheme, share = np.random.default_rng(1), SCHEMES[name], 0.2
     rows = rng.standard_normal(SHAPE).astype(np.float32)
     codes, _ = scheme.encode(rows)

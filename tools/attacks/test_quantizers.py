@@ -1,16 +1,19 @@
 """Are our codes onnxruntime's codes? Run: python -m pytest tools/attacks/test_quantizers.py"""
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-from onnxruntime.quantization.quantize import QuantFormat, QuantType, quantize_dynamic
+from onnxruntime.quantization.quantize import quantize_dynamic
 
 from tools.attacks.quantizers import FP4_CODES, SCHEMES
+from tools.attacks.simulate import BLOCKWISE, DYNAMIC
 
-SHAPES = [(24, 64), (10, 100), (33, 70)]
+SHAPES = [(24, 64), (10, 100), (33, 70), (5, 300)]
 
 
 def one_matmul(weight):
@@ -37,38 +40,77 @@ def random_rows(shape, seed):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", ["int8", "int8_tensor"])
-def test_int8(name, shape, tmp_path):
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_8_bits_per_row_and_tensor(name, shape, tmp_path):
     rows = random_rows(shape, 1)
     onnx.save(one_matmul(np.ascontiguousarray(rows.T)), tmp_path / "a.onnx")
-    quantize_dynamic(
-        tmp_path / "a.onnx",
-        tmp_path / "b.onnx",
-        weight_type=QuantType.QInt8,
-        per_channel=name == "int8",
-    )
+    quantize_dynamic(tmp_path / "a.onnx", tmp_path / "b.onnx", **DYNAMIC[name])
     theirs = initializers(onnx.load(tmp_path / "b.onnx"))
     codes, scale = SCHEMES[name].encode(rows)
-    np.testing.assert_array_equal(theirs["w_quantized"].T, codes - 127)
+    levels = theirs["w_quantized"].astype(int) - theirs["w_zero_point"].astype(int)
+    np.testing.assert_array_equal(levels.T, SCHEMES[name].levels[codes])
     np.testing.assert_array_equal(theirs["w_scale"].reshape(-1), scale.reshape(-1))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_int4(shape):
+@pytest.mark.parametrize("name", [name for name in BLOCKWISE if SCHEMES[name].bits == 4])
+def test_4_bit_integers_in_blocks(name, shape):
     rows = random_rows(shape, 2)
-    quantizer = MatMulNBitsQuantizer(
-        one_matmul(np.ascontiguousarray(rows.T)),
-        block_size=32,
-        is_symmetric=True,
-        quant_format=QuantFormat.QDQ,
-    )
+    quantizer = MatMulNBitsQuantizer(one_matmul(np.ascontiguousarray(rows.T)), **BLOCKWISE[name])
     quantizer.process()
-    theirs = list(initializers(quantizer.model.model).values())
-    codes, scale = SCHEMES["int4"].encode(rows)
-    (their_codes,) = [a for a in theirs if a.shape == rows.T.shape]
-    (their_scale,) = [a for a in theirs if a.dtype == np.float32]
-    np.testing.assert_array_equal(their_codes.astype(int).T, codes - 8)
-    np.testing.assert_array_equal(their_scale.T.reshape(-1), scale.reshape(-1))
+    theirs = initializers(quantizer.model.model)
+    scheme = SCHEMES[name]
+    codes, scale = scheme.encode(rows)
+    their_codes, their_scale = theirs["w_DQ_Q4"].astype(int).T, theirs["w_DQ_scales"].T
+    if "w_DQ_zero_points" in theirs:
+        zero = np.repeat(theirs["w_DQ_zero_points"].astype(int).T, scheme.block, 1)
+        their_codes = their_codes - zero[:, : rows.shape[1]]
+    np.testing.assert_array_equal(their_codes, scheme.levels[codes])
+    np.testing.assert_array_equal(their_scale.reshape(-1), scale.reshape(-1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_in_blocks(shape):
+    rows = random_rows(shape, 2)
+    options = BLOCKWISE["int8_g32"]
+    quantizer = MatMulNBitsQuantizer(one_matmul(np.ascontiguousarray(rows.T)), **options)
+    quantizer.process()
+    theirs = initializers(quantizer.model.model)
+    codes, scale = SCHEMES["int8_g32"].encode(rows)
+    their_codes = theirs["w_Q8"].reshape(shape[0], -1)[:, : shape[1]]
+    np.testing.assert_array_equal(their_codes, codes)
+    np.testing.assert_array_equal(theirs["w_scales"].reshape(-1), scale.reshape(-1))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mxfp4(shape):
+    """onnxruntime has no quantizer for it; so by the specification, and onnx's reference."""
+    rows = random_rows(shape, 6)
+    rows[0, :10] = [8, *np.arange(0.25, 2.5, 0.25)]  # in steps, with every tie below 4
+    rows[1, :4] = [7.9, 5, -5, 6.5]
+    codes, scale = SCHEMES["mxfp4"].encode(rows)
+    largest = np.abs(SCHEMES["mxfp4"].group(rows)).max(1, keepdims=True)
+    np.testing.assert_array_equal(scale, np.exp2(np.floor(np.log2(largest)) - 2))
+    steps = rows / SCHEMES["mxfp4"].ungroup(np.repeat(scale, 32, 1), shape)
+    levels = SCHEMES["mxfp4"].levels[codes]
+    np.testing.assert_array_equal(steps.astype(ml_dtypes.float4_e2m1fn).astype(np.float32), levels)
+    np.testing.assert_array_equal(_by_reference(steps), levels)
+
+
+def _by_reference(steps):
+    """What onnx's reference implementation of QuantizeLinear makes of these."""
+    node = helper.make_node(
+        "QuantizeLinear", ["x", "one"], ["y"], output_dtype=TensorProto.FLOAT4E2M1
+    )
+    graph = helper.make_graph(
+        [node],
+        "fp4",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, steps.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT4E2M1, steps.shape)],
+        [numpy_helper.from_array(np.float32(1), "one")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)])
+    return ReferenceEvaluator(model).run(None, {"x": steps})[0].astype(np.float32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -107,11 +149,20 @@ def test_cells_keep_codes_and_no_more(name, shape):
     np.testing.assert_array_equal(scheme.encode(moved)[0], codes)
     np.testing.assert_array_equal(scheme.encode(moved)[1], scale)
     past = (high + 1e-3 * width).astype(np.float32)
-    limit = np.abs(high) < scheme.ungroup(
-        np.broadcast_to(np.abs(scale) * scheme.top * 0.9, scheme.group(rows).shape), shape
-    )
+    groups = scheme.group(rows.astype(np.float64))
+    end = scheme.ungroup(np.broadcast_to(scheme.ends(groups, scale)[1], groups.shape), shape)
+    limit = high < end - 1e-2 * width
     moved = np.where(frozen | ~limit, rows, past).astype(np.float32)
     assert (scheme.encode(moved)[0] != codes)[~frozen & limit].all()
+
+
+@pytest.mark.parametrize("name", ["uint4_g128", "uint8_tensor"])
+def test_both_ends_are_frozen_where_they_set_a_zero_point(name):
+    scheme, rows = SCHEMES[name], random_rows((3, 256), 8)
+    groups, frozen = scheme.group(rows), scheme.group(scheme.cells(rows)[2])
+    assert frozen.sum(1).tolist() == [2] * len(groups)
+    assert frozen[np.arange(len(groups)), groups.argmin(1)].all()
+    assert frozen[np.arange(len(groups)), groups.argmax(1)].all()
 
 
 def test_all_zero_group():

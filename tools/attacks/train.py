@@ -126,7 +126,9 @@ def run(entry, manifest):
         }
     if entry["schemes"]:
         entry["by_onnxruntime"] = {
-            s: rates(simulate.onnxruntime_quantized(model, s), entry) for s in measured
+            s: rates(made, entry)
+            for s in measured
+            if (made := simulate.onnxruntime_quantized(model, s))
         }
         clean = next(
             e
