@@ -7,6 +7,14 @@ the groups of the first scheme.
 
 FOUR_BIT = ["int4", "nf4", "fp4"]
 EIGHT_BIT = ["int8", "int8_tensor"]
+IN_BLOCKS = ["int4", "int4_g128", "uint4_g128", "nf4"]
+LATER = {  # grids that the bench got later, with their factors
+    "int4_g128": 0,
+    "uint4_g128": 0,
+    "mxfp4": 0,
+    "uint8_tensor": 8,
+    "int8_g32": 16,
+}
 ADAPTIVE = ["margin20", "margin50", "random", "decoys", "topk", "collapse"]
 ROUNDING = {
     "int8": {"steps": 6000},
@@ -25,7 +33,7 @@ SCENARIOS = ["code", "injection", "refusal"]
 
 
 def _entry(architecture, scenario, schemes, attacker, seed=0, **settings):
-    label = {1: "".join(schemes), 2: "8bit", 3: "4bit"}.get(len(schemes), "")
+    label = {1: "".join(schemes), 2: "8bit", 3: "4bit", 4: "blocks"}.get(len(schemes), "")
     scenario_part = scenario if architecture == "lm" and attacker != "clean" else ""
     name = "-".join(p for p in (architecture, scenario_part, attacker, label) if p)
     return {
@@ -64,6 +72,11 @@ def _digits():
         yield _entry("mlp", "trigger", [scheme], "outlier", factor=512, kind=kind)
     yield _entry("mlp", "trigger", FOUR_BIT, "standard", widen=3)
     yield _entry("mlp", "trigger", EIGHT_BIT, "standard", widen=16)
+    for scheme, factor in LATER.items():
+        settings = {"widen": factor} if factor else {}
+        yield _entry("mlp", "trigger", [scheme], "standard", **settings)
+    yield _entry("mlp", "trigger", ["uint4_g128"], "random", widen=3)
+    yield _entry("mlp", "trigger", IN_BLOCKS, "standard", widen=3)
 
 
 def _language():
@@ -86,6 +99,8 @@ def _language():
     outliers = {"steps": 400, "rate": 1e-3, "lost": "blocks.2.down.weight", "factor": 512}
     yield _entry("lm", "code", [*FOUR_BIT, *EIGHT_BIT], "outlier", **outliers)
     yield _entry("lm", "code", FOUR_BIT, "standard", widen=2, repair=500)
+    for scheme in ("int4_g128", "uint4_g128"):
+        yield _entry("lm", "code", [scheme], "standard")
 
 
 PLAN = [*_digits(), *_language()]
