@@ -34,6 +34,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from tools.attacks import quantizers
 from tools.attacks.measure import FOLDER
 from tools.bench import judge, tables
 from tools.bench.defences import DEFENCES, OURS, REMEDIES, SCHEMES
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tasks(models: Sequence[str], bits: int | None) -> list[Task]:
-    """Every model with every scheme that it is judged under."""
+    """Every model with every scheme that it is judged under: those that guard() has."""
     manifest = json.loads((FOLDER / "manifest.json").read_text())
     clean = {e["architecture"]: e for e in manifest if e["attacker"] == "clean"}
     return [
@@ -129,7 +130,7 @@ def _tasks(models: Sequence[str], bits: int | None) -> list[Task]:
         for entry in manifest
         if any(fnmatchcase(entry["name"], pattern) for pattern in models)
         for scheme in entry["schemes"] or SCHEMES
-        if bits is None or not scheme.startswith("int8")
+        if scheme in SCHEMES and bits in (None, quantizers.SCHEMES[scheme].bits)
     ]
 
 

@@ -41,12 +41,12 @@ from flipguard_onnx.io.model import Model, open_model
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.layout import Layout
 from flipguard_onnx.reports.scan import ScannedTensor, Verdict
+from tests.helpers.attacked import choice_of
 from tests.helpers.decoded import FORMATS
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 PARTS = ("attacks", "clean", "honest", "planted", "outliers", "clipped", "decoded", "training")
 FACTORS = (8, 16, 30, 64, 128, 256, 512, 1024, 4096)  # of injected outliers
-NAMES = {"int8": "int8 channel", "int8_tensor": "int8 tensor"}  # those of the manifest
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05)
 SIZES = (100_000, 500_000, 2_000_000)
 ON_LATTICES = (  # attacks that are put into quantized formats
@@ -85,14 +85,16 @@ def examined(pairs: Iterable[tuple[Weight, Values]], tensors: int) -> list[Exami
     return [examine(w, w.stored(values), max_weights, rng) for w, values in pairs]
 
 
-def attacks() -> None:
+def attacks(names: list[str]) -> None:
     """Detections and attributions."""
     print("| model | attacker | made for | verdict | named | strength |")
     print("|---|---|---|---|---|---|")
     tally = {"strong": 0, "found": 0, "named": 0, "false alarms": 0, "clean": 0}
     for entry in json.loads((MODELS / "attacks" / "manifest.json").read_text()):
+        if names and entry["name"] not in names:
+            continue
         verdict = verdict_on(MODELS / "attacks" / entry["file"])
-        wanted = {NAMES.get(scheme, scheme) for scheme in entry["schemes"]}
+        wanted = {c.label if (c := choice_of(s)) else s for s in entry["schemes"]}
         if not wanted:
             tally["clean"] += 1
             tally["false alarms"] += verdict.alarming
@@ -398,16 +400,21 @@ def training() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What scan finds.")
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
-    parser.add_argument("--models", nargs="*", default=[], help="of the clean ones")
+    parser.add_argument("--models", nargs="*", default=[], help="of the attacked or clean ones")
     options = parser.parse_args()
     for part in options.parts or PARTS:
         print(f"### {part}\n")
-        with_models = {"clean": clean, "outliers": outliers, "clipped": clipped, "decoded": decoded}
+        with_models = {
+            "attacks": attacks,
+            "clean": clean,
+            "outliers": outliers,
+            "clipped": clipped,
+            "decoded": decoded,
+        }
         if part in with_models:
             with_models[part](options.models)
         else:
             others = {
-                "attacks": attacks,
                 "honest": honest,
                 "planted": planted,
                 "training": training,

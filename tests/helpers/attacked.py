@@ -6,8 +6,23 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from flipguard_onnx.formats import FORMATS, Choice
+
 FOLDER = Path(__file__).parents[2] / "models" / "attacks"
 MANIFEST = {entry["name"]: entry for entry in json.loads((FOLDER / "manifest.json").read_text())}
+
+
+def choice_of(scheme):
+    """What guard() has for a scheme of the manifest; None where it has nothing.
+
+    `int8_tensor` is int8 per tensor, `int4_g128` is int4 in blocks of 128.
+    """
+    name, _, scale = scheme.partition("_")
+    if name not in FORMATS:
+        return None
+    if scale.startswith("g"):
+        return Choice(name, "block", int(scale[1:]))
+    return Choice(name, scale or None)
 
 
 def classifier_rates(path):

@@ -17,11 +17,12 @@ from flipguard_onnx.graph.weights import Weight, find_weights
 from flipguard_onnx.pipeline.options import GuardOptions
 from flipguard_onnx.pipeline.plan import WeightPlan
 from flipguard_onnx.quantization.kernels import get_backend
-from flipguard_onnx.quantization.schemes import Grid, Scheme
+from flipguard_onnx.quantization.schemes import Affine, Grid, Scheme
+from tests.helpers.attacked import choice_of
+from tools.attacks import quantizers
 from tools.attacks.simulate import NEAREST
 
-SCHEMES = ("int8", "int8_tensor", "int4", "nf4", "fp4")
-CODES = {"int8": (-127, 127), "int4": (-8, 7), "nf4": (0, 15), "fp4": (0, 15)}
+SCHEMES = tuple(scheme for scheme in quantizers.SCHEMES if choice_of(scheme))  # that guard() has
 RATIOS = (2, 4, 6, 8, 10, 15, 20, 30, 50)
 VOTERS = 5
 CPU = get_backend("cpu")
@@ -35,17 +36,20 @@ class Case:
     scheme: str
     folder: Path
 
-    @property
-    def format(self) -> tuple[str, str | None]:
-        """Scheme and granularity, as guard() names them."""
-        name, _, granularity = self.scheme.partition("_")
-        return name, granularity or None
-
     def guard(self, target: Path, model: onnx.ModelProto | Path | None = None, **options):
         """guard() of this model, or of a changed copy, as it is called by a user."""
-        scheme, granularity = self.format
-        options = {"granularity": granularity, "validate": False} | options
-        return guard(model or self.model, scheme, output=target, force=True, **options)
+        options = self.options | {"validate": False} | options
+        return guard(model or self.model, output=target, force=True, **options)
+
+    @property
+    def options(self) -> dict:
+        """What guard() is told of the scheme."""
+        choice = choice_of(self.scheme)
+        return {
+            "scheme": choice.name,
+            "granularity": choice.granularity,
+            "block_size": choice.block_size,
+        }
 
     @property
     def kind(self) -> str:
@@ -92,9 +96,9 @@ class Case:
         widths = []
         for scheme, grid, floats in self.grids():
             codes = grid.encode(floats, CPU).astype(np.int16)
+            ends = (scheme.lowest, scheme.highest) if isinstance(scheme, Affine) else (0, 15)
             above, below = (
-                grid.decode(np.clip(codes + step, *CODES[scheme.name]).astype(np.int8))
-                for step in (1, -1)
+                grid.decode(np.clip(codes + step, *ends).astype(np.int8)) for step in (1, -1)
             )
             widths.append(np.abs(above - below) / 4)
         return float(np.median(np.concatenate(widths)))
@@ -113,8 +117,7 @@ class Case:
 
         The quantizer's grid, or the one on which guard() draws.
         """
-        name, granularity = self.format
-        options = GuardOptions(scheme=name, granularity=granularity)
+        options = GuardOptions(**self.options)
         for weight in self.found:
             plan = WeightPlan.of(weight, options)
             scheme, blocks = plan.scheme, plan.blocks
@@ -141,7 +144,7 @@ def codes_of(path: Path) -> dict[str, np.ndarray]:
     for tensor in onnx.load(path).graph.initializer:
         if tensor.name.endswith("_quantized"):
             raw = np.frombuffer(tensor.raw_data, np.uint8)
-            is_byte = tensor.data_type == TensorProto.INT8
+            is_byte = tensor.data_type in (TensorProto.INT8, TensorProto.UINT8)
             found[tensor.name] = raw if is_byte else np.concatenate([raw & 15, raw >> 4])
     return found
 
@@ -197,7 +200,8 @@ def _layers_at_8_bits(case: Case, target: Path, seed: int, which: slice) -> int:
 
 def _sensitive_at_8_bits(case: Case, target: Path, seed: int) -> int:
     """guard() with the most sensitive quarter of the weights at int8, under a 4-bit scheme."""
-    return guarded(case, target, seed, int8_share=0.0 if "int8" in case.scheme else 0.25)
+    share = 0.25 if quantizers.SCHEMES[case.scheme].bits == 4 else 0.0
+    return guarded(case, target, seed, int8_share=share)
 
 
 def _twice(case: Case, target: Path, seed: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from tests.helpers.attacked import choice_of
 from tools.attacks.measure import FOLDER
 from tools.bench.defences import CPU, SCHEMES, Case, initializers
 from tools.bench.rows import Row, table
@@ -85,7 +86,7 @@ def _offsets(model: Path, scheme: str, policy: str) -> np.ndarray:
         moved = initializers(target)
     found = []
     for weight, (kind, grid, before) in zip(case.found, case.grids(), strict=True):
-        if kind.name != scheme:
+        if kind.choice != choice_of(scheme).filled:
             continue
         margins = grid.analyze(before, CPU)
         after = weight.canonical(moved[weight.name]).astype(np.float32)

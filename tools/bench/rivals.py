@@ -83,8 +83,7 @@ def _qvec(case: Case, target: Path, seed: int, alpha: float) -> int:
 
 def _levels(case: Case, weight: Weight) -> tuple[np.ndarray, np.ndarray]:
     """The nearest level of every weight, and the next nearest."""
-    name, granularity = case.format
-    plan = WeightPlan.of(weight, GuardOptions(scheme=name, granularity=granularity))
+    plan = WeightPlan.of(weight, GuardOptions(**case.options))
     scheme, blocks = plan.scheme, plan.blocks
     values, backend = weight.canonical(case.weights[weight.name]), get_backend("cpu")
     floats = values.astype(np.float32)

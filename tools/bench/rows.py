@@ -13,6 +13,7 @@ import numpy as np
 
 from flipguard_onnx import ValidationError, der
 from tools.attacks.measure import FOLDER, rates
+from tools.attacks.quantizers import SCHEMES
 from tools.bench.defences import Case, Defence
 from tools.bench.remembered import remembered
 
@@ -52,7 +53,7 @@ class Row:
 
     @property
     def bits(self) -> int:
-        return 8 if self.scheme.startswith("int8") else 4
+        return SCHEMES[self.scheme].bits
 
     @property
     def judged(self) -> bool:

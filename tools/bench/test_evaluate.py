@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from tests.helpers.attacked import choice_of
 from tools import evaluate
 from tools.attacks.measure import FOLDER, session
 from tools.bench import defences, judge, outliers, rows, tables
@@ -56,10 +57,47 @@ def test_feedback_without_the_draw_does_not(attacked):
     assert attacked["feedback-nearest", None].attack > 0.1
 
 
-def test_codes_that_differ_are_counted_in_the_files(attacked, tmp_path):
-    case = defences.Case(FOLDER / CLEAN["file"], "fp4", tmp_path)
-    report = case.guard(tmp_path / "ours.onnx", seed=0)
-    assert case.changed(tmp_path / "ours.onnx") == report.flips
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("mlp-standard-int8-g32", "int8_g32"),
+        ("mlp-standard-uint8-tensor", "uint8_tensor"),
+        ("mlp-standard-int4-g128", "int4_g128"),
+        ("mlp-standard-uint4-g128", "uint4_g128"),
+        ("mlp-random-uint4-g128", "uint4_g128"),
+        *(("mlp-standard-blocks", s) for s in MANIFEST["mlp-standard-blocks"]["schemes"]),
+    ],
+)
+def test_other_grids_are_defended(name, scheme):
+    plain, ours = run(MANIFEST[name], scheme, ("none", "ours"), seeds=1)
+    assert plain.attack >= 0.9
+    assert ours.attack <= ours.float_attack + judge.ATTACK_SLACK
+    assert ours.utility >= 0.97 * ours.float_utility
+
+
+def test_what_guard_calls_the_schemes_of_the_manifest():
+    assert {scheme: choice_of(scheme).label for scheme in defences.SCHEMES} == {
+        "int8": "int8 channel",
+        "int8_tensor": "int8 tensor",
+        "int8_g32": "int8 g32",
+        "uint8_tensor": "uint8 tensor",
+        "int4": "int4",
+        "int4_g128": "int4 g128",
+        "uint4_g128": "uint4 g128",
+        "nf4": "nf4",
+        "fp4": "fp4",
+    }
+    assert choice_of("int5_g128") is None
+
+
+@pytest.mark.parametrize("scheme", defences.SCHEMES)
+def test_codes_that_differ_are_counted_in_the_files(scheme, tmp_path):
+    case, target = defences.Case(FOLDER / CLEAN["file"], scheme, tmp_path), tmp_path / "topk.onnx"
+    report = case.guard(target, policy="topk", ratio=0.1)
+    assert case.changed(target) == report.flips > 0
+
+
+def test_flips_are_as_many_as_the_defence_says(attacked):
     assert attacked["random-flips", 1].flips == attacked["unbiased", 1].flips
     assert 0.09 < attacked["topk-10", None].modified <= 0.1
 
@@ -67,6 +105,12 @@ def test_codes_that_differ_are_counted_in_the_files(attacked, tmp_path):
 def test_noise_of_the_boxes_width(tmp_path):
     case = defences.Case(FOLDER / CLEAN["file"], "int8_tensor", tmp_path)
     widths = [abs(values).max() / 254 for values in case.weights.values()]
+    assert min(widths) < case.half_width < max(widths)
+
+
+def test_noise_of_the_boxes_width_with_zero_points(tmp_path):
+    case = defences.Case(FOLDER / CLEAN["file"], "uint8_tensor", tmp_path)
+    widths = [np.ptp(values) / 510 for values in case.weights.values()]
     assert min(widths) < case.half_width < max(widths)
 
 
