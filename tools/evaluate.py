@@ -6,6 +6,7 @@
     python -m tools.evaluate --load rows.json --check
     python -m tools.evaluate --remedies
     python -m tools.evaluate --outliers --seeds 3
+    python -m tools.evaluate --grids mlp-standard-blocks --seeds 3
 
 Every model of models/attacks/manifest.json is guarded for the scheme it was made for (a clean one
 for all schemes) by every defence; the quantized file runs in onnxruntime as it comes. No torch.
@@ -77,7 +78,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="only outliers of growing size, at every scheme: scan, exit codes, rates",
     )
+    parser.add_argument(
+        "--grids",
+        nargs="+",
+        metavar="MODEL",
+        help="only these models on every grid of the scan, rounded to nearest and guarded",
+    )
     options = parser.parse_args(arguments)
+    if options.grids:
+        from tools.bench import grids
+
+        for line in grids.lines(options.grids, options.seeds):
+            print(line, flush=True)
+        return 0
     if options.outliers:
         from tools.bench.outliers import lines
 

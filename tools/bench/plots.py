@@ -27,8 +27,13 @@ def scatter(rows: Sequence[Row], path: Path) -> None:
     """Attack rate against utility, means over the judged attacks: a panel per scheme."""
     cells = {key: found for key, found in table(rows).items() if _judged(found)}
     schemes = [scheme for scheme in SCHEMES if any(s == scheme for _, s in cells)]
-    figure = Figure(figsize=(3.6 * len(schemes), 4), layout="constrained")
-    panels = figure.subplots(1, len(schemes), sharex=True, sharey=True, squeeze=False)[0]
+    columns = min(len(schemes), 5)
+    lines = -(-len(schemes) // columns)
+    figure = Figure(figsize=(3.6 * columns, 4 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat
+    panels, spare = panels[: len(schemes)], panels[len(schemes) :]
+    for panel in spare:
+        panel.remove()
     for scheme, panel in zip(schemes, panels, strict=True):
         of_scheme = [found for (_, s), found in cells.items() if s == scheme]
         for name in dict.fromkeys(name for found in of_scheme for name in found):

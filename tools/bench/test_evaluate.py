@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.attacked import choice_of
 from tools import evaluate
 from tools.attacks.measure import FOLDER, session
-from tools.bench import defences, judge, outliers, rows, tables
+from tools.bench import defences, grids, judge, outliers, rows, tables
 
 MANIFEST = {entry["name"]: entry for entry in json.loads((FOLDER / "manifest.json").read_text())}
 CLEAN = MANIFEST["mlp-clean"]
@@ -271,6 +271,15 @@ def test_a_line_per_kind_of_outliers():
         assert float(source.split(" / ")[0]) > 0.97
         assert float(nearest.split(" / ")[1]) > 0.95
         assert float(given.split(" / ")[0]) > 0.9
+
+
+def test_a_line_per_grid(monkeypatch):
+    chosen = {label: grids.GRIDS[label] for label in ("int4 g64", "int8 channel")}
+    monkeypatch.setattr(grids, "GRIDS", chosen)
+    _, _, woken, asleep = grids.lines(["mlp-standard-blocks"], seeds=1)
+    assert woken.startswith("| int4 g64 | 1.000 / 0.9")
+    assert woken.endswith(" | 0.000 |")
+    assert asleep.startswith("| int8 channel | 0.000 / 0.9")
 
 
 def test_a_run_that_fails_has_an_exit_code_and_no_rates(tmp_path):
