@@ -47,6 +47,7 @@ def scatter(rows: Sequence[Row], path: Path) -> None:
             panel.annotate(label, (x, y), (3, 3), textcoords="offset points", fontsize=6)
         panel.set_title(scheme)
         panel.set_xlabel("utility, share of the float model's")
+        panel.tick_params(labelbottom=True)
     panels[0].set_ylabel("attack rate")
     handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
