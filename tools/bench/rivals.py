@@ -95,7 +95,7 @@ def _levels(case: Case, weight: Weight) -> tuple[np.ndarray, np.ndarray]:
 def _moments(case: Case) -> Iterator[tuple[Weight, np.ndarray]]:
     """Weights that have inputs, with the mean of x x^T over these, [columns, columns]."""
     model = onnx.load(case.model)
-    taps = {w.name: weight_input(w.uses[0], w, w.scope.body) for w in case.found}
+    taps = {w.name: weight_input(w.uses[0], w, [w.scope.body]) for w in case.found}
     read = [weight for weight in case.found if isinstance(taps[weight.name], WeightInput)]
     names = list(dict.fromkeys(taps[weight.name].value for weight in read))
     known = {value.name for value in model.graph.input}
