@@ -20,7 +20,7 @@ from ..io.model import Model
 from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.rounding import unsound
-from ..quantization.schemes import Affine, Floats
+from ..quantization.schemes import Floats
 from ..reports.scan import (
     LEVELS,
     NOT_JUDGED,
@@ -216,13 +216,13 @@ def examine(
 def _attributed(
     verdict: Verdict, alignments: Sequence[Alignment], sample: Sample, spread: Floats | None
 ) -> Verdict:
-    """The verdict without grids of integers that only echo others; see `explaining`."""
+    """The verdict without grids of integers or floats that only echo others; see `explaining`."""
     by_name = {a.grid: a for a in alignments}
-    integers = [by_name[grid] for grid in verdict.grids if isinstance(GRIDS[grid], Affine)]
-    if len(integers) < 2:
+    related = [by_name[grid] for grid in verdict.grids if grid not in ("nf4", "fp4")]
+    if len(related) < 2:
         return verdict
-    own = iter(explaining(sample, spread, integers, chance))
-    grids = (next(own, None) if by_name[g] in integers else g for g in verdict.grids)
+    own = iter(explaining(sample, spread, related, chance))
+    grids = (next(own, None) if by_name[g] in related else g for g in verdict.grids)
     return replace(verdict, grids=tuple(grid for grid in grids if grid))
 
 

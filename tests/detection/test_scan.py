@@ -47,7 +47,6 @@ FAINT = {  # attacks that move so few weights, or so little, that they are only 
     "mlp-random-int4",
     "mlp-random-nf4",
     "mlp-random-uint4-g128",
-    "mlp-standard-mxfp4",  # for a grid that the scan does not know
     "lm-code-random-int4",
     "lm-code-standard-fp4",
     "lm-injection-standard-fp4",

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, compose, helper, numpy_helper
 
 from flipguard_onnx import guard
+from flipguard_onnx.formats import FLOAT4
 from flipguard_onnx.graph.weights import Weight, find_weights
 from flipguard_onnx.pipeline.options import GuardOptions
 from flipguard_onnx.pipeline.plan import WeightPlan
@@ -49,6 +50,7 @@ class Case:
             "scheme": choice.name,
             "granularity": choice.granularity,
             "block_size": choice.block_size,
+            "target": runs_in_onnxruntime(choice.name),
         }
 
     @property
@@ -136,6 +138,11 @@ class Case:
 
 def initializers(path: Path) -> dict[str, np.ndarray]:
     return {t.name: numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+def runs_in_onnxruntime(scheme: str) -> str:
+    """The target of guard() whose form of the scheme runs there."""
+    return "onnxruntime" if scheme in FLOAT4 else "portable"
 
 
 def codes_of(path: Path) -> dict[str, np.ndarray]:

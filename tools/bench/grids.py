@@ -8,6 +8,7 @@ from flipguard_onnx import guard
 from flipguard_onnx.detection.alignment import GRIDS
 from tests.helpers.attacked import FOLDER, MANIFEST
 from tools.attacks.measure import rates
+from tools.bench.defences import runs_in_onnxruntime
 
 
 def lines(names: Sequence[str], seeds: int) -> Iterator[str]:
@@ -30,6 +31,7 @@ def _cells(entry: dict, label: str, seeds: int) -> tuple[str, str]:
         "granularity": choice.granularity,
         "block_size": choice.block_size,
         "scale": choice.divisor,
+        "target": runs_in_onnxruntime(choice.name),
         "validate": False,
         "force": True,
     }

@@ -65,6 +65,7 @@ def test_feedback_without_the_draw_does_not(attacked):
         ("mlp-standard-int4-g128", "int4_g128"),
         ("mlp-standard-uint4-g128", "uint4_g128"),
         ("mlp-random-uint4-g128", "uint4_g128"),
+        ("mlp-standard-mxfp4", "mxfp4"),
         *(("mlp-standard-blocks", s) for s in MANIFEST["mlp-standard-blocks"]["schemes"]),
     ],
 )
@@ -86,6 +87,7 @@ def test_what_guard_calls_the_schemes_of_the_manifest():
         "uint4_g128": "uint4 g128",
         "nf4": "nf4",
         "fp4": "fp4",
+        "mxfp4": "mxfp4",
     }
     assert choice_of("int5_g128") is None
 
