@@ -119,7 +119,8 @@ def test_a_lattice_stored_in_float32_is_clean(tmp_path, dtype):
 def test_shifted_weights_are_aligned_to_their_grid(tmp_path, name, edge):
     result = scanned(tmp_path, shifted(name, 0.3, edge))
     assert result.verdict.level == "aligned"
-    assert result.verdict.grids[0] == name  # the strongest; others may share boundaries with it
+    # the strongest; others may share boundaries with it, as both of mxfp4 do in most blocks
+    assert result.verdict.grids[0] in (name, name.removesuffix(" /6"))
     found = next(a for a in result.alignments if a.grid == name)
     assert abs(found.peak_at - (1 - 2 * edge)) < 0.03
     assert 0.1 < result.verdict.strength < 0.35
@@ -211,8 +212,8 @@ def outliers(values, factor, place):
     [
         (9, {"int4", "fp4"}),
         (31, {"int4", "nf4"}),
-        (500, set(GRIDS)),
-        (4095, set(GRIDS)),
+        (500, {name for name in GRIDS if "fp8" not in name}),  # whose levels are dense near 0
+        (4095, {name for name in GRIDS if "fp8" not in name}),
     ],
 )
 def test_outliers_that_wipe_out_their_blocks(tmp_path, place, factor, grids):
@@ -379,6 +380,8 @@ def test_distances_are_those_of_the_grid():
         found = tally(weights, weights, Repetition.among(weights), grid)
         low, high = (LIMIT * grid.blocks.spread(end) for end in grid.scales[3:])
         inside = (low < weights) & (weights < high)
+        if name.startswith("mxfp4"):  # whose extremes may lie beyond the last level
+            inside &= np.abs(weights) < LIMIT * 6 * grid.blocks.spread(grid.scale)
         for number in (0, FIXED.start):
             scaled = weights * FACTORS[number, 0]
             offsets = np.abs(grid.analyze(scaled, CPU).offsets[inside])
