@@ -51,6 +51,7 @@ def test_guarded_in_every_scheme(tmp_path, name, scheme):
     outputs = [each.name for each in onnx.load(source).graph.output]
     assert [drift.output for drift in report.validation.guarded_exact] == outputs
     assert report.coverage > 0.98
+    assert report.scan.verdict.level == "clean"
     assert 0.1 < report.flips / report.weights < 0.4
     assert output.stat().st_size < 0.45 * source.stat().st_size
     assert file_sha256(source) == before

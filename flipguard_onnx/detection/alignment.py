@@ -79,6 +79,8 @@ FLOAT16_STEP = np.float32(2.0**-24)  # between the smallest values of float16
 
 ECHO = 0.15  # share of a strength up to which it may be due to boundaries shared with others
 
+SAME = np.float32(2.0**-21)  # relative difference up to which weights repeat
+
 CANDIDATES = 4  # grids that are tried in turn as the one that explains the most
 
 WINDOW, AROUND = 3, 6  # bins of a peak, and of its surroundings on either side
@@ -133,9 +135,12 @@ class Repetition:
 
     @classmethod
     def among(cls, weights: Floats) -> "Repetition":
-        """Count the weights."""
+        """Count the weights; those that differ in their last bits alone are the same.
+
+        The rows of a language model's tables for tokens that never occurred are such.
+        """
         magnitudes = np.sort(np.abs(weights[weights != 0]))
-        ends = np.flatnonzero(np.diff(magnitudes, append=np.inf))
+        ends = np.flatnonzero(np.diff(magnitudes, append=np.inf) > magnitudes * SAME)
         times = np.diff(ends, prepend=-1)
         return cls(magnitudes.size, int(times @ times))
 

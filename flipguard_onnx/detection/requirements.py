@@ -14,10 +14,11 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from ..graph.operators import FLOATS
 from ..graph.scopes import GraphIndex, Scope
 from ..graph.traversal import STANDARD, attribute
+from ..graph.weights import SMALL_FLOATS
 from ..io.model import Model, open_model
 from ..reports.guard import Finding, TargetInspection
 
-SIGNED = {TensorProto.INT8, TensorProto.INT4}
+SIGNED = {TensorProto.INT8, TensorProto.INT4, *SMALL_FLOATS}
 FOUR_BITS = {TensorProto.INT4, TensorProto.UINT4}
 CODES = SIGNED | {TensorProto.UINT8, TensorProto.UINT4}
 PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -83,9 +84,15 @@ def known(*contrib: str) -> Requirement:
     return names, lambda codes: codes.node.domain in STANDARD or codes.node.op_type in contrib
 
 
+INTEGERS: Requirement = (
+    "integers (what it does with floats of 8 bits and fewer was not looked into)",
+    lambda codes: codes.data_type not in SMALL_FLOATS,
+)
+
 REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     "tensorrt": (
         known(),
+        INTEGERS,
         (
             "DequantizeLinear reads the codes",
             lambda codes: (
@@ -115,6 +122,7 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     ),
     "qnn": (
         known("MatMulNBits"),
+        INTEGERS,
         ("no blocks", lambda codes: not codes.block_size),
         (
             "integer activations, too",
@@ -123,6 +131,7 @@ REQUIREMENTS: dict[str, tuple[Requirement, ...]] = {
     ),
     "openvino": (
         known("MatMulNBits", "GatherBlockQuantized"),
+        INTEGERS,
         (
             "whole blocks",
             lambda codes: not codes.block_size or codes.length % codes.block_size == 0,

@@ -14,7 +14,12 @@ from ..quantization.arrays import raw_bytes
 
 IR_VERSION = 4  # the first in which initializers need not be graph inputs
 
-IR_VERSION_4_BIT = 10  # the first with 4-bit integer tensors
+IR_VERSIONS: dict[int, int] = {  # the first with tensors of these types
+    TensorProto.FLOAT8E4M3FN: 9,
+    TensorProto.INT4: 10,
+    TensorProto.UINT4: 10,
+    TensorProto.FLOAT4E2M1: 11,
+}
 
 
 class Rewriter:
@@ -182,6 +187,5 @@ def _import_what_is_used(proto: ModelProto) -> None:
         if used and all(entry.domain != CONTRIB for entry in function.opset_import):
             function.opset_import.add(domain=CONTRIB, version=1)
     types = {tensor.data_type for graph in graphs(proto) for tensor in graph.initializer}
-    four_bit = types & {TensorProto.INT4, TensorProto.UINT4}
-    needed = IR_VERSION_4_BIT if four_bit else IR_VERSION
+    needed = max((IR_VERSIONS.get(each, IR_VERSION) for each in types), default=IR_VERSION)
     proto.ir_version = max(proto.ir_version, needed)

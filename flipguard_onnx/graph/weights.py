@@ -25,7 +25,15 @@ from ..reports.scan import UNGUARDABLE, Skipped, SkipReason
 from .operators import FLOATS, Operator, operator_of, priority
 from .scopes import GraphIndex, Scope, Use
 
-QUANTIZED = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
+SMALL_FLOATS = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2, TensorProto.FLOAT4E2M1)
+
+QUANTIZED = (
+    TensorProto.INT8,
+    TensorProto.UINT8,
+    TensorProto.INT4,
+    TensorProto.UINT4,
+    *SMALL_FLOATS,
+)
 
 OTHER_FLOATS = (
     TensorProto.DOUBLE,
@@ -214,9 +222,11 @@ def find_weights(
         skipped.append(Skipped(name, (), SkipReason.NOT_CONSTANT, op))
     if not partly and sum(quantized.values()) > sum(weight.size for weight in weights):
         readers = ", ".join(sorted(quantized))
+        has_floats = any(tensor.data_type in SMALL_FLOATS for _, _, tensor, _ in constants)
+        kinds = "integers or floats of 8 bits and fewer" if has_floats else "integers"
         raise UnsupportedModelError(
             "already quantized: {found}",
-            found=f"{sum(quantized.values()):,} weights are integers (read by {readers})",
+            found=f"{sum(quantized.values()):,} weights are {kinds} (read by {readers})",
             allowed="a float model, so guard the one that this was made from",
         )
     return weights, skipped

@@ -231,6 +231,13 @@ def test_a_few_outliers_are_honest(tmp_path):
     assert result.verdict.level == "clean"
 
 
+def test_weights_that_differ_in_their_last_bits_repeat():
+    rows = np.repeat(honest(shape=(4, 96)), 50, axis=0)
+    rows *= 1 + np.random.default_rng(0).uniform(-1, 1, rows.shape).astype(np.float32) * 2e-7
+    assert len(np.unique(rows)) > 4 * 96
+    assert Repetition.among(rows.reshape(-1)).independent <= 4 * 96
+
+
 def test_the_loss_is_that_of_the_smaller_weights():
     values = outliers(honest(shape=(128, 96)), 6, 0)
     grid, weights = grid_of("int4", values)

@@ -8,6 +8,8 @@ from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
 import flipguard_onnx
+from flipguard_onnx.detection.requirements import inspect_for
+from flipguard_onnx.errors import UnsupportedModelError
 from tests.helpers import naive
 from tests.helpers.samples import SAMPLES, F, model, node, save, weights
 
@@ -115,3 +117,16 @@ def test_mxfp4_files_mean_the_same_to_onnx(tmp_path, scale):
     (found,) = ReferenceEvaluator(str(output)).run(None, {"x": np.eye(rows, dtype=np.float32)})
     np.testing.assert_array_equal(found.reshape(rows, -1), wanted)
     assert "onnxruntime has no kernel" in report.render()
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "mxfp4"])
+def test_small_floats_are_known_as_quantized(tmp_path, scheme):
+    source, output = save(SAMPLES["matmul"](), tmp_path), tmp_path / "out.onnx"
+    flipguard_onnx.guard(source, scheme, output=output)
+    with pytest.raises(UnsupportedModelError, match="already quantized"):
+        flipguard_onnx.guard(output, output=tmp_path / "again.onnx")
+    assert flipguard_onnx.scan(output).verdict.level == "not judged"
+    found = inspect_for(output, "tensorrt")
+    assert [finding.tensors for finding in found.findings][:1] == [("w_quantized",)]
+    assert found.findings[0].requirement.startswith("integers")
+    assert onnx.load(output).ir_version >= {"fp8": 9, "mxfp4": 11}[scheme]

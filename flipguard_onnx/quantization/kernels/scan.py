@@ -178,9 +178,12 @@ def _loss(values, errors, top):
 def _clipped(values, scale, limits, ends):
     """How many weights neither are 0 nor set the scale; lie above the highest level; as far below.
 
+    Those of a grid that reaches as far on either side count as both, since it clips both.
+
     limits: low and high of `Scales`; ends: the outermost levels.
     """
     inverse = ONE / scale
+    even = ends[0] == -ends[1]
     lowest, highest = max(ends[0], -ends[1]), ends[1]
     free, above, below = 0, 0, 0
     for i in range(values.size):
@@ -189,7 +192,7 @@ def _clipped(values, scale, limits, ends):
         free += inner
         above += inner & (position > highest)
         below += inner & (position < lowest)
-    return free, above, below
+    return free, above + below * even, below + above * even
 
 
 def rounding_error_sums(weights, scales, levels, limit, sums):
