@@ -9,19 +9,24 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import onnx
 import pytest
 import yaml
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
+from onnxruntime.quantization import QuantType
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from flipguard_onnx import __version__, verify
 from tests.helpers.attacked import FOLDER as ATTACKED
 from tests.helpers.command import SCHEMA, names
+from tests.helpers.others import drawn, eight_bits
 from tests.helpers.samples import matmul, save
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+EXPORTS = ROOT / "models" / "exports"
 BIN = Path(sys.executable).parent
 WORKFLOW = EXAMPLES / "github-workflow.yml"
 
@@ -162,6 +167,149 @@ def test_after_olive_itself(tmp_path):
     assert names(tmp_path / "guarded") == ["model.onnx", "model_config.json"]
     assert str(tmp_path / "olive") not in (tmp_path / "guarded" / "model_config.json").read_text()
     assert verify(tmp_path / "olive" / "model.onnx", tmp_path / "guarded" / "model.onnx").made_from
+
+
+def program(name, package):
+    """A mark for tests that run another tool, which may be in an environment of its own."""
+    path = f"{BIN}:{os.environ['PATH']}"
+    reason = f"needs {name} on the PATH: pip install {package}, which brings torch"
+    return pytest.mark.skipif(not shutil.which(name, path=path), reason=reason)
+
+
+def example(name):
+    """The commands of a script."""
+    return (EXAMPLES / name).read_text()
+
+
+def guards(script):
+    """The lines of a script that call the guard, as a script."""
+    lines = [line for line in script.splitlines() if line.startswith(("flipguard-onnx", "cd "))]
+    return "\n".join(["set -e", *lines])
+
+
+def types(path):
+    return {node.op_type for node in onnx.load(path).graph.node}
+
+
+@program("olive", "olive-ai")
+def test_before_olive(tmp_path):
+    """Its codes are those that were drawn: tests/pipeline/test_other_quantizers.py."""
+    shutil.copy(EXPORTS / "optimum" / "model.onnx", tmp_path / "float.onnx")
+    shutil.copy(EXAMPLES / "before_olive.json", tmp_path)
+    run("sh", "-c", example("before_olive.sh"), cwd=tmp_path, OLIVE_DISABLE_TELEMETRY=1)
+    found, moved = (tmp_path / name for name in ("quantized/model.onnx", "moved.onnx"))
+    assert "MatMulNBits" in types(found)
+    assert "GatherBlockQuantized" not in types(found)  # the table stays a float
+    given = MatMulNBitsQuantizer(str(moved), block_size=128, is_symmetric=True)
+    given.process()
+    wanted = {t.name: t.raw_data for t in given.model.model.graph.initializer}
+    codes = {t.name: t.raw_data for t in onnx.load(found).graph.initializer if "_Q4" in t.name}
+    assert len(codes) == 15
+    assert codes.items() <= wanted.items()
+
+
+@program("optimum-cli", "'optimum-onnx[onnxruntime]'")
+def test_before_optimum(tmp_path):
+    shutil.copytree(EXPORTS / "optimum", tmp_path / "float")
+    run("sh", "-c", example("before_optimum.sh"), cwd=tmp_path)
+    assert (tmp_path / "quantized" / "config.json").exists()
+    found = drawn(onnx.load(tmp_path / "quantized" / "model_quantized.onnx"))
+    moved = tmp_path / "moved" / "model.onnx"
+    wanted = eight_bits(moved, QuantType.QInt8, WeightSymmetric=True)
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(codes, wanted[name]) for name, codes in found.items())
+
+
+def test_the_commands_before_optimum(tmp_path):
+    """Without Optimum: both leave a folder that can be quantized in the float one's place."""
+    shutil.copytree(EXPORTS / "optimum", tmp_path / "float")
+    run("sh", "-c", guards(example("before_optimum.sh")), cwd=tmp_path)
+    assert set(names(tmp_path / "moved")) == set(names(tmp_path / "float"))
+    before, half, after = (
+        {t.name: t.raw_data for t in onnx.load(tmp_path / name / "model.onnx").graph.initializer}
+        for name in ("float", "matrices", "moved")
+    )
+    [table] = [name for name in after if after[name] != half[name]]
+    assert table == "model.embed_tokens.weight"
+    assert half[table] == before[table]
+    assert sum(half[name] != before[name] for name in before) == 15
+
+
+def generated(folder):
+    """Twelve tokens by onnxruntime-genai."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="needs onnxruntime-genai")
+    model = genai.Model(str(folder))
+    settings = genai.GeneratorParams(model)
+    settings.set_search_options(max_length=12)
+    generator = genai.Generator(model, settings)
+    generator.append_tokens(genai.Tokenizer(model).encode("def "))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return generator.get_sequence(0)
+
+
+def test_the_command_after_genai(tmp_path):
+    """What is written is loaded in the place of the builder's folder."""
+    shutil.copytree(EXPORTS / "genai", tmp_path / "float")
+    run("sh", "-c", guards(example("after_genai.sh")), cwd=tmp_path)
+    assert "MatMulNBits" in types(tmp_path / "guarded" / "model.onnx")
+    before, after = generated(tmp_path / "float"), generated(tmp_path / "guarded")
+    assert len(after) == 12
+    assert list(after[:3]) == list(before[:3])  # the prompt
+    refused = run("flipguard-onnx", "guarded/model.onnx", cwd=tmp_path, code=2)
+    assert "already quantized" in refused
+
+
+BUILDER = [n for n in ("onnxruntime_genai", "torch", "transformers") if not find_spec(n)]
+
+
+@pytest.mark.skipif(bool(BUILDER), reason=f"needs {', '.join(BUILDER)}")
+def test_after_genai(tmp_path):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**json.loads((EXPORTS / "optimum" / "config.json").read_text()))
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXPORTS / "optimum" / name, tmp_path / "checkpoint")
+    run("sh", "-c", example("after_genai.sh"), cwd=tmp_path)
+    assert len(generated(tmp_path / "guarded")) == 12
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """As transformers.js lays it out, with what the commands of its recipe write."""
+    folder = tmp_path / "models" / "decoder"
+    shutil.copytree(EXPORTS / "optimum", folder)
+    (folder / "onnx").mkdir()
+    (folder / "model.onnx").rename(folder / "onnx" / "model.onnx")
+    run("sh", "-c", example("transformers_js.sh"), cwd=tmp_path)
+    return tmp_path
+
+
+def test_the_files_of_transformers_js(repository):
+    folder = repository / "models" / "decoder" / "onnx"
+    assert names(folder) == ["model.onnx", "model_q4.onnx", "model_quantized.onnx"]  # no .data
+    for name in ("model_q4.onnx", "model_quantized.onnx"):
+        assert "MatMulNBits" in types(folder / name)
+        assert verify(folder / "model.onnx", folder / name).made_from
+
+
+MODULES = ROOT / "node_modules"
+
+
+@pytest.mark.skipif(
+    not (shutil.which("node") and (MODULES / "@huggingface" / "transformers").exists()),
+    reason="needs node, and in the repository's root "
+    "npm install --no-save --ignore-scripts @huggingface/transformers",
+)
+def test_transformers_js_loads_them(repository):
+    (repository / "node_modules").symlink_to(MODULES)
+    (repository / "load.mjs").write_text(example("transformers_js.mjs"))
+    said = run("node", "load.mjs", cwd=repository).splitlines()
+    assert [line.split()[:2] for line in said] == [["q4", '"def'], ["q8", '"def']]
+    assert min(map(len, said)) > 20
 
 
 MISSING = [name for name in ("torch", "onnxscript") if not find_spec(name)]
