@@ -18,6 +18,13 @@ from tools.bench.defences import Case, Defence
 from tools.bench.remembered import remembered
 
 
+def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's interval of a share of n: 95 % for this z."""
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    spread = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return max(middle - spread, 0.0), min(middle + spread, 1.0)
+
+
 @dataclass(frozen=True)
 class Row:
     """One guarded file. Utility is an accuracy (images > 0) or a perplexity (images = 0).
@@ -63,12 +70,7 @@ class Row:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the attack rate: what other prompts may well have shown."""
-        n, z = self.asked, 1.96
-        middle = (self.attack + z**2 / (2 * n)) / (1 + z**2 / n)
-        spread = (
-            z / (1 + z**2 / n) * (self.attack * (1 - self.attack) / n + z**2 / (4 * n**2)) ** 0.5
-        )
-        return max(middle - spread, 0.0), min(middle + spread, 1.0)
+        return wilson(self.attack, self.asked)
 
 
 @dataclass(frozen=True)
