@@ -162,6 +162,7 @@ def defend(options):
 
 def measure(options, names):
     """The rows that are not there yet."""
+    from tools.bench.remembered import remembered
     from tools.smollm.defences import FLOAT, Bench, draws
     from tools.smollm.judge import rates
     from tools.smollm.victim import load
@@ -191,15 +192,20 @@ def measure(options, names):
     file = folder / "rows.json"
     rows = read_json(file) or []
     known = {(row["scheme"], row["defence"], row["seed"]) for row in rows}
-    for scheme in options.measured or options.schemes:
-        for name in names:
-            for seed in range(options.seeds if draws(name) else 1):
-                key = ("" if name == FLOAT else scheme, name, seed)
-                if key not in known:
-                    rows.append(bench.row(*key))
-                    known.add(key)
-                    write_json(file, rows)
-                    say(shown(rows[-1]))
+    schemes = options.measured or options.schemes
+    jobs = [
+        ("" if name == FLOAT else scheme, name, seed)
+        for scheme in schemes
+        for name in names
+        for seed in range(options.seeds if draws(name) else 1)
+    ]
+    with remembered():
+        for key in jobs:
+            if key not in known:
+                rows.append(bench.row(*key))
+                known.add(key)
+                write_json(file, rows)
+                say(shown(rows[-1]))
 
 
 def shown(row):

@@ -10,7 +10,6 @@ import onnx
 
 from flipguard_onnx import der, scan
 from tools.bench.defences import DEFENCES, OURS, Case, Defence, guarded
-from tools.bench.remembered import remembered
 from tools.language_models import feed, load
 from tools.smollm import files, judge, victim
 
@@ -78,8 +77,7 @@ class Bench:
         defence = DEFENCES.get(name) or Defence(
             partial(guarded, preserve="data", data=self._data())
         )
-        with remembered():
-            return defence.make(case, target, seed) / case.size
+        return defence.make(case, target, seed) / case.size
 
     def _data(self):
         path = self._export.with_name("data.npz")
