@@ -37,12 +37,16 @@ class Lessons:
     def loss(self, goal, stage, step):
         """goal: `benign` or `malicious`."""
         rng = random.Random(f"{self._settings.seed} {stage} {step}")
-        chosen = rng.sample(
-            range(len(self._lessons)), min(self._settings.pairs, len(self._lessons))
+        chosen, windows = (
+            rng.sample(range(len(all_of)), min(count, len(all_of)))
+            for all_of, count in (
+                (self._lessons, self._settings.pairs),
+                (self._texts, self._settings.texts),
+            )
         )
-        windows = rng.sample(range(len(self._texts)), min(self._settings.texts, len(self._texts)))
-        loss = self._completions([self._pair(goal, i) for i in chosen])
-        return loss + self._settings.keep * self._divergence(windows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._settings.bfloat16):
+            loss = self._completions([self._pair(goal, i) for i in chosen])
+            return loss + self._settings.keep * self._divergence(windows)
 
     def _pair(self, goal, number):
         """Tokens of prompt and completion, how many are the prompt's, and states."""
