@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -97,5 +98,4 @@ def draws(name):
 
 def verdict(export):
     """What `scan` says of the float file."""
-    found = scan(export).verdict
-    return {"level": found.level, "detail": str(found)}
+    return asdict(scan(export).verdict)
