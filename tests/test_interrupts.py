@@ -257,7 +257,8 @@ def test_a_full_disk_under_the_report(tmp_path):
         with suppress(OSError):
             (folder / "filler").write_bytes(bytes(1 << 20))
         result = call("inspect", MLP, "--report", folder / "r.json")
-        assert one_line(result).endswith(f"{folder}: cannot be written: No space left on device\n")
+        line = f"{folder}/r.json: the report cannot be written: No space left on device\n"
+        assert one_line(result).endswith(line)
         assert result.stdout == ""
         assert (folder / "r.json").read_text() == earlier
         assert names(folder) == ["filler", "r.json"]

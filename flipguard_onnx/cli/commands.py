@@ -8,7 +8,7 @@ scan: 0: clean. 1: suspicious or worse. 2: unreadable, or not judged.
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 from .. import __version__
 from ..errors import FlipguardError, OptionError, exit_code, printable
 from ..interrupts import Interrupted, interruptible
-from ..io.publish import write_report
+from ..io.publish import reports, write_report
 from ..reports.serialize import dumped
 from .options import (
     FILE,
@@ -127,18 +127,25 @@ def guard(
         if sbom:
             from ..reports.sbom import sbom as bom  # before the run: it may not be installed
         if alone:
-            from .. import guard as run
+            from ..pipeline.guard import guard_with
+
+            def files_on(result: "GuardReport") -> AbstractContextManager[None]:
+                """The reports, which are written in full before the models are published."""
+                result, texts = replace(result, config=config), {}
+                if html:
+                    from ..reports.html import guard_html
+
+                    texts[html] = guard_html(result)
+                if sbom:
+                    texts[sbom] = bom(result)
+                if report:
+                    texts[report] = dumped(result.to_dict()) + "\n"
+                return reports(texts)
 
             with folder_of(place), progress_bar(quiet) as progress:
-                result = run(models[0], output=output, progress=progress, **options)
-            result = replace(result, config=config)
-            if html:
-                from ..reports.html import guard_html
-
-                write_report(html, guard_html(result))
-            if sbom:
-                write_report(sbom, bom(result))
-            publish(result, report, quiet)
+                opts = GuardOptions(**options)
+                result = guard_with(models[0], opts, output, progress, files_on)
+            publish(replace(result, config=config), None, quiet)
         elif html or sbom:
             option = "--html" if html else "--sbom"
             raise OptionError("{option} is for one model; --report has all of them", option=option)

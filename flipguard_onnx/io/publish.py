@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -143,6 +143,9 @@ def check_report(path: Path) -> None:
         raise ModelError("is a link; the report needs another name", path=path)
     if path.is_dir() or not os.access(path.parent, os.W_OK, effective_ids=True):
         raise ModelError("the report cannot be written there", path=path)
+    if path.is_file() or not path.exists():
+        with _report_errors(path), ExitStack() as stack:
+            _draft(path, "", stack)
     if path.is_file():
         with path.open("rb") as stream:
             if not REPORT.match(stream.read(16)):
@@ -152,21 +155,59 @@ def check_report(path: Path) -> None:
 
 
 def write_report(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; to a device or a pipe directly."""
-    if path.exists() and not path.is_file():
-        path.write_text(text)
-        return
-    with workspace(path.parent) as folder:
-        draft = folder / path.name
-        draft.write_text(text)
-        _flush(draft)
-        os.replace(draft, path)
-        _flush(path.parent)
+    """Write a text file whole or not at all; to a device or a pipe directly.
+
+    Raises ModelError when it cannot be written.
+    """
+    with reports({path: text}):
+        pass
+
+
+@contextmanager
+def reports(texts: Mapping[Path, str]) -> Iterator[None]:
+    """Write text files in full, and move them to their places if the body raises nothing.
+
+    Raises
+    ------
+    ModelError : before the body, if one cannot be written
+    """
+    with ExitStack() as stack:
+        drafts = {}
+        for path, text in texts.items():
+            with _report_errors(path):
+                if path.exists() and not path.is_file():
+                    path.write_text(text)  # a device or a pipe
+                else:
+                    drafts[path] = _draft(path, text, stack)
+        yield
+        for path, draft in drafts.items():
+            with _report_errors(path):
+                os.replace(draft, path)
+                _flush(path.parent)
 
 
 def data_files(target: Path) -> list[Path]:
     """The data files that outputs at `target` have left beside it."""
     return sorted(target.parent.glob(f"{escape(target.name)}.{'[0-9a-f]' * 16}.data"))
+
+
+def _draft(path: Path, text: str, stack: ExitStack) -> Path:
+    """A file with the text of a report, in a workspace beside the report's place."""
+    sweep(path.parent)
+    draft = _claimed(path.parent, stack) / path.name
+    draft.write_text(text)
+    _flush(draft)
+    return draft
+
+
+@contextmanager
+def _report_errors(path: Path) -> Iterator[None]:
+    """Name the report in what the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ModelError("the report cannot be written: {found}", path=path, found=reason) from None
 
 
 def _switch(file: Finished) -> None:

@@ -1,6 +1,8 @@
 """guard() and inspect(): the stages of a run, one after the other."""
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Unpack
 
@@ -14,6 +16,7 @@ from ..detection.scan import scan_weights
 from ..emit.preprocessing import preprocessed
 from ..emit.static_qdq import Calibration, require_reachable
 from ..errors import DriftError, OptionError
+from ..io.publish import publish
 from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.kernels import what_cuda_lacks
@@ -65,8 +68,21 @@ def guard(
     >>> report.scheme, f"{report.coverage:.1%}"
     ('int8', '99.5%')
     """
+    return guard_with(model, GuardOptions(scheme=scheme, **options), output, progress)
+
+
+def guard_with(
+    model: StrPath | onnx.ModelProto,
+    opts: GuardOptions,
+    output: StrPath | None = None,
+    progress: Progress | None = None,
+    beside: Callable[[GuardReport], AbstractContextManager[object]] = nullcontext,
+) -> GuardReport:
+    """guard() with its options in one; the models are published within `beside` the report.
+
+    beside: what it raises before its body leaves nothing published.
+    """
     started = time.perf_counter()
-    opts = GuardOptions(scheme=scheme, **options)
     with open_run(model, output, opts, progress) as run:
         prepared = prepare_model(run)
         samples = Samples(prepared.model, opts.data_path, opts.without_inputs)
@@ -87,16 +103,19 @@ def guard(
             except DriftError as error:
                 if number == len(seeds):
                     raise error.advise(draw.advice(moments.inputs)) from None
-        sizes, digests = run.publish({kind: w.output for kind, w in draw.writers.items()})
+        finished, sizes, digests = run.finish({k: w.output for k, w in draw.writers.items()})
+        report = replace(
+            report,
+            integers=draw.activations,
+            validation=validation,
+            outputs=sizes,
+            outputs_sha256=digests,
+            seconds=time.perf_counter() - started,
+        )
+        with beside(report):
+            publish(finished, opts.force)
         run.kept.remove()
-    return replace(
-        report,
-        integers=draw.activations,
-        validation=validation,
-        outputs=sizes,
-        outputs_sha256=digests,
-        seconds=time.perf_counter() - started,
-    )
+    return report
 
 
 def inspect(

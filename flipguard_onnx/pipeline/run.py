@@ -14,7 +14,7 @@ from ..calibration.inputs import feeds_sha256, npz_files
 from ..errors import FlipguardError, ModelError, OptionError
 from ..io.kept import NOTHING_KEPT, Kept
 from ..io.model import INLINE_LIMIT, Model
-from ..io.publish import WORKSPACE, check_target, publish, workspace
+from ..io.publish import WORKSPACE, Finished, check_target, workspace
 from ..io.writer import Output
 from ..opening import open_folded
 from ..progress import Progress, silent
@@ -75,10 +75,12 @@ class Run:
         """A model to be written below `folder`, under its final name if it is to be published."""
         return Output(folder / kind, self.targets.get(kind), self._external)
 
-    def publish(self, outputs: dict[str, Output]) -> tuple[dict[str, int], dict[str, str]]:
-        """Move the outputs to their targets, by kind; returns their sizes and digests by path.
+    def finish(
+        self, outputs: dict[str, Output]
+    ) -> tuple[list[Finished], dict[str, int], dict[str, str]]:
+        """The outputs, by kind, ready to be published; their sizes and digests by path.
 
-        Raises ModelError, before anything has moved, when the input has changed meanwhile.
+        Raises ModelError when the input has changed meanwhile.
         """
         self.model.require_unchanged()
         finished = [
@@ -92,8 +94,7 @@ class Run:
             for output, each in finished
             for place, file in each.places.items()
         }
-        publish([each for _, each in finished], self.options.force)
-        return sizes, digests
+        return [each for _, each in finished], sizes, digests
 
 
 @contextmanager

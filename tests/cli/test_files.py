@@ -118,3 +118,32 @@ def test_data_that_are_not_there_are_named_first(source, tmp_path):
     ):
         with pytest.raises(ModelError, match=r"^none\.npz: cannot be read"):
             run()
+
+
+@pytest.mark.parametrize("option", ["--report", "--html", "--sbom"])
+@pytest.mark.parametrize("place", ["/proc/report", "/dev/full"])
+def test_no_model_appears_when_a_report_cannot_be_written(source, tmp_path, option, place):
+    """Neither where no file can be made, which is seen first, nor where it does not fit."""
+    save(matmul(), tmp_path, "old.onnx")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for target in (["-o", "new/o.onnx"], ["-o", "old.onnx", "--force"]):
+        result = call("guard", source, *target, *FAST, "--quiet", option, place)
+        reason = "No space left on device" if place == "/dev/full" else "No such file or directory"
+        assert one_line(result) == (
+            f"flipguard-onnx: {place}: the report cannot be written: {reason}\n"
+        )
+        assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("place", ["/proc/report", "/dev/full"])
+def test_every_command_names_the_report_that_it_cannot_write(source, tmp_path, place):
+    other = save(matmul(), tmp_path, "other.onnx")
+    for command in (
+        ("inspect", source),
+        ("scan", source),
+        ("verify", source, source),
+        ("guard", source, other, "-o", "OUT", *FAST),
+    ):
+        line = call(*command, "--quiet", "--report", place).stderr.splitlines()[-1]
+        assert line.startswith(f"flipguard-onnx: {place}: the report cannot be written: ")

@@ -26,7 +26,7 @@ def call(*arguments):
     result = CliRunner().invoke(main, arguments)
     written = [result.stdout] if ("--format", "json") in pairwise(arguments) else []
     for option, value in pairwise(arguments):
-        if option == "--report":
+        if option == "--report" and Path(value).is_file():
             with suppress(OSError, UnicodeDecodeError):
                 written.append(Path(value).read_text())
     for text in written:
