@@ -14,12 +14,12 @@ from graphlib import TopologicalSorter
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from .. import runtime
-from ..calibration.inputs import Feed
+from ..calibration.inputs import Feed, node_readers
 from ..calibration.samples import Samples
 from ..calibration.synthetic import synthetic_feeds
 from ..errors import UnsupportedModelError, ValidationError
 from ..graph.copies import IndexedModel
-from ..graph.operators import OPERATORS, operator_of
+from ..graph.operators import CHAIN, OPERATORS, VIEWS, operator_of
 from ..graph.scopes import Use
 from ..graph.traversal import attribute, output_names
 from ..graph.weights import Place, Weight, find_weights
@@ -145,6 +145,28 @@ def _left_float(main: GraphProto) -> list[str]:
     return [node.name for node in main.node if is_float(node)]
 
 
+def _behind_views(main: GraphProto, uses: Iterable[Use]) -> list[str]:
+    """The names of the nodes that a view of a weight passes through, and of those that it reaches.
+
+    A view whose shape is computed, of learned queries for example, would be rounded again, as an
+    activation.
+    """
+    readers = node_readers(main.node)
+    pending = [
+        use.node
+        for use in uses
+        if use.operator and not (use.direct or use.behind) and use.scope.body is main
+    ]
+    found = {}
+    while pending:
+        node = pending.pop()
+        if id(node) not in found:
+            found[id(node)] = node.name
+            if node.op_type in (*VIEWS, *CHAIN):
+                pending += [reader for name in node.output for reader in readers[name]]
+    return list(found.values())
+
+
 def _read_otherwise(weights: Iterable[Weight]) -> list[str]:
     """The names of the nodes that read a weight whose scales onnxruntime would not give to them.
 
@@ -213,7 +235,8 @@ class StaticQdqWriter:
         uses = [use for weight in graph.weights for use in weight.uses]
         # what is picked from a stack would be rounded again, as an activation
         picked = [use.behind.node.name for use in uses if use.behind]
-        self._left_float = _left_float(graph.proto.graph) + picked
+        main = graph.proto.graph
+        self._left_float = _left_float(main) + picked + _behind_views(main, uses)
         if calibration.per_channel:
             self._left_float += _read_otherwise(graph.weights)
         self._rows = {weight.name: weight.rows for weight in graph.weights}
@@ -230,6 +253,7 @@ class StaticQdqWriter:
 
     def save(self, metadata: dict[str, str]) -> None:
         renamed = make_room(self._float.proto)
+        copies = _CopiedInputs(self._float.proto.graph)
         self._float.save({})
         result = self._folder / "static.onnx"
         settings = runtime.StaticQuantization(
@@ -251,7 +275,7 @@ class StaticQdqWriter:
             checker.weight(weights[name], guarded.grid, guarded.codes)
         checker.finish()
         if not any(node.op_type == "QuantizeLinear" for node in made.proto.graph.node):
-            nothing = "", "no operator of the model takes them"
+            nothing = next(iter(self._guarded)), "what it is multiplied with stays float"
             name, reason = next(iter(checker.weight_only.items()), nothing)
             raise UnsupportedModelError(
                 "nothing would run in integers (tensor {tensor!r}: {found}); "
@@ -259,6 +283,7 @@ class StaticQdqWriter:
                 tensor=called.get(name, name),
                 found=reason,
             )
+        copies.put_back(made.proto.graph)
         drop_lost_defaults(made.proto, floats.proto)
         _sort(made.proto.graph)
         places = {_place(weights[name]): name for name in self._guarded}
@@ -292,6 +317,39 @@ class StaticQdqWriter:
             weight = replace(found, rows=self._rows[name])  # whatever stands before its operator
             emitter.emit(weight, guarded.scheme, guarded.grid, guarded.codes)
         emitter.finish()
+
+
+class _CopiedInputs:
+    """The outputs of a graph that are its inputs, itself or copied by an Identity, set aside.
+
+    onnxruntime's static quantizer (1.32) makes a cycle of the former, and rounds the latter.
+
+    graph: of the model, which loses them.
+    """
+
+    def __init__(self, graph: GraphProto) -> None:
+        inputs = {value.name for value in graph.input}
+        readers = node_readers(graph.node)
+        self._nodes = [
+            node
+            for node in graph.node
+            if node.op_type == "Identity"
+            and node.input[0] in inputs
+            and node.output[0] in output_names(graph)
+            and not readers[node.output[0]]
+        ]
+        copied = inputs.union(*(node.output for node in self._nodes))
+        self._outputs = [(i, v) for i, v in enumerate(graph.output) if v.name in copied]
+        for node in self._nodes:
+            graph.node.remove(node)
+        for _, value in self._outputs:
+            graph.output.remove(value)
+
+    def put_back(self, graph: GraphProto) -> None:
+        """Give them to what the static quantizer made of the graph."""
+        graph.node.extend(self._nodes)
+        for index, value in self._outputs:
+            graph.output.insert(index, value)
 
 
 def _place(weight: Weight) -> Place:

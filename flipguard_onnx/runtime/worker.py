@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import onnx.inliner
 import onnx.reference
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from ..errors import first_line
 from ..graph.traversal import bodies
@@ -30,6 +30,14 @@ from .messages import Array, Channel, Message, UnsendableError, outputs_message
 from .settings import StaticQuantization
 
 SESSIONS: dict[int, Any] = {}  # onnxruntime's, by number
+
+TENSOR_TYPES = {  # that the static quantizer looks for, by onnxruntime's names of them
+    "float": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "int64": TensorProto.INT64,
+    "int32": TensorProto.INT32,
+    "bool": TensorProto.BOOL,
+}
 
 PARENT_CHECK_SECONDS = 1.0
 
@@ -167,7 +175,41 @@ def preprocess(path: str, result: str) -> Message:
 
     tempfile.tempdir = os.path.dirname(result)
     quant_pre_process(path, result, skip_symbolic_shape=True)  # that part needs sympy
+    model = onnx.load(result)
+    if types := _untyped(model):
+        model.graph.value_info.extend(types)
+        onnx.save(model, result)
     return Message({})
+
+
+def _untyped(model: ModelProto) -> list[ValueInfoProto]:
+    """The types of values whose types onnx does not infer, as onnxruntime knows them.
+
+    They are those of operators of other domains, or of its own in the standard one; its static
+    quantizer leaves a value without a type float, and all that follows.
+    """
+    import onnxruntime
+
+    main = model.graph
+    typed = {v.name for v in (*main.input, *main.output, *main.value_info)}
+    made = {name for node in main.node for name in node.output if name}
+    if not made - typed:
+        return []
+    probe = ModelProto()
+    probe.CopyFrom(model)
+    probe.graph.output.extend(ValueInfoProto(name=name) for name in sorted(made - typed))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    types = {f"tensor({name})": number for name, number in TENSOR_TYPES.items()}
+    return [
+        onnx.helper.make_tensor_value_info(value.name, types[value.type], None)
+        for value in session.get_outputs()
+        if value.name not in typed and value.type in types
+    ]
 
 
 def quantize(

@@ -420,3 +420,74 @@ def test_a_node_without_a_name_may_reduce_what_is_calibrated(tmp_path):
     report, drifts = static(proto, tmp_path, {"x": X})
     assert report.integers.weight_only == {}
     assert max(drifts) < 0.05
+
+
+@pytest.mark.parametrize("views", [["Expand"], ["Identity", "Expand"], ["Expand", "Reshape"]])
+def test_learned_queries_expanded_to_the_batch(tmp_path, views):
+    """The MatMul of constants stays float, the others do not."""
+    names = ["query", *(f"q{i}" for i in range(len(views)))]
+    more = {"Expand": " sizes", "Reshape": " sizes", "Identity": ""}
+    steps = zip(views, names, names[1:], strict=False)
+    proto = model(
+        [
+            node("Shape", "x", "shape"),
+            node("Slice", "shape zero one", "batch"),
+            node("Concat", "batch rest", "sizes", axis=0),
+            *(node(op, read + more[op], made) for op, read, made in steps),
+            node("MatMul", f"{names[-1]} wq", "h"),
+            node("MatMul", "x wk", "k"),
+            node("Transpose", "k", "kt", perm=[0, 2, 1]),
+            node("MatMul", "h kt", "y"),
+        ],
+        {"x": (F, ["b", 10, 24])},
+        {"y": (F, ["b", 8, 10])},
+        {"query": weights((1, 8, 24)), "wq": weights((24, 24), 1), "wk": weights((24, 24), 2)}
+        | {"zero": np.array([0]), "one": np.array([1]), "rest": np.array([8, 24])},
+    )
+    feed = np.random.default_rng(4).standard_normal((3, 10, 24)).astype(np.float32)
+    report, (drift,) = static(proto, tmp_path, {"x": feed})
+    left = "onnxruntime leaves this MatMul float"
+    assert report.integers.weight_only == {"query": left, "wq": left}
+    assert report.coverage == 1
+    assert drift < 0.03
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_an_input_that_is_an_output_is_exact(tmp_path, copied):
+    """Also between other outputs, and behind an Identity."""
+    nodes = [node("MatMul", "x w", "a"), node("MatMul", "x v", "b")]
+    out = "out" if copied else "x"
+    proto = model(
+        [*nodes, *[node("Identity", "x", "out")] * copied],
+        {"x": (F, [4, 24])},
+        {"a": (F, [4, 32]), out: (F, [4, 24]), "b": (F, [4, 24])},
+        {"w": weights((24, 32)), "v": weights((24, 24), 2)},
+    )
+    report, drifts = static(proto, tmp_path, {"x": X})
+    assert report.integers.weight_only == {}
+    assert drifts[1] == 0
+    assert 0 < min(drifts[0], drifts[2]) < max(drifts) < 0.02
+    written = onnx.load(tmp_path / "out.onnx")
+    assert [value.name for value in written.graph.output] == ["a", out, "b"]
+
+
+FOREIGN = {  # operators whose results onnx knows no types of
+    "Scaler": node("Scaler", "x", "h", domain="ai.onnx.ml", offset=[0.0] * 24, scale=[1.0] * 24),
+    "LayerNormalization": node("LayerNormalization", "x one zero", "h", axis=-1),
+}
+
+
+@pytest.mark.parametrize("operator", FOREIGN)
+def test_integers_behind_an_operator_that_onnx_does_not_know(tmp_path, operator):
+    proto = model(
+        [FOREIGN[operator], node("MatMul", "h w", "y")],
+        {"x": (F, [4, 24])},
+        {"y": (F, [4, 32])},
+        {"w": weights((24, 32)), "one": np.ones(24, np.float32), "zero": np.zeros(24, np.float32)},
+        opset=13,
+    )
+    proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", 1))
+    report, (drift,) = static(proto, tmp_path, {"x": X})
+    assert report.integers.weight_only == {}
+    assert report.integers.floats == ()
+    assert 0 < drift < 0.02
