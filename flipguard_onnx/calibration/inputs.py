@@ -149,6 +149,14 @@ def _feeds_of(path: Path, proto: ModelProto, optional: Collection[str]) -> list[
                 found=sorted(arrays),
             )
         _require_fit(path, wanted, arrays[wanted.name])
+    sized = [i.name for i in inputs if any(isinstance(dim, str) for dim in i.dims)]
+    if sized and not any(arrays[name].size for name in sized):  # one alone may be an empty cache
+        raise ModelError(
+            "holds no samples: input {tensor!r} is given with shape {found}",
+            path=path,
+            tensor=sized[0],
+            found=arrays[sized[0]].shape,
+        )
     stacked = [i.ranked and arrays[i.name].ndim == len(i.dims) + 1 for i in inputs]
     if any(stacked):
         counts = {

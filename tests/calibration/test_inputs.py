@@ -5,9 +5,9 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from flipguard_onnx.calibration.inputs import FEEDS, FEWER_FEEDS, LARGE, made_up_feeds
+from flipguard_onnx.calibration.inputs import FEEDS, FEWER_FEEDS, LARGE, load_feeds, made_up_feeds
 from flipguard_onnx.calibration.samples import Samples
-from flipguard_onnx.errors import DriftError, OptionError, ValidationError
+from flipguard_onnx.errors import DriftError, ModelError, OptionError, ValidationError
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.reports.validation import Drift, pooled
 from flipguard_onnx.validation.drift import drifts, judge
@@ -162,3 +162,23 @@ def test_a_dimension_of_zero_is_made_up_as_it_is(tmp_path):
     found = Samples(open_model(save(proto, tmp_path)), None).require()
     assert {feed["past"].shape for feed in found.feeds} == {(1, 0, 8)}
     assert all(feed["x"].size for feed in found.feeds)
+
+
+def test_data_without_samples_are_refused(tmp_path):
+    """One empty array among others may be a cache."""
+    shapes = {"x": (F, ["b", 16]), "past": (F, ["b", "p", 16])}
+    proto = model(
+        [node("MatMul", "x w", "y"), node("MatMul", "past w", "present")],
+        shapes,
+        {"y": (F, ["b", 16]), "present": (F, ["b", "p", 16])},
+        {"w": weights((16, 16))},
+    )
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.zeros((0, 16), np.float32), past=np.zeros((0, 2, 16), np.float32))
+    with pytest.raises(ModelError) as refusal:
+        load_feeds(path, proto)
+    message = f"{path}: holds no samples: input 'x' is given with shape (0, 16)"
+    assert str(refusal.value) == message
+    np.savez(path, x=np.zeros((1, 16), np.float32), past=np.zeros((1, 0, 16), np.float32))
+    (feed,) = load_feeds(path, proto)
+    assert feed["past"].shape == (1, 0, 16)
