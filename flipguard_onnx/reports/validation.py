@@ -13,6 +13,8 @@ DRIFT_FLOOR = 1e-3  # relative L2 below which drift is not judged
 
 MAX_RELATIVE_L2 = 0.8  # above which a model has lost its function, however far nearest rounding is
 
+CHANCE = 3.0  # values that may differ in truth where none did: their upper limit at 95%
+
 MAX_KL = 1.0  # nats above which a language model has
 
 
@@ -36,6 +38,7 @@ class Drift:
     kl : mean Kullback-Leibler divergence of the softmax of x from that of y over the last axis, in
         nats: by this much the model's log perplexity grows. None where that axis has fewer than
         1,000 values, too few for a vocabulary
+    counted : for integers and booleans: how many values of all inputs were compared; else 0
     """
 
     output: str
@@ -46,6 +49,7 @@ class Drift:
     sqnr_db: float
     top1: float | None
     kl: float | None = None
+    counted: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,21 @@ class Validation:
         return drift_bound(self.plain_exact, self.max_drift)
 
 
+def by_kind(outputs: Sequence[Drift]) -> list[list[Drift]]:
+    """The outputs of floats, and those of integers and booleans; without a kind that is not there.
+
+    What rounds floats a little changes a few integers, such as indices of near ties, by anything.
+    """
+    floats = [drift for drift in outputs if not drift.counted]
+    return [kind for kind in (floats, [d for d in outputs if d.counted]) if kind]
+
+
 def pooled(outputs: Sequence[Drift]) -> float:
-    """Root mean square of the outputs' relative L2, weighted by their numbers of values."""
+    """Root mean square of the relative L2 of outputs of floats, weighted by their values.
+
+    Of those of integers and booleans where there are no others.
+    """
+    outputs = next(iter(by_kind(outputs)), [])
     values = sum(drift.values for drift in outputs)
     return math.sqrt(sum(d.values * d.relative_l2**2 for d in outputs) / max(values, 1))
 
@@ -119,7 +136,15 @@ def drift_factor(nearest: Sequence[Drift], max_drift: float) -> float:
 
 
 def drift_bound(nearest: Sequence[Drift], max_drift: float) -> float:
-    """The pooled relative L2 that is allowed, where nearest rounding drifts like this."""
+    """The pooled relative L2 that is allowed, where nearest rounding drifts like this.
+
+    The share of integers and booleans that differ, which is its square, grows as the drift of
+    floats does; they may be so few that none happened to differ.
+    """
+    nearest = next(iter(by_kind(nearest)), [])
+    if counted := sum(drift.counted for drift in nearest):
+        share = max_drift * (pooled(nearest) ** 2 + CHANCE / counted)
+        return min(math.sqrt(share), MAX_RELATIVE_L2)
     relative = drift_factor(nearest, max_drift) * max(pooled(nearest), DRIFT_FLOOR)
     return min(relative, MAX_RELATIVE_L2)
 

@@ -9,9 +9,11 @@ import numpy.typing as npt
 
 from ..errors import DriftError, ValidationError
 from ..reports.validation import (
+    CHANCE,
     MAX_KL,
     MAX_RELATIVE_L2,
     Drift,
+    by_kind,
     drift_bound,
     drift_factor,
     pooled,
@@ -21,7 +23,7 @@ LOGITS = range(2, 1_000_000)  # sizes of a last axis over which argmax is compar
 
 VOCABULARY = 1000  # from this size on, a last axis is taken for logits of a distribution
 
-KERNELS = 0.1  # relative L2 that kernels with integers may add
+KERNELS = 0.1  # relative L2, or share of integers, that kernels with integers may add
 
 TINY = float(np.finfo(np.float32).tiny)
 
@@ -30,14 +32,8 @@ Array = npt.NDArray[Any]
 
 def judge(nearest: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) -> None:
     """Raise DriftError when the guarded model is farther from the original than it may be."""
-    factor, bound = drift_factor(nearest, max_drift), drift_bound(nearest, max_drift)
-    if not pooled(guarded) <= bound:
-        raise DriftError(
-            "the outputs drift by {found:.4f} (relative L2) from the original's",
-            found=pooled(guarded),
-            allowed=f"{bound:.4f}: {factor:.2f} times nearest rounding's, and at most "
-            f"{MAX_RELATIVE_L2:g} at all",
-        )
+    for one, other in zip(by_kind(nearest), by_kind(guarded), strict=True):
+        _judge_kind(one, other, max_drift)
     for drift in guarded:
         if drift.kl is not None and not drift.kl <= MAX_KL:
             raise DriftError(
@@ -47,6 +43,27 @@ def judge(nearest: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) 
                 output=drift.output,
                 allowed=f"up to {MAX_KL:g}, which is {math.exp(MAX_KL):.1f} times the perplexity",
             )
+
+
+def _judge_kind(nearest: Sequence[Drift], guarded: Sequence[Drift], max_drift: float) -> None:
+    """The same for outputs that are all floats, or all integers and booleans, without the KL."""
+    found, bound = pooled(guarded), drift_bound(nearest, max_drift)
+    if found <= bound:
+        return
+    if guarded[0].counted:
+        raise DriftError(
+            "{found:.1%} of the outputs' integers and booleans differ from the original's",
+            found=found**2,
+            allowed=f"{bound**2:.1%}: {max_drift:g} times nearest rounding's "
+            f"{pooled(nearest) ** 2:.1%} and what chance may add, and at most "
+            f"{MAX_RELATIVE_L2**2:.0%} at all",
+        )
+    raise DriftError(
+        "the outputs drift by {found:.4f} (relative L2) from the original's",
+        found=found,
+        allowed=f"{bound:.4f}: {drift_factor(nearest, max_drift):.2f} times nearest rounding's, "
+        f"and at most {MAX_RELATIVE_L2:g} at all",
+    )
 
 
 def require_same_meaning(exact: Sequence[Drift], default: Sequence[Drift]) -> None:
@@ -60,14 +77,34 @@ def require_same_meaning(exact: Sequence[Drift], default: Sequence[Drift]) -> No
     exact : of the guarded model with its codes decoded first
     default : of the same file in a session with default options
     """
-    allowed = 2 * pooled(exact) + KERNELS
-    if not pooled(default) <= allowed:
+    for one, other in zip(by_kind(exact), by_kind(default), strict=True):
+        counted = sum(drift.counted for drift in one)
+        if counted:
+            _require_same_integers(pooled(one) ** 2, pooled(other) ** 2, counted)
+            continue
+        allowed = 2 * pooled(one) + KERNELS
+        if pooled(other) <= allowed:
+            continue
         raise ValidationError(
             "in a session with default options the outputs drift by {found:.4f} (relative L2), but "
             "by {exact:.4f} with the codes decoded first: onnxruntime rewrites this graph wrongly",
-            found=pooled(default),
-            exact=pooled(exact),
+            found=pooled(other),
+            exact=pooled(one),
             allowed=f"{allowed:.4f}",
+        )
+
+
+def _require_same_integers(exact: float, default: float, counted: int) -> None:
+    """The same for the shares of integers and booleans that differ, of so many."""
+    allowed = 2 * (exact + CHANCE / counted) + KERNELS
+    if not default <= allowed:
+        raise ValidationError(
+            "in a session with default options {found:.1%} of the outputs' integers and booleans "
+            "differ, but {exact:.1%} with the codes decoded first: onnxruntime rewrites this graph "
+            "wrongly",
+            found=default,
+            exact=exact,
+            allowed=f"{allowed:.1%}",
         )
 
 
@@ -154,7 +191,14 @@ class _Sums:
             equal = self._equal / self._size if self._size else 1.0
             relative = math.sqrt(1 - equal)
             return Drift(
-                name, values, equal, float(equal < 1), relative, _decibels(relative), equal
+                name,
+                values,
+                equal,
+                float(equal < 1),
+                relative,
+                _decibels(relative),
+                equal,
+                counted=self._size,
             )
         norms = math.sqrt(self._xx), math.sqrt(self._yy)
         unit = norms[0] if norms[0] > TINY else math.sqrt(self._size)

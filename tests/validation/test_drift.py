@@ -1,11 +1,14 @@
 """How far outputs may be from the original's."""
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, numpy_helper
 
-from flipguard_onnx import DriftError, ValidationError
+from flipguard_onnx import DriftError, ValidationError, guard, verify
 from flipguard_onnx.reports.validation import MAX_RELATIVE_L2, Drift, joined, pooled
 from flipguard_onnx.validation.drift import drifts, judge, require_same_meaning
+from tests.helpers.samples import F, model, node, save, weights
 
 
 def drift(relative, kl=None):
@@ -76,3 +79,56 @@ def test_an_output_that_is_zero_has_no_norm_to_divide_by():
     assert result.relative_l2 == pytest.approx(6e-5)
     (result,) = drifts(["z"], [[zeros]], [[zeros]])
     assert (result.relative_l2, result.cosine) == (0, 1)
+
+
+def indices(differing, of=400):
+    """One output of integers, of which so many differ, beside floats that drift a little."""
+    wanted, found = np.zeros((1, of), np.int64), np.zeros((1, of), np.int64)
+    found[0, :differing] = 7
+    return [*drift(0.01), *drifts(["i"], [[wanted]], [[found]])]
+
+
+def test_few_integers_may_differ_by_chance_and_no_more():
+    """Up to three times nearest rounding's, and three times what may differ where none did."""
+    judge(indices(0), indices(9), max_drift=3)
+    with pytest.raises(DriftError, match=r"2\.5% .* integers .* allowed: 2\.2%: 3 times .* 0\.0%"):
+        judge(indices(0), indices(10), max_drift=3)
+    judge(indices(20), indices(69), max_drift=3)
+    with pytest.raises(DriftError, match=r"17\.5% .* allowed: 17\.[23]%"):
+        judge(indices(20), indices(70), max_drift=3)
+    with pytest.raises(DriftError, match=r"65\.0% .* and at most 64% at all"):
+        judge(indices(240), indices(260), max_drift=3)
+    require_same_meaning(indices(2), indices(49))
+    with pytest.raises(ValidationError, match=r"15\.0% .* but 0\.5% .* allowed: 12\.5%"):
+        require_same_meaning(indices(2), indices(60))
+
+
+def test_integers_excuse_no_floats():
+    with pytest.raises(DriftError, match=r"drift by 0\.0400 "):
+        judge(indices(200), [*drift(0.04), indices(200)[1]], max_drift=3)
+    assert pooled(indices(200)) == pytest.approx(0.01)
+    assert pooled(indices(100)[1:]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("outputs", ["booleans", "indices"])
+def test_models_of_booleans_and_indices_pass_as_those_of_floats_do(tmp_path, outputs, seed):
+    """At int8 next to none of them changes with nearest rounding."""
+    heads = {
+        "booleans": (node("Greater", "h zero", "y"), {"y": (TensorProto.BOOL, ["b", 50])}),
+        "indices": (
+            node("TopK", "h k", "v y"),
+            {"v": (F, ["b", 5]), "y": (TensorProto.INT64, ["b", 5])},
+        ),
+    }
+    head, made = heads[outputs]
+    constants = {"w": weights((32, 50)), "zero": np.float32(0), "k": np.array([5])}
+    proto = model([node("MatMul", "x w", "h"), head], {"x": (F, ["b", 32])}, made, constants)
+    source, output = save(proto, tmp_path), tmp_path / "out.onnx"
+    guarded = guard(source, output=output, seed=seed).validation.guarded_exact
+    assert guarded[-1].counted == 8 * guarded[-1].values
+    broken = onnx.load(output)
+    (scale,) = (each for each in broken.graph.initializer if each.name.endswith("_scale"))
+    scale.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(scale), scale.name))
+    with pytest.raises(DriftError):
+        verify(source, save(broken, tmp_path, "broken.onnx"))
