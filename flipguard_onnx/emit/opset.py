@@ -15,6 +15,8 @@ from .weight_forms import Target, form_of
 
 RESIZE_OPSET = 11  # the first whose Resize says how coordinates are found
 
+SCAN_OPSET = 9  # the first whose Scan has no axis for batches
+
 CLIP_OPSET = 11  # the first whose Clip has its bounds as inputs
 
 
@@ -43,6 +45,7 @@ def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel
     if opset_of(source.proto) >= opset:
         return original
     try:
+        _require_convertible(source.proto)
         proto = runtime.converted(source.proto, opset)
         if opset_of(source.proto) < RESIZE_OPSET:
             _keep_interpolation(proto)
@@ -61,6 +64,13 @@ def converted(source: Model, opset: int, original: IndexedModel) -> IndexedModel
             old=opset_of(source.proto),
             new=opset,
         ) from None
+
+
+def _require_convertible(proto: ModelProto) -> None:
+    """Raise ValidationError for what onnx's converter (1.23) silently turns into something else."""
+    nodes = (node for body in bodies(proto) for node in body.node)
+    if opset_of(proto) < SCAN_OPSET and any(n.op_type == "Scan" for n in nodes):
+        raise ValidationError("a Scan of before opset 9 goes over batches, which no later one does")
 
 
 def _keep_interpolation(proto: ModelProto) -> None:

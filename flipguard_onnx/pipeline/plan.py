@@ -8,6 +8,7 @@ from ..emit.opset import converted, needed_opset
 from ..emit.weight_forms import Target
 from ..errors import OptionError, UnsupportedModelError
 from ..graph.copies import IndexedModel
+from ..graph.traversal import opset_of
 from ..graph.weights import Weight, find_weights
 from ..io.model import Model
 from ..quantization.schemes import SCHEMES, Blocks, Scheme, scheme_of
@@ -99,13 +100,15 @@ def prepare(model: Model, options: GuardOptions) -> Prepared:
     """
     weights, skipped = require_weights(model, options)
     plans = plan_weights(weights, options)
-    opset = needed_opset(
-        [plan.weight for plan in plans],
-        [plan.scheme for plan in plans],
-        Target.of(model.proto, options.target),
-    )
+    planned = [plan.weight for plan in plans], [plan.scheme for plan in plans]
+    opset = needed_opset(*planned, Target.of(model.proto, options.target))
     original = IndexedModel(model.proto, tuple(weights))
-    graph = converted(model, opset, original)
+    try:
+        graph = converted(model, opset, original)
+    except UnsupportedModelError as error:
+        if needed_opset(*planned, Target.of(model.proto, "onnxruntime")) <= opset_of(model.proto):
+            error.advise("--target onnxruntime needs no conversion")
+        raise
     return Prepared(model, original, graph, plans, tuple(skipped), options.int8)
 
 

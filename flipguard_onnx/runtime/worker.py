@@ -25,11 +25,15 @@ import onnx.reference
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from ..errors import first_line
-from ..graph.traversal import bodies
+from ..graph.traversal import STANDARD, bodies, opset_of
 from .messages import Array, Channel, Message, UnsendableError, outputs_message
 from .settings import StaticQuantization
 
 SESSIONS: dict[int, Any] = {}  # onnxruntime's, by number
+
+HIDDEN_DOMAIN = "flipguard.hidden"  # of nodes that onnx's converter is to leave alone
+
+FIRST_PLAIN_CONSTANTS = 4  # the first IR version whose constants need not be inputs as well
 
 TENSOR_TYPES = {  # that the static quantizer looks for, by onnxruntime's names of them
     "float": TensorProto.FLOAT,
@@ -131,8 +135,40 @@ def check(path: str) -> Message:
 
 
 def convert(opset: int, arrays: Sequence[Array]) -> Message:
-    """The serialized model in the array, at another version of the standard operators."""
-    return _serialized(onnx.version_converter.convert_version(_parsed(arrays[0]), opset))
+    """The serialized model in the array, at another version of the standard operators.
+
+    Operators that onnxruntime has added to these are kept from the converter, which knows none.
+    """
+    model = _parsed(arrays[0])
+    model.ir_version = max(model.ir_version, FIRST_PLAIN_CONSTANTS)
+    before = opset_of(model)
+    hidden = [
+        node
+        for body in bodies(model)
+        for node in body.node
+        if node.domain in STANDARD and not _is_known(node.op_type, before)
+    ]
+    for node in hidden:
+        node.domain = HIDDEN_DOMAIN
+    if hidden:
+        model.opset_import.append(onnx.helper.make_opsetid(HIDDEN_DOMAIN, 1))
+    model = onnx.version_converter.convert_version(model, opset)
+    for node in (node for body in bodies(model) for node in body.node):
+        if node.domain == HIDDEN_DOMAIN:
+            node.domain = ""
+    kept = [each for each in model.opset_import if each.domain != HIDDEN_DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+    return _serialized(model)
+
+
+def _is_known(operator: str, opset: int) -> bool:
+    """Whether onnx has a standard operator at a version."""
+    try:
+        onnx.defs.get_schema(operator, opset, "")
+    except onnx.defs.SchemaError:
+        return False
+    return True
 
 
 def inline(arrays: Sequence[Array]) -> Message:
