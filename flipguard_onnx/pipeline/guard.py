@@ -86,8 +86,10 @@ def guard_with(
     with open_run(model, output, opts, progress) as run:
         prepared = prepare_model(run)
         samples = Samples(prepared.model, opts.data_path, opts.without_inputs)
-        calibration = calibrate(prepared, samples, opts)
+        if opts.activations:
+            require_reachable(prepared.model, prepared.plain_weights)
         require_inputs(run, prepared, samples)
+        calibration = calibrate(samples, opts)
         moments = record_moments(run, prepared, samples)
         seeds = run.seeds
         prepared = choose_precision(run, prepared, samples, moments, seeds[0])
@@ -196,11 +198,10 @@ def prepare_model(run: Run) -> Prepared:
     return prepare(model, options)
 
 
-def calibrate(prepared: Prepared, samples: Samples, options: GuardOptions) -> Calibration | None:
+def calibrate(samples: Samples, options: GuardOptions) -> Calibration | None:
     """What onnxruntime's static quantizer is told; None where activations stay float."""
     if not options.activations:
         return None
-    require_reachable(prepared.model, prepared.plain_weights)
     asked = ActivationQuantization(options.activations, options.symmetric, options.calibration)
     return Calibration.of(asked, options.granularity != "tensor", samples)
 
@@ -212,7 +213,8 @@ def require_inputs(run: Run, prepared: Prepared, samples: Samples) -> None:
     where weights are to blame that are not finite, else OptionError.
     """
     options = run.options
-    needed = options.validate or options.int8_share
+    made_up = options.activations and not options.data
+    needed = options.validate or options.int8_share or made_up
     if needed and samples.source.size <= options.max_bytes:
         run.progress("trying the inputs", 0, 1)
         try:

@@ -28,6 +28,7 @@ from ..graph.traversal import attribute, bodies, opset_of, subgraphs, tensors
 from ..graph.weights import Weight
 from ..io.model import Model, open_model
 from ..io.writer import Output
+from ..quantization.rounding import largest_sound
 from ..quantization.schemes import Scheme
 from ..reports.validation import Drift, Validation
 from .drift import DriftSums, judge, require_same_meaning
@@ -36,6 +37,8 @@ from .stand_ins import stand_in
 
 INFIDELITY = 1e-3  # relative L2 that another order of summation may cause
 INFIDELITY_16_BIT = 2e-2  # and that decoded weights in a model's 16-bit type may
+
+HUGE = 1e-3  # of the largest value that a type has; sums of a few such products may overflow
 
 # Operators whose inputs, or all but the first, decide on the shape of the result by their values.
 SELECTING = ("NonMaxSuppression", "NonZero", "Unique", "Compress", "Range", "ConstantOfShape")
@@ -46,9 +49,12 @@ class ModelRunner:
     """Runs models on the samples of the original, each model once for each way of running it.
 
     It keeps drifts, and no outputs but the original's.
+
+    baselines: what was made of the original for the comparison alone, in words, by path.
     """
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: Samples, baselines: Mapping[Path, str] | None = None) -> None:
+        self._source, self._baselines = samples.source, baselines or {}
         found = samples.require()
         self.feeds, self.expected, self.names = found.feeds, found.outputs, found.names
         samples.release()
@@ -106,18 +112,22 @@ class ModelRunner:
         return session.outputs, self._outputs(session, path)
 
     def _outputs(self, session: runtime.Session, path: Path) -> Iterator[list[Array]]:
+        named, how = path.name, ""
+        if path in self._baselines:
+            named, how = str(self._source.path), f"{self._baselines[path]}, "
         for feed in self.feeds:
             try:
                 outputs = session.run(None, feed)
             except RunError as error:
                 raise ValidationError(
-                    "does not run: {found}", path=path.name, found=str(error)
+                    how + "does not run: {found}", path=named, found=str(error)
                 ) from None
             for name, values in zip(session.outputs, outputs, strict=True):
                 if not finite(values):
-                    raise ValidationError(
-                        "output {tensor!r} holds NaN or infinity", path=path.name, tensor=name
+                    broken = ValidationError(
+                        how + "output {tensor!r} holds NaN or infinity", path=named, tensor=name
                     )
+                    raise broken.advise(_huge_values(self._source))
             yield outputs
 
 
@@ -197,7 +207,6 @@ class Validator:
         ------
         ValidationError, DriftError : naming the output, the value and the bound
         """
-        runner = ModelRunner(self.samples)
         written = {kind: files[kind] for kind in ("qdq", "float") if kind in files}
         for path in written.values():
             check_model(path, self.original)
@@ -208,6 +217,10 @@ class Validator:
             for kind, path in written.items():
                 written[kind] = self._layers_of(path, folder / f"{kind}-layers")
         guarded, nearest, moved = written["qdq"], written["plain"], written.get("float")
+        baselines = {nearest: "rounded to nearest"}
+        if "decoded" in files:
+            baselines[files["decoded"]] = "with decoded weights"
+        runner = ModelRunner(self.samples, baselines)
         if "decoded" in files:
             runner.require_equal(files["decoded"], guarded)
         result = Validation(
@@ -243,6 +256,17 @@ class Validator:
                 path=path.name,
                 found=str(error).removeprefix(f"{error.path}: "),
             ) from None
+
+
+def _huge_values(source: Model) -> str:
+    """Which weights are so large that what they are multiplied with overflows; "" without such."""
+    found = []
+    for weight in IndexedModel.of(source.proto).weights:
+        array = source.array(weight.tensor)
+        largest = max(np.max(array, initial=0), -np.min(array, initial=0))
+        if largest > HUGE * float(largest_sound(array.dtype)):
+            found.append(f"tensor {weight.name!r} holds {largest:.3g}")
+    return f"{' and '.join(found)} (--exclude NAME leaves it as it is)" if found else ""
 
 
 def _input_names(model: Model) -> list[str]:

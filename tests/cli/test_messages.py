@@ -185,3 +185,40 @@ def test_the_report_says_that_no_weight_got_the_scheme(tmp_path):
     source = save(SAMPLES["conv_transpose"](), tmp_path)
     shown = "32 weights; but no weight got it: all are int8, one scale per channel\n"
     assert shown in call(source, "--scheme", "int4", *FAST).stdout
+
+
+@pytest.mark.parametrize("options", [(), ("--activations", "uint8")], ids=["weights", "integers"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named_before_inputs_are_asked_for(
+    tmp_path, value, options
+):
+    w = weights((70, 33))
+    w[3, 4] = value
+    nodes = [node("MatMul", "x w", "y")]
+    proto = model(nodes, {"x": (F, ["n", 70])}, {"y": (F, ["n", 33])}, {"w": w})
+    message = one_line(call("guard", save(proto, tmp_path), "--quiet", *options))
+    assert "tensor 'w' holds 1 values that are NaN or infinite" in message
+    assert "--data" not in message
+
+
+def test_a_weight_that_overflows_when_rounded_is_named_with_advice_that_works(tmp_path):
+    """Nearest rounding makes 1 of the 0.6 steps of each weight beside it: 0.95 times 1.54 of it."""
+    w = weights((70, 33))
+    w[:, 5] = 0.6 / 127 * 2.5e38
+    w[0, 5] = 2.5e38
+    constants = {"v": weights((70, 33), 1), "w": w, "least": np.float32(0), "most": np.float32(0.95)}
+    nodes = [
+        node("Mul", "x least", "zeros"),
+        node("Add", "zeros most", "ones"),
+        node("MatMul", "ones w", "h"),
+        node("MatMul", "x v", "z"),
+    ]
+    outputs = {"h": (F, ["n", 33]), "z": (F, ["n", 33])}
+    proto = model(nodes, {"x": (F, ["n", 70])}, outputs, constants)
+    source = save(proto, tmp_path)
+    message = one_line(call("guard", source, "--quiet"), code=1)
+    assert message == (
+        f"flipguard-onnx: {source}: rounded to nearest, output 'h' holds NaN or infinity; "
+        "tensor 'w' holds 2.5e+38 (--exclude NAME leaves it as it is)\n"
+    )
+    assert call("guard", source, "--quiet", "--exclude", "w").exit_code == 0
