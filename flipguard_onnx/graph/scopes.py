@@ -409,7 +409,10 @@ class GraphIndex:
         return reached
 
     def computed(self) -> Iterator[tuple[str, str]]:
-        """Weights that no constant reaches, by name, with the names of their operators."""
+        """Weights that no constant reaches, by name, with the names of their operators.
+
+        What an operator multiplies with a constant weight is none, on whichever side.
+        """
         constant = {(id(scope), name) for scope, name, _, _ in self.constants()}
         makers = self.makers()
         known = dict.fromkeys(constant, True)
@@ -435,7 +438,10 @@ class GraphIndex:
                 operator = operator_of(node)
                 if operator is None:
                     continue
-                for index in sorted({*operator.weights} - {*operator.may_vary}):
-                    name = node.input[index] if index < len(node.input) else ""
-                    if name and not is_constant(scope, name):
+                names = {i: n for i, n in enumerate(node.input) if n and i in operator.weights}
+                varying = {i: n for i, n in names.items() if not is_constant(scope, n)}
+                if operator.may_vary and len(varying) < len(names):
+                    continue
+                for index, name in varying.items():
+                    if index not in operator.may_vary:
                         yield name, operator.name

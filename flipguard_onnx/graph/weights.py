@@ -218,7 +218,7 @@ def find_weights(
         if any(fnmatchcase(each.name, p) for p in exclude):
             reason = SkipReason.EXCLUDED
         skipped.append(Skipped(each.name, (each.size,), reason, detail))
-    for name, op in index.computed():
+    for name, op in dict.fromkeys(index.computed()):
         skipped.append(Skipped(name, (), SkipReason.NOT_CONSTANT, op))
     if not partly and sum(quantized.values()) > sum(weight.size for weight in weights):
         readers = ", ".join(sorted(quantized))

@@ -59,9 +59,14 @@ class Skipped:
         return self.reason in (SkipReason.SCALAR, SkipReason.ONE_AXIS)
 
     @property
+    def is_computed(self) -> bool:
+        """Whether its shape and its number of values are not known."""
+        return self.reason is SkipReason.NOT_CONSTANT
+
+    @property
     def size(self) -> int:
         """How many values it has; 0 for one that is computed."""
-        return prod(self.shape) if self.reason is not SkipReason.NOT_CONSTANT else 0
+        return 0 if self.is_computed else prod(self.shape)
 
     def as_json(self) -> dict[str, Any]:
         """What a report says of it."""

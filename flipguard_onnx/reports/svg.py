@@ -195,8 +195,11 @@ def skipped_section(skipped: Sequence[Skipped]) -> Section:
     for reason, members in groupby(ordered, key=lambda tensor: tensor.text):
         found = list(members)
         values = sum(tensor.size for tensor in found)
-        rows.append((reason, f"{len(found):,}", f"{values:,}"))
-        if not found[0].is_vector:
+        computed = found[0].is_computed
+        rows.append((reason, f"{len(found):,}", "" if computed else f"{values:,}"))
+        if computed:
+            rows += [(f"— {t.name}", "", "") for t in found]
+        elif not found[0].is_vector:
             rows += [
                 (f"— {t.name} {'x'.join(map(str, t.shape))}", "", f"{t.size:,}") for t in found
             ]

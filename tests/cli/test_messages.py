@@ -206,7 +206,12 @@ def test_a_weight_that_overflows_when_rounded_is_named_with_advice_that_works(tm
     w = weights((70, 33))
     w[:, 5] = 0.6 / 127 * 2.5e38
     w[0, 5] = 2.5e38
-    constants = {"v": weights((70, 33), 1), "w": w, "least": np.float32(0), "most": np.float32(0.95)}
+    constants = {
+        "v": weights((70, 33), 1),
+        "w": w,
+        "least": np.float32(0),
+        "most": np.float32(0.95),
+    }
     nodes = [
         node("Mul", "x least", "zeros"),
         node("Add", "zeros most", "ones"),

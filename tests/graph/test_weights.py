@@ -158,6 +158,19 @@ def test_computed_weights_are_listed():
     }
 
 
+def test_a_computed_weight_is_listed_once_for_all_its_readers():
+    proto = model(
+        [node("Gemm", "x z", "a"), node("Gemm", "a z", "b"), node("Gemm", "l b", "y")],
+        {"x": (F, [16, 16]), "z": (F, [16, 16])},
+        {"y": (F, [16, 16])},
+        {"l": weights((16, 16))},
+    )
+    assert [(s.name, s.text) for s in find_weights(proto)[1]] == [
+        ("z", "not constant (weight of Gemm)")
+    ]
+    assert [weight.name for weight in find_weights(proto)[0]] == ["l"]
+
+
 @pytest.mark.parametrize(
     ("op", "inputs"),
     [("MatMulInteger", "q w zq"), ("DequantizeLinear", "w s"), ("Cast", "w")],

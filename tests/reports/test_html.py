@@ -20,7 +20,7 @@ from flipguard_onnx.reports.scan import (
     SkipReason,
     Verdict,
 )
-from flipguard_onnx.reports.svg import SHADES, bars, heat_map
+from flipguard_onnx.reports.svg import SHADES, bars, heat_map, skipped_section
 from flipguard_onnx.reports.words import percent
 from tests.helpers.attacked import FOLDER
 from tests.helpers.command import call, one_line
@@ -315,3 +315,11 @@ def test_the_page_of_a_guard_in_a_browser(browser, guarded, tmp_path):
     assert len(browser.find_elements("css selector", "section > figure > svg")) == 3
     assert requests(browser) == [file.as_uri()]
     assert browser.get_log("browser") == []
+
+
+def test_nothing_is_said_of_the_size_of_what_is_computed():
+    made = [Skipped("v", (), SkipReason.NOT_CONSTANT, "Gemm"), Skipped("b", (8,), SkipReason.BIAS)]
+    rows = skipped_section(made).rows
+    assert ("not constant (weight of Gemm)", "1", "") in rows
+    assert ("— v", "", "") in rows
+    assert ("bias of ", "1", "8") in rows
