@@ -553,8 +553,10 @@ def skipped_lines(skipped: Sequence[Skipped], names: bool = False) -> list[str]:
         reasons[tensor.text].append(tensor)
     lines = []
     for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
+        count = plural(len(members), "tensor")
         values = plural(sum(t.size for t in members), "value")
-        lines.append(f"skipped   {plural(len(members), 'tensor')}, {values}: {reason}")
+        size = "" if members[0].is_computed else f", {values}"
+        lines.append(f"skipped   {count}{size}: {reason}")
         if names and not members[0].is_vector:
             lines += [f"{INDENT}{t.name}  {'x'.join(map(str, t.shape))}" for t in members]
     return lines

@@ -41,7 +41,8 @@ class CodebookGrid(Grid):
         kernels: ScanKernels,
     ) -> None:
         """As `Grid.survey`, of weights within the levels."""
-        end = self.levels.highest * self.scale
+        with np.errstate(over="ignore"):
+            end = self.levels.highest * self.scale
         within = self.scales._replace(
             low=np.maximum(self.scales.low, -end), high=np.minimum(self.scales.high, end)
         )
