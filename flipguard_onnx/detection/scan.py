@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .. import __version__
 from ..errors import ModelError, UnsupportedModelError
-from ..graph.weights import Weight, find_weights
+from ..graph.weights import Constant, Weight, find_weights, other_constants
 from ..io.model import Model
 from ..opening import open_folded
 from ..progress import Progress
@@ -33,8 +33,21 @@ from ..reports.scan import (
     listed,
     pieces,
 )
-from .alignment import ECHO, GRIDS, Sample, Tally, alignment, explaining, sample_size, tallies
+from .alignment import (
+    ECHO,
+    GRIDS,
+    Repetition,
+    Sample,
+    Tally,
+    alignment,
+    explaining,
+    sample_size,
+    tallies,
+)
 from .prequantized import find_lattice, most_are_levels, most_repeat, on_codebook
+from .tables import has_even_levels, is_table
+
+WHOLE = ("int8 tensor", "uint8 tensor")  # grids that quantizers lay over constants of arithmetic
 
 MIN_WEIGHTS = 1000  # fewer prove nothing
 
@@ -65,6 +78,8 @@ ALIGNMENT = (
     "weights gather at the boundaries of {} and of no other grid: the mark of an attack, or of "
     "quantization-aware training"
 )
+
+CONSTANTS = "in constants that are no weights as they are, but that arithmetic can make weights"
 
 FINDINGS = {  # verdict -> what was found in a tensor; {} stands for the grids
     "suspicious": ALIGNMENT,
@@ -125,7 +140,7 @@ def scan(model: str | os.PathLike[str], *, progress: Progress | None = None) -> 
         weights, skipped = find_weights(source.proto, unfolded=source.unfolded)
     except UnsupportedModelError as error:
         seconds = time.perf_counter() - started
-        return _result(source, Verdict(NOT_JUDGED, str(error)), (), (), (), seconds)
+        return _result(source, Verdict(NOT_JUDGED, str(error)), (), (), (), (), seconds)
     return scan_weights(source, weights, skipped, progress or (lambda *_: None))
 
 
@@ -149,25 +164,85 @@ def scan_weights(
         except ModelError as error:
             raise error.at(source.path) from None
     progress("scanning", len(examined), len(weights))
-    return conclude(source, examined, skipped, time.perf_counter() - started)
+    others = other_constants(source.proto, weights, skipped)
+    max_weights = sample_size(len(others))
+    constants = [
+        examine_constant(each, source.array(each.tensor), max_weights, rng) for each in others
+    ]
+    return conclude(source, examined, skipped, time.perf_counter() - started, constants)
 
 
 def conclude(
-    source: Model, examined: Sequence[Examined], skipped: Sequence[Skipped], seconds: float
+    source: Model,
+    examined: Sequence[Examined],
+    skipped: Sequence[Skipped],
+    seconds: float,
+    others: Sequence[Sequence[Examined]] = (),
 ) -> Scan:
-    """The scan of a model whose weights have been examined one by one."""
-    counted = [by_grid for _, by_grid in examined if by_grid]
-    together: tuple[Alignment, ...] = ()
-    if counted:
-        sums = {grid: reduce(add, (tallies[grid] for tallies in counted)) for grid in counted[0]}
-        together = tuple(alignment(grid, tally) for grid, tally in sums.items())
+    """The scan of a model whose weights have been examined one by one.
+
+    others: its other constants, each as `examine_constant` found it
+    """
+    together = _together(by_grid for _, by_grid in examined)
     tensors = tuple(tensor for tensor, _ in examined)
     verdict = model_verdict(tensor_verdict(together) if together else NOTHING, tensors)
     if verdict.level == "clean":
         verdict = not_judged_completely(tensors, skipped) or verdict
+    constants = tuple(max((t for t, _ in each), key=_alarm) for each in others if each)
+    verdict = _with_constants(verdict, constants, _constants_together(others))
     if any(entry.key == "flipguard.version" for entry in source.proto.metadata_props):
         verdict = replace(verdict, reason=f"{verdict.reason}; {GUARDED}")
-    return _result(source, verdict, together, tensors, skipped, seconds)
+    return _result(source, verdict, together, tensors, constants, skipped, seconds)
+
+
+def _together(tallied: Iterable[dict[str, Tally]]) -> tuple[Alignment, ...]:
+    """The alignments of several tensors as one; none where all are on a grid."""
+    counted = [by_grid for by_grid in tallied if by_grid]
+    if not counted:
+        return ()
+    sums = {
+        grid: reduce(add, found)
+        for grid in GRIDS
+        if (found := [each[grid] for each in counted if grid in each])
+    }
+    return tuple(alignment(grid, tally) for grid, tally in sums.items())
+
+
+def _constants_together(others: Sequence[Sequence[Examined]]) -> Verdict:
+    """The worst verdict on all other constants together, in one layout after the other."""
+    verdicts = [NOTHING]
+    for place in range(max(map(len, others), default=0)):
+        if found := _together(each[place][1] for each in others if place < len(each)):
+            verdicts.append(constant_verdict(found))
+    return max(verdicts, key=_severity)
+
+
+def _severity(verdict: Verdict) -> tuple[int, float]:
+    return (LEVELS.index(verdict.level) if verdict.alarming else 0), verdict.strength
+
+
+def _alarm(tensor: ScannedTensor) -> tuple[int, float]:
+    return _severity(tensor.verdict)
+
+
+def _with_constants(
+    verdict: Verdict, constants: Sequence[ScannedTensor], together: Verdict
+) -> Verdict:
+    """The verdict on a model, from that on its weights and on its other constants."""
+    alarming = sorted((t for t in constants if t.verdict.alarming), key=_alarm, reverse=True)
+    worst = max([t.verdict for t in alarming] + [together], key=_severity)
+    if not worst.alarming:
+        return verdict
+    grids = tuple(dict.fromkeys(g for t in alarming for g in t.verdict.grids)) or worst.grids
+    names = [tensor.name for tensor in alarming] or ["all of them together"]
+    shown = ", ".join(names[:NAMED]) + ", ..." * (len(names) > NAMED)
+    reason = f"{CONSTANTS} ({shown}), {ALIGNMENT.format(listed(grids))}"
+    if not verdict.alarming:
+        return replace(worst, reason=reason, grids=grids)
+    level = max(verdict, worst, key=_severity).level
+    grids = tuple(dict.fromkeys((*verdict.grids, *grids)))
+    strength = max(verdict.strength, worst.strength)
+    return Verdict(level, f"{verdict.reason}; {reason}", grids, strength)
 
 
 def _seed(source: Model) -> list[int]:
@@ -192,25 +267,70 @@ def examine(
     sample = Sample.take(array, weight.layout, max_weights, rng)
     if not np.isfinite([sample.lowest, sample.highest]).all():
         raise unsound(weight.name, array)
+    verdict, alignments, by_grid = _judged(sample)
+    shape, size = weight.shape, weight.size
+    return ScannedTensor(weight.name, weight.op, shape, size, verdict, alignments), by_grid
+
+
+def examine_constant(
+    constant: Constant, array: npt.NDArray[Any], max_weights: int, rng: np.random.Generator
+) -> list[Examined]:
+    """Judge a constant that is no weight in every layout that it could have as one.
+
+    Only alignment counts, since tables and masks may have outliers: with the grids of a whole
+    tensor, which quantizers lay over such constants, and with the others unless it `is_table`.
+    Masks, with infinite values or evenly spaced ones, are not judged. array, max_weights: as in `examine`
+    """
+    found: list[Examined] = []
+    for layout in constant.layouts:
+        sample = Sample.take(array.reshape(layout.shape), layout, max_weights, rng)
+        if not np.isfinite([sample.lowest, sample.highest]).all():
+            return []
+        floats = sample.values.astype(np.float32)
+        if has_even_levels(floats):
+            return []
+        rows = floats.reshape(-1, layout.blocks(None, flat=False).cols)
+        verdict, alignments, by_grid = _judged(sample, WHOLE if is_table(rows) else GRIDS)
+        tensor = ScannedTensor(
+            constant.name, constant.readers, constant.shape, constant.size, verdict, alignments
+        )
+        found.append((tensor, by_grid))
+    return found
+
+
+def _judged(
+    sample: Sample, grids: Collection[str] | None = None
+) -> tuple[Verdict, tuple[Alignment, ...], dict[str, Tally]]:
+    """A verdict, the alignments, and what was counted; the latter is empty on a grid.
+
+    grids: of a constant that is no weight, those that count; None for a weight
+    """
     floats = sample.values.astype(np.float32)
-    cols = weight.blocks(None, flat=False).cols
+    cols = sample.layout.blocks(None, flat=False).cols
     lattice = find_lattice(floats, cols)
     if lattice and on_codebook(sample, floats):
         lattice = None
     spread = lattice.spread(floats) if lattice else None
     by_grid = tallies(sample, spread)
+    if grids:
+        repetition = Repetition.among(floats)  # tables repeat; smoothing would hide that
+        by_grid = {
+            grid: replace(tally, repetition=repetition)
+            for grid, tally in by_grid.items()
+            if grid in grids
+        }
     alignments = tuple(alignment(name, tally) for name, tally in by_grid.items())
-    verdict = tensor_verdict(alignments)
+    verdict = constant_verdict(alignments) if grids else tensor_verdict(alignments)
     if FINDINGS.get(verdict.level) == ALIGNMENT:
         verdict = _attributed(verdict, alignments, sample, spread)
     if lattice and not verdict.alarming:
         reason = f"{ON_GRID.reason}: {lattice.text}"
-        verdict = _blurred(alignments, reason) or Verdict(NOT_JUDGED, reason)
+        blurred = None if grids else _blurred(alignments, reason)
+        verdict = blurred or Verdict(NOT_JUDGED, reason)
         by_grid = by_grid if verdict.alarming else {}
     elif not lattice and (most_are_levels(by_grid.values()) or most_repeat(floats, cols)):
         verdict, by_grid = ON_GRID, {}
-    shape, size = weight.shape, weight.size
-    return ScannedTensor(weight.name, weight.op, shape, size, verdict, alignments), by_grid
+    return verdict, alignments, by_grid
 
 
 def _attributed(
@@ -233,6 +353,17 @@ def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:
     found = [v for v in (_aligned(alignments), _collapsed(alignments), _clipped(alignments)) if v]
     found.sort(key=lambda v: -LEVELS.index(v.level))
     return replace(found[0], reason="; ".join(v.reason for v in found)) if found else CLEAN
+
+
+def constant_verdict(alignments: Sequence[Alignment]) -> Verdict:
+    """The verdict on a constant that is no weight: only whether it is aligned, not suspicious.
+
+    Tables that a formula made are no noise, and come near that.
+    """
+    if max(a.weights for a in alignments) < MIN_WEIGHTS:
+        return TOO_FEW
+    found = _aligned(alignments)
+    return found if found and found.level == "aligned" else CLEAN
 
 
 def _aligned(alignments: Sequence[Alignment]) -> Verdict | None:
@@ -397,6 +528,7 @@ def _result(
     verdict: Verdict,
     together: tuple[Alignment, ...],
     tensors: Sequence[ScannedTensor],
+    constants: Sequence[ScannedTensor],
     skipped: Sequence[Skipped],
     seconds: float,
 ) -> Scan:
@@ -411,4 +543,5 @@ def _result(
         tuple(tensors),
         tuple(skipped),
         seconds,
+        constants=tuple(constants),
     )

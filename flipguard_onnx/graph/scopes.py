@@ -193,15 +193,21 @@ class GraphIndex:
         behind = self._weight_of.get((id(scope), name), set())
         return any(operator.behind_views for operator in behind)
 
-    def other_constants(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        """Constant nodes with floats in another attribute: name, shape, and types of readers."""
+    def other_constants(self) -> Iterator[tuple[str, TensorProto, str]]:
+        """Constant nodes with floats in another attribute: name, tensor, and types of readers.
+
+        Of a sparse one the tensor has no data.
+        """
         for scope in self.scopes:
             for node in scope.body.node:
                 for attr in node.attribute if node.op_type == "Constant" else ():
                     shape = (len(attr.floats),) if attr.floats else tuple(attr.sparse_tensor.dims)
                     if shape and attr.name in ("value_floats", "sparse_value"):
-                        operators = self.operators(scope, node.output[0])
-                        yield node.output[0], shape, ", ".join(operators) or "nothing"
+                        name = node.output[0]
+                        readers = ", ".join(self.operators(scope, name)) or "nothing"
+                        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape)
+                        tensor.float_data.extend(attr.floats)
+                        yield name, tensor, readers
 
     def is_input(self, scope: Scope, name: str) -> bool:
         """Whether a value has the name of an input of its graph."""
@@ -211,6 +217,11 @@ class GraphIndex:
     def operators(self, scope: Scope, name: str) -> list[str]:
         """The types of the nodes that read a value, in alphabetical order, each once."""
         return sorted({node.op_type for _, node, _ in self._edges[id(scope), name]})
+
+    def readers_of(self, scope: Scope, name: str) -> list[str]:
+        """As `operators`, with the types of the nodes whose graphs return the value."""
+        around = filter(None, self.returned_by(scope, name))
+        return sorted({*self.operators(scope, name), *around})
 
     def is_output(self, scope: Scope, name: str) -> bool:
         """Whether a value is an output of its graph, itself or behind Identity, Transpose, Cast."""

@@ -22,6 +22,7 @@ from ..errors import UnsupportedModelError
 from ..quantization.layout import Layout
 from ..quantization.schemes import Blocks
 from ..reports.scan import UNGUARDABLE, Skipped, SkipReason
+from .operands import all_but
 from .operators import FLOATS, Operator, operator_of, priority
 from .scopes import GraphIndex, Scope, Use
 
@@ -135,6 +136,39 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A float tensor that is no weight, but that arithmetic could make one while the model runs.
+
+    readers: the types of the nodes that read it, in words.
+    """
+
+    name: str
+    tensor: TensorProto
+    readers: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.dims)
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Those that it would have as a weight; axes of one entry are left out.
+
+        Its rows lie along the first axis, or along all but the last or the last but one.
+        """
+        shape = tuple(size for size in self.shape if size > 1)
+        if len(shape) < 2:
+            return [Layout((1, self.size), (0,))]
+        last = len(shape) - 1
+        rows = dict.fromkeys(((0,), all_but(last - 1, last + 1), all_but(last, last + 1)))
+        return [Layout(shape, axes) for axes in rows]
+
+
+@dataclass(frozen=True)
 class Unfolded:
     """A weight that constants alone determine, but that could not be evaluated.
 
@@ -206,8 +240,9 @@ def find_weights(
                 weights.append(
                     Weight(name, scope, tensor, node, operator, rows, uses, is_output, is_input)
                 )
-    for name, shape, operators in index.other_constants():
+    for name, tensor, operators in index.other_constants():
         if name not in parts:
+            shape = tuple(tensor.dims)
             reason = SkipReason.NO_OPERATOR if len(shape) > 1 else SkipReason.ONE_AXIS
             skipped.append(Skipped(name, shape, reason, operators))
     for each in unfolded:
@@ -230,6 +265,29 @@ def find_weights(
             allowed="a float model, so guard the one that this was made from",
         )
     return weights, skipped
+
+
+def other_constants(
+    proto: ModelProto, weights: Sequence[Weight], skipped: Sequence[Skipped]
+) -> list[Constant]:
+    """The float constants of some size that are no weights, save those that the user left out.
+
+    weights, skipped : what `find_weights` found
+    """
+    index = GraphIndex(proto)
+    left_out = {
+        s.name for s in skipped if s.reason in (SkipReason.EXCLUDED, SkipReason.NOT_INCLUDED)
+    }
+    known = left_out | {weight.name for weight in weights}
+    constants = list(index.constants())
+    names = _unique_names([(scope.path, name) for scope, name, _, _ in constants])
+    found = [
+        Constant(name, tensor, ", ".join(index.readers_of(scope, plain_name)))
+        for name, (scope, plain_name, tensor, _) in zip(names, constants, strict=True)
+        if tensor.data_type in FLOATS
+    ]
+    found += [Constant(*each) for each in index.other_constants() if each[1].float_data]
+    return [each for each in found if each.size >= SMALLEST and each.name not in known]
 
 
 def _unique_names(places: Sequence[Place]) -> list[str]:

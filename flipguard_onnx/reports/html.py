@@ -87,6 +87,7 @@ def scan_html(scan: Scan) -> str:
         sections.append(heat_section(f"on {shown}", rows))
     if scan.alignments:
         sections.append(_budget_section((a.grid, a.budget) for a in scan.alignments))
+    alarming = [tensor for tensor in scan.constants if tensor.verdict.alarming]
     page = Page(
         scan.input,
         "Was this model prepared for a quantizer?",
@@ -94,7 +95,7 @@ def scan_html(scan: Scan) -> str:
         _file_facts(scan.input_sha256, scan.input_data_sha256, scan.input_bytes),
         tuple(sections),
         IDENTITY | SCANNED,
-        tuple(map(_scanned, scan.tensors)),
+        tuple(map(_scanned, (*scan.tensors, *alarming))),
         skipped_section(scan.skipped),
         _footer(scan),
     )

@@ -1,4 +1,7 @@
-"""A scan as SARIF 2.1.0, the format of reports of code scanners: one result per tensor."""
+"""A scan as SARIF 2.1.0, the format of reports of code scanners: one result per tensor.
+
+Of constants that are no weights only those with a finding have one.
+"""
 
 import hashlib
 from pathlib import Path
@@ -64,6 +67,7 @@ KINDS = {
 
 def sarif(scan: Scan) -> dict[str, Any]:
     """The SARIF log, as JSON types."""
+    alarming = (tensor for tensor in scan.constants if tensor.verdict.alarming)
     uri = quote(Path(scan.input).as_posix())
     run = {
         "tool": {
@@ -74,7 +78,7 @@ def sarif(scan: Scan) -> dict[str, Any]:
             }
         },
         "artifacts": [{"location": {"uri": uri}, "hashes": {"sha-256": scan.input_sha256}}],
-        "results": [_result(tensor, uri) for tensor in scan.tensors],
+        "results": [_result(tensor, uri) for tensor in (*scan.tensors, *alarming)],
         "properties": {"verdict": scan.verdict.level, "reason": scan.verdict.reason},
     }
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}

@@ -267,6 +267,8 @@ class Scan:
     skipped : the others, and why
     seconds : wall time
     config : the file that gave options of the command line, if one did
+    constants : those of the others that were looked at all the same, since arithmetic could make
+        weights of them
     """
 
     kind: Literal["scan"] = field(default="scan", init=False)
@@ -282,6 +284,7 @@ class Scan:
     skipped: tuple[Skipped, ...]
     seconds: float = 0.0
     config: str | None = None
+    constants: tuple[ScannedTensor, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON types."""

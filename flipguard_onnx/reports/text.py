@@ -318,7 +318,8 @@ def render_scan(scan: Scan) -> str:
             *_budget_lines({a.grid: a.budget for a in scan.alignments}),
             "",
         ]
-    if alarming := [tensor for tensor in scan.tensors if tensor.verdict.alarming]:
+    looked_at = (*scan.tensors, *scan.constants)
+    if alarming := [tensor for tensor in looked_at if tensor.verdict.alarming]:
         rows = [(t.name, t.verdict.grids[0], *_alignment_cells(_named(t))) for t in alarming]
         lines += [*table(("tensor", *head), rows), ""]
     reasons = [

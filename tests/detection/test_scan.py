@@ -9,7 +9,7 @@ import jsonschema
 import ml_dtypes
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 import flipguard_onnx
 from flipguard_onnx.detection.alignment import (
@@ -595,3 +595,99 @@ def test_a_model_of_which_half_is_read_by_no_operator_is_not_judged(tmp_path):
     del proto.graph.initializer[1]
     proto.graph.node[0].attribute[1].g.node[0].input[0] = "then"
     assert flipguard_onnx.scan(save(proto, tmp_path)).verdict.level == "clean"
+
+
+def hidden_at_run_time(values, *others):
+    """MatMul of a weight that is a constant plus 0 times a sum of the input, beside honest ones."""
+    proto = matmuls(**{f"w{i}": each for i, each in enumerate((values, *others))})
+    graph = proto.graph
+    graph.initializer[0].name = "constant"
+    graph.initializer.append(numpy_helper.from_array(np.float32(0), "zero"))
+    made = [
+        helper.make_node("ReduceSum", ["x0"], ["sum"], keepdims=0),
+        helper.make_node("Mul", ["sum", "zero"], ["nothing"]),
+        helper.make_node("Add", ["constant", "nothing"], ["w0"]),
+    ]
+    nodes = [*made, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return proto
+
+
+@pytest.mark.parametrize("name", ["int8 tensor", "uint8 tensor", "int8 channel", "int4"])
+def test_a_constant_that_becomes_a_weight_at_run_time(tmp_path, name):
+    proto = hidden_at_run_time(shifted(name, 0.3), honest(1, (256, 768)))
+    result = flipguard_onnx.scan(save(proto, tmp_path))
+    assert result.verdict.level == "aligned"
+    assert result.verdict.grids[0] == name
+    assert "arithmetic can make weights (constant)" in result.verdict.reason
+    assert [t.verdict.level for t in result.tensors] == ["clean"]
+    assert [(t.name, t.op, t.verdict.level) for t in result.constants] == [
+        ("constant", "Add", "aligned")
+    ]
+    log = sarif(result)["runs"][0]["results"]
+    assert [entry["kind"] for entry in log] == ["pass", "fail"]
+
+
+def test_constants_are_judged_together_too(tmp_path):
+    """A matrix whose rows are added one by one, none of which is large enough to be judged."""
+    rows = shifted("int8 tensor", 0.3, values=honest(2, (24, 512)))
+    nodes = [helper.make_node("Add", [f"x{i}", f"b{i}"], [f"x{i + 1}"]) for i in range(24)]
+    nodes.append(helper.make_node("MatMul", ["x24", "w"], ["y"]))
+    constants = {
+        f"b{i}": shifted("int8 tensor", 0.3, values=row[:, None]).ravel()
+        for i, row in enumerate(rows)
+    }
+    proto = model(
+        nodes,
+        {"x0": (1, ["n", 512])},
+        {"y": (1, ["n", 256])},
+        constants | {"w": honest(1, (512, 256))},
+    )
+    result = flipguard_onnx.scan(save(proto, tmp_path))
+    assert {t.verdict.level for t in result.constants} == {"not judged"}
+    assert result.verdict.level == "aligned"
+    assert set(result.verdict.grids) == {"int8 channel", "int8 tensor"}  # one row: the same
+    assert "all of them together" in result.verdict.reason
+
+
+def rotation(length, width, base=10000.0):
+    return np.arange(length)[:, None] / base ** (np.arange(0, width, 2) / width)
+
+
+TABLES = {
+    "positions": np.stack([np.sin(rotation(512, 384)), np.cos(rotation(512, 384))], 2).reshape(
+        512, -1
+    ),
+    "cosines": np.cos(np.tile(rotation(2048, 64, 1e6), 2)),
+    "sines": np.sin(np.tile(rotation(128, 256, 5e5), 2)),
+    "mask": np.triu(np.full((256, 256), np.finfo(np.float32).min), 1),
+    "infinite mask": np.triu(np.full((256, 256), -np.inf), 1),
+    "mesh": np.stack(np.meshgrid(np.linspace(-1, 1, 256), np.linspace(-1, 1, 256)), -1),
+    "steps": np.arange(4096.0),
+    "window": np.hanning(4096),
+    "product": np.outer(np.arange(512), 1e4 ** (-np.arange(512) / 512)),
+    "distances": -np.abs(np.subtract.outer(np.arange(128), np.arange(128)))
+    * 2.0 ** -np.arange(1, 9)[:, None, None],
+    "halves": np.repeat([0.5, 1.0], 2048),
+    "noise": honest(3, (2048,)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_tables_and_masks_raise_no_alarm(tmp_path, name, dtype):
+    """Most of these would, on all grids of weights."""
+    with np.errstate(over="ignore"):
+        values = TABLES[name].astype(dtype)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Cast", ["table"], ["floats"], to=1),
+        helper.make_node("Add", ["h", "floats"], ["y"]),
+    ]
+    constants = {"w": honest(shape=(384, 1024)), "table": values}
+    proto = model(nodes, {"x": (1, ["n", 384])}, {"y": (1, None)}, constants)
+    result = flipguard_onnx.scan(save(proto, tmp_path))
+    assert result.verdict.level == "clean"
+    masks = "mask", "infinite mask", "mesh", "halves"
+    assert [t.name for t in result.constants] == ([] if name in masks else ["table"])
