@@ -78,11 +78,15 @@ def constants_of(source: Model) -> tuple[ConstantValues, list[Unfolded]]:
     found = ConstantValues(source.proto)
     fixed = ConstantValues(source.proto, fixed=True) if found.asks_for_sizes else found
     open_sized = found.open_sized(fixed)
-    if open_sized or (found.expressions and found.asks_for_types):
+    at_run_time = found.at_run_time(guess=True)
+    if open_sized or at_run_time or (found.expressions and found.asks_for_types):
         inferred = _inferred(source.proto)
         found = ConstantValues(source.proto, inferred)
         open_sized = found.open_sized(ConstantValues(source.proto, inferred, fixed=True))
-    return found, found.unreachable() + found.multiplied() + open_sized
+    told = found.unreachable() + found.multiplied() + open_sized
+    named = frozenset().union(*(each.sources for each in told))
+    told += [each for each in found.at_run_time() if each.name not in named]
+    return found, told
 
 
 def _inferred(proto: ModelProto) -> Inferred:

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from flipguard_onnx.opening import open_folded
 from tests.helpers.attacked import FOLDER
 from tests.helpers.command import call, one_line
 from tests.helpers.hidden import FORMS, hidden
@@ -31,6 +32,9 @@ UNGUARDED = {
     "flat_by_open_size": OPEN_SIZE,
     "convolved_by_open_size": OPEN_SIZE,
     "multiplied_by_open_size": OPEN_SIZE,
+    "add_at_run_time": "becomes a weight only at run time, through Add",
+    "where_at_run_time": "becomes a weight only at run time, through Where",
+    "if_at_run_time": "becomes a weight only at run time, through If",
     "data_of_convolution": "it is the data of Conv, whose weights are computed",
 }
 
@@ -70,6 +74,36 @@ def test_hidden_weights_are_found_and_guarded(tmp_path, form):
     assert json.loads(report.read_text())["coverage"] > 0.98
     same = outputs(guarded).argmax(1) == outputs(path).argmax(1)
     assert same.mean() > 0.8
+
+
+def test_tables_that_become_no_weights(tmp_path):
+    """Rotations, positions, learned queries, biases of attention and masks, and a scale."""
+    table = weights((64, 64), 0)
+    proto = model(
+        [
+            node("ReduceMax", "x", "one", keepdims=0),
+            node("Mul", "x cosines", "rotated"),
+            node("Add", "rotated positions", "placed"),
+            node("MatMul", "placed w", "q"),
+            node("Add", "queries q", "learned"),
+            node("Transpose", "learned", "k", perm=[1, 0]),
+            node("MatMul", "q k", "scores"),
+            node("Mul", "distances one", "scaled"),
+            node("Add", "scores scaled", "biased"),
+            node("Less", "x cosines", "mask"),
+            node("Where", "mask biased lowest", "masked"),
+            node("Softmax", "masked", "shares"),
+            node("MatMul", "shares q", "y"),
+            node("Mul", "scale one", "gains"),
+            node("MatMul", "gains w", "z"),
+        ],
+        {"x": (F, [64, 64])},
+        {"y": (F, [64, 64]), "z": (F, [64, 64])},
+        dict.fromkeys(
+            ("cosines", "positions", "queries", "distances", "lowest", "scale", "w"), table
+        ),
+    )
+    assert open_folded(save(proto, tmp_path)).unfolded == ()
 
 
 def test_a_matrix_in_pieces_too_small_to_guard(tmp_path):

@@ -62,6 +62,9 @@ SHIFTED = 0.03  # largest difference to the placebos of weights that a lattice h
 # Tensors that are no weights as the graph is; one that has more of them than weights may change.
 UNREAD = (SkipReason.NO_OPERATOR, SkipReason.NO_WEIGHT, SkipReason.NOT_FOLLOWED)
 
+# Weights that cannot be judged; of those that are unguarded a constant that becomes one can be.
+UNREADABLE = (SkipReason.TYPE, SkipReason.NOT_FOLDED, SkipReason.QUANTIZED)
+
 JUDGED = 0.99  # share of the weights that it takes for the verdict "clean"
 
 NAMED = 5  # tensors in a reason
@@ -279,7 +282,8 @@ def examine_constant(
 
     Only alignment counts, since tables and masks may have outliers: with the grids of a whole
     tensor, which quantizers lay over such constants, and with the others unless it `is_table`.
-    Masks, with infinite values or evenly spaced ones, are not judged. array, max_weights: as in `examine`
+    Masks, with infinite values or evenly spaced ones, are not judged. array, max_weights: as in
+    `examine`.
     """
     found: list[Examined] = []
     for layout in constant.layouts:
@@ -488,7 +492,7 @@ def not_judged_completely(
 ) -> Verdict | None:
     """The verdict where too few of the weights were judged for "clean"; None otherwise."""
     left = [(t.name, t.weights) for t in tensors if _on_a_grid(t)]
-    left += [(s.name, s.size) for s in skipped if s.unguarded or s.reason is SkipReason.QUANTIZED]
+    left += [(s.name, s.size) for s in skipped if s.reason in UNREADABLE]
     left += [(s.name, s.size) for s in pieces(skipped, sum(t.weights for t in tensors))]
     judged = sum(t.weights for t in tensors if not _on_a_grid(t))
     unread = [(s.name, s.size) for s in skipped if s.reason in UNREAD]

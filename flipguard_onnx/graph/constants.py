@@ -40,6 +40,10 @@ SCALES_SHARE = 8  # codes have at least so many elements for each of their scale
 
 PARTS = tuple(op for op in VIEWS if op != "Concat")
 
+LARGE = 64 * 64  # values of a constant that may become a weight at run time
+
+ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Max", "Min", "Sum")
+
 MAX_LOOKS = 10_000_000  # at values behind others, so that no graph takes for ever
 
 CONSTANT_IF = "an If with a constant condition returns it"
@@ -480,6 +484,78 @@ class ConstantValues:
                         if value in self._known:
                             found.append(self.unfolded(value, CONSTANT_IF))
         return [each for each in found if each.size >= SMALLEST]
+
+    def at_run_time(self, guess: bool = False) -> list[Unfolded]:
+        """Large constants that arithmetic with a single number, Where or If make weights of.
+
+        The number, or the condition, is known only at run time. Tables that are added to or
+        multiplied with whole activations, as for positions, become no weights.
+
+        guess: whether numbers of unknown shape count as single ones
+        """
+        returned: dict[Value, list[Value]] = defaultdict(list)  # by what a branch returns: the If's
+        for scope, node in self._nodes:
+            if _is(node, "If") and id(node) not in self._order:
+                for attr in node.attribute:
+                    for graph in subgraphs(attr):
+                        inside = next(s for s in self._index.scopes if s.body is graph)
+                        for name, output in zip(output_names(graph), node.output, strict=False):
+                            returned[id(inside.owner(name)), name].append((id(scope), output))
+        found = []
+        for value in [*self._known]:
+            tensor = self.stored(value)
+            if tensor is None or tensor.data_type not in FLOATS or prod(tensor.dims) < LARGE:
+                continue
+            if through := self._joined(value, returned, guess):
+                names, size = frozenset([value[1]]), prod(tensor.dims)
+                found.append(Unfolded(value[1], through, names, size, at_run_time=True))
+        return sorted(found, key=lambda each: each.name)
+
+    def _joined(self, value: Value, returned: Mapping[Value, list[Value]], guess: bool) -> str:
+        """The operator through which a constant becomes a weight at run time; "" for none."""
+        pending, seen = [(value, "")], set[tuple[Value, str]]()
+        while pending:
+            value, through = key = pending.pop()
+            if key in seen:
+                continue
+            seen.add(key)
+            pending += [(output, "If") for output in returned.get(value, ())]
+            for scope, node, index in self._index.readers(value):
+                operator = operator_of(node)
+                inputs = list(enumerate(node.input))
+                if operator:
+                    rivals = [n for i, n in inputs if i in operator.weights and i != index]
+                    is_weight = operator.behind_views and index in operator.weights
+                    if through and is_weight and all(self._varies(scope, n) for n in rivals):
+                        return through
+                    continue
+                step = through
+                if _is(node, "Where") and index:
+                    others = [name for i, name in inputs if i and i != index]
+                    if self._varies(scope, node.input[0]):
+                        step = step or "Where"
+                elif _is(node, *ARITHMETIC):
+                    others = [name for i, name in inputs if i != index]
+                elif _is(node, *CHAIN, *VIEWS) and index == 0 and node.op_type != "Concat":
+                    others = []
+                else:
+                    continue
+                varying = [name for name in others if self._varies(scope, name)]
+                if all(self._is_one(scope, name, guess) for name in varying):
+                    step = step or (node.op_type if varying else "")
+                    pending += [((id(scope), name), step) for name in node.output if name]
+        return ""
+
+    def _varies(self, scope: Scope, name: str) -> bool:
+        """Whether constants alone do not determine a value."""
+        return (id(scope.owner(name)), name) not in self._known
+
+    def _is_one(self, scope: Scope, name: str, guess: bool) -> bool:
+        """Whether a value is a single number."""
+        owner = scope.owner(name)
+        main = owner is not None and owner.body is self._proto.graph
+        shape = self._inferred.shapes.get(name) if main else None
+        return guess if shape is None else all(size == 1 for size in shape)
 
     def multiplied(self) -> list[Unfolded]:
         """Constants that operators multiply with weights that are none, as a Conv its data.

@@ -172,17 +172,21 @@ class Constant:
 class Unfolded:
     """A weight that constants alone determine, but that could not be evaluated.
 
+    Or a constant that becomes a weight at run time, in which case the reason says through what.
+
     Attributes
     ----------
     name, reason : of the value, and why
     sources : names of the constants that it is made from
     size : how many values these have, or it has if that is more
+    at_run_time : whether it is such a constant
     """
 
     name: str
     reason: str
     sources: frozenset[str]
     size: int
+    at_run_time: bool = False
 
 
 def find_weights(
@@ -247,6 +251,7 @@ def find_weights(
             skipped.append(Skipped(name, shape, reason, operators))
     for each in unfolded:
         reason = SkipReason.NOT_FOLDED if each.size >= SMALLEST else SkipReason.TOO_SMALL
+        reason = SkipReason.AT_RUN_TIME if each.at_run_time else reason
         detail = each.reason if each.size >= SMALLEST else str(SMALLEST)
         if not selected(each.name, include):
             reason = SkipReason.NOT_INCLUDED

@@ -22,6 +22,7 @@ class SkipReason(Enum):
     TYPE = "unsupported type {}"
     TOO_SMALL = "too small (fewer than {} weights)"
     NOT_FOLDED = "weight behind a constant expression that was not evaluated: {}"
+    AT_RUN_TIME = "becomes a weight only at run time, through {}"
     NOT_INCLUDED = "not selected by --include"
     EXCLUDED = "excluded by --exclude"
     QUANTIZED = "already quantized ({})"
@@ -31,7 +32,7 @@ class SkipReason(Enum):
 
 
 # A quantizer could reach these, and nobody asked to leave them alone.
-UNGUARDABLE = (SkipReason.TYPE, SkipReason.NOT_FOLDED)
+UNGUARDABLE = (SkipReason.TYPE, SkipReason.NOT_FOLDED, SkipReason.AT_RUN_TIME)
 
 
 @dataclass(frozen=True)

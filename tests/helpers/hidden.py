@@ -578,6 +578,34 @@ def data_of_convolution(r, name, w):
     _replace(r, name, nodes)
 
 
+def add_at_run_time(r, name, w):
+    r.node("ReduceSum", [r.proto.graph.input[0].name], f"{name}.sum", keepdims=0)
+    r.node("Mul", [f"{name}.sum", r.add(f"{name}.zero", np.float32(0))], f"{name}.nothing")
+    r.node("Add", [r.add(f"{name}.raw", w), f"{name}.nothing"], name)
+
+
+def below_largest(r, name):
+    """Whether the input's largest value is below 1e30, which is known when the model runs."""
+    r.node("ReduceMax", [r.proto.graph.input[0].name], f"{name}.max", keepdims=0)
+    return r.node("Less", [f"{name}.max", r.add(f"{name}.k", np.float32(1e30))], f"{name}.c")
+
+
+def where_at_run_time(r, name, w):
+    values = [r.add(f"{name}.raw", w), r.add(f"{name}.other", np.zeros_like(w))]
+    r.node("Where", [below_largest(r, name), *values], name)
+
+
+def if_at_run_time(r, name, w):
+    graphs = {
+        f"{kind}_branch": branch(
+            f"{name}.{kind}",
+            [helper.make_node("Identity", [r.add(f"{name}.{kind}.raw", v)], [f"{name}.{kind}"])],
+        )
+        for kind, v in {"then": w, "else": np.zeros_like(w)}.items()
+    }
+    r.node("If", [below_largest(r, name)], name, **graphs)
+
+
 def _replace(r, name, make):
     """Put other nodes in the place of Gemm(x, name, bias), which has transB = 1."""
     graph = r.proto.graph
@@ -620,7 +648,7 @@ FORMS = {
         double, text, output, output_behind_transpose, overridable, overridable_behind_mul,
         low_rank, diagonal, tiled, padded, einsum, first_operand, first_of_gemm, convolution,
         function, argument, function_default, handed_back, held_by_function, floats_by_default,
-        older_function, data_of_convolution,
+        older_function, data_of_convolution, add_at_run_time, where_at_run_time, if_at_run_time,
     )
 }  # fmt: skip
 
