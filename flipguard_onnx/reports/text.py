@@ -39,6 +39,8 @@ CELL = 120  # characters of a name in a table
 
 NAMED = 3  # of many tensors or models
 
+LOW_COVERAGE = 0.9  # share of all float values below which a report warns
+
 INDENT = " " * 10  # of lines that go on with the one above them
 
 PACKED: dict[str, tuple[str, ...]] = {  # by form
@@ -105,6 +107,7 @@ def render_inspection(inspection: Inspection) -> str:
         *skipped_lines(inspection.skipped, names=True),
         *_unguarded_lines(inspection.skipped),
         _coverage_line(inspection.tensors, inspection.skipped),
+        *_coverage_warning(inspection.tensors, inspection.skipped),
     ]
     return text(lines)
 
@@ -160,6 +163,7 @@ def render_guard(report: GuardReport) -> str:
         *_unguarded_lines(report.skipped),
         _coverage_line(report.tensors, report.skipped)
         + f"; {share:.2%} of them flipped (moved to another level than the nearest)",
+        *_coverage_warning(report.tensors, report.skipped),
         *_scan_lines(report),
         *(_validation_lines(report.validation) if report.validation else ["", "not validated"]),
         "",
@@ -421,6 +425,7 @@ def _warning_lines(reports: Sequence[GuardReport]) -> list[str]:
             _feedback_lines(report) if report.preserve == "off" else [],
             _speed_lines(report),
             _unguarded_lines(report.skipped),
+            _coverage_warning(report.tensors, report.skipped),
             verdict_lines(scan.verdict) if scan and scan.verdict.level != "clean" else [],
         ):
             if lines:
@@ -482,6 +487,22 @@ def _coverage_line(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> str
         f"guarded   {weights:,} weights in {plural(len(tensors), 'tensor')}, "
         f"{coverage(tensors, skipped):.2%} of all"
     )
+
+
+def _coverage_warning(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> list[str]:
+    """What most values are that are not guarded, where these are many."""
+    covered = coverage(tensors, skipped)
+    if covered >= LOW_COVERAGE:
+        return []
+    sizes: dict[str, int] = defaultdict(int)
+    for tensor in skipped:
+        sizes[tensor.text] += tensor.size
+    reason = max(sizes, key=lambda text: sizes[text])
+    values = plural(sizes[reason], "value")
+    return [
+        f"warning   {1 - covered:.2%} of all float values are not guarded; the largest part, "
+        f"{values}: {reason}"
+    ]
 
 
 def _validation_lines(validation: Validation) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from onnx import numpy_helper
 
 from flipguard_onnx import GuardOptions, guard
-from flipguard_onnx.reports.scan import Budget
+from flipguard_onnx.reports.scan import Budget, Skipped, SkipReason
 from flipguard_onnx.reports.words import percent
 from tests.helpers.samples import matmul, save
 
@@ -68,6 +68,22 @@ def test_what_is_above_0_is_not_shown_as_0():
         "0.01%",
         "100.00%",
     ]
+
+
+def test_a_low_coverage_is_a_warning_with_its_main_reason(report):
+    assert report.coverage == 1
+    assert "warning" not in report.render()
+    weights = report.weights
+    few = Skipped("few", (weights // 18,), SkipReason.ONE_AXIS)
+    many = Skipped("many", (7, 7), SkipReason.TOO_SMALL, "64")
+    more = Skipped("more", (weights, 1), SkipReason.TOO_SMALL, "64")
+    assert "warning" not in replace(report, skipped=(few, many)).render()
+    low = replace(report, skipped=(few, many, more))
+    [line] = [each for each in low.render().splitlines() if each.startswith("warning")]
+    assert line == (
+        f"warning   {1 - low.coverage:.2%} of all float values are not guarded; "
+        f"the largest part, {weights + 49:,} values: too small (fewer than 64 weights)"
+    )
 
 
 def test_the_bound_of_the_drift(report):
