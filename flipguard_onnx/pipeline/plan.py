@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from ..emit.opset import converted, needed_opset
 from ..emit.weight_forms import Target
 from ..errors import OptionError, UnsupportedModelError
+from ..formats import Choice
 from ..graph.copies import IndexedModel
 from ..graph.traversal import opset_of
 from ..graph.weights import Weight, find_weights
@@ -17,6 +18,10 @@ from ..reports.scan import Skipped, pieces
 from .options import GuardOptions
 
 INT8 = SCHEMES["int8"]
+
+EIGHT_BITS = ("int8", "uint8")
+
+OTHER_AXES = "channels along other axes"
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,33 @@ class WeightPlan:
             self.scheme.choice.label,
             weight.size,
             others=weight.others,
+            dynamic=self.dynamic_grid,
         )
+
+    @property
+    def dynamic_grid(self) -> str | None:
+        """The grid that onnxruntime's quantize_dynamic lays over the weight, if it is another.
+
+        What a Gather reads always gets uint8 with one scale, a Conv one scale, and an LSTM int8.
+        Where a matrix has several layouts, or a MatMul reads a stack, channels are others.
+        """
+        chosen = self.scheme.choice.filled
+        if chosen.name not in EIGHT_BITS or chosen.granularity not in ("channel", "tensor"):
+            return None
+        uses = [use for use in self.weight.uses if use.operator]
+        readers, layouts = {use.op for use in uses}, {use.output_axes() for use in uses}
+        whole = Choice(chosen.name, "tensor", reduced=chosen.reduced).label
+        if any(use.picks for use in uses):
+            theirs = Choice("uint8", "tensor", reduced=chosen.reduced).label
+        elif "Conv" in readers:
+            theirs = whole
+        elif "LSTM" in readers:
+            theirs = Choice("int8", chosen.granularity, reduced=chosen.reduced).label
+        elif "MatMul" in readers and (len(layouts) > 1 or len(self.weight.shape) > 2):
+            theirs = whole if chosen.granularity == "tensor" else OTHER_AXES
+        else:
+            return None
+        return None if theirs == chosen.label else theirs
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class Tensor:
         is loaded), or packed in onnxruntime's memory by "nbits", "bnb4" and "gather packed"
     others : what else it is or feeds: "a graph output", "a graph input" whose default it is, types
         of operators that are not weighted. All get the guarded value.
+    dynamic : the grid that onnxruntime's quantize_dynamic lays over it, if it is not `grid`
     """
 
     name: str
@@ -96,6 +97,7 @@ class Tensor:
     budget: Budget | None = None
     forms: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    dynamic: str | None = None
 
     @property
     def preserved(self) -> bool:

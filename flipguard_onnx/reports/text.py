@@ -160,6 +160,7 @@ def render_guard(report: GuardReport) -> str:
         "",
         *_shared_lines(report.tensors),
         *skipped_lines(report.skipped),
+        *_quantizer_lines(report),
         *_unguarded_lines(report.skipped),
         _coverage_line(report.tensors, report.skipped)
         + f"; {share:.2%} of them flipped (moved to another level than the nearest)",
@@ -424,6 +425,7 @@ def _warning_lines(reports: Sequence[GuardReport]) -> list[str]:
             _collapse_lines(report),
             _feedback_lines(report) if report.preserve == "off" else [],
             _speed_lines(report),
+            _quantizer_lines(report),
             _unguarded_lines(report.skipped),
             _coverage_warning(report.tensors, report.skipped),
             verdict_lines(scan.verdict) if scan and scan.verdict.level != "clean" else [],
@@ -487,6 +489,35 @@ def _coverage_line(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> str
         f"guarded   {weights:,} weights in {plural(len(tensors), 'tensor')}, "
         f"{coverage(tensors, skipped):.2%} of all"
     )
+
+
+def _quantizer_lines(report: GuardReport) -> list[str]:
+    """The tensors of a float output that quantize_dynamic rounds on another grid than their own."""
+    if report.options.get("emit", "qdq") == "qdq":
+        return []
+    by_grid: dict[str, list[Tensor]] = defaultdict(list)
+    for tensor in report.tensors:
+        if tensor.dynamic:
+            by_grid[tensor.dynamic].append(tensor)
+    lines = []
+    for grid, tensors in by_grid.items():
+        counted = _tensors_and_weights([tensor.weights for tensor in tensors])
+        named = _some([printable(tensor.name, CELL) for tensor in tensors])
+        lines += [
+            f"warning   onnxruntime's quantize_dynamic rounds {counted} on another grid ({grid}), "
+            f"for which the float output is not guarded: {named}",
+            f"{INDENT}{_advice(grid)}",
+        ]
+    return lines
+
+
+def _advice(grid: str) -> str:
+    """What to do about weights that quantize_dynamic rounds on this grid."""
+    scheme, granularity, *_ = grid.split(" ")
+    fits = f"--scheme {scheme} --granularity {granularity}"
+    if scheme not in FORMATS:  # no grid of a scheme
+        fits = "--granularity tensor"
+    return f"guard with {fits}, or name their nodes in its nodes_to_exclude"
 
 
 def _coverage_warning(tensors: Sequence[Tensor], skipped: Sequence[Skipped]) -> list[str]:

@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from flipguard_onnx import GuardOptions, guard
 from flipguard_onnx.reports.scan import Budget, Skipped, SkipReason
 from flipguard_onnx.reports.words import percent
-from tests.helpers.samples import matmul, save
+from tests.helpers.samples import F, matmul, model, node, save, weights
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,49 @@ def test_a_low_coverage_is_a_warning_with_its_main_reason(report):
         f"warning   {1 - low.coverage:.2%} of all float values are not guarded; "
         f"the largest part, {weights + 49:,} values: too small (fewer than 64 weights)"
     )
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "granularity", "grid"),
+    [
+        ("Gather", (60, 32), "channel", "uint8 tensor"),
+        ("Gather", (60, 32), "tensor", "uint8 tensor"),
+        ("MatMul", (3, 32, 32), "channel", "channels along other axes"),
+        ("Conv", (8, 4, 3, 3), "channel", "int8 tensor"),
+        ("Conv", (8, 4, 3, 3), "tensor", None),
+        ("MatMul", (32, 32), "channel", None),
+    ],
+)
+def test_weights_that_quantize_dynamic_rounds_on_another_grid(
+    tmp_path, op, shape, granularity, grid
+):
+    """What is said is what it does."""
+    picks = op == "Gather"
+    inputs = {"Conv": (1, 4, 8, 8), "MatMul": (3, 5, 32)}
+    x = (TensorProto.INT64, [5]) if picks else (F, inputs[op])
+    nodes = [node(op, "w x" if picks else "x w", "y")]
+    source = save(model(nodes, {"x": x}, {"y": (F, None)}, {"w": weights(shape, 1)}), tmp_path)
+    made = guard(source, granularity=granularity, emit="float", preserve="off", seed=1)
+    assert [tensor.dynamic for tensor in made.tensors] == [grid]
+    assert (f"rounds 1 tensor, {made.weights:,} weights on another grid" in made.render()) == bool(
+        grid
+    )
+    [moved] = made.outputs
+    per_channel = granularity == "channel"
+    target = tmp_path / "dynamic.onnx"
+    quantize_dynamic(moved, target, per_channel=per_channel, weight_type=QuantType.QInt8)
+    found = {t.name: numpy_helper.to_array(t) for t in onnx.load(target).graph.initializer}
+    guarded = found["w_zero_point"].dtype == np.int8 and found["w_scale"].size == (
+        made.tensors[0].weights // columns(op, shape) if per_channel else 1
+    )
+    assert guarded == (grid is None)
+    quantized = guard(source, granularity=granularity, preserve="off", output=tmp_path / "q.onnx")
+    assert "quantize_dynamic" not in quantized.render()
+
+
+def columns(op, shape):
+    """Weights of an output channel."""
+    return int(np.prod(shape[1:])) if op in ("Gather", "Conv") else shape[-2]
 
 
 def test_the_bound_of_the_drift(report):
