@@ -60,7 +60,12 @@ NOISE = 0.6  # / sqrt(weights): the strength that may be chance
 SHIFTED = 0.03  # largest difference to the placebos of weights that a lattice has blurred
 
 # Tensors that are no weights as the graph is; one that has more of them than weights may change.
-UNREAD = (SkipReason.NO_OPERATOR, SkipReason.NO_WEIGHT, SkipReason.NOT_FOLLOWED)
+UNREAD = (
+    SkipReason.NO_OPERATOR,
+    SkipReason.NO_WEIGHT,
+    SkipReason.NOT_FOLLOWED,
+    SkipReason.AT_RUN_TIME,
+)
 
 # Weights that cannot be judged; of those that are unguarded a constant that becomes one can be.
 UNREADABLE = (SkipReason.TYPE, SkipReason.NOT_FOLDED, SkipReason.QUANTIZED)
