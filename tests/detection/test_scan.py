@@ -590,7 +590,7 @@ def test_a_model_of_which_half_is_read_by_no_operator_is_not_judged(tmp_path):
     path = save(proto, tmp_path)
     verdict = flipguard_onnx.scan(path).verdict
     assert verdict.level == "not judged"
-    assert "50.0% of the weights could not be judged (then, else)" in verdict.reason
+    assert "50.0% of the weights could not be judged (else, then)" in verdict.reason
     assert call("scan", path).exit_code == 2
     del proto.graph.initializer[1]
     proto.graph.node[0].attribute[1].g.node[0].input[0] = "then"
