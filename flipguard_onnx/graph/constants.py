@@ -25,7 +25,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from .operators import CHAIN, FLOATS, VIEWS, Operator, operator_of
 from .scopes import GraphIndex, Scope, Value
 from .traversal import STANDARD, attribute, bodies, output_names, subgraphs
-from .weights import QUANTIZED, SMALLEST, Unfolded
+from .weights import QUANTIZED, SMALL_FLOATS, SMALLEST, Unfolded
 
 RANDOM = (
     "RandomNormal",
@@ -373,7 +373,10 @@ class ConstantValues:
             return True
         behind = self.behind([value])
         self._looked_at += len(behind)
-        sizes = [(t.data_type in QUANTIZED, _size(t)) for t in self._sources(behind)]
+        makers = filter(None, map(self._makers.get, behind))
+        decodes = any(_is(maker, "DequantizeLinear") for maker in makers)
+        kinds = (*QUANTIZED, *SMALL_FLOATS) if decodes else QUANTIZED
+        sizes = [(t.data_type in kinds, _size(t)) for t in self._sources(behind)]
         codes = max((size for is_code, size in sizes if is_code), default=0)
         others = sum(size for _, size in sizes) - codes
         are_codes = codes >= SMALLEST and others * SCALES_SHARE <= codes

@@ -26,15 +26,10 @@ from .operands import all_but
 from .operators import FLOATS, Operator, operator_of, priority
 from .scopes import GraphIndex, Scope, Use
 
-SMALL_FLOATS = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2, TensorProto.FLOAT4E2M1)
+QUANTIZED = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
 
-QUANTIZED = (
-    TensorProto.INT8,
-    TensorProto.UINT8,
-    TensorProto.INT4,
-    TensorProto.UINT4,
-    *SMALL_FLOATS,
-)
+# These are codes if a DequantizeLinear reads them; behind a Cast they are weights in few bytes.
+SMALL_FLOATS = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2, TensorProto.FLOAT4E2M1)
 
 OTHER_FLOATS = (
     TensorProto.DOUBLE,
@@ -215,14 +210,19 @@ def find_weights(
     weights: list[Weight] = []
     skipped: list[Skipped] = []
     quantized: dict[str, int] = defaultdict(int)
+    has_floats = False
     constants = list(index.constants())
     names = _unique_names([(scope.path, name) for scope, name, _, _ in constants])
     parts = frozenset().union(*(each.sources for each in unfolded))
     for name, (scope, plain_name, tensor, node) in zip(names, constants, strict=True):
         shape = tuple(tensor.dims)
         uses = tuple(index.uses(scope, plain_name, tuple(range(len(shape))), tensor.data_type))
-        if tensor.data_type in QUANTIZED and prod(shape) >= SMALLEST and len(shape) > 1:
-            operators = ", ".join(index.operators(scope, plain_name)) or "nothing"
+        readers = index.operators(scope, plain_name)
+        is_float_code = tensor.data_type in SMALL_FLOATS and "DequantizeLinear" in readers
+        is_code = tensor.data_type in QUANTIZED or is_float_code
+        has_floats |= is_float_code
+        if is_code and prod(shape) >= SMALLEST and len(shape) > 1:
+            operators = ", ".join(readers) or "nothing"
             quantized[operators] += prod(shape)
             kind = TensorProto.DataType.Name(tensor.data_type)
             detail = f"{kind}, feeds {operators}"
@@ -261,12 +261,11 @@ def find_weights(
     for name, op in dict.fromkeys(index.computed()):
         skipped.append(Skipped(name, (), SkipReason.NOT_CONSTANT, op))
     if not partly and sum(quantized.values()) > sum(weight.size for weight in weights):
-        readers = ", ".join(sorted(quantized))
-        has_floats = any(tensor.data_type in SMALL_FLOATS for _, _, tensor, _ in constants)
+        found = ", ".join(sorted(quantized))
         kinds = "integers or floats of 8 bits and fewer" if has_floats else "integers"
         raise UnsupportedModelError(
             "already quantized: {found}",
-            found=f"{sum(quantized.values()):,} weights are {kinds} (read by {readers})",
+            found=f"{sum(quantized.values()):,} weights are {kinds} (read by {found})",
             allowed="a float model, so guard the one that this was made from",
         )
     return weights, skipped

@@ -90,6 +90,7 @@ def guard_with(
             require_reachable(prepared.model, prepared.plain_weights)
         require_inputs(run, prepared, samples)
         calibration = calibrate(samples, opts)
+        samples.release()
         moments = record_moments(run, prepared, samples)
         seeds = run.seeds
         prepared = choose_precision(run, prepared, samples, moments, seeds[0])
@@ -225,7 +226,6 @@ def require_inputs(run: Run, prepared: Prepared, samples: Samples) -> None:
                 if not sound(array, array.dtype).all():
                     raise unsound(weight.name, array) from None
             raise
-        samples.release()
 
 
 def record_moments(run: Run, prepared: Prepared, samples: Samples) -> Moments:

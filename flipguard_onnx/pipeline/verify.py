@@ -14,7 +14,7 @@ from ..calibration.samples import Samples
 from ..errors import FlipguardError, ModelError
 from ..graph.copies import IndexedModel
 from ..graph.traversal import tensors
-from ..graph.weights import QUANTIZED, SMALLEST, find_weights
+from ..graph.weights import QUANTIZED, SMALL_FLOATS, SMALLEST, find_weights
 from ..io.model import Model, open_model
 from ..io.publish import workspace
 from ..opening import open_folded
@@ -140,7 +140,7 @@ def quantized_tensors(model: Model) -> list[TensorProto]:
     return [
         tensor
         for tensor in tensors(model.proto)
-        if tensor.data_type in QUANTIZED and math.prod(tensor.dims) >= SMALLEST
+        if tensor.data_type in (*QUANTIZED, *SMALL_FLOATS) and math.prod(tensor.dims) >= SMALLEST
     ]
 
 

@@ -178,12 +178,11 @@ def _loss(values, errors, top):
 def _clipped(values, scale, limits, ends):
     """How many weights neither are 0 nor set the scale; lie above the highest level; as far below.
 
-    Those of a grid that reaches as far on either side count as both, since it clips both.
+    On a grid that reaches as far on either side none are counted: it may clip both, as mxfp4 does.
 
     limits: low and high of `Scales`; ends: the outermost levels.
     """
     inverse = ONE / scale
-    even = ends[0] == -ends[1]
     lowest, highest = max(ends[0], -ends[1]), ends[1]
     free, above, below = 0, 0, 0
     for i in range(values.size):
@@ -192,7 +191,8 @@ def _clipped(values, scale, limits, ends):
         free += inner
         above += inner & (position > highest)
         below += inner & (position < lowest)
-    return free, above + below * even, below + above * even
+    one_sided = ends[0] != -ends[1]
+    return free, above * one_sided, below * one_sided
 
 
 def rounding_error_sums(weights, scales, levels, limit, sums):
