@@ -70,9 +70,9 @@ class Microscaling(Codebook):
     ) -> tuple[Values, Extremes]:
         """In every block the magnitude of the extreme becomes a level, the next one below or above.
 
-        Elsewhere the extreme could not be drawn, since it sets the scale. It gets the upper level
-        with the probability p with which its mean stays. Then weights beyond the lower one are
-        stretched, w to lower + (w - lower) / p, and else get the lower one.
+        The extreme sets the scale, so that it cannot be drawn together with the others. It gets the
+        upper level with the probability p with which its mean stays. Weights beyond the lower level
+        are then stretched, w to lower + (w - lower) / p; where it gets the lower one, they do, too.
         """
         absmax = absmax_of(extremes)
         scale = self.grid(extremes, blocks, values.dtype).scale
