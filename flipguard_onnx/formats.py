@@ -52,7 +52,9 @@ FORMATS = {
 
 FLOAT4 = ("mxfp4",)  # whose codes are ONNX's float4e2m1, for which onnxruntime has no kernel
 
-DIVISORS = sorted({d for known in FORMATS.values() for ds in known.divisors.values() for d in ds})
+DIVISORS = tuple(
+    sorted({d for known in FORMATS.values() for ds in known.divisors.values() for d in ds})
+)
 
 
 @dataclass(frozen=True)

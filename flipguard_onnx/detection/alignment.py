@@ -8,7 +8,7 @@ placebos as well (weights much smaller than the scale, weights that repeat) does
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -225,8 +225,10 @@ class Sample:
         return theirs, ours
 
 
-def tallies(sample: Sample, spread: Floats | None = None) -> dict[str, Tally]:
-    """Count one tensor on each of GRIDS.
+def tallies(
+    sample: Sample, spread: Floats | None = None, grids: Iterable[str] = GRIDS
+) -> dict[str, Tally]:
+    """Count one tensor on each of these grids.
 
     Parameters
     ----------
@@ -235,8 +237,8 @@ def tallies(sample: Sample, spread: Floats | None = None) -> dict[str, Tally]:
     weights, smoothed = sample.values.astype(np.float32), _smoothed(sample, spread)
     repetition = Repetition.among(smoothed if spread is None else weights)
     found = {}
-    for name, scheme in GRIDS.items():
-        grid, guarded = sample.grids(scheme)
+    for name in grids:
+        grid, guarded = sample.grids(GRIDS[name])
         counted = tally(weights, smoothed, repetition, grid, guarded)
         found[name] = replace(counted, sums=counted.sums * (sample.layout.size / weights.size))
     return found

@@ -44,7 +44,7 @@ from .alignment import (
     sample_size,
     tallies,
 )
-from .prequantized import find_lattice, most_are_levels, most_repeat, on_codebook
+from .prequantized import CODEBOOKS, find_lattice, most_are_levels, most_repeat, on_codebook
 from .tables import has_even_levels, is_table
 
 WHOLE = ("int8 tensor", "uint8 tensor")  # grids that quantizers lay over constants of arithmetic
@@ -320,14 +320,10 @@ def _judged(
     if lattice and on_codebook(sample, floats):
         lattice = None
     spread = lattice.spread(floats) if lattice else None
-    by_grid = tallies(sample, spread)
+    by_grid = tallies(sample, spread, grids or GRIDS)
     if grids:
         repetition = Repetition.among(floats)  # tables repeat; smoothing would hide that
-        by_grid = {
-            grid: replace(tally, repetition=repetition)
-            for grid, tally in by_grid.items()
-            if grid in grids
-        }
+        by_grid = {grid: replace(tally, repetition=repetition) for grid, tally in by_grid.items()}
     alignments = tuple(alignment(name, tally) for name, tally in by_grid.items())
     verdict = constant_verdict(alignments) if grids else tensor_verdict(alignments)
     if FINDINGS.get(verdict.level) == ALIGNMENT:
@@ -347,7 +343,7 @@ def _attributed(
 ) -> Verdict:
     """The verdict without grids of integers or floats that only echo others; see `explaining`."""
     by_name = {a.grid: a for a in alignments}
-    related = [by_name[grid] for grid in verdict.grids if grid not in ("nf4", "fp4")]
+    related = [by_name[grid] for grid in verdict.grids if grid not in CODEBOOKS]
     if len(related) < 2:
         return verdict
     own = iter(explaining(sample, spread, related, chance))

@@ -147,7 +147,7 @@ class GuardOptions:
         "Format",
         "The level of a block's largest weight: int4 8, 7.5 or 7, int8 in blocks 128 or 127, mxfp4 "
         "4 or 6.  [default: the first]",
-        choices=tuple(DIVISORS),
+        choices=DIVISORS,
     )
     reduce_range: bool = _option(
         False, "Format", "int8 and uint8 per channel or tensor: 7 bits, as with reduce_range."

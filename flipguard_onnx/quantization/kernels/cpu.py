@@ -51,7 +51,7 @@ ends_of = inline(scalar.ends)
 
 level_of = inline(scalar.level)
 
-offset_of = inline(scalar.offset)
+_offset = inline(scalar.offset)
 
 _edge = inline(scalar.edge)
 
@@ -198,7 +198,7 @@ def _one_by_one(rule, values, operand, ends, zero, limits, levels, codes, offset
     for i in range(values.size):
         position = position_of(values[i], operand, rule, lowest, highest)
         level = level_of(position, rule, lowest, levels)
-        offset = offset_of(position, level, rule, levels)
+        offset = _offset(position, level, rule, levels)
         codes[i] = np.int32(level + zero)
         offsets[i] = offset if is_free(values[i], *limits) else scalar.ZERO
 
@@ -216,7 +216,7 @@ def _positions(values, operand, limits, levels, positions, free):
 def _pivots(positions, free, levels, codes, offsets):
     for i in range(positions.size):
         level = level_of(positions[i], scalar.COUNT_PIVOTS, levels.lowest, levels)
-        offset = offset_of(positions[i], level, scalar.COUNT_PIVOTS, levels)
+        offset = _offset(positions[i], level, scalar.COUNT_PIVOTS, levels)
         codes[i] = level
         offsets[i] = offset if free[i] else scalar.ZERO
 
@@ -410,7 +410,7 @@ def _draw_with_feedback(
                 position = position_of(weight + change, operand, rule, lowest, highest)
             level = level_of(position, rule, lowest, levels)
             if free:
-                offset = offset_of(position, level, rule, levels)
+                offset = _offset(position, level, rule, levels)
                 noise = _uniform(_state(random.key, random.first + np.uint64(i)))
                 level += _step(offset, random.limit, noise)
             codes[row, column] = level + np.int32(scales.zero[b])

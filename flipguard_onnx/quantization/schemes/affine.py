@@ -16,11 +16,18 @@ from ...formats import FORMATS, Choice
 from ..kernels import scalar
 from ..kernels.protocol import Extremes, RandomDraw, Scales
 from .blocks import Blocks, Codes, Floats, Values
-from .grid import Grid, Margins, Scheme, absmax_of, finite_reciprocal, largest, not_below
-
-Doubles = npt.NDArray[np.float64]
-
-Integers = npt.NDArray[np.int64]
+from .grid import (
+    Doubles,
+    Grid,
+    Integers,
+    Margins,
+    Scheme,
+    absmax_of,
+    finite_reciprocal,
+    largest,
+    moved_beyond,
+    not_below,
+)
 
 NO_TABLE = np.empty(0, np.float32)
 
@@ -280,15 +287,12 @@ def _moved(
     numbers = np.arange(blocks.count)
     is_near = random.uniform(blocks.first_weight(numbers)) < chance
     drawn = _DrawnEnds(sign, step, (near, far), magnitudes, chance, is_near)
-    changed = values.copy()
     shorter = np.where(wanted, np.minimum(near, far) * step, np.inf).astype(np.float32)
-    beyond = np.flatnonzero(np.abs(values.astype(np.float32)) > blocks.spread(shorter))
-    changed[beyond] = drawn.moved(values[beyond].astype(np.float64), blocks.number_of(beyond))
-    found = (
-        np.where(wanted, drawn.moved(each, numbers), each).astype(values.dtype).astype(np.float32)
-        for each in (extreme.astype(np.float64) for extreme in extremes)
-    )
-    return changed, Extremes(*found)
+
+    def moved(weights: Doubles, block: Integers) -> Doubles:
+        return np.where(wanted[block], drawn.moved(weights, block), weights)
+
+    return moved_beyond(values, blocks, extremes, shorter, moved)
 
 
 def free_scales(exact: Doubles, zero: Doubles, storage: np.dtype[Any]) -> Scales:

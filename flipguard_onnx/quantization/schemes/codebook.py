@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...formats import Choice
 from ..kernels import scalar
-from ..kernels.protocol import Extremes, Scales, ScanKernels
+from ..kernels.protocol import Extremes, Scales
 from .blocks import Blocks, Codes, Floats
 from .grid import Grid, Margins, Scheme, absmax_of, finite_reciprocal
 
@@ -32,22 +32,14 @@ class CodebookGrid(Grid):
         """Those whose 1 / absmax overflows: an absmax below 2.9e-39."""
         return not np.isfinite(self.scales.operand).all()
 
-    def survey(
-        self,
-        weights: Floats,
-        limit: np.float32,
-        factors: Floats,
-        counts: npt.NDArray[np.int32],
-        kernels: ScanKernels,
-    ) -> None:
-        """As `Grid.survey`, of weights within the levels."""
+    @property
+    def surveyed(self) -> Scales:
+        """Weights beyond the levels are not counted."""
         with np.errstate(over="ignore"):
             end = self.levels.highest * self.scale
-        within = self.scales._replace(
+        return self.scales._replace(
             low=np.maximum(self.scales.low, -end), high=np.minimum(self.scales.high, end)
         )
-        values = self.blocks.float_weights(weights)
-        kernels.survey(values, within, self.levels, limit, factors, counts)
 
     def errors(self, margins: Margins) -> Floats:
         values = self.levels.values

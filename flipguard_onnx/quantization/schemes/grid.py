@@ -1,7 +1,7 @@
 """A Grid is the levels of one tensor; a Scheme fits one to its extremes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -13,6 +13,10 @@ from ...formats import FORMATS, Choice
 from ..kernels import scalar
 from ..kernels.protocol import Extremes, Kernels, Panel, RandomDraw, Scales, ScanKernels
 from .blocks import Blocks, Codes, Floats, Values, as_bits
+
+Doubles = npt.NDArray[np.float64]
+
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,11 @@ class Grid(ABC):
         weights = self.blocks.weights(values)
         kernels.draw_with_feedback(weights, self.scales, self.levels, panel, random, codes, errors)
 
+    @property
+    def surveyed(self) -> Scales:
+        """The scales, with the limits of what a survey counts."""
+        return self.scales
+
     def survey(
         self,
         weights: Floats,
@@ -158,7 +167,7 @@ class Grid(ABC):
     ) -> None:
         """Count the weights by their distance to a boundary; see `ScanKernels.survey`."""
         values = self.blocks.float_weights(weights)
-        kernels.survey(values, self.scales, self.levels, limit, factors, counts)
+        kernels.survey(values, self.surveyed, self.levels, limit, factors, counts)
 
     def rounding_error_sums(
         self, weights: Floats, limit: np.float32, kernels: ScanKernels
@@ -270,6 +279,31 @@ class Scheme(ABC):
         The weights, the same array where there is nothing to do; the extremes of their blocks.
         """
         return values, extremes
+
+
+def moved_beyond(
+    values: Values,
+    blocks: Blocks,
+    extremes: Extremes,
+    limits: Floats,
+    moved: Callable[[Doubles, Integers], Doubles],
+) -> tuple[Values, Extremes]:
+    """Weights of which those beyond a magnitude are moved, and the extremes after that.
+
+    Parameters
+    ----------
+    limits : the magnitude, of every block
+    moved : takes weights or extremes, and the numbers of their blocks
+    """
+    changed = values.copy()
+    beyond = np.flatnonzero(np.abs(values.astype(np.float32)) > blocks.spread(limits))
+    changed[beyond] = moved(values[beyond].astype(np.float64), blocks.number_of(beyond))
+    numbers = np.arange(blocks.count)
+    found = (
+        moved(each.astype(np.float64), numbers).astype(values.dtype).astype(np.float32)
+        for each in extremes
+    )
+    return changed, Extremes(*found)
 
 
 def not_below(exact: npt.NDArray[np.float64], storage: np.dtype[Any]) -> Floats:

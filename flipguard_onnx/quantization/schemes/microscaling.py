@@ -14,9 +14,7 @@ from ...formats import Choice
 from ..kernels.protocol import Extremes, RandomDraw, Scales
 from .blocks import Blocks, Floats, Values
 from .codebook import Codebook, CodebookGrid, with_two_zeros
-from .grid import absmax_of, finite_reciprocal, largest
-
-Doubles = npt.NDArray[np.float64]
+from .grid import Doubles, Integers, absmax_of, finite_reciprocal, largest, moved_beyond
 
 MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
@@ -84,7 +82,7 @@ class Microscaling(Codebook):
         chance = np.where(wanted, chance, 1)
         is_upper = random.uniform(blocks.first_weight(np.arange(blocks.count))) < chance
 
-        def moved(weights: Doubles, block: npt.NDArray[np.int64]) -> Doubles:
+        def moved(weights: Doubles, block: Integers) -> Doubles:
             low, high = lower[block], upper[block]
             magnitude = np.abs(weights)
             stretched = np.minimum(low + (magnitude - low) / chance[block], high)
@@ -93,17 +91,7 @@ class Microscaling(Codebook):
             beyond = wanted[block] & (magnitude > low)
             return np.copysign(np.where(beyond, changed, magnitude), weights)
 
-        numbers = np.arange(blocks.count)
-        changed = values.copy()
-        beyond = np.flatnonzero(
-            np.abs(values.astype(np.float32)) > blocks.spread(lower.astype(np.float32))
-        )
-        changed[beyond] = moved(values[beyond].astype(np.float64), blocks.number_of(beyond))
-        found = (
-            moved(each.astype(np.float64), numbers).astype(values.dtype).astype(np.float32)
-            for each in extremes
-        )
-        return changed, Extremes(*found)
+        return moved_beyond(values, blocks, extremes, lower.astype(np.float32), moved)
 
 
 def _powers(absmax: Floats, exponent: npt.NDArray[Any]) -> Floats:
