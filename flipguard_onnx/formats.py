@@ -44,6 +44,8 @@ FORMATS = {
     "uint8": Format(8, ("channel", "tensor", "block"), BY_32, reducible=True, has_zeros=True),
     "int4": Format(4, ("block", "channel"), BY_32, {"block": _OF_INT4, "channel": _OF_INT4}),
     "uint4": Format(4, ("block", "channel"), BY_32, has_zeros=True),
+    "int2": Format(2, ("block", "channel"), BY_32, {"block": (2.0,), "channel": (2.0,)}),
+    "uint2": Format(2, ("block", "channel"), BY_32, has_zeros=True),
     "nf4": Format(4, ("block",), BY_64),
     "fp4": Format(4, ("block",), BY_64),
     "fp8": Format(8, ("channel", "tensor"), BY_32),
@@ -63,7 +65,7 @@ class Choice:
 
     Parameters
     ----------
-    name : "int8", "uint8", "int4", "uint4", "nf4", "fp4", "fp8" or "mxfp4"
+    name : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8" or "mxfp4"
     granularity : "tensor", "channel" or "block": how many weights share a scale
     block_size : weights per scale, where the granularity is "block"
     divisor : scale = largest magnitude / divisor; at mxfp4 that is rounded to a power of two, down

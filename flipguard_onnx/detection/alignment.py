@@ -42,6 +42,8 @@ GRIDS = {  # by name
         Choice("uint4"),
         Choice("uint4", "block", 128),
         Choice("uint4", "channel"),
+        Choice("int2"),
+        Choice("uint2"),
         Choice("nf4"),
         Choice("fp4"),
         Choice("fp8"),

@@ -18,9 +18,9 @@ from ..graph.weights import SMALL_FLOATS
 from ..io.model import Model, open_model
 from ..reports.guard import Finding, TargetInspection
 
-SIGNED = {TensorProto.INT8, TensorProto.INT4, *SMALL_FLOATS}
+SIGNED = {TensorProto.INT8, TensorProto.INT4, TensorProto.INT2, *SMALL_FLOATS}
 FOUR_BITS = {TensorProto.INT4, TensorProto.UINT4}
-CODES = SIGNED | {TensorProto.UINT8, TensorProto.UINT4}
+CODES = SIGNED | {TensorProto.UINT8, TensorProto.UINT4, TensorProto.UINT2}
 PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 

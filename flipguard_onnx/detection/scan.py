@@ -376,8 +376,9 @@ def _aligned(alignments: Sequence[Alignment]) -> Verdict | None:
     found = [a for a in alignments if a.strength > chance(a)]
     if not found:
         return None
-    # a peak, measured against the fixed placebos, tells apart grids with the same blocks
-    found = [a for a in found if a.peak > chance(a)] or found
+    # a peak, measured against the fixed placebos, tells apart grids with the same blocks, if they
+    # have more than two boundaries
+    found = [a for a in found if a.peak > chance(a) or GRIDS[a.grid].bits == 2] or found
     found.sort(key=lambda a: -a.strength)
     first = found[0]
     distance = f"{first.peak_at:.2f}" if first.peak >= first.edge else "less than 0.1"
@@ -438,12 +439,15 @@ def _is_collapsed(alignment: Alignment) -> bool:
 
 
 def _clipped(alignments: Sequence[Alignment]) -> Verdict | None:
-    """Do many weights lie beyond the last level of a grid?"""
+    """Do many weights lie beyond the last level of a grid? Not of 2 bits, where that is honest."""
     found = [
         a
         for a in alignments
-        if a.clipped - a.mirrored > CLIPPED + NOISE / math.sqrt(max(a.independent, 1))
-        or a.clipped > CLIPPED_ANYHOW
+        if GRIDS[a.grid].bits > 2
+        and (
+            a.clipped - a.mirrored > CLIPPED + NOISE / math.sqrt(max(a.independent, 1))
+            or a.clipped > CLIPPED_ANYHOW
+        )
     ]
     if not found:
         return None

@@ -19,6 +19,8 @@ IR_VERSIONS: dict[int, int] = {  # the first with tensors of these types
     TensorProto.INT4: 10,
     TensorProto.UINT4: 10,
     TensorProto.FLOAT4E2M1: 11,
+    TensorProto.INT2: 13,
+    TensorProto.UINT2: 13,
 }
 
 

@@ -4,17 +4,18 @@ Before, a reader takes the float weight w. After, with s for the scales (one axi
 the weight, two for blocks of them):
 
 DEQUANTIZE  MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, s))
-            int8, int4 and mxfp4 for every runtime: compilers look for this operator, and keep such
-            a weight in its codes. onnxruntime's CPU provider fuses it with MatMul and Gemm and runs
-            it again at every inference elsewhere, unless it is told to fold it. A reader whose
+            int8, int4, int2 and mxfp4 for every runtime: compilers look for this operator, and keep
+            such a weight in its codes. onnxruntime's CPU provider fuses it with MatMul and Gemm and
+            runs it again at every inference elsewhere, unless it is told to fold it. A reader whose
             output channels are not those with the scales, and a Gather, has a Max with the lowest
             float in between: OpenVINO 2026.4 would take the scales for those of other channels. So
             has an LSTM, GRU or RNN where activations are integers: there it would keep the codes,
-            which it cannot give to these.
+            which it cannot give to these; and every reader of 2-bit codes, which onnxruntime 1.32
+            mixes up where it fuses.
 GATHER      Gather(w, i) -> Mul(DequantizeLinear(Gather(codes, i)), Gather(s, i))
             Embeddings, and stacks of matrices as in a mixture of experts: only what is picked is
             dequantized.
-FOLDED      MatMul(x, w) -> MatMul(x, Mul(Cast(codes), s)), and at 4 bits
+FOLDED      MatMul(x, w) -> MatMul(x, Mul(Cast(codes), s)), and in blocks
                             MatMul(x, Reshape(Mul(Cast(blocks of codes), s)))
             Ordinary nodes over constants, which runtimes compute once, when they load the file: a
             small file that runs at the speed and in the memory of floats. ONNX has no type for
@@ -64,7 +65,7 @@ RECURRENT = ("GRU", "LSTM", "RNN")
 
 PAIRS = 1 << 18  # of codes that are packed at a time, so that they stay in the cache
 
-UNSIGNED = np.arange(16) ^ 8  # a 4-bit code as it is written from 0 on, by its low four bits
+UNSIGNED = {bits: np.arange(1 << bits) ^ (1 << bits - 1) for bits in (2, 4)}  # see `pack`
 
 STRIP = 64  # rows, and their multiples: what a cache line holds of a transposed matrix
 
@@ -146,7 +147,7 @@ def _shares_packed(use: Use, weight: Weight, scheme: Scheme, target: Target) -> 
 
 def _packed_form(use: Use, weight: Weight, scheme: Scheme, target: Target) -> WeightForm | None:
     """The form in which the matrix stays packed in onnxruntime's memory, if there is one."""
-    large = scheme.bits == 4 and weight.size >= MIN_PACKED
+    large = scheme.bits < 8 and weight.size >= MIN_PACKED
     if not (large or target.decodes) or use.index != 1 or use.output_axes() != weight.rows:
         return None
     if isinstance(scheme, Codebook):
@@ -219,7 +220,7 @@ class _WeightCodes:
         self._codes = codes
         self._in_blocks = scheme.in_blocks
         self._has_zeros = scheme.has_zeros
-        self._fuses_one_way = scheme.in_blocks or scheme.bits == 4
+        self._fuses_one_way = scheme.in_blocks or scheme.bits < 8
         self._pads = target.name != "onnxruntime"
         self._integers = target.integers
         self._shared: dict[tuple[Any, ...], Any] = {}
@@ -251,7 +252,8 @@ class _WeightCodes:
         """MatMul(x, w) -> MatMul(x, DequantizeLinear(codes, scales)).
 
         The DequantizeLinear is the reader's own, since onnxruntime fuses one with each reader. At
-        4 bits a Gemm with transB = 1 gets the matrix the other way round, since it fuses no other.
+        4 bits and fewer a Gemm with transB = 1 gets the matrix the other way round, since it fuses
+        no other.
         """
         perm = use.perm
         summed = use.direct and use.operator and use.output_axes() != self._weight.rows
@@ -260,7 +262,7 @@ class _WeightCodes:
             perm = perm[::-1]
             remove_named(use.node.attribute, "transB")
         in_vain = self._integers and use.node.op_type in RECURRENT
-        apart = bool(summed) or use.picks or in_vain
+        apart = bool(summed) or use.picks or in_vain or self._scheme.bits == 2
         use.node.input[use.index] = self._dequantized(perm, use.elem_type, apart)
 
     def _dequantized(self, perm: tuple[int, ...], elem_type: int, apart: bool = False) -> str:
@@ -444,8 +446,7 @@ class _WeightCodes:
     def _packed_zeros(self, size: int) -> str:
         """The zero points of MatMulNBits, in blocks of this size; a row is whole bytes."""
         zeros = self._of_packed(self._grid.zero, -(-self._matrix_shape()[1] // size))
-        if self._scheme.bits == 4 and zeros.shape[1] % 2:
-            zeros = np.pad(zeros, ((0, 0), (0, 1)))
+        zeros = np.pad(zeros, ((0, 0), (0, -zeros.shape[1] % (8 // self._scheme.bits))))
         unsigned = self._unsigned(np.ascontiguousarray(zeros, np.int8))
         return self._add_constant("zero_point", unsigned.reshape(len(zeros), -1))
 
@@ -454,10 +455,11 @@ class _WeightCodes:
         return np.broadcast_to(self._by_row(per_block), (self._matrix_shape()[0], per_row))
 
     def _unsigned(self, codes: Array) -> Array:
-        """Codes from 0 on; those of 4 bits two to a byte."""
-        if self._scheme.bits == 8:
+        """Codes from 0 on; those of fewer bits than 8 two or four to a byte."""
+        bits = self._scheme.bits
+        if bits == 8:
             return codes.view(np.uint8) ^ np.uint8(128)
-        return pack(codes, False, UNSIGNED)
+        return pack(codes, bits, UNSIGNED[bits])
 
     def _write_bnb4(self, use: Use) -> None:
         """MatMul(x, w) -> MatMulBnb4(x, codes, scales).
@@ -468,7 +470,8 @@ class _WeightCodes:
         assert isinstance(scheme, Codebook)
 
         def stored() -> list[str]:
-            codes = self._add_constant("quantized", pack(self._codes, True, scheme.stored))
+            packed = pack(self._codes, 4, scheme.stored, high_first=True)
+            codes = self._add_constant("quantized", packed)
             return [codes, self._add_constant("scale", self._grid.scale)]
 
         outputs, contracted = self._matrix_shape()
@@ -537,8 +540,9 @@ class _WeightCodes:
         """The codes that a Gather picks from; the scale and zero point of the DequantizeLinear.
 
         The third: what follows for every row, the operator and the tensor that it picks from.
-        Gather reads no 4-bit integers. So the codes of an embedding take a byte each; those of a
-        stack of matrices, which may be most of a model, two to a byte in the file, and are cast.
+        Gather reads no integers of less than a byte. So the codes of an embedding take a byte each;
+        those of a stack of matrices, which may be most of a model, are packed in the file, and are
+        cast.
         perm: as in Use
         """
         blocks, weight = self._blocks, self._weight
@@ -550,7 +554,7 @@ class _WeightCodes:
             table = self._whole_blocks().reshape(split).transpose(order)
         else:
             table = weight.stored(self._codes).transpose(perm)
-        if self._scheme.bits == 4 and len(perm) > 2:
+        if self._scheme.bits < 8 and len(perm) > 2:
             packed = self._add_codes("quantized", table)
             codes = self._add_node("Cast", [packed], to=TensorProto.INT8)
         else:
@@ -676,23 +680,25 @@ class _WeightCodes:
     def _add_codes(
         self, suffix: str, codes: Array, unsigned: bool = False, float4: bool = False
     ) -> str:
-        """Add codes, or zero points: a byte each at 8 bits, two to a byte at 4.
+        """Add codes, or zero points: a byte each at 8 bits, two to a byte at 4, four at 2.
 
         unsigned: counted from 0 on; float4: as floats of 4 bits
         """
         if isinstance(self._scheme, Float8):
             floats = self._scheme.stored(codes).view(ml_dtypes.float8_e4m3fn)
             return self._add_constant(suffix, floats)
-        if self._scheme.bits == 8:
+        bits = self._scheme.bits
+        if bits == 8:
             return self._add_constant(suffix, self._unsigned(codes) if unsigned else codes)
-        data_type: int = TensorProto.INT4
+        data_type: int = TensorProto.INT4 if bits == 4 else TensorProto.INT2
         stored_codes: Array | None = None
         if isinstance(self._scheme, Codebook):
             data_type = TensorProto.FLOAT4E2M1 if float4 else TensorProto.UINT4
             stored_codes = self._scheme.stored
         elif unsigned:
-            data_type, stored_codes = TensorProto.UINT4, UNSIGNED
-        packed = pack(codes, False, stored_codes)
+            data_type = TensorProto.UINT4 if bits == 4 else TensorProto.UINT2
+            stored_codes = UNSIGNED[bits]
+        packed = pack(codes, bits, stored_codes)
         name = f"{self._weight.tensor_name}_{suffix}"
         return self._rewriter.tensor(self._weight.scope, name, data_type, codes.shape, packed.data)
 
@@ -719,26 +725,28 @@ def _dtype(elem_type: int) -> Any:
     return helper.tensor_dtype_to_np_dtype(elem_type)
 
 
-def pack(codes: Array, high_first: bool, stored_codes: Array | None = None) -> Array:
-    """Put 4-bit codes two to a byte, in C order.
+def pack(
+    codes: Array, bits: int, stored_codes: Array | None = None, high_first: bool = False
+) -> Array:
+    """Put codes of 4 bits two to a byte, of 2 bits four, in C order.
 
     Parameters
     ----------
     codes : int8, in any memory layout
-    high_first : whether the first of two is in the high four bits, which MatMulBnb4 wants; ONNX
-        wants it in the low
-    stored_codes : what to write for codes 0 to 15; without it, a code is written as its low four
-        bits
+    stored_codes : what to write for a code, by its low bits; without it, these bits
+    high_first : whether the first of two is in the high bits, which MatMulBnb4 wants; ONNX wants it
+        in the low
 
     Returns
     -------
     uint8, flat
     """
-    nibbles = np.arange(256) & 15
+    low_bits = np.arange(256) & ((1 << bits) - 1)
     if stored_codes is not None:
-        nibbles = stored_codes[nibbles].astype(int)
-    first, second = nibbles[None, :], nibbles[:, None]  # of a pair, whose second byte is the high
-    bytes_of = ((first << 4 | second) if high_first else (first | second << 4)).astype(np.uint8)
+        low_bits = stored_codes[low_bits].astype(int)
+    first, second = low_bits[None, :], low_bits[:, None]  # of a pair, whose second byte is the high
+    pairs = first << bits | second if high_first else first | second << bits
+    pairs = pairs.astype(np.uint8)
     packed = np.empty(-(-codes.size // 2), np.uint8)
     row_size = codes.size // len(codes)
     step = max(PAIRS // row_size // STRIP, 1) * STRIP
@@ -748,5 +756,5 @@ def pack(codes: Array, high_first: bool, stored_codes: Array | None = None) -> A
             strip = np.append(strip, np.int8(0))
         begin = start * row_size // 2
         target = packed[begin : begin + strip.size // 2]
-        bytes_of.take(strip.view("<u2"), out=target, mode="clip")  # the default copies
-    return packed
+        pairs.take(strip.view("<u2"), out=target, mode="clip")  # the default copies
+    return packed if bits == 4 else pack(packed.view(np.int8), 2 * bits)

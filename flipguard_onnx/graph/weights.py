@@ -26,7 +26,14 @@ from .operands import all_but
 from .operators import FLOATS, Operator, operator_of, priority
 from .scopes import GraphIndex, Scope, Use
 
-QUANTIZED = (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4)
+QUANTIZED = (
+    TensorProto.INT8,
+    TensorProto.UINT8,
+    TensorProto.INT4,
+    TensorProto.UINT4,
+    TensorProto.INT2,
+    TensorProto.UINT2,
+)
 
 # These are codes if a DequantizeLinear reads them; behind a Cast they are weights in few bytes.
 SMALL_FLOATS = (TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2, TensorProto.FLOAT4E2M1)

@@ -22,11 +22,12 @@ LARGEST_FILE = (1 << 31) - 1  # bytes; the limit of protobuf
 
 MAX_SHARING = 4  # times its own size that an external data file may be referred to
 
-BITS = {  # of a value, where several share a byte
+BITS: dict[int, int] = {  # of a value, where several share a byte
     TensorProto.INT4: 4,
     TensorProto.UINT4: 4,
     TensorProto.FLOAT4E2M1: 4,
-    **{getattr(TensorProto, name): 2 for name in ("INT2", "UINT2") if hasattr(TensorProto, name)},
+    TensorProto.INT2: 2,
+    TensorProto.UINT2: 2,
 }
 
 

@@ -42,7 +42,13 @@ MAX_PRODUCT_ERROR = 0.35  # see `Products.error`; those of honest real models re
 MAX_CHOSEN, MAX_CHOSEN_MOVED = 0.01, 0.1
 
 # by scheme: the grid that scan judges collapses on; others have their own
-LIKE = {"int8": "int8 channel", "uint8": "int8 channel", "uint4": "int4"}
+LIKE = {
+    "int8": "int8 channel",
+    "uint8": "int8 channel",
+    "uint4": "int4",
+    "int2": "int4",
+    "uint2": "int4",
+}
 
 EXACT = 1e-6  # share of the weights themselves that is no more than the rounding of float32
 
@@ -80,7 +86,7 @@ class Draw:
         named = ", ".join(f"{t.name!r} ({t.scheme}, {error:.0%})" for error, t in worst)
         options = (
             ["--int8-share 0.25", "--int8 NAME"]
-            if any(FORMATS[tensor.scheme].bits == 4 for tensor in self.tensors)
+            if any(FORMATS[tensor.scheme].bits < 8 for tensor in self.tensors)
             else ["--exclude NAME"]
         )
         if inputs == "off":

@@ -61,7 +61,7 @@ def choose_precision(
     )
     advance = meter(run.progress, "measuring 4 bits", prepared.nbytes)
     for plan in prepared.weights:
-        if plan.scheme.bits == 4:
+        if plan.scheme.bits < 8:
             quantizer.quantize(plan, [probe], advance)
     probe.save({})
     costs = measure(samples, probe)
@@ -91,7 +91,7 @@ class SensitivityProbe:
         self.off: Feed = {}  # every switch at 0
 
     def add_weight(self, name: str, scheme: Scheme, quantized: QuantizedTensor) -> None:
-        """Weights at 4 bits alone, and of those the main graph's initializers."""
+        """Weights at fewer bits than 8 alone, and of those the main graph's initializers."""
         weight, graph = self._weights[name], self._proto.graph
         tensor = weight.tensor
         if scheme.bits == 8 or weight.node or weight.scope.body is not graph:

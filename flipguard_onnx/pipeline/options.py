@@ -68,11 +68,10 @@ class GuardOptions:
 
     Parameters
     ----------
-    scheme : "int8", "uint8", "int4", "uint4", "nf4", "fp4", "fp8" or "mxfp4": the number format of
-        the weights. "uint8" and "uint4" have zero points
+    scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8" or "mxfp4": the
+        number format of the weights. "uint8", "uint4" and "uint2" have zero points
     granularity : "tensor", "channel" or "block": how many weights share a scale. None is a channel
-        at 8 bits and a block at 4. Tensors that a 4-bit scheme or one in blocks does not fit get
-        int8 per channel
+        at 8 bits, else a block. Tensors that fewer bits or blocks do not fit get int8 per channel
     block_size : weights of a block: 16, 32, 64, 128 or 256; None is 64 at nf4 and fp4, else 32
     scale : the level that the largest magnitude of a block gets: 8, 7.5 or 7 at int4, 128 or 127 at
         int8 in blocks, 4 or 6 at mxfp4, before it is rounded to a power of two; None is the first.
@@ -101,9 +100,9 @@ class GuardOptions:
         else "synthetic"
     data : .npz file, or folder of such files, or text (.txt, .jsonl), with inputs for `preserve`,
         for the calibration of `activations` and for the validation; None makes inputs up
-    int8 : shell patterns over the names of weights that stay at 8 bits under a 4-bit scheme
+    int8 : shell patterns over the names of weights that stay at 8 bits under a scheme of fewer
     int8_share : keep, besides, the most sensitive weights at 8 bits, up to this share of the
-        weights at 4 bits; 0 <= int8_share < 1
+        weights with fewer; 0 <= int8_share < 1
     on_collapse : what becomes of a tensor whose products would be lost in rounding errors: "keep"
         gives it the cheapest form that keeps it, int8 or else floats; "refuse" writes nothing
     max_drift : allowed drift of the outputs from the original's, as a multiple of the drift that
@@ -133,7 +132,7 @@ class GuardOptions:
     granularity: str | None = _option(
         None,
         "Format",
-        "What shares a scale.  [default: at 8 bits an output channel, at 4 a block]",
+        "What shares a scale.  [default: at 8 bits an output channel, else a block]",
         choices=GRANULARITIES,
     )
     block_size: int | None = _option(
@@ -227,7 +226,7 @@ class GuardOptions:
     int8: tuple[str, ...] = _option(
         (),
         "Accuracy",
-        "Keep tensors with such a name at 8 bits under a 4-bit scheme.",
+        "Keep tensors with such a name at 8 bits under a scheme of 4 or 2.",
         metavar="PATTERN",
     )
     int8_share: float = _option(
@@ -283,10 +282,12 @@ class GuardOptions:
         whole_bytes = FORMATS[self.choice.name].bits == 8
         if self.int8 and whole_bytes:
             raise SchemeError(
-                "int8 patterns are for 4 bits: {found} has all at 8", found=self.scheme
+                "int8 patterns are for 4 or 2 bits: {found} has all at 8", found=self.scheme
             )
         if self.int8_share and whole_bytes:
-            raise SchemeError("int8 share is for 4 bits: {found} has all at 8", found=self.scheme)
+            raise SchemeError(
+                "int8 share is for 4 or 2 bits: {found} has all at 8", found=self.scheme
+            )
         if self.scale == 7.5 and self.emit != "qdq" and self.policy != "none":
             raise SchemeError(
                 "scale {found:g} goes with emit 'qdq': its quantizer clips the largest weights, so "

@@ -179,7 +179,7 @@ def scheme_for(weight: Weight, scheme: Scheme) -> Scheme:
     they cost a language model about as much accuracy as all its other layers together, and nf4, fp4
     have no operator to gather by.
     """
-    coarse = scheme.bits == 4 or scheme.in_blocks
+    coarse = scheme.bits < 8 or scheme.in_blocks
     return INT8 if coarse and not weight.operator.four_bits else scheme
 
 

@@ -220,15 +220,13 @@ def _feedback_lines(report: GuardReport) -> list[str]:
     if report.preserve == "off":
         lines = [f"preserve  off: {report.preserve_note}"] if report.preserve_note else []
         errors = sorted(
-            tensor.weight_error or 0
-            for tensor in report.tensors
-            if FORMATS[tensor.scheme].bits == 4
+            tensor.weight_error or 0 for tensor in report.tensors if FORMATS[tensor.scheme].bits < 8
         )
         if lines and errors:
             lines.append(
-                f"{INDENT}at 4 bits that costs accuracy: weights are off by "
-                f"{errors[len(errors) // 2]:.1%} (relative L2, median of the tensors), and no "
-                "other weights make up for it"
+                f"{INDENT}at {FORMATS[report.scheme].bits} bits that costs accuracy: weights are "
+                f"off by {errors[len(errors) // 2]:.1%} (relative L2, median of the tensors), and "
+                "no other weights make up for it"
             )
         return lines
     fed = [tensor for tensor in report.tensors if tensor.preserved]

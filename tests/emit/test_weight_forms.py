@@ -172,6 +172,9 @@ def test_a_decoder_stays_packed_at_nf4(tmp_path):
         {"scheme": "uint4"},
         {"scheme": "uint4", "block_size": 16},
         {"scheme": "uint4", "granularity": "channel"},
+        {"scheme": "int2", "policy": "none"},
+        {"scheme": "int2", "granularity": "channel", "policy": "none"},
+        {"scheme": "uint2", "block_size": 16, "policy": "none"},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )

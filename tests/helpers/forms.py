@@ -14,6 +14,8 @@ CHOICES = {
     "int4": Choice("int4"),
     "int4-7": Choice("int4", divisor=7),
     "uint4": Choice("uint4"),
+    "int2": Choice("int2"),
+    "uint2": Choice("uint2"),
     "nf4": Choice("nf4"),
     "fp4": Choice("fp4"),
     "fp8": Choice("fp8"),
@@ -25,6 +27,8 @@ MORE = {  # the same rules with other numbers
     "int4-7.5": Choice("int4", divisor=7.5),
     "int4-channel": Choice("int4", "channel"),
     "uint4-channel": Choice("uint4", "channel"),
+    "int2-channel": Choice("int2", "channel"),
+    "uint2-channel": Choice("uint2", "channel"),
     "fp8-tensor": Choice("fp8", "tensor"),
     "mxfp4-6": Choice("mxfp4", divisor=6),
 }

@@ -151,10 +151,10 @@ def int4_block(block):
     return _integers(scale, positions, [_roundf(x) for x in positions], -8, 7)
 
 
-def int8_extreme_block(block):
+def int8_extreme_block(block, half=128):
     """The same at 8 bits, -128 scales; roundf(w * (1 / stored scale) + 128)."""
-    scale, positions = _from_extreme(block, -128)
-    return _rounded_from_0(scale, positions, 128, 255)
+    scale, positions = _from_extreme(block, -half)
+    return _rounded_from_0(scale, positions, half, 2 * half - 1)
 
 
 def uint4_block(block):
@@ -164,10 +164,10 @@ def uint4_block(block):
     return _without_ends(block, rounded)
 
 
-def uint8_range_block(block):
+def uint8_range_block(block, steps=255):
     """The same at 8 bits, but roundf(w * (1 / stored scale) + zero point)."""
-    scale, zero, positions = _float_range(block, 255)
-    return _without_ends(block, _rounded_from_0(scale, positions, zero, 255))
+    scale, zero, positions = _float_range(block, steps)
+    return _without_ends(block, _rounded_from_0(scale, positions, zero, steps))
 
 
 def _without_ends(block, quantized):
@@ -306,6 +306,8 @@ BLOCK = {
     "int4-7.5": lambda block: int8_block(block, 7.5, (-8, 7)),
     "int4-7": lambda block: int8_block(block, 7, (-8, 7)),
     "uint4": uint4_block,
+    "int2": lambda block: int8_extreme_block(block, 2),
+    "uint2": lambda block: uint8_range_block(block, 3),
     "nf4": nf4_block,
     "fp4": fp4_block,
     "fp8": fp8_block,

@@ -85,6 +85,32 @@ def _eight_bits(weights, block, symmetric):
     return codes.reshape(rows, -1)[:, :cols].reshape(-1), scales.reshape(-1), zeros.reshape(-1)
 
 
+def int2(weights, block=32):
+    """`quantize_matmul_2bits`: the MatMulNBits form at 2 bits."""
+    codes, scales, _ = _two_bits(weights, block, symmetric=True)
+    return codes.astype(np.int8) - 2, scales
+
+
+def uint2(weights, block=32):
+    """The same with zero points, which it returns, too."""
+    return _two_bits(weights, block, symmetric=False)
+
+
+def _two_bits(weights, block, symmetric):
+    cols, rows = weights.T.shape
+    per_row = -(-cols // block)
+    padded = np.ascontiguousarray(np.pad(weights.T, ((0, per_row * block - cols), (0, 0))))
+    packed = np.zeros((rows, per_row, block // 4), np.uint8)
+    scales = np.zeros((rows, per_row), weights.dtype)
+    zeros = np.zeros((rows, -(-per_row // 4)), np.uint8)
+    native.quantize_matmul_2bits(packed, padded, scales, zeros, block, rows, cols, symmetric)
+    codes, zeros = (
+        np.stack([each >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(rows, -1)
+        for each in (packed, zeros)
+    )
+    return codes[:, :cols].reshape(-1), scales.reshape(-1), zeros[:, :per_row].reshape(-1)
+
+
 def symmetric_int4(weights, block=32):
     """`quantize_data` for QInt4, block by block: absmax / 7.5."""
     blocks = [row[k : k + block] for row in weights for k in range(0, len(row), block)]
@@ -233,6 +259,8 @@ ORACLES = {
     "int4": int4,
     "int4-7.5": symmetric_int4,
     "int4-channel": lambda w: int4(w, w.shape[1]),
+    "int2": int2,
+    "uint2": uint2,
     "uint4": uint4,
     "uint4-channel": lambda w: uint4(w, w.shape[1]),
     "nf4": lambda w: bnb4(w, "nf4"),

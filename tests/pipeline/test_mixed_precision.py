@@ -141,7 +141,7 @@ def drift(report):
     [
         (
             ["--scheme", "int8", "--int8-share", "0.5"],
-            "int8 share is for 4 bits: int8 has all at 8",
+            "int8 share is for 4 or 2 bits: int8 has all at 8",
         ),
         (["--scheme", "int4", "--int8-share", "1"], "int8 share is 1.0"),
         (["--scheme", "int4", "--int8-share", "nan"], "int8 share is nan"),

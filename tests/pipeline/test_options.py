@@ -50,7 +50,8 @@ def test_every_option_is_described_in_the_docstring():
         (
             {"scheme": "int5"},
             SchemeError,
-            "scheme 'int5' is unknown; allowed: int8, uint8, int4, uint4, nf4, fp4, fp8, mxfp4",
+            "scheme 'int5' is unknown; allowed: int8, uint8, int4, uint4, int2, uint2, nf4, fp4, "
+            "fp8, mxfp4",
         ),
         ({"policy": "x"}, SchemeError, "policy 'x' is unknown; allowed: unbiased, topk, none"),
         ({"device": "tpu"}, DeviceError, "device 'tpu' is unknown; allowed: auto, cpu, cuda"),
@@ -71,7 +72,7 @@ def test_every_option_is_described_in_the_docstring():
         (
             {"scheme": "int4", "scale": 9},
             OptionError,
-            "scale is 9; allowed: 4.0, 6.0, 7.0, 7.5, 8.0",
+            "scale is 9; allowed: 2.0, 4.0, 6.0, 7.0, 7.5, 8.0",
         ),
         ({"scheme": "int4", "scale": 6}, SchemeError, "no scale 6; allowed: 8, 7.5, 7"),
         (
@@ -79,8 +80,8 @@ def test_every_option_is_described_in_the_docstring():
             SchemeError,
             "7.5 goes with emit 'qdq'",
         ),
-        ({"int8_share": 0.25}, SchemeError, "int8 share is for 4 bits: int8 has all at 8"),
-        ({"int8": ("w",)}, SchemeError, "int8 patterns are for 4 bits: int8 has all at 8"),
+        ({"int8_share": 0.25}, SchemeError, "int8 share is for 4 or 2 bits: int8 has all at 8"),
+        ({"int8": ("w",)}, SchemeError, "int8 patterns are for 4 or 2 bits: int8 has all at 8"),
         ({"ratio": 0.3}, SchemeError, "ratio 0.3 is for the topk policy, not 'unbiased'"),
         ({"ratio": 0.3, "policy": "none"}, SchemeError, "ratio 0.3 is for the topk policy, not"),
         ({"tau": 0.5, "policy": "topk"}, SchemeError, "tau 0.5 is for the unbiased policy, not 't"),

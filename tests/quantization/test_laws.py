@@ -120,6 +120,7 @@ LEFT = {  # gaps by which floats of 16 bits may be off: (float16, bfloat16)
     "int4": (1e-3, 0.06),
     "int4-7": (5e-3, 0.06),
     "uint4": (0.01, 0.06),
+    "uint2": (1e-3, 0.02),
 }
 
 

@@ -16,7 +16,16 @@ from tests.helpers.oracles import ORACLES, PUBLIC
 from tests.helpers.tensors import ALL_FLOATS, FLOATS, TENSORS, random, tensor, tensors
 
 CPU = get_backend("cpu")
-RECIPROCAL = ("int4", "int4-channel", "uint4", "uint4-channel", "int8-block", "uint8-block")
+RECIPROCAL = (
+    "int2",
+    "uint2",
+    "int4",
+    "int4-channel",
+    "uint4",
+    "uint4-channel",
+    "int8-block",
+    "uint8-block",
+)
 
 
 def fit(form, weights):
@@ -49,7 +58,7 @@ def naive_codes(form, weights):
     codes = np.concatenate([b.codes for b in blocks]).astype(np.int16)
     found = codes, np.array([b.scale for b in blocks])
     if form.startswith("u"):
-        half = 8 if form.startswith("uint4") else 128
+        half = 1 << forms.scheme(form).bits - 1
         zeros = [b.codes[0] - int(b.levels[0]) + half for b in blocks]
         return codes + half, found[1], np.array(zeros)
     return found
@@ -158,7 +167,8 @@ def test_fp4_has_two_codes_for_zero_and_only_negative_weights_take_the_second():
     [
         (
             ("int3",),
-            "scheme 'int3' is unknown; allowed: int8, uint8, int4, uint4, nf4, fp4, fp8, mxfp4",
+            "scheme 'int3' is unknown; allowed: int8, uint8, int4, uint4, "
+            "int2, uint2, nf4, fp4, fp8, mxfp4",
         ),
         (("int4", "tensor"), "scheme int4 has no granularity 'tensor'; allowed: block, channel"),
         (("int8", None, 64), "block size 64 goes with blocks; int8 has one scale per channel"),

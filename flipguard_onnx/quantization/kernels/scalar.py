@@ -23,7 +23,7 @@ DIVIDE_HALF_EVEN = 0  # onnxruntime's int8: float32 division, numpy.round
 
 MULTIPLY_HALF_AWAY = 1  # onnxruntime's 4-bit QDQ: multiply by the reciprocal, C roundf
 
-MULTIPLY_HALF_UP = 2  # its 8-bit blocks: the same once the lowest level has become 0
+MULTIPLY_HALF_UP = 2  # its 2-bit and 8-bit blocks: the same once the lowest level has become 0
 
 COUNT_PIVOTS = 3  # onnxruntime's nf4 and fp4: multiply by the reciprocal, compare
 

@@ -31,6 +31,14 @@ from .grid import (
 
 NO_TABLE = np.empty(0, np.float32)
 
+IN_BLOCKS = {  # the rule of onnxruntime's blocks, by bits
+    2: scalar.MULTIPLY_HALF_UP,
+    4: scalar.MULTIPLY_HALF_AWAY,
+    8: scalar.MULTIPLY_HALF_UP,
+}
+
+REACH = np.float32(1.18)  # of the last level: 0.75 of that, as a survey counts, no placebo clips
+
 SURE = 1e-6  # a chance that differs by no more from 0 or 1 is rounding
 
 
@@ -43,6 +51,19 @@ class AffineGrid(Grid):
         if self.zero.any():
             levels -= self.blocks.spread(self.zero)
         return self.blocks.scaled(levels, self.scale)
+
+    @property
+    def surveyed(self) -> Scales:
+        """Of four levels, the weights are not counted that the grid or a placebo clips: many."""
+        lowest, highest = self.levels.lowest, self.levels.highest
+        if highest - lowest > 3:
+            return self.scales
+        with np.errstate(over="ignore"):
+            ends = [(end - self.zero) * self.scale * REACH for end in (lowest, highest)]
+        return self.scales._replace(
+            low=np.maximum(self.scales.low, np.minimum(*ends)),
+            high=np.minimum(self.scales.high, np.maximum(*ends)),
+        )
 
     def errors(self, margins: Margins) -> Floats:
         return np.abs(margins.offsets)
@@ -108,13 +129,13 @@ class Symmetric(Affine):
 
 @dataclass(frozen=True)
 class SignedExtreme(Affine):
-    """The extreme of each block gets the lowest code: onnxruntime's 4 and 8 bits in blocks."""
+    """The extreme of each block gets the lowest code: onnxruntime's blocks of 2, 4 and 8 bits."""
 
     def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
         """scale = -extreme / 8, where the extreme keeps its sign; of two, the negative one counts.
 
-        At 8 bits, 128. The reciprocal is that of the scale as it is stored, in the weights' own
-        type.
+        At 8 bits, 128; at 2 bits, 2. The reciprocal is that of the scale as it is stored, in the
+        weights' own type.
         Source: `BlockwiseQDQQuantizer` and `BlockwiseQuantizer` in onnxruntime's
         `mlas/lib/q4_dq.cpp`.
         """
@@ -340,15 +361,14 @@ def affine(choice: Choice) -> Affine:
     bits = known.bits
     half = 1 << bits - 1
     if known.has_zeros:
-        rule = scalar.MULTIPLY_HALF_UP if choice.granularity == "block" else scalar.DIVIDE_HALF_EVEN
-        rule = scalar.MULTIPLY_HALF_AWAY if bits == 4 else rule
-        exactly, steps = rule == scalar.DIVIDE_HALF_EVEN, 127 if choice.reduced else 2 * half - 1
+        exactly = bits == 8 and choice.granularity != "block"
+        rule = scalar.DIVIDE_HALF_EVEN if exactly else IN_BLOCKS[bits]
+        steps = 127 if choice.reduced else 2 * half - 1
         return MinMax(choice, bits, -half, half - 1, rule, exactly, steps)
     divisor = 64 if choice.reduced else choice.divisor
     assert divisor
     if divisor == half:
-        rule = scalar.MULTIPLY_HALF_AWAY if bits == 4 else scalar.MULTIPLY_HALF_UP
-        return SignedExtreme(choice, bits, -half, half - 1, rule)
+        return SignedExtreme(choice, bits, -half, half - 1, IN_BLOCKS[bits])
     highest = 64 if choice.reduced else half - 1
     lowest = -half if bits == 4 else -highest
     return Symmetric(choice, bits, lowest, highest, scalar.DIVIDE_HALF_EVEN, divisor)
