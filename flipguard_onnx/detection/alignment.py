@@ -10,6 +10,7 @@ placebos as well (weights much smaller than the scale, weights that repeat) does
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,9 @@ ON_LEVEL = slice(98, 100)  # the bins of weights that are a level
 
 REPORTED_BINS = 20  # of the histograms in a report
 
-RUNS = 64  # that the weights of a tensor are divided into for counting
+RUNS = 64  # that the weights of a tensor are divided into for counting, at most
+
+RUN = 1 << 15  # weights from which on they are divided further
 
 MODEL_SAMPLE = 1 << 22  # weights of a model that are counted, about
 
@@ -86,6 +89,8 @@ SAME = np.float32(2.0**-21)  # relative difference up to which weights repeat
 CANDIDATES = 4  # grids that are tried in turn as the one that explains the most
 
 WINDOW, AROUND = 3, 6  # bins of a peak, and of its surroundings on either side
+
+MIRRORED = np.pad(np.arange(BINS), WINDOW // 2 + AROUND, mode="symmetric")
 
 Floats = npt.NDArray[np.float32]
 
@@ -328,9 +333,8 @@ def tally(
     counted = _counted(smoothed, repetition, grid)
     sums = np.append(grid.rounding_error_sums(weights, np.float32(0), kernels), _magnitude(weights))
     if guarded and not guarded.same_as(grid):
-        sums[AFTER_GUARD] = guarded.rounding_error_sums(weights, np.float32(0), kernels)[
-            AFTER_GUARD
-        ]
+        after = guarded.rounding_error_sums(weights, np.float32(0), kernels, AFTER_GUARD.stop)
+        sums[AFTER_GUARD] = after[AFTER_GUARD]
     first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
     kernels.largest_two(grid.blocks.float_weights(weights), first, second)
     used = second > 0
@@ -340,7 +344,8 @@ def tally(
 
 def _counted(smoothed: Floats, repetition: Repetition, grid: Grid) -> Tally:
     """The counts and the repetition of a tally; its sums are 0."""
-    counts = np.zeros((RUNS, len(FACTORS), BINS), np.int32)
+    runs = min(RUNS, 1 + smoothed.size // RUN)
+    counts = np.zeros((runs, len(FACTORS), BINS), np.int32)
     grid.survey(smoothed, LIMIT, FACTORS, counts, get_scan_kernels())
     return Tally(counts.sum(axis=0, dtype=np.int64), np.zeros(11), np.empty(0), repetition)
 
@@ -404,8 +409,8 @@ def budget(values: npt.NDArray[Any], quantized: QuantizedTensor, policy: Policy)
         assert quantized.drawn is not None
         drawn = quantized.drawn.astype(np.float32, copy=False)
         limit = np.float32((1 - policy.tau) / 2)
-        sums = grid.rounding_error_sums(drawn, limit, get_scan_kernels())
-        _, _, total, stuck, variance = sums[:5].tolist()
+        sums = grid.rounding_error_sums(drawn, limit, get_scan_kernels(), AFTER_GUARD.stop)
+        _, _, total, stuck, variance = sums.tolist()
         return Budget(total, stuck, math.sqrt(variance), _magnitude(weights))
     total, left = (
         float(np.abs(grid.decode(codes).astype(np.float64) - weights).sum())
@@ -425,20 +430,25 @@ def _excess(real: Shares, placebos: Shares, bins: int, times: int = 1) -> tuple[
     A peak is one of the difference between a histogram and the mean of the placebos' (the others',
     for a placebo). Returns 0 where it does not, and the bin of the peak.
     """
-    peaks = _peaks(real - placebos.mean(axis=0))
-    highest = int(np.argmax(peaks[:bins]))
     others = (placebos.sum(axis=0) - placebos) / (len(placebos) - 1)
-    height = peaks[highest] - times * max(_peaks(row).max() for row in placebos - others)
+    peaks = _peaks(np.concatenate([[real - placebos.mean(axis=0)], placebos - others]))
+    highest = int(np.argmax(peaks[0, :bins]))
+    height = peaks[0, highest] - times * peaks[1:].max()
     return max(float(height), 0.0), highest
 
 
 def _peaks(shares: Shares) -> Shares:
-    """By how much the WINDOW at each bin exceeds what the bins AROUND it would lead to expect."""
+    """By how much the WINDOW at each bin exceeds what the bins AROUND it would lead to expect.
+
+    Of several histograms [n, BINS], each for itself; beyond its ends a histogram is mirrored.
+    """
+    mirrored = shares[:, MIRRORED]
     width = WINDOW + 2 * AROUND
-    mirrored = np.pad(shares, width // 2, mode="symmetric")
-    window = np.convolve(mirrored, np.ones(WINDOW), "same")
-    around = np.convolve(mirrored, np.ones(width), "same") - window
-    peaks: Shares = (window - around * WINDOW / (2 * AROUND))[width // 2 : -(width // 2)]
+    window, wide = (
+        reduce(np.add, (mirrored[:, i : i + BINS] for i in places))
+        for places in (range(AROUND, AROUND + WINDOW), range(width))
+    )
+    peaks: Shares = window - (wide - window) * WINDOW / (2 * AROUND)
     return peaks
 
 

@@ -207,13 +207,13 @@ class ScanKernels(Protocol):
         """Add up rounding errors e, in the units of the weights.
 
         Weights whose |offset| is above `limit` are drawn, the others are rounded to nearest.
-        sums: float64 [10], over all weights: how many are not 0; how many lose more than half of
-        their magnitude; sum |e|; the part of it that no draw moves; sum Var e. Then, with blocks
-        divided into runs of at most 32, and with the errors of rounding to nearest: how many runs
-        have weights w other than 0 beside their largest eighth; sum of the relative L2 errors
-        sqrt(sum e^2 / sum w^2) of these runs, without that eighth; how many weights neither are 0
-        nor set the scale; how many of them lie above the highest level; how many below the
-        negative of that.
+        sums: float64 [10], or [5] for the first five alone, over all weights: how many are not 0;
+        how many lose more than half of their magnitude; sum |e|; the part of it that no draw moves;
+        sum Var e. Then, with blocks divided into runs of at most 32, and with the errors of
+        rounding to nearest: how many runs have weights w other than 0 beside their largest eighth;
+        sum of the relative L2 errors sqrt(sum e^2 / sum w^2) of these runs, without that eighth;
+        how many weights neither are 0 nor set the scale; how many of them lie above the highest
+        level; how many below the negative of that.
         """
 
     def largest_two(self, weights: FloatWeights, first: Floats, second: Floats) -> None:

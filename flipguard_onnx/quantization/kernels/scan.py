@@ -27,6 +27,8 @@ CELLS = 1024
 
 FLOAT8_GAPS = np.uint32(257 << 23)  # minus an exponent's bits: gaps of fp8 to that power of two
 
+VECTOR = 32  # weights; loops of whole vectors of them leave no rest
+
 RUN = 32  # weights whose losses are judged together, at most
 
 LARGEST = 8  # the largest 1 / LARGEST of a run count as its outliers
@@ -42,10 +44,11 @@ def _segments(values, pivots):
 
     values, pivots: the bytes of a codebook's; empty for integers, which need no segments.
 
-    Returns the ends of the segments (levels and pivots, ascending), their intercepts and slopes,
-    for each of CELLS equal cells from the lowest level to the highest the segment in which the cell
-    begins, and cells per unit. No cell has more than one end inside: the closest two, 0 and fp4's
-    first pivot, are 0.0026 of the highest level apart.
+    The range from the lowest level to the highest is divided into CELLS equal cells. No cell has
+    more than one end of a segment (a level or a pivot) inside: the closest two, 0 and fp4's first
+    pivot, are 0.0026 of the highest level apart. Returns for each cell the first end behind where
+    it begins; intercepts and slopes of the segments before and behind that end, of all cells one
+    pair after another; and cells per unit.
     """
     values, pivots = (np.frombuffer(table, np.float32) for table in (values, pivots))
     lowest, highest = (values[0], values[-1]) if values.size else (-ONE, ONE)
@@ -61,8 +64,10 @@ def _segments(values, pivots):
         slopes[segment] = (far - near) / (last - first)
         intercepts[segment] = near - first * (far - near) / (last - first)
     cells = np.linspace(lowest, highest, CELLS, endpoint=False, dtype=np.float32)
-    begins = np.searchsorted(ends, cells, side="right").astype(np.int32)
-    return ends, intercepts, slopes, begins, np.float32(CELLS / 2) / highest
+    begins = np.searchsorted(ends, cells, side="right")
+    inside = np.append(ends, np.inf).astype(np.float32)[begins]
+    both = np.stack([begins, np.minimum(begins + 1, ends.size)], axis=1).reshape(-1)
+    return inside, intercepts[both], slopes[both], np.float32(CELLS / 2) / highest
 
 
 def _distance(position, levels):
@@ -72,25 +77,28 @@ def _distance(position, levels):
 
 
 @inline
-def _bins(rule, positions, factor, segments, last, bins):
-    """The bin, from 0 to `last`, of every position times the factor."""
-    ends, intercepts, slopes, starts, per_unit = segments
-    scale = np.float32(last + 1)
-    for i in range(positions.size):
-        moved = positions[i] * factor
-        if rule == scalar.COUNT_PIVOTS:
-            segment = starts[np.int32(moved * per_unit + np.float32(CELLS / 2))]
-            segment += np.int32(moved > ends[segment])
-            distance = intercepts[segment] + slopes[segment] * moved
-        elif rule == scalar.FLOAT8:
-            size = np.float32(abs(moved))
+def _distances(rule, positions, segments, cells):
+    """Put the distances to the nearest boundary in the place of the positions.
+
+    cells: room for as many numbers
+    """
+    ends, intercepts, slopes, per_unit = segments
+    if rule == scalar.COUNT_PIVOTS:
+        for i in range(positions.size):
+            cells[i] = np.int32(positions[i] * per_unit + np.float32(CELLS / 2))
+        for i in range(positions.size):
+            segment = np.uint64(2) * cells[i] + np.uint64(positions[i] > ends[cells[i]])
+            positions[i] = intercepts[segment] + slopes[segment] * positions[i]
+    elif rule == scalar.FLOAT8:
+        for i in range(positions.size):
+            size = np.float32(abs(positions[i]))
             exponent = np.uint32(np.uint32(size.view(np.uint32)) & scalar.INFINITE)
             exponent = max(exponent, scalar.FLOAT8_EXPONENT)
             gaps = size * np.uint32(FLOAT8_GAPS - exponent).view(np.float32)
-            distance = ONE - TWO * abs(gaps - np.rint(gaps))
-        else:
-            distance = ONE - TWO * abs(moved - np.rint(moved))
-        bins[i] = max(np.int32(0), min(np.int32(distance * scale), np.int32(last)))
+            positions[i] = ONE - TWO * abs(gaps - np.rint(gaps))
+    else:
+        for i in range(positions.size):
+            positions[i] = ONE - TWO * abs(positions[i] - np.rint(positions[i]))
 
 
 def survey(weights, scales, levels, limit, factors, counts):
@@ -105,29 +113,44 @@ def survey(weights, scales, levels, limit, factors, counts):
 @kernel
 def _survey(first_run, stop_run, cut, values, scales, levels, limit, factors, segments, counts):
     runs, grids, width = counts.shape
-    kept = np.empty(PIECE, np.float32)
-    bins = np.empty(PIECE, np.int32)
+    kept, stops = np.empty(PIECE, np.float32), np.empty(cut.pieces_per_share, np.int64)
+    moved, cells = np.empty(PIECE, np.float32), np.empty(PIECE, np.uint32)
+    shares = -(-cut.pieces // cut.pieces_per_share)
     for number in range(first_run, stop_run):
-        for piece in range(cut.pieces * number // runs, cut.pieces * (number + 1) // runs):
-            b, start, stop = piece_span(piece, cut)
-            low, high = limit * scales.low[b], limit * scales.high[b]
-            operand, (lowest, highest) = scales.operand[b], ends_of(scales.zero[b], levels)
+        for turn in range(shares * number // runs, shares * (number + 1) // runs):
+            share = nth_share(turn, cut)
             count = 0
-            for weight in values[start:stop]:
-                kept[count] = position_of(weight, operand, levels.rule, lowest, highest)
-                count += (weight != 0) & is_free(weight, low, high)
+            for piece in range(share.first_piece, share.stop_piece):
+                b, start, stop = piece_span(piece, cut)
+                low, high = limit * scales.low[b], limit * scales.high[b]
+                operand, (lowest, highest) = scales.operand[b], ends_of(scales.zero[b], levels)
+                for weight in values[start:stop]:
+                    kept[count] = position_of(weight, operand, levels.rule, lowest, highest)
+                    count += (weight != 0) & is_free(weight, low, high)
+                stops[piece - share.first_piece] = count
             for grid in range(grids):
-                factor = factors[grid, b % factors.shape[1]]
-                some, last = kept[:count], width - 1
+                begin = 0
+                for piece in range(share.first_piece, share.stop_piece):
+                    factor = factors[grid, piece_span(piece, cut)[0] % factors.shape[1]]
+                    stop = stops[piece - share.first_piece]
+                    size = min(-(-(stop - begin) // VECTOR) * VECTOR, PIECE - begin)
+                    some, into = kept[begin : begin + size], moved[begin : begin + size]
+                    for i in range(size):  # what is beyond `stop` is the next piece's
+                        into[i] = some[i] * factor
+                    begin = stop
+                some, bins = moved[:count], cells[:count]
                 if levels.rule == scalar.COUNT_PIVOTS:
-                    _bins(scalar.COUNT_PIVOTS, some, factor, segments, last, bins)
+                    _distances(scalar.COUNT_PIVOTS, some, segments, bins)
                 elif levels.rule == scalar.FLOAT8:
-                    _bins(scalar.FLOAT8, some, factor, segments, last, bins)
+                    _distances(scalar.FLOAT8, some, segments, bins)
                 else:
-                    _bins(scalar.DIVIDE_HALF_EVEN, some, factor, segments, last, bins)
-                into = counts[number, grid]
+                    _distances(scalar.DIVIDE_HALF_EVEN, some, segments, bins)
+                last = np.int32(width - 1)
                 for i in range(count):
-                    into[bins[i]] += 1
+                    bins[i] = max(np.int32(0), min(np.int32(some[i] * np.float32(width)), last))
+                into = counts[number, grid]
+                for bin in bins:
+                    into[bin] += 1
 
 
 @inline
@@ -146,25 +169,28 @@ def _sum(values):
 
 
 @inline
-def _outlier(values, count, top):
-    """The smallest of the `count` largest magnitudes, which fill `top`; infinite if there are 0."""
-    for place in range(count):
-        top[place] = scalar.ZERO
+def _outlier(values):
+    """The smallest of the largest 1 / LARGEST of a run's magnitudes; infinite if these are none.
+
+    Of RUN weights that is the fourth. No branch depends on the weights.
+    """
+    first = second = third = fourth = scalar.ZERO
     for value in values:
         magnitude = abs(value)
-        if count and magnitude > top[0]:
-            place = 0
-            while place + 1 < count and top[place + 1] < magnitude:
-                top[place] = top[place + 1]
-                place += 1
-            top[place] = magnitude
-    return top[0] if count else np.float32(np.inf)
+        fourth = max(fourth, min(third, magnitude))
+        third = max(third, min(second, magnitude))
+        second = max(second, min(first, magnitude))
+        first = max(first, magnitude)
+    count = values.size // LARGEST
+    low = third if count == 3 else fourth
+    high = first if count == 1 else second
+    return np.float32(np.inf) if count == 0 else high if count < 3 else low
 
 
 @inline
-def _loss(values, errors, top):
+def _loss(values, errors):
     """Relative L2 error of a run without its largest; -1 where nothing but 0 is left."""
-    limit = _outlier(values, values.size // LARGEST, top)
+    limit = _outlier(values)
     lost, power = 0.0, 0.0
     for i in range(values.size):
         weight, error = np.float64(values[i]), errors[i]
@@ -197,7 +223,7 @@ def _clipped(values, scale, limits, ends):
 
 def rounding_error_sums(weights, scales, levels, limit, sums):
     cut = cut_of(weights)
-    parts = np.empty((cut.shares, 10))
+    parts = np.empty((cut.shares, sums.size))
     run(_rounding_error_sums, cut, weights.values, scales, levels, limit, parts)
     sums[:] = 0
     for part in parts:  # in order, whatever the number of threads
@@ -207,7 +233,6 @@ def rounding_error_sums(weights, scales, levels, limit, sums):
 @kernel
 def _rounding_error_sums(first_share, stop_share, cut, weights, scales, levels, limit, parts):
     scale = scales.scale
-    top = np.empty(RUN // LARGEST, np.float32)
     for number in range(first_share, stop_share):
         share = nth_share(number, cut)
         values = weights[share.start : share.stop]
@@ -219,24 +244,29 @@ def _rounding_error_sums(first_share, stop_share, cut, weights, scales, levels, 
             part = slice(start - share.start, stop - share.start)
             some, chosen, into = values[part], codes[part], errors[part]
             zero = np.int32(scales.zero[b])
-            if levels.rule in (scalar.COUNT_PIVOTS, scalar.FLOAT8):
-                _absolute_errors(levels.rule, some, chosen, zero, scale[b], levels, into)
+            if levels.rule == scalar.COUNT_PIVOTS:
+                _absolute_errors(scalar.COUNT_PIVOTS, some, chosen, zero, scale[b], levels, into)
+            elif levels.rule == scalar.FLOAT8:
+                _absolute_errors(scalar.FLOAT8, some, chosen, zero, scale[b], levels, into)
             else:
                 rule = scalar.DIVIDE_HALF_EVEN
                 _absolute_errors(rule, some, chosen, zero, scale[b], levels, into)
-        runs, losses, free, above, below = 0, 0.0, 0, 0, 0
-        for piece in range(share.first_piece, share.stop_piece):
-            b, start, stop = piece_span(piece, cut)
-            start, stop = start - share.start, stop - share.start
-            if scale[b] != 0:
-                limits, ends = (scales.low[b], scales.high[b]), ends_of(scales.zero[b], levels)
-                found = _clipped(values[start:stop], scale[b], limits, ends)
-                free, above, below = free + found[0], above + found[1], below + found[2]
-            for first in range(start, stop, RUN):
-                here = slice(first, min(first + RUN, stop))
-                loss = _loss(values[here], errors[here], top)
-                runs += loss >= 0
-                losses += loss if loss >= 0 else 0.0
+        if parts.shape[1] > 5:
+            runs, losses, free, above, below = 0, 0.0, 0, 0, 0
+            for piece in range(share.first_piece, share.stop_piece):
+                b, start, stop = piece_span(piece, cut)
+                start, stop = start - share.start, stop - share.start
+                if scale[b] != 0:
+                    limits, ends = (scales.low[b], scales.high[b]), ends_of(scales.zero[b], levels)
+                    found = _clipped(values[start:stop], scale[b], limits, ends)
+                    free, above, below = free + found[0], above + found[1], below + found[2]
+                for first in range(start, stop, RUN):
+                    here = slice(first, min(first + RUN, stop))
+                    loss = _loss(values[here], errors[here])
+                    runs += loss >= 0
+                    losses += loss if loss >= 0 else 0.0
+            parts[number, 5], parts[number, 6] = runs, losses
+            parts[number, 7], parts[number, 8], parts[number, 9] = free, above, below
         used, lost = 0, 0
         for i in range(values.size):
             used += values[i] != 0
@@ -252,8 +282,6 @@ def _rounding_error_sums(first_share, stop_share, cut, weights, scales, levels, 
         stuck, variance = _sum(errors), _sum(variances)
         parts[number, 0], parts[number, 1] = used, lost
         parts[number, 2], parts[number, 3], parts[number, 4] = total, stuck, variance
-        parts[number, 5], parts[number, 6] = runs, losses
-        parts[number, 7], parts[number, 8], parts[number, 9] = free, above, below
 
 
 def largest_two(weights, first, second):

@@ -170,10 +170,10 @@ class Grid(ABC):
         kernels.survey(values, self.surveyed, self.levels, limit, factors, counts)
 
     def rounding_error_sums(
-        self, weights: Floats, limit: np.float32, kernels: ScanKernels
+        self, weights: Floats, limit: np.float32, kernels: ScanKernels, count: int = 10
     ) -> npt.NDArray[np.float64]:
-        """Sums over the rounding errors, [10]; see `ScanKernels.rounding_error_sums`."""
-        sums = np.empty(10)
+        """Sums over the rounding errors, [count]; see `ScanKernels.rounding_error_sums`."""
+        sums = np.empty(count)
         values = self.blocks.float_weights(weights)
         kernels.rounding_error_sums(values, self.scales, self.levels, limit, sums)
         return sums
