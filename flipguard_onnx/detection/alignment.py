@@ -10,7 +10,7 @@ placebos as well (weights much smaller than the scale, weights that repeat) does
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
@@ -226,10 +226,51 @@ class Sample:
         if whole.count == 1:
             extremes = Extremes(np.full(1, self.lowest), np.full(1, self.highest))
         else:
-            extremes = blocks.extremes(self.values, get_backend("cpu"))
+            extremes = self._extremes_of(blocks)
         fits = scheme.grid, scheme.unclipped
         theirs, ours = (fit(extremes, blocks, self.values.dtype) for fit in fits)
         return theirs, ours
+
+    def _extremes_of(self, blocks: Blocks) -> Extremes:
+        if blocks not in self._known:
+            self._known[blocks] = blocks.extremes(self.values, get_backend("cpu"))
+        return self._known[blocks]
+
+    @cached_property
+    def _known(self) -> dict[Blocks, Extremes]:
+        """The extremes that were found, for other grids whose blocks are the same."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Flat weights [n] that are counted on one grid after another, and what these have in common.
+
+    weights: in float32. smoothed: the same from `without_lattice`, whose distances are counted.
+    repetition: among `smoothed`.
+    """
+
+    weights: Floats
+    smoothed: Floats
+    repetition: Repetition
+
+    @cached_property
+    def magnitude(self) -> float:
+        """Sum of the magnitudes."""
+        return _magnitude(self.weights)
+
+    def outliers(self, blocks: Blocks) -> npt.NDArray[np.float64]:
+        """As in a tally, of these blocks."""
+        if blocks not in self._known:
+            first, second = (np.empty(blocks.count, np.float32) for _ in range(2))
+            get_scan_kernels().largest_two(blocks.float_weights(self.weights), first, second)
+            used = second > 0
+            self._known[blocks] = first[used].astype(np.float64) / second[used]
+        return self._known[blocks]
+
+    @cached_property
+    def _known(self) -> dict[Blocks, npt.NDArray[np.float64]]:
+        return {}
 
 
 def tallies(
@@ -243,11 +284,11 @@ def tallies(
     """
     weights, smoothed = sample.values.astype(np.float32), _smoothed(sample, spread)
     repetition = Repetition.among(smoothed if spread is None else weights)
+    counted = Counted(weights, smoothed, repetition)
     found = {}
     for name in grids:
-        grid, guarded = sample.grids(GRIDS[name])
-        counted = tally(weights, smoothed, repetition, grid, guarded)
-        found[name] = replace(counted, sums=counted.sums * (sample.layout.size / weights.size))
+        each = tally(counted, *sample.grids(GRIDS[name]))
+        found[name] = replace(each, sums=each.sums * (sample.layout.size / weights.size))
     return found
 
 
@@ -276,7 +317,7 @@ def explaining(
             repetition = Repetition.among(without)
             before = [o for o in found if o is not a]
             others = [
-                alignment(o.grid, _counted(without, repetition, grids[o.grid])) for o in before
+                alignment(o.grid, _surveyed(without, repetition, grids[o.grid])) for o in before
             ]
             own = [
                 now
@@ -313,36 +354,23 @@ def _smoothed(sample: Sample, spread: Floats | None) -> Floats:
     return np.where(spread != sample.values.astype(np.float32), spread, smoothed)
 
 
-def tally(
-    weights: Floats,
-    smoothed: Floats,
-    repetition: Repetition,
-    grid: Grid,
-    guarded: Grid | None = None,
-) -> Tally:
-    """Count flat weights [n] on one grid and its placebos.
+def tally(counted: Counted, grid: Grid, guarded: Grid | None = None) -> Tally:
+    """Count weights on one grid and its placebos.
 
     Parameters
     ----------
-    weights : in float32
-    smoothed : the same from `without_lattice`, whose distances are counted
-    repetition : among `smoothed`
     guarded : the grid that a guard would use, if it is another
     """
-    kernels = get_scan_kernels()
-    counted = _counted(smoothed, repetition, grid)
-    sums = np.append(grid.rounding_error_sums(weights, np.float32(0), kernels), _magnitude(weights))
+    kernels, weights = get_scan_kernels(), counted.weights
+    found = _surveyed(counted.smoothed, counted.repetition, grid)
+    sums = np.append(grid.rounding_error_sums(weights, np.float32(0), kernels), counted.magnitude)
     if guarded and not guarded.same_as(grid):
         after = guarded.rounding_error_sums(weights, np.float32(0), kernels, AFTER_GUARD.stop)
         sums[AFTER_GUARD] = after[AFTER_GUARD]
-    first, second = (np.empty(grid.blocks.count, np.float32) for _ in range(2))
-    kernels.largest_two(grid.blocks.float_weights(weights), first, second)
-    used = second > 0
-    outliers = first[used].astype(np.float64) / second[used]
-    return replace(counted, sums=sums, outliers=outliers)
+    return replace(found, sums=sums, outliers=counted.outliers(grid.blocks))
 
 
-def _counted(smoothed: Floats, repetition: Repetition, grid: Grid) -> Tally:
+def _surveyed(smoothed: Floats, repetition: Repetition, grid: Grid) -> Tally:
     """The counts and the repetition of a tally; its sums are 0."""
     runs = min(RUNS, 1 + smoothed.size // RUN)
     counts = np.zeros((runs, len(FACTORS), BINS), np.int32)

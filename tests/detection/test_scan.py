@@ -18,6 +18,7 @@ from flipguard_onnx.detection.alignment import (
     GRIDS,
     LIMIT,
     TENSOR_SAMPLE,
+    Counted,
     Repetition,
     alignment,
     budget,
@@ -65,6 +66,10 @@ def grid_of(name, values):
     rows, cols = (1, weights.size) if scheme.flat else weights.shape
     blocks = Blocks(rows, cols, min(scheme.block_size or cols, cols))
     return scheme.fit(weights.ravel(), blocks, values.dtype, CPU), weights.ravel()
+
+
+def counted(weights):
+    return Counted(weights, weights, Repetition.among(weights))
 
 
 def shifted(name, share, edge=0.49, values=None):
@@ -241,7 +246,7 @@ def test_weights_that_differ_in_their_last_bits_repeat():
 def test_the_loss_is_that_of_the_smaller_weights():
     values = outliers(honest(shape=(128, 96)), 6, 0)
     grid, weights = grid_of("int4", values)
-    found = tally(weights, weights, Repetition.among(weights), grid)
+    found = tally(counted(weights), grid)
     errors = grid.decode(grid.encode(weights, CPU)).astype(np.float64) - weights
     order = np.argsort(np.abs(weights.reshape(-1, 32)), axis=1)[:, :28]
     small, lost = (
@@ -384,7 +389,7 @@ def test_distances_are_those_of_the_grid():
     """Every count, on the grid and on a placebo, against plain numpy."""
     for name in GRIDS:
         grid, weights = grid_of(name, honest(shape=(128, 96)))
-        found = tally(weights, weights, Repetition.among(weights), grid)
+        found = tally(counted(weights), grid)
         low, high = (LIMIT * grid.blocks.spread(end) for end in grid.scales[3:])
         inside = (low < weights) & (weights < high)
         if name.endswith("int2"):  # a good part of whose weights is clipped
@@ -416,7 +421,7 @@ def test_the_budget_before_and_after_a_guard(name):
         return quantize_tensor("w", weights, scheme, blocks, policy, key, CPU, moved=False)
 
     after = budget(weights, quantized(7), UNBIASED)
-    whole = tally(weights, weights, Repetition.among(weights), grid).sums
+    whole = tally(counted(weights), grid).sums
     assert after.nearest == pytest.approx(errors.sum())
     assert after.nearest == pytest.approx(whole[2], rel=1e-5)
     assert after.chosen == pytest.approx(whole[3], rel=1e-4, abs=1e-3)

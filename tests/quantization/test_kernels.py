@@ -16,7 +16,7 @@ import numba.cuda
 import numpy as np
 import pytest
 
-from flipguard_onnx.detection.alignment import Repetition, tally
+from flipguard_onnx.detection.alignment import Counted, Repetition, tally
 from flipguard_onnx.errors import DeviceError
 from flipguard_onnx.quantization.error_feedback import InputMoments, draw_with_feedback
 from flipguard_onnx.quantization.kernels import (
@@ -224,7 +224,8 @@ def test_what_a_scan_counts_does_not_depend_on_threads(form):
     grid = forms.scheme(form).fit(weights.reshape(-1), blocks, weights.dtype, CPU)
 
     def counted():
-        found = tally(weights.reshape(-1), weights.reshape(-1), Repetition(1, 1), grid)
+        flat = weights.reshape(-1)
+        found = tally(Counted(flat, flat, Repetition(1, 1)), grid)
         return [x.tobytes() for x in (found.counts, found.sums, found.outliers)]
 
     with on_cores(1):
