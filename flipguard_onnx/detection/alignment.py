@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..quantization.arrays import contiguous
-from ..quantization.kernels import get_backend, get_scan_kernels
+from ..quantization.kernels import get_backend, get_scan_kernels, max_threads, side_by_side
 from ..quantization.kernels.protocol import Extremes
 from ..quantization.layout import Layout
 from ..quantization.parts import parts
@@ -67,6 +67,8 @@ REPORTED_BINS = 20  # of the histograms in a report
 RUNS = 64  # that the weights of a tensor are divided into for counting, at most
 
 RUN = 1 << 15  # weights from which on they are divided further
+
+ENOUGH = 1 << 14  # weights from which on the grids are shared out among threads
 
 MODEL_SAMPLE = 1 << 22  # weights of a model that are counted, about
 
@@ -285,11 +287,14 @@ def tallies(
     weights, smoothed = sample.values.astype(np.float32), _smoothed(sample, spread)
     repetition = Repetition.among(smoothed if spread is None else weights)
     counted = Counted(weights, smoothed, repetition)
-    found = {}
-    for name in grids:
-        each = tally(counted, *sample.grids(GRIDS[name]))
-        found[name] = replace(each, sums=each.sums * (sample.layout.size / weights.size))
-    return found
+    names = list(grids)
+
+    def on_grid(name: str) -> Tally:
+        found = tally(counted, *sample.grids(GRIDS[name]))
+        return replace(found, sums=found.sums * (sample.layout.size / weights.size))
+
+    threads = max_threads(get_backend("cpu")) if weights.size >= ENOUGH else 1
+    return dict(zip(names, side_by_side(on_grid, names, threads), strict=True))
 
 
 def explaining(
