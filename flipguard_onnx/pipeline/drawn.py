@@ -30,8 +30,9 @@ class Account:
     @classmethod
     def of(cls, values: npt.NDArray[Any], quantized: QuantizedTensor, policy: Policy) -> "Account":
         """Of flat weights [n] in canonical order."""
-        weights = values.astype(np.float32)
-        errors = quantized.grid.decode(quantized.codes) - weights
+        weights = values.astype(np.float32, copy=False)
+        errors = quantized.grid.decode(quantized.codes)
+        errors -= weights
         squares = (float(np.einsum("i,i", x, x, dtype=np.float64)) for x in (errors, weights))
         return cls(budget(values, quantized, policy), *squares)
 

@@ -27,8 +27,6 @@ CELLS = 1024
 
 FLOAT8_GAPS = np.uint32(257 << 23)  # minus an exponent's bits: gaps of fp8 to that power of two
 
-VECTOR = 32  # weights; loops of whole vectors of them leave no rest
-
 RUN = 32  # weights whose losses are judged together, at most
 
 LARGEST = 8  # the largest 1 / LARGEST of a run count as its outliers
@@ -113,44 +111,51 @@ def survey(weights, scales, levels, limit, factors, counts):
 @kernel
 def _survey(first_run, stop_run, cut, values, scales, levels, limit, factors, segments, counts):
     runs, grids, width = counts.shape
-    kept, stops = np.empty(PIECE, np.float32), np.empty(cut.pieces_per_share, np.int64)
-    moved, cells = np.empty(PIECE, np.float32), np.empty(PIECE, np.uint32)
+    rule, last = levels.rule, np.int32(width - 1)
+    positions, counted = np.empty(PIECE, np.float32), np.empty(PIECE, np.bool_)
+    distances, bins = np.empty(PIECE, np.float32), np.empty(PIECE, np.uint32)
+    found = np.empty(width + 1, np.int32)  # the last bin is for weights that are not counted
+    stops, columns = np.empty((2, cut.pieces_per_share), np.int64)  # of the pieces of a share
     shares = -(-cut.pieces // cut.pieces_per_share)
     for number in range(first_run, stop_run):
         for turn in range(shares * number // runs, shares * (number + 1) // runs):
             share = nth_share(turn, cut)
-            count = 0
-            for piece in range(share.first_piece, share.stop_piece):
-                b, start, stop = piece_span(piece, cut)
+            size, pieces = share.stop - share.start, share.stop_piece - share.first_piece
+            for piece in range(pieces):
+                b, start, stop = piece_span(share.first_piece + piece, cut)
+                here = slice(start - share.start, stop - share.start)
+                stops[piece], columns[piece] = here.stop, b % factors.shape[1]
+                some, into, flags = values[start:stop], positions[here], counted[here]
                 low, high = limit * scales.low[b], limit * scales.high[b]
                 operand, (lowest, highest) = scales.operand[b], ends_of(scales.zero[b], levels)
-                for weight in values[start:stop]:
-                    kept[count] = position_of(weight, operand, levels.rule, lowest, highest)
-                    count += (weight != 0) & is_free(weight, low, high)
-                stops[piece - share.first_piece] = count
+                for i in range(some.size):
+                    flags[i] = (some[i] != 0) & is_free(some[i], low, high)
+                    position = position_of(some[i], operand, rule, lowest, highest)
+                    into[i] = position if flags[i] else scalar.ZERO
             for grid in range(grids):
-                begin = 0
-                for piece in range(share.first_piece, share.stop_piece):
-                    factor = factors[grid, piece_span(piece, cut)[0] % factors.shape[1]]
-                    stop = stops[piece - share.first_piece]
-                    size = min(-(-(stop - begin) // VECTOR) * VECTOR, PIECE - begin)
-                    some, into = kept[begin : begin + size], moved[begin : begin + size]
-                    for i in range(size):  # what is beyond `stop` is the next piece's
+                start = 0
+                for piece in range(pieces):
+                    stop, factor = stops[piece], factors[grid, columns[piece]]
+                    some, into = positions[start:stop], distances[start:stop]
+                    for i in range(some.size):
                         into[i] = some[i] * factor
-                    begin = stop
-                some, bins = moved[:count], cells[:count]
-                if levels.rule == scalar.COUNT_PIVOTS:
+                    start = stop
+                some = distances[:size]
+                if rule == scalar.COUNT_PIVOTS:
                     _distances(scalar.COUNT_PIVOTS, some, segments, bins)
-                elif levels.rule == scalar.FLOAT8:
+                elif rule == scalar.FLOAT8:
                     _distances(scalar.FLOAT8, some, segments, bins)
                 else:
                     _distances(scalar.DIVIDE_HALF_EVEN, some, segments, bins)
-                last = np.int32(width - 1)
-                for i in range(count):
-                    bins[i] = max(np.int32(0), min(np.int32(some[i] * np.float32(width)), last))
-                into = counts[number, grid]
-                for bin in bins:
-                    into[bin] += 1
+                for i in range(size):
+                    bin = max(np.int32(0), min(np.int32(distances[i] * np.float32(width)), last))
+                    bins[i] = bin if counted[i] else width
+                for bin in range(width + 1):
+                    found[bin] = 0
+                for bin in bins[:size]:
+                    found[bin] += 1
+                for bin in range(width):
+                    counts[number, grid, bin] += found[bin]
 
 
 @inline
