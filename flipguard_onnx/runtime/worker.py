@@ -54,6 +54,8 @@ def load(path: str, exact: bool) -> Message:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # threads that wait take nothing from the caller's, and compute the same
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if len(cores := os.sched_getaffinity(0)) < (os.cpu_count() or 1):
         # without a number onnxruntime starts a thread on every core, also on those of others
         options.intra_op_num_threads = len(cores)
