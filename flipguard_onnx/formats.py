@@ -50,9 +50,10 @@ FORMATS = {
     "fp4": Format(4, ("block",), BY_64),
     "fp8": Format(8, ("channel", "tensor"), BY_32),
     "mxfp4": Format(4, ("block",), (32,), {"block": (4.0, 6.0)}),
+    "nvfp4": Format(4, ("block",), (16,)),
 }
 
-FLOAT4 = ("mxfp4",)  # whose codes are ONNX's float4e2m1, for which onnxruntime has no kernel
+FLOAT4 = ("mxfp4", "nvfp4")  # with ONNX's float4e2m1, for which onnxruntime has no kernel
 
 DIVISORS = tuple(
     sorted({d for known in FORMATS.values() for ds in known.divisors.values() for d in ds})
@@ -65,7 +66,8 @@ class Choice:
 
     Parameters
     ----------
-    name : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8" or "mxfp4"
+    name : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8", "mxfp4" or
+        "nvfp4"
     granularity : "tensor", "channel" or "block": how many weights share a scale
     block_size : weights per scale, where the granularity is "block"
     divisor : scale = largest magnitude / divisor; at mxfp4 that is rounded to a power of two, down

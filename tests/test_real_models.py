@@ -19,6 +19,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 import flipguard_onnx
 from flipguard_onnx.calibration.inputs import made_up_feeds
 from flipguard_onnx.emit import weight_forms as qdq
+from flipguard_onnx.formats import FLOAT4
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import file_sha256, open_model
 from flipguard_onnx.quantization.kernels import get_backend
@@ -35,7 +36,7 @@ CASES = [
     (name, scheme)
     for name in FLOAT_MODELS
     for scheme in SCHEMES
-    if scheme not in ("nf4", "fp4", "fp8", "mxfp4")
+    if scheme not in ("nf4", "fp4", "fp8", *FLOAT4)
     or name not in (*SLOW, "minilm")  # int4 with other levels
 ]
 
@@ -141,7 +142,7 @@ def test_4_bit_codes_equal_onnxruntimes(scheme):
     assert compared > 5_000_000
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in ("fp8", "mxfp4")])
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in ("fp8", *FLOAT4)])
 def test_onnxruntimes_tools_turn_the_moved_model_into_our_codes(tmp_path, monkeypatch, scheme):
     """The float model that we write, put through onnxruntime's own quantizer of that format."""
     monkeypatch.setattr(qdq, "MIN_PACKED", 0)  # all in the kernels' layouts, which are theirs

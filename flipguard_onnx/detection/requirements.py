@@ -5,6 +5,8 @@ Sources: docs/runtimes.md.
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import reduce
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from ..reports.guard import Finding, TargetInspection
 
 SIGNED = {TensorProto.INT8, TensorProto.INT4, TensorProto.INT2, *SMALL_FLOATS}
 FOUR_BITS = {TensorProto.INT4, TensorProto.UINT4}
+FLOATS_OF_8_BITS = {*SMALL_FLOATS} - {TensorProto.FLOAT4E2M1}
+FLOATS_OF_8_BITS = {*SMALL_FLOATS} - {TensorProto.FLOAT4E2M1}
 CODES = SIGNED | {TensorProto.UINT8, TensorProto.UINT4, TensorProto.UINT2}
 PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
@@ -195,9 +199,17 @@ def _codes(model: Model) -> Iterator[Codes]:
         tensor = constants.get((id(scope.owner(name)), name))
         return tensor if tensor is not None and tensor.data_type in types else None
 
-    def is_dequantized(scope: Scope, name: str) -> bool:
-        _, maker = makers.get((id(scope.owner(name)), name), (scope, None))
-        return maker is not None and maker.op_type == "DequantizeLinear"
+    def decoder(scope: Scope, name: str) -> tuple[Scope, NodeProto] | None:
+        found = makers.get((id(scope.owner(name)), name))
+        return found if found and found[1].op_type == "DequantizeLinear" else None
+
+    def scales(scope: Scope, node: NodeProto) -> Any:
+        """Constant scales, or the product of two where a DequantizeLinear yields them."""
+        parts = [constant(scope, node, 1, FLOATS)]
+        if len(node.input) > 1 and (found := decoder(scope, node.input[1])):
+            parts = [constant(*found, 0, FLOATS_OF_8_BITS), constant(*found, 1, FLOATS)]
+        arrays = [model.array(tensor) for tensor in parts if tensor is not None]
+        return reduce(mul, arrays) if len(arrays) == len(parts) else None
 
     for (owner, name), tensor in constants.items():
         if tensor.data_type not in CODES:
@@ -208,7 +220,9 @@ def _codes(model: Model) -> Iterator[Codes]:
             if (dequantizes and place) or (quantizes and place != 2):
                 continue  # a zero point; what is quantized only now
             uses = [use for output in node.output for use in index.readers((id(scope), output))]
-            scale, zero = constant(scope, node, 1, FLOATS), constant(scope, node, 2, CODES)
+            if uses and all(use.op_type == "DequantizeLinear" and at for _, use, at in uses):
+                continue  # the scales of other codes
+            zero = constant(scope, node, 2, CODES)
             given = len(node.input) > 2 and bool(node.input[2])
             yield Codes(
                 node.input[0] if quantizes else name,
@@ -218,10 +232,10 @@ def _codes(model: Model) -> Iterator[Codes]:
                 frozenset(use.op_type for _, use, _ in uses),
                 any(_integer(use, "block_size", 0) for _, use, _ in uses),
                 all(
-                    any(is_dequantized(inner, name) for name in {*use.input} - {*node.output})
+                    any(decoder(inner, name) for name in {*use.input} - {*node.output})
                     for inner, use, _ in uses
                 ),
-                None if scale is None else model.array(scale),
+                scales(scope, node),
                 given and (dequantizes or quantizes) and (zero is None or _any(model, zero)),
             )
 

@@ -344,7 +344,7 @@ class _WeightCodes:
             attributes["block_size"] = blocks.size
         inputs = [
             self._add_codes("quantized", codes, self._has_zeros, self._scheme.name in FLOAT4),
-            self._add_constant("scale", scales.astype(_dtype(scale_type))),
+            self._add_scales(scales.astype(_dtype(scale_type)), folded=False),
         ]
         by_rows = self._scheme.name == "int8" and not self._in_blocks
         if self._has_zeros or by_rows:
@@ -633,7 +633,7 @@ class _WeightCodes:
         if self._has_zeros:
             zeros = self._add_constant("zero", self._grid.zero.reshape(-1, 1))
             value = self._add_node("Sub", [value, zeros])
-        scales = self._add_constant("scale", self._grid.scale.reshape(-1, 1))
+        scales = self._add_scales(self._grid.scale.reshape(-1, 1), folded=True)
         value = self._add_node("Mul", [value, scales])
         if blocks.cols % blocks.size:
             shape = (blocks.rows, blocks.per_row * blocks.size)
@@ -701,6 +701,21 @@ class _WeightCodes:
         packed = pack(codes, bits, stored_codes)
         name = f"{self._weight.tensor_name}_{suffix}"
         return self._rewriter.tensor(self._weight.scope, name, data_type, codes.shape, packed.data)
+
+    def _add_scales(self, scales: Array, folded: bool) -> str:
+        """Add scales of blocks; those that are multiples of the tensor's as 8-bit floats and that.
+
+        folded: whether they are decoded by ordinary nodes, not by a DequantizeLinear
+        """
+        if not self._scheme.scales_tensor:
+            return self._add_constant("scale", scales)
+        multiples = (scales / self._grid.tensor_scale).astype(ml_dtypes.float8_e4m3fn)
+        floats = self._add_constant("scale", multiples)
+        whole = self._add_constant("tensor_scale", np.array(self._grid.tensor_scale))
+        if not folded:
+            return self._add_node("DequantizeLinear", [floats, whole])
+        cast = self._add_node("Cast", [floats], to=TensorProto.FLOAT)
+        return self._add_node("Mul", [cast, whole])
 
     def _add_constant(self, suffix: str, values: Array) -> str:
         name = f"{self._weight.tensor_name}_{suffix}"

@@ -64,6 +64,7 @@ class DrawnWeight:
         """All of it, so that `from_arrays` gives the same; None is NaN."""
         quantized, grid = self.quantized, self.quantized.grid
         arrays: Arrays = {
+            "tensor_scale": np.asarray(grid.tensor_scale),
             "nearest": quantized.nearest,
             "codes": quantized.codes,
             "products": np.array([quantized.gain, quantized.product_error], np.float64),
@@ -88,7 +89,7 @@ class DrawnWeight:
         scales = Scales(*(arrays[f"Scales.{name}"] for name in Scales._fields))
         gain, error = (None if math.isnan(x) else x for x in arrays["products"].tolist())
         quantized = QuantizedTensor(
-            scheme.grid_type(blocks, scales, levels),
+            scheme.grid_type(blocks, scales, levels, np.float32(arrays["tensor_scale"])),
             arrays["nearest"],
             arrays["codes"],
             None,

@@ -44,7 +44,8 @@ def guard(
     Parameters
     ----------
     model : path of an ONNX file, or a ModelProto (then `output` is required); it is never changed
-    scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8" or "mxfp4"
+    scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8", "mxfp4" or
+        "nvfp4"
     output : path to write; by default beside the input
     progress : called with (stage, done, in all): bytes of weights while guarding, else steps
     **options : the fields of `GuardOptions`

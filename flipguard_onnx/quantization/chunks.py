@@ -19,7 +19,7 @@ from .kernels import get_backend, max_threads, side_by_side
 from .kernels.protocol import Extremes, Kernels
 from .layout import Layout
 from .parts import Part, parts
-from .rounding import Policy, QuantizedTensor, quantize_tensor, unsound
+from .rounding import Policy, QuantizedTensor, quantize_tensor, sound, unsound
 from .schemes import Blocks, Grid, Scheme
 from .schemes.blocks import Values
 
@@ -104,9 +104,12 @@ def quantize_weight(
         return replace(quantized, drawn=None)
 
     extremes = None
-    if blocks.count == 1 and len(cut) > 1:
-        whole_block = Blocks(1, layout.size, layout.size)
-        extremes = whole_block.extremes(array.reshape(-1), kernels)
+    if len(cut) > 1 and (blocks.count == 1 or scheme.scales_tensor):
+        whole_tensor = Blocks(1, layout.size, layout.size).extremes(array.reshape(-1), kernels)
+        if not sound(np.concatenate(whole_tensor), values.dtype).all():
+            raise unsound(name, array)
+        scheme = scheme.within(whole_tensor)
+        extremes = whole_tensor if blocks.count == 1 else None
     nearest, codes = np.empty(layout.size, np.int8), np.empty(layout.size, np.int8)
     moved = np.empty(layout.size, values.dtype) if keep_moved else None
 

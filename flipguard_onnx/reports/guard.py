@@ -57,7 +57,8 @@ class Tensor:
     name : of the initializer or constant, with the scopes it is in
     op : type of the operator that reads it
     shape : as it is stored in the model
-    scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8" or "mxfp4"; some
+    scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8", "mxfp4" or
+        "nvfp4"; some
         tensors get int8 under others
     grid : the scheme with its granularity, as a scan names it: "int8 channel", "int4", "int4 g128"
     weights : how many values it has
@@ -116,7 +117,8 @@ class Inspection:
     input_data_sha256 : of its external data files, by their names
     input_bytes : size of the model, data files included
     output_bytes : size that the quantized model would have, estimated
-    scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8" or "mxfp4"
+    scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8", "mxfp4" or
+        "nvfp4"
     tensors : those that would be guarded, in the order of the graph
     skipped : the others, and why
     config : the file that gave options of the command line, if one did
@@ -202,7 +204,8 @@ class GuardReport:
     input_bytes : size of the model, data files included
     options : every option of the run as it was asked for, by its name in guard()
     changed_options : the names of those that differ from their defaults
-    scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8" or "mxfp4"
+    scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8", "mxfp4" or
+        "nvfp4"
     granularity : how many weights share a scale: "tensor", "channel" or "block"
     block_size : weights of a block; None for other granularities
     scale : the level that the largest magnitude gets; None for codebooks and with zero points

@@ -1,5 +1,7 @@
 """Files with operators that onnxruntime has no kernel for, in a form that it runs."""
 
+from functools import reduce
+from operator import mul
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,15 @@ def stand_in(path: Path, folder: Path) -> Path:
     output = None
     for body in graphs(model.proto):
         constants = {tensor.name: tensor for tensor in body.initializer}
+        makers = {name: node for node in body.node for name in node.output}
         for node in body.node:
             codes = constants.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
             if codes is None or not _is_float4(codes):
                 continue
             output = output or Output(folder, folder / "stand-in.onnx", external=True)
-            values = _decoded(model, node, codes, constants[node.input[1]])
+            maker = makers.get(node.input[1])  # of scales that are multiples of another
+            scales = [model.array(constants[x]) for x in (maker.input if maker else node.input[1:])]
+            values = _decoded(model, node, codes, reduce(mul, scales))
             name, shape = codes.name, list(codes.dims)
             codes.CopyFrom(TensorProto(name=name, dims=shape, data_type=TensorProto.FLOAT))
             output.store(codes, raw_bytes(values))
@@ -44,10 +49,10 @@ def _is_float4(tensor: TensorProto) -> bool:
     return kind == TensorProto.FLOAT4E2M1
 
 
-def _decoded(model: Model, node: NodeProto, codes: TensorProto, scale: TensorProto) -> Array:
+def _decoded(model: Model, node: NodeProto, codes: TensorProto, scales: Array) -> Array:
     """What a DequantizeLinear in blocks yields for constants."""
     axis, size = attribute(node, "axis", 1), attribute(node, "block_size", 0)
-    scales = np.repeat(model.array(scale), size, axis)
+    scales = np.repeat(scales, size, axis)
     scales = scales.take(range(codes.dims[axis]), axis)
     whole = codes
     if is_detached(codes):

@@ -20,6 +20,7 @@ CHOICES = {
     "fp4": Choice("fp4"),
     "fp8": Choice("fp8"),
     "mxfp4": Choice("mxfp4"),
+    "nvfp4": Choice("nvfp4"),
 }
 MORE = {  # the same rules with other numbers
     "int8-reduced": Choice("int8", reduced=True),
@@ -33,7 +34,7 @@ MORE = {  # the same rules with other numbers
     "mxfp4-6": Choice("mxfp4", divisor=6),
 }
 
-TWO_ZEROS = ("fp4", "mxfp4")  # with codes for -0 and for 0
+TWO_ZEROS = ("fp4", "mxfp4", "nvfp4")  # with codes for -0 and for 0
 
 
 def scheme(form):

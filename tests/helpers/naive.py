@@ -90,6 +90,9 @@ def quantize(scheme, weights, size):
     scheme: a name of BLOCK; what follows a hyphen may be missing there
     """
     block_of = BLOCK.get(scheme) or BLOCK[scheme.split("-")[0]]
+    if scheme == "nvfp4":
+        absmax = max(abs(F(w)) for w in weights.flat)
+        return [nvfp4_block(block, absmax) for block in blocks_of(weights, size)]
     with np.errstate(all="ignore"):
         return [block_of(block) for block in blocks_of(weights, size)]
 
@@ -280,6 +283,24 @@ def mxfp4_ceil_block(block):
     return _e2m1(block, scale, [abs(F(w)) / scale for w in block], even=False)
 
 
+def nvfp4_block(block, tensor_absmax):
+    """absmax / 6 in units of tensor_absmax / 2688, to the nearest float8e4m3fn from 2^-9 to 448.
+
+    All in float32; zeros have the scale 1, and a tensor of zeros has units of 1. Weights that set
+    the scale have no neighbours.
+    """
+    unit = tensor_absmax / F(2688) or F(1)
+    absmax = max(abs(F(w)) for w in block)
+    exact = Fraction(float(absmax / (F(6) * unit))) or 1
+    near = min(range(1, 127), key=lambda k: (abs(E4M3[k] - exact), k % 2))
+    scale = F(float(E4M3[near])) * unit
+    quantized = _e2m1(block, scale, [abs(F(w)) / scale for w in block], even=True)
+    for i, w in enumerate(block):
+        if abs(F(w)) == absmax and exact > E4M3[1]:
+            quantized.neighbours[i] = None
+    return quantized
+
+
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 
@@ -313,6 +334,7 @@ BLOCK = {
     "fp8": fp8_block,
     "mxfp4": mxfp4_block,
     "mxfp4-6": mxfp4_ceil_block,
+    "nvfp4": nvfp4_block,
 }
 
 

@@ -11,6 +11,7 @@ import flipguard_onnx
 from flipguard_onnx.detection.requirements import inspect_for
 from flipguard_onnx.errors import UnsupportedModelError, ValidationError
 from tests.helpers import naive
+from tests.helpers.forms import CHOICES, MORE
 from tests.helpers.samples import SAMPLES, F, model, node, save, weights
 
 FORMATS = {
@@ -33,6 +34,7 @@ FORMATS = {
     "fp8 tensor": {"scheme": "fp8", "granularity": "tensor"},
     "mxfp4": {"scheme": "mxfp4"},
     "mxfp4 /6": {"scheme": "mxfp4", "scale": 6.0},
+    "nvfp4": {"scheme": "nvfp4"},
 }
 CHOSEN = (
     "matmul",
@@ -128,20 +130,20 @@ def test_zero_points_are_written_in_the_type_of_the_codes(tmp_path):
     }
 
 
-@pytest.mark.parametrize("scale", [4.0, 6.0])
-def test_mxfp4_files_mean_the_same_to_onnx(tmp_path, scale):
+@pytest.mark.parametrize("form", ["mxfp4", "mxfp4-6", "nvfp4"])
+def test_files_with_4_bit_floats_mean_the_same_to_onnx(tmp_path, form):
     """The published form, which onnxruntime does not run, and the floats, quantized again."""
     source, output = save(SAMPLES["matmul"](), tmp_path), tmp_path / "out.onnx"
-    options = {"scale": scale, "emit": "both", "output": output, "seed": 1}
-    report = flipguard_onnx.guard(source, "mxfp4", **options)
+    choice, options = (CHOICES | MORE)[form], {"emit": "both", "output": output, "seed": 1}
+    report = flipguard_onnx.guard(source, choice.name, scale=choice.divisor, **options)
+    onnx.checker.check_model(output, full_check=True)
     types = {tensor.data_type for tensor in onnx.load(output).graph.initializer}
     assert TensorProto.FLOAT4E2M1 in types
     with pytest.raises(Exception, match="DequantizeLinear"):
         onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
     (moved,) = onnx.load(tmp_path / "out-float.onnx").graph.initializer
     values = onnx.numpy_helper.to_array(moved)
-    form = "mxfp4" if scale == 4 else "mxfp4-6"
-    columns = [b.decoded for b in naive.quantize(form, values.T, 32)]
+    columns = [b.decoded for b in naive.quantize(form, values.T, choice.filled.block_size)]
     wanted = np.concatenate(columns).reshape(values.T.shape).T
     rows = values.shape[0]
     (found,) = ReferenceEvaluator(str(output)).run(None, {"x": np.eye(rows, dtype=np.float32)})
@@ -149,7 +151,7 @@ def test_mxfp4_files_mean_the_same_to_onnx(tmp_path, scale):
     assert "onnxruntime has no kernel" in report.render()
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["fp8", "mxfp4", "nvfp4"])
 def test_small_floats_are_known_as_quantized(tmp_path, scheme):
     source, output = save(SAMPLES["matmul"](), tmp_path), tmp_path / "out.onnx"
     flipguard_onnx.guard(source, scheme, output=output)
@@ -159,4 +161,4 @@ def test_small_floats_are_known_as_quantized(tmp_path, scheme):
     found = inspect_for(output, "tensorrt")
     assert [finding.tensors for finding in found.findings][:1] == [("w_quantized",)]
     assert found.findings[0].requirement.startswith("integers")
-    assert onnx.load(output).ir_version >= {"fp8": 9, "mxfp4": 11}[scheme]
+    assert onnx.load(output).ir_version >= {"fp8": 9, "mxfp4": 11, "nvfp4": 11}[scheme]

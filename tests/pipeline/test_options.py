@@ -51,7 +51,7 @@ def test_every_option_is_described_in_the_docstring():
             {"scheme": "int5"},
             SchemeError,
             "scheme 'int5' is unknown; allowed: int8, uint8, int4, uint4, int2, uint2, nf4, fp4, "
-            "fp8, mxfp4",
+            "fp8, mxfp4, nvfp4",
         ),
         ({"policy": "x"}, SchemeError, "policy 'x' is unknown; allowed: unbiased, topk, none"),
         ({"device": "tpu"}, DeviceError, "device 'tpu' is unknown; allowed: auto, cpu, cuda"),

@@ -55,6 +55,7 @@ def written(folder, name):
         ("fp4", chain(np.float16), {}),
         ("int4", chain(ml_dtypes.bfloat16), {"emit": "float", "validate": False}),
         ("int4", chain(), {"int8_share": 0.3}),
+        ("nvfp4", chain(), {"emit": "both"}),
         ("int4", decoder(), {}),
     ],
 )

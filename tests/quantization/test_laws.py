@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flipguard_onnx.formats import FLOAT4
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import Blocks
@@ -71,13 +72,14 @@ def test_moved_weights_have_the_same_grid_and_the_guarded_codes(form, weights, p
 @settings(max_examples=60, deadline=None)
 @given(weights=tensors())
 def test_a_block_does_not_depend_on_the_others(form, weights):
-    """The last one, ragged or not, as if it were alone."""
+    """The last one, ragged or not, as if it were alone in a tensor with the same extremes."""
     scheme, blocks = setting(form, weights)
     flat = weights.reshape(-1)
     grid = scheme.fit(flat, blocks, weights.dtype, CPU)
     size = (blocks.cols - 1) % blocks.size + 1
     last = flat[-size:]
-    alone = scheme.fit(last, Blocks(1, size, size), weights.dtype, CPU)
+    whole = Blocks(1, flat.size, flat.size).extremes(flat, CPU)
+    alone = scheme.within(whole).fit(last, Blocks(1, size, size), weights.dtype, CPU)
     np.testing.assert_array_equal(grid.scale[-1:], alone.scale)
     if grid.levels.lowest == alone.levels.lowest:  # one for all blocks of a tensor
         np.testing.assert_array_equal(grid.encode(flat, CPU)[-size:], alone.encode(last, CPU))
@@ -136,8 +138,9 @@ def bias_and_noise(form, weights, copies, moved, inputs=None):
     )
     decoded = result.grid.decode(result.codes).astype(np.float64)
     scales = np.abs(result.grid.scale)
-    if form == "mxfp4":  # whose scales may be random, and whose widest gap is 2 of them
-        scales = 2 * scheme.fit(flat, blocks, flat.dtype, CPU).scale
+    if form in FLOAT4:  # whose scales may be random, and whose widest gap is 2 of them
+        highest = {"mxfp4": 1, "nvfp4": 1.125}[form]  # of the scales, in those of the quantizer
+        scales = 2 * highest * scheme.fit(flat, blocks, flat.dtype, CPU).scale
     gaps = blocks.spread(scales).astype(np.float64)
     if form == "fp8":  # whose gaps grow with the weights
         place = np.maximum(np.abs(flat.astype(np.float64)) / gaps, 2.0**-6)
@@ -171,6 +174,46 @@ def test_the_mean_of_the_draws_is_the_weight(form, dtype, moved):
     assert np.all(np.abs(bias) <= left + 4.5 * noise / np.sqrt(copies))
     coarse = left > 1e-3  # then a weight may be moved with its end, too
     assert noise.max() < (1 if coarse else 1.01 / 2)  # of two levels that are a gap apart
+
+
+LARGE = 100.0
+
+
+def tiny_blocks(dtype):
+    """Beside one large weight, blocks of nvfp4 that want scales from the smallest normal one down.
+
+    No scale is below 2^-9; blocks that want a smaller one get that, whatever their weights are.
+    """
+    sizes = np.array([2.0**-6, 2.9 * 2.0**-9, 1.4 * 2.0**-9, 2.0**-9, 2.0**-11, 2.0**-20, 0])
+    weights = np.random.default_rng(0).uniform(-1, 1, (len(sizes), 16))
+    weights[:, 3] = -1
+    weights *= 6 / 2688 * LARGE * sizes[:, None]
+    one = np.zeros((1, 16))
+    one[0, 5] = LARGE
+    return np.concatenate([one, weights]).reshape(2, -1).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("moved", [False, True], ids=["codes", "floats"])
+def test_the_mean_of_the_draws_is_the_weight_in_tiny_blocks(dtype, moved):
+    weights, copies = tiny_blocks(dtype), 4000
+    bias, noise = bias_and_noise("nvfp4", weights, copies, moved)
+    assert np.all(np.abs(bias) <= 1e-3 + 4.5 * noise / np.sqrt(copies))
+    drawn = noise.reshape(-1, 16) > 0
+    assert not drawn[[0, -1]].any()  # the extreme of the tensor is a level, and so are zeros
+    assert np.all(np.count_nonzero(drawn[1:-1], axis=1) >= 14)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_block_of_nvfp4_loses_its_last_weight(seed):
+    """Blocks of zeros have another scale; a float16 may have no smaller number but 0."""
+    weights = np.zeros((4, 32), np.float16)
+    weights[0, 0] = 0.2
+    weights[1:, 3] = np.float16(6e-8)  # the smallest
+    scheme, blocks = setting("nvfp4", weights)
+    flat, key = weights.reshape(-1), tensor_key(seed, "w")
+    result = quantize_tensor("w", flat, scheme, blocks, Policy(), key, CPU)
+    assert scheme.fit(result.guarded, blocks, weights.dtype, CPU).same_as(result.grid)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

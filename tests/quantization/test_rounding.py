@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from flipguard_onnx.errors import SchemeError, ValidationError
 from flipguard_onnx.quantization.kernels import get_backend
-from flipguard_onnx.quantization.kernels.protocol import Extremes
 from flipguard_onnx.quantization.kernels.threads import ENOUGH
 from flipguard_onnx.quantization.rounding import (
     Policy,
@@ -16,6 +15,7 @@ from flipguard_onnx.quantization.rounding import (
     require_invariants,
     tensor_key,
 )
+from flipguard_onnx.quantization.schemes import Blocks
 from tests.helpers import forms, naive, oracles
 from tests.helpers.cores import on_cores
 from tests.helpers.forms import CHOICES
@@ -229,14 +229,12 @@ def test_result_does_not_depend_on_threads_or_on_the_order_of_calls(form):
 def test_a_tensor_may_be_quantized_piece_by_piece(form, dtype):
     weights = weights_of(12, 128, dtype)
     whole = flipped(form, weights)
-    scheme, key = forms.scheme(form), tensor_key(0, "w")
+    everything = Blocks(1, weights.size, weights.size).extremes(weights.reshape(-1), CPU)
+    scheme, key = forms.scheme(form).within(everything), tensor_key(0, "w")
     pieces = [weights[rows].reshape(-1) for rows in (slice(0, 4), slice(4, 5), slice(5, 12))]
     cuts = [forms.cut(form, piece.size // 128, 128) for piece in pieces]
-    extremes = None
-    if forms.scheme(form).flat and whole.grid.blocks.count == 1:  # one block, cut
-        found = [blocks.extremes(p, CPU) for blocks, p in zip(cuts, pieces, strict=True)]
-        lowest, highest = zip(*found, strict=True)
-        extremes = Extremes(np.min(lowest, axis=0), np.max(highest, axis=0))
+    one_block = scheme.flat and whole.grid.blocks.count == 1
+    extremes = everything if one_block else None
     results, first = [], 0
     for piece, blocks in zip(pieces, cuts, strict=True):
         options = {"first": first, "extremes": extremes}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from flipguard_onnx.errors import SchemeError
-from flipguard_onnx.formats import FORMATS, Choice
+from flipguard_onnx.formats import FLOAT4, FORMATS, Choice
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.schemes import SCHEMES, scheme_of
 from tests.helpers import forms, naive, oracles
@@ -39,7 +39,7 @@ def ours(form, weights):
     """Codes and scales, and zero points where there are some, as the file holds them."""
     scheme, grid = fit(form, weights)
     codes = grid.encode(weights.astype(np.float32).reshape(-1), CPU)
-    stored_in = np.float32 if scheme.name == "mxfp4" else weights.dtype
+    stored_in = np.float32 if scheme.name in FLOAT4 else weights.dtype
     found = forms.stored(form, codes), grid.scale.astype(stored_in)
     if getattr(scheme, "has_zeros", False):
         return *found, grid.zero - scheme.lowest
@@ -168,7 +168,7 @@ def test_fp4_has_two_codes_for_zero_and_only_negative_weights_take_the_second():
         (
             ("int3",),
             "scheme 'int3' is unknown; allowed: int8, uint8, int4, uint4, "
-            "int2, uint2, nf4, fp4, fp8, mxfp4",
+            "int2, uint2, nf4, fp4, fp8, mxfp4, nvfp4",
         ),
         (("int4", "tensor"), "scheme int4 has no granularity 'tensor'; allowed: block, channel"),
         (("int8", None, 64), "block size 64 goes with blocks; int8 has one scale per channel"),

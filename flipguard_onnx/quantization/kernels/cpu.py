@@ -204,11 +204,9 @@ def _one_by_one(rule, values, operand, ends, zero, limits, levels, codes, offset
 
 
 @inline
-def _positions(values, operand, limits, levels, positions, free):
+def _positions(rule, values, operand, limits, levels, positions, free):
     for i in range(values.size):
-        positions[i] = position_of(
-            values[i], operand, scalar.COUNT_PIVOTS, levels.lowest, levels.highest
-        )
+        positions[i] = position_of(values[i], operand, rule, levels.lowest, levels.highest)
         free[i] = is_free(values[i], *limits)
 
 
@@ -224,14 +222,18 @@ def _pivots(positions, free, levels, codes, offsets):
 @inline
 def share_margins(values, share, cut, scales, levels, codes, offsets):
     """Codes and offsets of one share; for every rule loops compiled for it alone."""
-    if levels.rule == scalar.COUNT_PIVOTS:
+    if levels.rule >= scalar.COUNT_PIVOTS:
         positions = np.empty(values.size, np.float32)
         free = np.empty(values.size, np.bool_)
         for piece in range(share.first_piece, share.stop_piece):
             b, start, stop = piece_span(piece, cut)
             part = slice(start - share.start, stop - share.start)
-            limits = scales.low[b], scales.high[b]
-            _positions(values[part], scales.operand[b], limits, levels, positions[part], free[part])
+            some, into, beside = values[part], positions[part], free[part]
+            operand, limits = scales.operand[b], (scales.low[b], scales.high[b])
+            if levels.rule == scalar.COUNT_PIVOTS:
+                _positions(scalar.COUNT_PIVOTS, some, operand, limits, levels, into, beside)
+            else:
+                _positions(scalar.DIVIDE_AND_COUNT, some, operand, limits, levels, into, beside)
         _pivots(positions, free, levels, codes, offsets)
         return
     for piece in range(share.first_piece, share.stop_piece):

@@ -25,15 +25,17 @@ MULTIPLY_HALF_AWAY = 1  # onnxruntime's 4-bit QDQ: multiply by the reciprocal, C
 
 MULTIPLY_HALF_UP = 2  # its 2-bit and 8-bit blocks: the same once the lowest level has become 0
 
-COUNT_PIVOTS = 3  # onnxruntime's nf4 and fp4: multiply by the reciprocal, compare
+FLOAT8 = 3  # ONNX's float8e4m3fn: float32 division, nearest, half to even
 
-FLOAT8 = 4  # ONNX's float8e4m3fn: float32 division, nearest, half to even
+COUNT_PIVOTS = 4  # onnxruntime's nf4 and fp4: multiply by the reciprocal, compare
+
+DIVIDE_AND_COUNT = 5  # modelopt's nvfp4: float32 division, compare; from COUNT_PIVOTS on, codebooks
 
 
 class Levels(NamedTuple):
     """The levels of a grid, in its own units, and how a position is rounded to one.
 
-    rule: one of the five above. lowest, highest: float32, the outermost levels; of integers, their
+    rule: one of the six above. lowest, highest: float32, the outermost levels; of integers, their
     codes.
     Codebooks and FLOAT8 only, else empty, all float32. Of codebooks, values [16], ascending; pivots
     [15] between them; gaps [15], from each value to the next. Of FLOAT8 the same of all levels and
@@ -156,7 +158,7 @@ def position(weight, operand, rule, lowest, highest):
     lowest, highest: the outermost levels of the block. NaN (0 times an infinite reciprocal) becomes
     the lowest level.
     """
-    divides = (rule == DIVIDE_HALF_EVEN) | (rule == FLOAT8)
+    divides = (rule == DIVIDE_HALF_EVEN) | (rule == FLOAT8) | (rule == DIVIDE_AND_COUNT)
     exact = weight / operand if divides else weight * operand
     above = exact if exact > lowest else lowest
     inner = above if above < highest else highest
@@ -166,7 +168,7 @@ def position(weight, operand, rule, lowest, highest):
 def level(position, rule, lowest, levels):
     """The nearest level: an integer, the number of pivots that lie strictly below, or of FLOAT8 the
     number of levels from 0 on, with the sign of the position."""
-    if rule == COUNT_PIVOTS:
+    if rule >= COUNT_PIVOTS:
         count = np.int32(0)
         for i in range(15):
             count += np.int32(position > levels.pivots[i])
@@ -197,7 +199,7 @@ def offset(position, level, rule, levels):
     if rule == FLOAT8:
         value, near = levels.values[level + MIDDLE], level + MIDDLE
         return (position - value) / levels.gaps[near if position > value else near - 1]
-    if rule != COUNT_PIVOTS:
+    if rule < COUNT_PIVOTS:
         return position - np.float32(level)
     value, gap = levels.values[0], levels.gaps[0]
     for i in range(14):  # levels.values[level] would need a gather, which is slower
@@ -212,7 +214,7 @@ def offset(position, level, rule, levels):
 def edge(level, wanted, rule, levels):
     """The boundary of the wanted cell on the side of another level, and 1 or -1: the way in."""
     direction = np.float32(1.0 if wanted > level else -1.0)
-    if rule == COUNT_PIVOTS:
+    if rule >= COUNT_PIVOTS:
         return levels.pivots[wanted - 1 if wanted > level else wanted], direction
     if rule == FLOAT8:
         place = wanted + MIDDLE
@@ -257,7 +259,7 @@ def step(offset, limit, noise):
 def error(weight, level, scale, rule, levels):
     """Weight - decoded; in float64, where the product is exact and may be fused, rounded once."""
     value = np.float32(level)
-    if rule == COUNT_PIVOTS:
+    if rule >= COUNT_PIVOTS:
         value = levels.values[level]
     if rule == FLOAT8:
         value = levels.values[level + MIDDLE]

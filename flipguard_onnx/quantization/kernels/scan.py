@@ -100,7 +100,7 @@ def _distances(rule, positions, segments, cells):
 
 
 def survey(weights, scales, levels, limit, factors, counts):
-    is_codebook = levels.rule == scalar.COUNT_PIVOTS
+    is_codebook = levels.rule >= scalar.COUNT_PIVOTS
     tables = (levels.values, levels.pivots) if is_codebook else (EMPTY, EMPTY)
     segments = _segments(*(table.tobytes() for table in tables))
     values, (runs, grids, _) = weights.values, counts.shape
@@ -141,7 +141,7 @@ def _survey(first_run, stop_run, cut, values, scales, levels, limit, factors, se
                         into[i] = some[i] * factor
                     start = stop
                 some = distances[:size]
-                if rule == scalar.COUNT_PIVOTS:
+                if rule >= scalar.COUNT_PIVOTS:
                     _distances(scalar.COUNT_PIVOTS, some, segments, bins)
                 elif rule == scalar.FLOAT8:
                     _distances(scalar.FLOAT8, some, segments, bins)
@@ -249,7 +249,7 @@ def _rounding_error_sums(first_share, stop_share, cut, weights, scales, levels, 
             part = slice(start - share.start, stop - share.start)
             some, chosen, into = values[part], codes[part], errors[part]
             zero = np.int32(scales.zero[b])
-            if levels.rule == scalar.COUNT_PIVOTS:
+            if levels.rule >= scalar.COUNT_PIVOTS:
                 _absolute_errors(scalar.COUNT_PIVOTS, some, chosen, zero, scale[b], levels, into)
             elif levels.rule == scalar.FLOAT8:
                 _absolute_errors(scalar.FLOAT8, some, chosen, zero, scale[b], levels, into)

@@ -10,6 +10,7 @@ from .codebook import FP4, NF4, Codebook
 from .float8 import Float8, Float8Grid, float8
 from .grid import Checked, Grid, Margins, Scheme
 from .microscaling import microscaling
+from .nvfp4 import nvfp4
 
 CODEBOOKS = {"nf4": NF4, "fp4": FP4}
 
@@ -22,6 +23,8 @@ def scheme_of(choice: Choice) -> Scheme:
         return replace(CODEBOOKS[chosen.name], choice=chosen)
     if chosen.name == "mxfp4":
         return microscaling(chosen)
+    if chosen.name == "nvfp4":
+        return nvfp4(chosen)
     if chosen.name == "fp8":
         return float8(chosen)
     return affine(chosen)

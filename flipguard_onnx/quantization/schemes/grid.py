@@ -18,6 +18,8 @@ Doubles = npt.NDArray[np.float64]
 
 Integers = npt.NDArray[np.int64]
 
+ONE = np.float32(1)
+
 
 @dataclass(frozen=True)
 class Margins:
@@ -64,11 +66,13 @@ class Grid(ABC):
     scales : of every block; rounded to the weights' own type. In `unclipped` grids no weight sets
         one, so these do not depend on where the weights end up
     levels : the levels in units of the scale, and how a weight is rounded to one
+    tensor_scale : of which files hold the scales as multiples, where the scheme `scales_tensor`
     """
 
     blocks: Blocks
     scales: Scales
     levels: scalar.Levels
+    tensor_scale: np.float32 = ONE
 
     @property
     def scale(self) -> Floats:
@@ -194,7 +198,8 @@ class Grid(ABC):
     def same_as(self, other: "Grid") -> bool:
         """Whether both grids have every level in the same place, bit for bit."""
         pairs = zip(self.scales[:3], other.scales[:3], strict=True)  # all but low and high
-        return all(np.array_equal(mine, others) for mine, others in pairs)
+        same = all(np.array_equal(mine, others) for mine, others in pairs)
+        return same and self.tensor_scale == other.tensor_scale
 
 
 @dataclass(frozen=True)
@@ -240,6 +245,15 @@ class Scheme(ABC):
     def flat(self) -> bool:
         """Whether blocks run on from one row to the next."""
         return self.choice.granularity == "tensor"
+
+    @property
+    def scales_tensor(self) -> bool:
+        """Whether there is a scale for the tensor as well, which its largest magnitude sets."""
+        return False
+
+    def within(self, whole: Extremes) -> Self:
+        """The same scheme for some blocks of a tensor with these extremes."""
+        return self
 
     def fit(self, values: Values, blocks: Blocks, storage: np.dtype[Any], kernels: Kernels) -> Grid:
         """The grid that the quantizer would lay over the weights.

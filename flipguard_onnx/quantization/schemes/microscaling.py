@@ -66,32 +66,46 @@ class Microscaling(Codebook):
     def without_clipping(
         self, values: Values, blocks: Blocks, extremes: Extremes, random: RandomDraw
     ) -> tuple[Values, Extremes]:
-        """In every block the magnitude of the extreme becomes a level, the next one below or above.
-
-        The extreme sets the scale, so that it cannot be drawn together with the others. It gets the
-        upper level with the probability p with which its mean stays. Weights beyond the lower level
-        are then stretched, w to lower + (w - lower) / p; where it gets the lower one, they do, too.
-        """
-        absmax = absmax_of(extremes)
+        """In every block the extreme becomes a level, the next one below or above."""
         scale = self.grid(extremes, blocks, values.dtype).scale
-        lower, upper, chance = _between(absmax, scale)
-        wanted = (absmax > 0) & (chance > SURE) & (chance < 1 - SURE)
-        wanted &= upper <= largest(values.dtype)
-        if not wanted.any():
-            return values, extremes
-        chance = np.where(wanted, chance, 1)
-        is_upper = random.uniform(blocks.first_weight(np.arange(blocks.count))) < chance
+        lower, upper, _ = _between(absmax_of(extremes), scale)
+        return drawn_extremes(values, blocks, extremes, random, lower, upper)
 
-        def moved(weights: Doubles, block: Integers) -> Doubles:
-            low, high = lower[block], upper[block]
-            magnitude = np.abs(weights)
-            stretched = np.minimum(low + (magnitude - low) / chance[block], high)
-            stretched = np.where(magnitude == absmax[block], high, stretched)
-            changed = np.where(is_upper[block], stretched, low)
-            beyond = wanted[block] & (magnitude > low)
-            return np.copysign(np.where(beyond, changed, magnitude), weights)
 
-        return moved_beyond(values, blocks, extremes, lower.astype(np.float32), moved)
+def drawn_extremes(
+    values: Values,
+    blocks: Blocks,
+    extremes: Extremes,
+    random: RandomDraw,
+    lower: Doubles,
+    upper: Doubles,
+) -> tuple[Values, Extremes]:
+    """Weights of which the extreme of every block has one of two magnitudes, around its own.
+
+    The extreme sets the scale, so that it cannot be drawn together with the others. It gets the
+    upper magnitude with the probability p with which its mean stays. Weights beyond the lower one
+    are then stretched, w to lower + (w - lower) / p; where it gets the lower one, they do, too.
+    """
+    absmax = absmax_of(extremes)
+    with np.errstate(invalid="ignore"):  # of a tensor of zeros
+        chance = (absmax - lower) / (upper - lower)
+    wanted = (absmax > 0) & (chance > SURE) & (chance < 1 - SURE)
+    wanted &= upper <= largest(values.dtype)
+    if not wanted.any():
+        return values, extremes
+    chance = np.where(wanted, chance, 1)
+    is_upper = random.uniform(blocks.first_weight(np.arange(blocks.count))) < chance
+
+    def moved(weights: Doubles, block: Integers) -> Doubles:
+        low, high = lower[block], upper[block]
+        magnitude = np.abs(weights)
+        stretched = np.minimum(low + (magnitude - low) / chance[block], high)
+        stretched = np.where(magnitude == absmax[block], high, stretched)
+        changed = np.where(is_upper[block], stretched, low)
+        beyond = wanted[block] & (magnitude > low)
+        return np.copysign(np.where(beyond, changed, magnitude), weights)
+
+    return moved_beyond(values, blocks, extremes, lower.astype(np.float32), moved)
 
 
 def _powers(absmax: Floats, exponent: npt.NDArray[Any]) -> Floats:
@@ -114,10 +128,14 @@ def microscaling(choice: Choice) -> Microscaling:
 
     The specification rounds half to the even of two codes, modelopt to the smaller magnitude.
     """
+    return Microscaling(choice, 4, *e2m1(to_even=choice.divisor == OCP), None)
+
+
+def e2m1(to_even: bool) -> tuple[Floats, Floats, npt.NDArray[np.uint8]]:
+    """Levels, pivots and stored codes of E2M1.
+
+    to_even: whether halves go to the even of two codes, not to the smaller magnitude
+    """
     middles = (MAGNITUDES[1:] + MAGNITUDES[:-1]) / 2
-    to_even = choice.divisor == OCP
     pivots = np.where((np.arange(7) % 2 == 1) & to_even, np.nextafter(middles, 0), middles)
-    levels, boundaries, codes = with_two_zeros(
-        MAGNITUDES, pivots.astype(np.float32), np.arange(8, dtype=np.uint8)
-    )
-    return Microscaling(choice, 4, levels, boundaries, codes, None)
+    return with_two_zeros(MAGNITUDES, pivots.astype(np.float32), np.arange(8, dtype=np.uint8))
