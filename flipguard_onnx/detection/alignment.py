@@ -51,6 +51,7 @@ GRIDS = {  # by name
         Choice("fp8", "tensor"),
         Choice("mxfp4"),
         Choice("mxfp4", divisor=6),
+        Choice("nvfp4"),
     )
 }
 
@@ -225,10 +226,10 @@ class Sample:
         rows = 1 if scheme.flat else self.values.size // whole.cols
         cols = self.values.size // rows
         blocks = Blocks(rows, cols, min(whole.size, cols))
-        if whole.count == 1:
-            extremes = Extremes(np.full(1, self.lowest), np.full(1, self.highest))
-        else:
+        tensor = extremes = Extremes(np.full(1, self.lowest), np.full(1, self.highest))
+        if whole.count > 1:
             extremes = self._extremes_of(blocks)
+        scheme = scheme.within(tensor)
         fits = scheme.grid, scheme.unclipped
         theirs, ours = (fit(extremes, blocks, self.values.dtype) for fit in fits)
         return theirs, ours

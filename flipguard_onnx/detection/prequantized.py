@@ -143,8 +143,11 @@ def lattice_steps(runs: Floats) -> tuple[npt.NDArray[np.float64], npt.NDArray[np
 
 
 def on_codebook(sample: Sample, weights: Floats) -> bool:
-    """Whether nearly all weights are levels of a codebook; fp4's are almost on a lattice."""
-    for name in CODEBOOKS:
+    """Whether nearly all weights are levels of a codebook.
+
+    Those of fp4 are almost on a lattice, and those of two blocks of nvfp4 often on a common one.
+    """
+    for name in (*CODEBOOKS, "nvfp4"):
         grid, _ = sample.grids(SCHEMES[name])
         offsets = grid.analyze(weights, get_backend("cpu")).offsets
         if np.count_nonzero(np.abs(offsets) < 0.01) > 0.9 * offsets.size:

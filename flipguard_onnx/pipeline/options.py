@@ -69,8 +69,7 @@ class GuardOptions:
     Parameters
     ----------
     scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8", "mxfp4" or
-        "nvfp4": the
-        number format of the weights. "uint8", "uint4" and "uint2" have zero points
+        "nvfp4": the number format of the weights. "uint8", "uint4" and "uint2" have zero points
     granularity : "tensor", "channel" or "block": how many weights share a scale. None is a channel
         at 8 bits, else a block. Tensors that fewer bits or blocks do not fit get int8 per channel
     block_size : weights of a block: 16, 32, 64, 128 or 256; None is 64 at nf4 and fp4, else 32

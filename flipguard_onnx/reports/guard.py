@@ -58,8 +58,7 @@ class Tensor:
     op : type of the operator that reads it
     shape : as it is stored in the model
     scheme : "int8", "uint8", "int4", "uint4", "int2", "uint2", "nf4", "fp4", "fp8", "mxfp4" or
-        "nvfp4"; some
-        tensors get int8 under others
+        "nvfp4"; some tensors get int8 under others
     grid : the scheme with its granularity, as a scan names it: "int8 channel", "int4", "int4 g128"
     weights : how many values it has
     flips : how many of them have another code than nearest rounding's

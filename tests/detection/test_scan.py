@@ -25,6 +25,7 @@ from flipguard_onnx.detection.alignment import (
     tally,
 )
 from flipguard_onnx.detection.prequantized import lattice_steps
+from flipguard_onnx.formats import FLOAT4
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor
 from flipguard_onnx.quantization.schemes import Blocks
@@ -396,7 +397,7 @@ def test_distances_are_those_of_the_grid():
             zero, scale = (grid.blocks.spread(each) for each in (grid.zero, grid.scale))
             position = weights / scale / np.float32(1.18 * LIMIT)
             inside &= (-2 - zero < position) & (position < 1 - zero)
-        if name.startswith("mxfp4"):  # whose extremes may lie beyond the last level
+        if name.startswith(FLOAT4):  # whose extremes may lie beyond the last level
             inside &= np.abs(weights) < LIMIT * 6 * grid.blocks.spread(grid.scale)
         for number in (0, FIXED.start):
             scaled = weights * FACTORS[number, 0]
