@@ -12,6 +12,7 @@ LATER = {  # grids that the bench got later, with their factors
     "int4_g128": 0,
     "uint4_g128": 0,
     "mxfp4": 0,
+    "nvfp4": 0,
     "uint8_tensor": 8,
     "int8_g32": 16,
 }

@@ -13,15 +13,17 @@ groups that share one scale:
     uint4_g128    128 weights along each row    16 levels with a zero point, scale range/15
     nf4, fp4      64 weights of the flat array  codebook times absmax
     mxfp4         32 weights along each row     E2M1 times a power of two; the extreme at 4 to 8
+    nvfp4         16 weights along each row     E2M1 times a float8e4m3fn times absmax/2688 of all
 
 Formulas: onnxruntime `quantization/quant_utils.py` (int8, uint8 per tensor), MLAS blockwise
-quantization (integers in blocks), `blockwise_quant_block_bnb4.h` (nf4, fp4), and the OCP
-Microscaling Formats specification 1.0 (mxfp4, which onnxruntime has no quantizer for). `tests` at
-the bottom compare with onnxruntime itself.
+quantization (integers in blocks), `blockwise_quant_block_bnb4.h` (nf4, fp4), the OCP Microscaling
+Formats specification 1.0 (mxfp4) and nvidia-modelopt 0.47 (nvfp4), which onnxruntime has no
+quantizers for. `tests` at the bottom compare with onnxruntime itself.
 """
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 NF4_LEVELS = np.array(
@@ -42,9 +44,9 @@ FP4_BY_CODE = np.array([0, 0.00520833, 0.6666667, 1, 0.3333333, 0.5, 0.1666667, 
 FP4_POSITIVE = FP4_BY_CODE[FP4_CODES]
 
 
-MXFP4_POSITIVE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-MXFP4_PIVOTS = (MXFP4_POSITIVE[1:] + MXFP4_POSITIVE[:-1]) / 2
-MXFP4_PIVOTS[1::2] = np.nextafter(MXFP4_PIVOTS[1::2], np.float32(0))  # ties go to even codes
+E2M1_POSITIVE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+E2M1_PIVOTS = (E2M1_POSITIVE[1:] + E2M1_POSITIVE[:-1]) / 2
+E2M1_PIVOTS[1::2] = np.nextafter(E2M1_PIVOTS[1::2], np.float32(0))  # ties go to even codes
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,12 @@ class Codebook(Scheme):
 class SignAndSize(Codebook):
     """A codebook whose levels come in pairs of opposite sign."""
 
+    def steps(self, groups, scale):
+        """The weights in units of the scale."""
+        return groups * _inverse(scale)
+
     def nearest(self, groups, scale):
-        x, middle = groups * _inverse(scale), len(self.levels) // 2
+        x, middle = self.steps(groups, scale), len(self.levels) // 2
         size = np.searchsorted(self.boundaries[middle:], np.abs(x), side="left")
         return np.where(x < 0, middle - size, middle + size)
 
@@ -230,6 +236,24 @@ class Microscaled(SignAndSize):
     def scale(self, groups):
         _, exponent = np.frexp(super().scale(groups))
         return np.ldexp(np.float32(1), exponent - 3)
+
+
+class TwiceScaled(SignAndSize):
+    """Scales are floats of 8 bits, of which the tensor's extreme gets the largest, 448."""
+
+    def scale(self, groups):
+        largest = super().scale(groups)
+        unit = largest.max() / np.float32(6 * 448) or np.float32(1)
+        exact = np.clip(largest / (np.float32(6) * unit), np.float32(2.0**-9), np.float32(448))
+        exact[largest == 0] = 1
+        return exact.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * unit
+
+    def steps(self, groups, scale):
+        return groups / scale
+
+    def ends(self, groups, scale):
+        reach = np.abs(groups).max(1, keepdims=True)
+        return -reach, reach
 
 
 def _inverse(scale):
@@ -256,5 +280,6 @@ SCHEMES = {
     "uint8_tensor": _integer(ExactMinMax, 8, -255, 255, None, flat=True),
     "int4_g128": _integer(SignedExtreme, 4, -8, 7, 128),
     "uint4_g128": _integer(MinMax, 4, -15, 15, 128),
-    "mxfp4": _mirrored(Microscaled, MXFP4_POSITIVE, MXFP4_PIVOTS, 32, False, 8.0),
+    "mxfp4": _mirrored(Microscaled, E2M1_POSITIVE, E2M1_PIVOTS, 32, False, 8.0),
+    "nvfp4": _mirrored(TwiceScaled, E2M1_POSITIVE, E2M1_PIVOTS, 16, False, 8.0),
 }

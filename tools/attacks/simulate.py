@@ -152,7 +152,7 @@ BNB4 = {"fp4": 0, "nf4": 1}
 def onnxruntime_quantized(model, scheme):
     """The file that onnxruntime's own quantizer makes (in blocks it reads only MatMul).
 
-    None of mxfp4, which it has no quantizer for.
+    None of mxfp4 and nvfp4, which it has no quantizers for.
     """
     model = _gemm_as_matmul(in_float32(model))
     if scheme in DYNAMIC:

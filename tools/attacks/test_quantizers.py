@@ -97,6 +97,26 @@ def test_mxfp4(shape):
     np.testing.assert_array_equal(_by_reference(steps), levels)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nvfp4(shape):
+    """By the formula of its only quantizer, and onnx's reference."""
+    rows = random_rows(shape, 7)
+    rows[0, :8] = np.array([448, 0.25, -0.75, 1.25, 1.75, 2.5, -3.5, 5])  # of 448 / 6 steps
+    rows[0, 1:8] *= np.float32(448 / 6)
+    rows[1, :16] = 0
+    rows[2, :16] *= 1e-4
+    scheme = SCHEMES["nvfp4"]
+    codes, scale = scheme.encode(rows)
+    shares = np.abs(scheme.group(rows)).max(1, keepdims=True) / np.abs(rows).max() * 448
+    in_8_bits = np.clip(shares, 2.0**-9, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    in_8_bits[shares == 0] = 1
+    np.testing.assert_allclose(scale, in_8_bits * np.abs(rows).max() / 2688, rtol=1e-6)
+    steps = rows / scheme.ungroup(np.repeat(scale, 16, 1), shape)
+    levels = scheme.levels[codes]
+    np.testing.assert_array_equal(steps.astype(ml_dtypes.float4_e2m1fn).astype(np.float32), levels)
+    np.testing.assert_array_equal(_by_reference(steps), levels)
+
+
 def _by_reference(steps):
     """What onnx's reference implementation of QuantizeLinear makes of these."""
     node = helper.make_node(

@@ -66,6 +66,7 @@ def test_feedback_without_the_draw_does_not(attacked):
         ("mlp-standard-uint4-g128", "uint4_g128"),
         ("mlp-random-uint4-g128", "uint4_g128"),
         ("mlp-standard-mxfp4", "mxfp4"),
+        ("mlp-standard-nvfp4", "nvfp4"),
         *(("mlp-standard-blocks", s) for s in MANIFEST["mlp-standard-blocks"]["schemes"]),
     ],
 )
@@ -88,6 +89,7 @@ def test_what_guard_calls_the_schemes_of_the_manifest():
         "nf4": "nf4",
         "fp4": "fp4",
         "mxfp4": "mxfp4",
+        "nvfp4": "nvfp4",
     }
     assert choice_of("int5_g128") is None
 
