@@ -30,7 +30,7 @@ def stand_in(path: Path, folder: Path) -> Path:
             if codes is None or not _is_float4(codes):
                 continue
             output = output or Output(folder, folder / "stand-in.onnx", external=True)
-            maker = makers.get(node.input[1])  # of scales that are multiples of another
+            maker = makers.get(node.input[1])  # of scales that are codes themselves
             scales = [model.array(constants[x]) for x in (maker.input if maker else node.input[1:])]
             values = _decoded(model, node, codes, reduce(mul, scales))
             name, shape = codes.name, list(codes.dims)
