@@ -23,7 +23,6 @@ from ..reports.guard import Finding, TargetInspection
 SIGNED = {TensorProto.INT8, TensorProto.INT4, TensorProto.INT2, *SMALL_FLOATS}
 FOUR_BITS = {TensorProto.INT4, TensorProto.UINT4}
 FLOATS_OF_8_BITS = {*SMALL_FLOATS} - {TensorProto.FLOAT4E2M1}
-FLOATS_OF_8_BITS = {*SMALL_FLOATS} - {TensorProto.FLOAT4E2M1}
 CODES = SIGNED | {TensorProto.UINT8, TensorProto.UINT4, TensorProto.UINT2}
 PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
