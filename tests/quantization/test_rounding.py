@@ -169,10 +169,14 @@ def test_topk_equals_the_papers_algorithm(form, ratio):
     np.testing.assert_allclose(positions, moved, rtol=2.0**-18, atol=2e-5)
 
 
-@pytest.mark.parametrize("form", CHOICES)
+@pytest.mark.parametrize("form", [form for form in CHOICES if "int2" not in form])
 def test_unbiased_draws_average_to_the_weights(form):
     """Bernstein's bound, which a single weight breaks with probability 1e-9: about 6.5 standard
-    errors. Rounding to nearest and topk break it."""
+    errors. Rounding to nearest and topk break it.
+
+    Its variance is that on the quantizer's grid. At 2 bits the drawn ends of a block make more of
+    it; test_laws compares with the variance that there is.
+    """
     weights, draws = weights_of(4, 70), 300
     blocks = naives(form, weights)
     chance = np.concatenate([naive.chances(b) for b in blocks])
