@@ -18,18 +18,27 @@ class Format:
     """What may be chosen of a scheme; of every choice, the first is the default.
 
     bits: of a code. granularities: of its scales. block_sizes: where there are blocks. divisors: by
-    granularity, the level that the largest magnitude of a block gets, about. reducible: whether
-    there is a form with a bit less. has_zeros: whether blocks differ in the code that stands for 0;
-    files then hold unsigned codes.
+    granularity, the level that the largest magnitude of a block gets, about. searches: names of
+    ways to search for the scale of a block instead; never the default. reducible: whether there is
+    a form with a bit less. has_zeros: whether blocks differ in the code that stands for 0; files
+    then hold unsigned codes.
     """
 
     bits: int
     granularities: tuple[str, ...]
     block_sizes: tuple[int, ...]
     divisors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    searches: tuple[str, ...] = ()
     reducible: bool = False
     has_zeros: bool = False
 
+    def scales(self, granularity: str) -> tuple[float | str, ...]:
+        """What may be chosen as the scale."""
+        searches = self.searches if granularity == "block" else ()
+        return *self.divisors.get(granularity, ()), *searches
+
+
+K_QUANT = "k_quant"
 
 _OF_INT4 = (8.0, 7.5, 7.0)
 
@@ -41,9 +50,16 @@ FORMATS = {
         {"channel": (127.0,), "tensor": (127.0,), "block": (128.0, 127.0)},
         reducible=True,
     ),
-    "uint8": Format(8, ("channel", "tensor", "block"), BY_32, reducible=True, has_zeros=True),
+    "uint8": Format(
+        8,
+        ("channel", "tensor", "block"),
+        BY_32,
+        searches=(K_QUANT,),
+        reducible=True,
+        has_zeros=True,
+    ),
     "int4": Format(4, ("block", "channel"), BY_32, {"block": _OF_INT4, "channel": _OF_INT4}),
-    "uint4": Format(4, ("block", "channel"), BY_32, has_zeros=True),
+    "uint4": Format(4, ("block", "channel"), BY_32, searches=(K_QUANT,), has_zeros=True),
     "int2": Format(2, ("block", "channel"), BY_32, {"block": (2.0,), "channel": (2.0,)}),
     "uint2": Format(2, ("block", "channel"), BY_32, has_zeros=True),
     "nf4": Format(4, ("block",), BY_64),
@@ -55,9 +71,21 @@ FORMATS = {
 
 FLOAT4 = ("mxfp4", "nvfp4")  # with ONNX's float4e2m1, for which onnxruntime has no kernel
 
-DIVISORS = tuple(
-    sorted({d for known in FORMATS.values() for ds in known.divisors.values() for d in ds})
+SCALES: tuple[float | str, ...] = (
+    *sorted({d for known in FORMATS.values() for ds in known.divisors.values() for d in ds}),
+    *sorted({name for known in FORMATS.values() for name in known.searches}),
 )
+
+
+def shown_scale(scale: float | str) -> str:
+    """A scale as users write it.
+
+    Examples
+    --------
+    >>> shown_scale(7.0), shown_scale(K_QUANT)
+    ('7', 'k_quant')
+    """
+    return scale if isinstance(scale, str) else f"{scale:g}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +99,7 @@ class Choice:
     granularity : "tensor", "channel" or "block": how many weights share a scale
     block_size : weights per scale, where the granularity is "block"
     divisor : scale = largest magnitude / divisor; at mxfp4 that is rounded to a power of two, down
-        with 4 and up with 6
+        with 4 and up with 6. "k_quant" searches for scale and zero point
     reduced : 7 bits of 8
 
     Raises
@@ -91,7 +119,7 @@ class Choice:
     name: str
     granularity: str | None = None
     block_size: int | None = None
-    divisor: float | None = None
+    divisor: float | str | None = None
     reduced: bool = False
 
     def __post_init__(self) -> None:
@@ -122,14 +150,14 @@ class Choice:
                 found=self.block_size,
                 allowed=", ".join(map(str, sorted(known.block_sizes))),
             )
-        divisors = known.divisors.get(self._granularity, ())
-        if self.divisor is not None and self.divisor not in divisors:
+        scales = known.scales(self._granularity)
+        if self.divisor is not None and self.divisor not in scales:
             raise SchemeError(
-                "scheme {name} per {granularity} has no scale {found:g}",
+                "scheme {name} per {granularity} has no scale {found}",
                 name=self.name,
                 granularity=self._granularity,
-                found=self.divisor,
-                allowed=", ".join(f"{each:g}" for each in divisors)
+                found=shown_scale(self.divisor),
+                allowed=", ".join(map(shown_scale, scales))
                 or ("none, it has zero points" if known.has_zeros else "none"),
             )
         if self.reduced and (not known.reducible or self._granularity == "block"):
@@ -171,9 +199,20 @@ class Choice:
             words.append(self._granularity)
         elif chosen.block_size != known.block_sizes[0] or known.bits == 8:
             words.append(f"g{chosen.block_size}")
-        if chosen.divisor not in (None, *known.divisors.get(self._granularity, ())[:1]):
-            words.append(f"/{chosen.divisor:g}")
+        if not self.has_usual_scale:
+            assert chosen.divisor
+            words.append("/" * (not self.searches) + shown_scale(chosen.divisor))
         return " ".join([*words, "7 bits"] if self.reduced else words)
+
+    @property
+    def has_usual_scale(self) -> bool:
+        """Whether the scale is the default."""
+        return self.divisor in (None, *FORMATS[self.name].divisors.get(self._granularity, ())[:1])
+
+    @property
+    def searches(self) -> bool:
+        """Whether scales are searched for."""
+        return isinstance(self.divisor, str)
 
     @property
     def _granularity(self) -> str:

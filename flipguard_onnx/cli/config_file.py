@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from ..errors import OptionError, first_line
+from .options import NumberOrName
 
 FILE = "flipguard.toml"
 
@@ -111,4 +112,6 @@ def _type(option: click.Option) -> tuple[set[type], str]:
         return {int}, "an integer"
     if isinstance(option.type, type(click.FLOAT)):
         return {int, float}, "a number"
+    if isinstance(option.type, NumberOrName):
+        return {int, float, str}, "a number or a name"
     return {str}, "a string"

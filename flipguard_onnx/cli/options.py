@@ -35,6 +35,19 @@ class Option(click.Option):
         self.group = group
 
 
+class NumberOrName(click.ParamType[float | str]):
+    """A number where it is one, else a string; which are allowed GuardOptions says."""
+
+    name = "number or name"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float | str:
+        """What was written, as what it is."""
+        try:
+            return float(value)
+        except ValueError:
+            return str(value)
+
+
 class GroupedCommand(click.Command):
     """A command whose help shows its options group by group."""
 
@@ -100,6 +113,8 @@ def _click_option(name: str, default: Any, about: About, changed: dict[str, Any]
 def _type(default: Any, about: About) -> Any:
     """How click reads a value of the option."""
     if about.range is None:
+        if len({type(choice) for choice in about.choices}) > 1:
+            return NumberOrName()
         kind = type(about.choices[0])
         return click.Choice(about.choices) if kind is str else kind
     if about.range.high is not None:  # GuardOptions says it in one line

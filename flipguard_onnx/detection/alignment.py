@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..formats import K_QUANT
 from ..quantization.arrays import contiguous
 from ..quantization.kernels import get_backend, get_scan_kernels, max_threads, side_by_side
 from ..quantization.kernels.protocol import Extremes
@@ -43,6 +44,8 @@ GRIDS = {  # by name
         Choice("uint4"),
         Choice("uint4", "block", 128),
         Choice("uint4", "channel"),
+        Choice("uint4", divisor=K_QUANT),
+        Choice("uint8", "block", divisor=K_QUANT),
         Choice("int2"),
         Choice("uint2"),
         Choice("nf4"),
@@ -229,10 +232,9 @@ class Sample:
         tensor = extremes = Extremes(np.full(1, self.lowest), np.full(1, self.highest))
         if whole.count > 1:
             extremes = self._extremes_of(blocks)
-        scheme = scheme.within(tensor)
-        fits = scheme.grid, scheme.unclipped
-        theirs, ours = (fit(extremes, blocks, self.values.dtype) for fit in fits)
-        return theirs, ours
+        scheme, storage = scheme.within(tensor), self.values.dtype
+        theirs = scheme.over(self.values, extremes, blocks, storage)
+        return theirs, scheme.unclipped(extremes, blocks, storage)
 
     def _extremes_of(self, blocks: Blocks) -> Extremes:
         if blocks not in self._known:
@@ -331,7 +333,7 @@ def explaining(
                 if now.strength > max(chance(now), ECHO * o.strength)
             ]
             rest, trace = (sum(o.strength for o in each) for each in (own, others))
-            rarity = GRIDS[a.grid].bits, "/" in a.grid
+            rarity = GRIDS[a.grid].bits, not GRIDS[a.grid].choice.has_usual_scale
             tried.append((rest, *rarity, trace, a.grid, without, own))
         *_, name, left, own = min(tried, key=lambda each: each[:4])
         names.append(name)

@@ -372,8 +372,17 @@ def constant_verdict(alignments: Sequence[Alignment]) -> Verdict:
 
 
 def _aligned(alignments: Sequence[Alignment]) -> Verdict | None:
-    """Do the weights gather at the boundaries of a grid?"""
-    found = [a for a in alignments if a.strength > chance(a)]
+    """Do the weights gather at the boundaries of a grid?
+
+    Not at those of a grid that is searched for where outliers wipe out the other weights: these
+    then fill one cell, whose edge the largest of them reach.
+    """
+    collapsed = any(map(_is_collapsed, alignments))
+    found = [
+        a
+        for a in alignments
+        if a.strength > chance(a) and not (collapsed and GRIDS[a.grid].choice.searches)
+    ]
     if not found:
         return None
     # a peak, measured against the fixed placebos, tells apart grids with the same blocks, if they

@@ -128,7 +128,7 @@ def inspect(
     *,
     granularity: str | None = None,
     block_size: int | None = None,
-    scale: float | None = None,
+    scale: float | str | None = None,
     reduce_range: bool = False,
     include: tuple[str, ...] = (),
     exclude: tuple[str, ...] = (),

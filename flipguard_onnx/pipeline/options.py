@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypedDict
 
 from ..errors import DeviceError, FlipguardError, OptionError, SchemeError
-from ..formats import BLOCK_SIZES, DIVISORS, FORMATS, GRANULARITIES, Choice
+from ..formats import BLOCK_SIZES, FORMATS, GRANULARITIES, SCALES, Choice
 
 POLICIES = ("unbiased", "topk", "none")
 DRAWS = 3  # at most: a draw that drifts too far is thrown away
@@ -75,7 +75,8 @@ class GuardOptions:
     block_size : weights of a block: 16, 32, 64, 128 or 256; None is 64 at nf4 and fp4, else 32
     scale : the level that the largest magnitude of a block gets: 8, 7.5 or 7 at int4, 128 or 127 at
         int8 in blocks, 4 or 6 at mxfp4, before it is rounded to a power of two; None is the first.
-        Others have no choice
+        "k_quant" searches for the scale and the zero point, at uint4 and uint8 in blocks. Others
+        have no choice
     reduce_range : 7 bits: for int8 and uint8 per tensor or channel
     include, exclude : shell patterns over tensor names; what fails them is left as it is. A pattern
         that names no tensor of the model is an error
@@ -141,12 +142,13 @@ class GuardOptions:
         "Weights of a block: 16, 32, 64, 128 or 256.  [default: 32, nf4 and fp4 64]",
         choices=BLOCK_SIZES,
     )
-    scale: float | None = _option(
+    scale: float | str | None = _option(
         None,
         "Format",
         "The level of a block's largest weight: int4 8, 7.5 or 7, int8 in blocks 128 or 127, mxfp4 "
-        "4 or 6.  [default: the first]",
-        choices=DIVISORS,
+        "4 or 6.  [default: the first]  Or k_quant: searched for, uint4 and uint8 in blocks.",
+        choices=SCALES,
+        metavar="SCALE",
     )
     reduce_range: bool = _option(
         False, "Format", "int8 and uint8 per channel or tensor: 7 bits, as with reduce_range."
@@ -294,6 +296,13 @@ class GuardOptions:
                 "that the mean of floats for it would be off",
                 found=self.scale,
             )
+        moves = self.policy == "topk" or (self.emit != "qdq" and self.policy != "none")
+        if self.choice.searches and moves:
+            raise SchemeError(
+                "scale {found!r} goes with emit 'qdq' and policy unbiased or none: it searches for "
+                "another grid over moved weights; leave it out, or use the quantized graph",
+                found=self.scale,
+            )
         if self.preserve in ("synthetic", "data") and self.policy != "unbiased":
             raise SchemeError(
                 "preserve {preserve!r} is for the unbiased policy, not {found!r}",
@@ -395,7 +404,7 @@ class GuardKeywords(TypedDict, total=False):
 
     granularity: str | None
     block_size: int | None
-    scale: float | None
+    scale: float | str | None
     reduce_range: bool
     include: tuple[str, ...]
     exclude: tuple[str, ...]

@@ -178,7 +178,7 @@ def quantize_tensor(
         drawn, whole = scheme.without_clipping(values, blocks, whole, ends)
         if drawn is not values:
             found = blocks.extremes(drawn, kernels)
-    grid = scheme.grid(whole, blocks, values.dtype)
+    grid = scheme.over(drawn, whole, blocks, values.dtype)
     if policy.name == "none":
         nearest = grid.encode(values, kernels)
         return QuantizedTensor(grid, nearest, nearest, values, values)

@@ -7,7 +7,7 @@ from functools import reduce
 from operator import add
 from typing import Any, Literal
 
-from ..formats import Choice
+from ..formats import Choice, shown_scale
 from .scan import Budget, Scan, Skipped
 from .serialize import FORMAT, jsonable
 from .validation import Validation
@@ -207,7 +207,8 @@ class GuardReport:
         "nvfp4"
     granularity : how many weights share a scale: "tensor", "channel" or "block"
     block_size : weights of a block; None for other granularities
-    scale : the level that the largest magnitude gets; None for codebooks and with zero points
+    scale : the level that the largest magnitude gets; None for codebooks and with zero points;
+        "k_quant" where it was searched for
     reduce_range : whether 7 of 8 bits are used
     policy : how codes are chosen: "unbiased", "topk" or "none" (round to nearest)
     tau : of the unbiased policy: distance from a boundary up to which weights are drawn, in
@@ -246,7 +247,7 @@ class GuardReport:
     scheme: str
     granularity: str
     block_size: int | None
-    scale: float | None
+    scale: float | str | None
     reduce_range: bool
     policy: str
     tau: float | None
@@ -314,7 +315,7 @@ class GuardReport:
             "scheme": self.scheme,
             "granularity": self.granularity,
             "block_size": self.block_size,
-            "scale": self.scale and f"{self.scale:g}",
+            "scale": self.scale and shown_scale(self.scale),
             "reduce_range": self.reduce_range or None,
             "policy": self.policy,
             "tau": self.tau,

@@ -29,7 +29,9 @@ def scheme_in_words(report: GuardReport) -> str:
     words = f"{report.scheme}, one scale {share}"
     if FORMATS[report.scheme].has_zeros:
         words += ", with zero points"
-    if "/" in report.grid:
+    if isinstance(report.scale, str):
+        words += f", by {report.scale}"
+    elif "/" in report.grid:
         words += f", largest magnitude / {report.scale:g}"
     if report.reduce_range:
         words += ", 7 bits"

@@ -173,6 +173,10 @@ def test_small_files_have_small_units(tmp_path):
             "--scheme int4 --scale 7",
             "int4, one scale per block of 32 weights, largest magnitude / 7",
         ),
+        (
+            "--scheme uint4 --scale k_quant",
+            "uint4, one scale per block of 32 weights, with zero points, by k_quant",
+        ),
         ("--scheme uint4 --granularity channel", "uint4, one scale per channel, with zero points"),
         ("--scheme uint8 --reduce-range", "uint8, one scale per channel, with zero points, 7 bits"),
     ],

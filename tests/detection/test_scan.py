@@ -74,14 +74,21 @@ def counted(weights):
 
 
 def shifted(name, share, edge=0.49, values=None):
-    """Weights a share of which stand `edge` gaps from their level, towards the next one."""
+    """Weights a share of which stand `edge` gaps from their level, towards the next one.
+
+    Where a search finds another grid over the moved weights, they are moved to that, in turn.
+    """
     values = honest() if values is None else values
     grid, weights = grid_of(name, values)
     margins = grid.analyze(weights, CPU)
-    level, neighbour = grid.decode(margins.codes), grid.decode(margins.neighbours)
     chosen = (np.random.default_rng(1).random(weights.size) < share) & (margins.offsets != 0)
-    moved = np.where(chosen, level + np.float32(edge) * (neighbour - level), weights)
-    return moved.reshape(values.T.shape).T.astype(values.dtype)
+    result = values
+    for _ in range(10 if GRIDS[name].choice.searches else 1):
+        grid, _ = grid_of(name, result)
+        level, neighbour = grid.decode(margins.codes), grid.decode(margins.neighbours)
+        moved = np.where(chosen, level + np.float32(edge) * (neighbour - level), weights)
+        result = moved.reshape(values.T.shape).T.astype(values.dtype)
+    return result
 
 
 def decoded(name, values):

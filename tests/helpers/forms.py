@@ -34,11 +34,17 @@ MORE = {  # the same rules with other numbers
     "mxfp4-6": Choice("mxfp4", divisor=6),
 }
 
+SEARCHED = {  # scales depend on all weights of a block, not on its extremes alone
+    "uint4-k_quant": Choice("uint4", divisor="k_quant"),
+    "uint4-k_quant-128": Choice("uint4", "block", 128, "k_quant"),
+    "uint8-k_quant": Choice("uint8", "block", divisor="k_quant"),
+}
+
 TWO_ZEROS = ("fp4", "mxfp4", "nvfp4")  # with codes for -0 and for 0
 
 
 def scheme(form):
-    return scheme_of((CHOICES | MORE)[form])
+    return scheme_of((CHOICES | MORE | SEARCHED)[form])
 
 
 def cut(form, rows, cols):

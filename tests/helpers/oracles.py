@@ -14,6 +14,11 @@ from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, q
 from onnxruntime.quantization.calibrate import CalibrationDataReader
 from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from onnxruntime.quantization.neural_compressor.weight_only import (
+    pad_tensor,
+    quant_tensor_k_quant_cpu,
+    rtn_quantize,
+)
 from onnxruntime.quantization.quant_utils import quantize_data
 
 BNB4 = {"fp4": 0, "nf4": 1}
@@ -111,6 +116,17 @@ def _two_bits(weights, block, symmetric):
     return codes[:, :cols].reshape(-1), scales.reshape(-1), zeros[:, :per_row].reshape(-1)
 
 
+def k_quant(weights, bits, block=32):
+    """`quant_tensor_k_quant_cpu` on a matrix as a model holds it; returns the zero points, too."""
+    cols = weights.shape[1]
+    stored = np.ascontiguousarray(weights.T)
+    padded = pad_tensor(stored, block, -(-cols // block))
+    with np.errstate(all="ignore"):
+        codes, scales, zeros = quant_tensor_k_quant_cpu(padded.T, bits, block)
+        scales = scales.astype(weights.dtype)
+    return codes.reshape(len(weights), -1)[:, :cols].reshape(-1), scales[:, 0], zeros[:, 0]
+
+
 def symmetric_int4(weights, block=32):
     """`quantize_data` for QInt4, block by block: absmax / 7.5."""
     blocks = [row[k : k + block] for row in weights for k in range(0, len(row), block)]
@@ -182,6 +198,19 @@ def public_bnb4(weights, kind, folder, block=64):
     tensors = _initializers(quantizer.model.model)
     codes = _high_nibble_first(nh.to_array(tensors["w_Bnb4"]))[: weights.size]
     return codes, nh.to_array(tensors["w_absmax"])
+
+
+def public_k_quant(weights, folder, block=32):
+    """`rtn_quantize` with the algorithm k_quant on a model file; returns the zero points, too."""
+    model = onnx.load(_saved(weights, folder)[0])
+    tensors = _initializers(
+        rtn_quantize(model, num_bits=4, group_size=block, algorithm="k_quant").model
+    )
+    rows, cols = weights.shape
+    codes = _low_nibble_first(nh.to_array(tensors["w_Q4G32"]).reshape(-1)).reshape(rows, -1)
+    scales = nh.to_array(tensors["w_scale"])
+    zeros = _low_nibble_first(nh.to_array(tensors["w_zp"]).reshape(-1))[: scales.size]
+    return codes[:, :cols].reshape(-1), scales.reshape(-1), zeros
 
 
 def bnb4_decoded(codes, absmax, rows, cols, kind, block=64):
@@ -259,6 +288,9 @@ ORACLES = {
     "int4": int4,
     "int4-7.5": symmetric_int4,
     "int4-channel": lambda w: int4(w, w.shape[1]),
+    "uint4-k_quant": lambda w: k_quant(w, 4),
+    "uint4-k_quant-128": lambda w: k_quant(w, 4, 128),
+    "uint8-k_quant": lambda w: k_quant(w, 8),
     "int2": int2,
     "uint2": uint2,
     "uint4": uint4,

@@ -25,6 +25,8 @@ FORMATS = {
     "int4 /7": {"scheme": "int4", "scale": 7.0},
     "uint4": {"scheme": "uint4"},
     "uint4 g16": {"scheme": "uint4", "block_size": 16},
+    "uint4 k_quant": {"scheme": "uint4", "scale": "k_quant"},
+    "uint8 g32 k_quant": {"scheme": "uint8", "granularity": "block", "scale": "k_quant"},
     "uint4 channel": {"scheme": "uint4", "granularity": "channel"},
     "int2": {"scheme": "int2", "policy": "none"},  # drawn, random weights would get int8
     "int2 channel": {"scheme": "int2", "granularity": "channel", "policy": "none"},

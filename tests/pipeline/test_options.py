@@ -72,9 +72,24 @@ def test_every_option_is_described_in_the_docstring():
         (
             {"scheme": "int4", "scale": 9},
             OptionError,
-            "scale is 9; allowed: 2.0, 4.0, 6.0, 7.0, 7.5, 8.0",
+            "scale is 9; allowed: 2.0, 4.0, 6.0, 7.0, 7.5, 8.0, 127.0, 128.0, k_quant",
         ),
         ({"scheme": "int4", "scale": 6}, SchemeError, "no scale 6; allowed: 8, 7.5, 7"),
+        (
+            {"scheme": "int4", "scale": "k"},
+            OptionError,
+            "scale 'k' is unknown; allowed: 2.0, 4.0",
+        ),
+        (
+            {"scheme": "uint4", "scale": "k_quant", "emit": "both"},
+            SchemeError,
+            "scale 'k_quant' goes with emit 'qdq' and policy unbiased or none",
+        ),
+        (
+            {"scheme": "uint4", "scale": "k_quant", "policy": "topk"},
+            SchemeError,
+            "scale 'k_quant' goes with emit 'qdq' and policy unbiased or none",
+        ),
         (
             {"scheme": "int4", "scale": 7.5, "emit": "float"},
             SchemeError,

@@ -11,7 +11,7 @@ from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.rounding import Policy, quantize_tensor, tensor_key
 from flipguard_onnx.quantization.schemes import Blocks
 from tests.helpers import forms
-from tests.helpers.forms import CHOICES
+from tests.helpers.forms import CHOICES, SEARCHED
 
 CPU = get_backend("cpu")
 POLICIES = [Policy(), Policy(tau=0.4), Policy("topk", ratio=0.25), Policy("topk", ratio=1.0)]
@@ -155,8 +155,9 @@ def bias_and_noise(form, weights, copies, moved, inputs=None):
     ("form", "moved"),
     [
         pytest.param(form, moved, id=f"{form}-{'floats' if moved else 'codes'}")
-        for form in CHOICES
+        for form in CHOICES | SEARCHED
         for moved in (False, True)
+        if not (moved and form in SEARCHED)  # refused: moved weights have another grid
         if (form, moved) != ("uint8-tensor", True)  # its ends are drawn once for all copies
     ],
 )

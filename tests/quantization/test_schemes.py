@@ -11,7 +11,7 @@ from flipguard_onnx.formats import FLOAT4, FORMATS, Choice
 from flipguard_onnx.quantization.kernels import get_backend
 from flipguard_onnx.quantization.schemes import SCHEMES, scheme_of
 from tests.helpers import forms, naive, oracles
-from tests.helpers.forms import CHOICES, MORE
+from tests.helpers.forms import CHOICES, MORE, SEARCHED
 from tests.helpers.oracles import ORACLES, PUBLIC
 from tests.helpers.tensors import ALL_FLOATS, FLOATS, TENSORS, random, tensor, tensors
 
@@ -100,6 +100,14 @@ def test_codes_and_scales_equal_the_public_quantizers(form, dtype, tmp_path):
     assert_same(ours(form.removesuffix("-static"), weights), PUBLIC[form](weights, tmp_path))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("cols", [100, 128])
+def test_k_quant_equals_the_public_quantizer(cols, dtype, tmp_path):
+    """Which fails where a row has an odd number of blocks."""
+    weights = random(16, cols).astype(dtype)
+    assert_same(ours("uint4-k_quant", weights), oracles.public_k_quant(weights, tmp_path))
+
+
 @pytest.mark.parametrize("form", ORACLES)
 @settings(max_examples=40, deadline=None)
 @given(weights=tensors())
@@ -174,6 +182,11 @@ def test_fp4_has_two_codes_for_zero_and_only_negative_weights_take_the_second():
         (("int8", None, 64), "block size 64 goes with blocks; int8 has one scale per channel"),
         (("nf4", None, None, 7.0), "scheme nf4 per block has no scale 7; allowed: none"),
         (("int4", None, None, 127.0), "scheme int4 per block has no scale 127; allowed: 8, 7.5, 7"),
+        (("uint4", None, None, 7.0), "scheme uint4 per block has no scale 7; allowed: k_quant"),
+        (
+            ("uint8", None, None, "k_quant"),
+            "scheme uint8 per channel has no scale k_quant; allowed: none, it has zero points",
+        ),
         (("int8", "block", None, None, True), "reduced range is for int8 and uint8 per tensor or"),
     ],
 )
@@ -184,8 +197,9 @@ def test_a_choice_that_does_not_fit_is_named(chosen, named):
 
 def test_every_choice_has_a_scheme_and_a_label_of_its_own():
     assert list(SCHEMES) == list(FORMATS)
-    labels = [choice.label for choice in (CHOICES | MORE).values()]
+    choices = (CHOICES | MORE | SEARCHED).values()
+    labels = [choice.label for choice in choices]
     assert len(set(labels)) == len(labels)
-    for choice in (CHOICES | MORE).values():
+    for choice in choices:
         assert choice.filled.label == choice.label
         assert scheme_of(choice).choice == choice.filled

@@ -9,6 +9,7 @@ from .blocks import Blocks, Codes, Floats
 from .codebook import FP4, NF4, Codebook
 from .float8 import Float8, Float8Grid, float8
 from .grid import Checked, Grid, Margins, Scheme
+from .k_quant import KQuant, k_quant
 from .microscaling import microscaling
 from .nvfp4 import nvfp4
 
@@ -27,7 +28,7 @@ def scheme_of(choice: Choice) -> Scheme:
         return nvfp4(chosen)
     if chosen.name == "fp8":
         return float8(chosen)
-    return affine(chosen)
+    return k_quant(chosen) if chosen.searches else affine(chosen)
 
 
 SCHEMES: dict[str, Scheme] = {name: scheme_of(Choice(name)) for name in FORMATS}
@@ -45,6 +46,7 @@ __all__ = [
     "Float8Grid",
     "Floats",
     "Grid",
+    "KQuant",
     "Margins",
     "Scheme",
     "scheme_of",

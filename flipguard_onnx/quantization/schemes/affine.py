@@ -366,7 +366,8 @@ def affine(choice: Choice) -> Affine:
         steps = 127 if choice.reduced else 2 * half - 1
         return MinMax(choice, bits, -half, half - 1, rule, exactly, steps)
     divisor = 64 if choice.reduced else choice.divisor
-    assert divisor
+    assert divisor is not None
+    assert not isinstance(divisor, str)
     if divisor == half:
         return SignedExtreme(choice, bits, -half, half - 1, IN_BLOCKS[bits])
     highest = 64 if choice.reduced else half - 1

@@ -263,7 +263,13 @@ class Scheme(ABC):
         values : flat weights [blocks.rows * blocks.cols]
         storage : the type in which the file holds the weights, and so their scales
         """
-        return self.grid(blocks.extremes(values, kernels), blocks, storage)
+        return self.over(values, blocks.extremes(values, kernels), blocks, storage)
+
+    def over(
+        self, values: Values, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]
+    ) -> Grid:
+        """The same where the extremes are known, at which most quantizers look alone."""
+        return self.grid(extremes, blocks, storage)
 
     @abstractmethod
     def grid(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> Grid:
