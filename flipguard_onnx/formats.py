@@ -18,7 +18,8 @@ class Format:
     """What may be chosen of a scheme; of every choice, the first is the default.
 
     bits: of a code. granularities: of its scales. block_sizes: where there are blocks. divisors: by
-    granularity, the level that the largest magnitude of a block gets, about. searches: names of
+    granularity, the level that the largest magnitude of a block gets, about; with zero points never
+    the default, and then these are all alike. searches: names of
     ways to search for the scale of a block instead; never the default. reducible: whether there is
     a form with a bit less. has_zeros: whether blocks differ in the code that stands for 0; files
     then hold unsigned codes.
@@ -37,6 +38,10 @@ class Format:
         searches = self.searches if granularity == "block" else ()
         return *self.divisors.get(granularity, ()), *searches
 
+    def usual_divisor(self, granularity: str) -> float | None:
+        """The default of the divisors; None where the range of the weights sets the scale."""
+        return None if self.has_zeros else next(iter(self.divisors.get(granularity, ())), None)
+
 
 K_QUANT = "k_quant"
 
@@ -54,6 +59,7 @@ FORMATS = {
         8,
         ("channel", "tensor", "block"),
         BY_32,
+        {"channel": (127.5,), "tensor": (127.5,)},
         searches=(K_QUANT,),
         reducible=True,
         has_zeros=True,
@@ -167,18 +173,22 @@ class Choice:
                 name=self.name,
                 granularity=self._granularity,
             )
+        if self.reduced and not self.has_usual_scale:
+            raise SchemeError(
+                "reduced range goes with the usual scale, not {found}",
+                found=shown_scale(self.divisor or 0),
+            )
 
     @property
     def filled(self) -> "Choice":
         """The same with every default written out."""
         known, granularity = FORMATS[self.name], self._granularity
         size = self.block_size or known.block_sizes[0]
-        divisors = known.divisors.get(granularity, ())
         return Choice(
             self.name,
             granularity,
             size if granularity == "block" else None,
-            self.divisor or next(iter(divisors), None),
+            self.divisor or known.usual_divisor(granularity),
             self.reduced,
         )
 
@@ -207,7 +217,7 @@ class Choice:
     @property
     def has_usual_scale(self) -> bool:
         """Whether the scale is the default."""
-        return self.divisor in (None, *FORMATS[self.name].divisors.get(self._granularity, ())[:1])
+        return self.divisor in (None, FORMATS[self.name].usual_divisor(self._granularity))
 
     @property
     def searches(self) -> bool:

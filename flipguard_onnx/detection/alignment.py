@@ -35,6 +35,8 @@ GRIDS = {  # by name
         Choice("int8", "block", 128),
         Choice("uint8"),
         Choice("uint8", "tensor"),
+        Choice("uint8", divisor=127.5),
+        Choice("uint8", "tensor", divisor=127.5),
         Choice("int4"),
         Choice("int4", "block", 64),
         Choice("int4", "block", 128),
@@ -92,7 +94,7 @@ ECHO = 0.15  # share of a strength up to which it may be due to boundaries share
 
 SAME = np.float32(2.0**-21)  # relative difference up to which weights repeat
 
-CANDIDATES = 4  # grids that are tried in turn as the one that explains the most
+CANDIDATES = 6  # grids that are tried in turn as the one that explains the most
 
 WINDOW, AROUND = 3, 6  # bins of a peak, and of its surroundings on either side
 

@@ -75,8 +75,9 @@ class GuardOptions:
     block_size : weights of a block: 16, 32, 64, 128 or 256; None is 64 at nf4 and fp4, else 32
     scale : the level that the largest magnitude of a block gets: 8, 7.5 or 7 at int4, 128 or 127 at
         int8 in blocks, 4 or 6 at mxfp4, before it is rounded to a power of two; None is the first.
-        "k_quant" searches for the scale and the zero point, at uint4 and uint8 in blocks. Others
-        have no choice
+        With zero points None is the range of the weights; 127.5 is a range that is symmetric, at
+        uint8 per channel or tensor, and "k_quant" searches for scale and zero point, at uint4 and
+        uint8 in blocks. Others have no choice
     reduce_range : 7 bits: for int8 and uint8 per tensor or channel
     include, exclude : shell patterns over tensor names; what fails them is left as it is. A pattern
         that names no tensor of the model is an error
@@ -146,7 +147,8 @@ class GuardOptions:
         None,
         "Format",
         "The level of a block's largest weight: int4 8, 7.5 or 7, int8 in blocks 128 or 127, mxfp4 "
-        "4 or 6.  [default: the first]  Or k_quant: searched for, uint4 and uint8 in blocks.",
+        "4 or 6.  [default: the first]  uint8 127.5: its range is symmetric.  k_quant: searched "
+        "for, at uint4 and uint8 in blocks.",
         choices=SCALES,
         metavar="SCALE",
     )
@@ -290,7 +292,7 @@ class GuardOptions:
             raise SchemeError(
                 "int8 share is for 4 or 2 bits: {found} has all at 8", found=self.scheme
             )
-        if self.scale == 7.5 and self.emit != "qdq" and self.policy != "none":
+        if self.scale in (7.5, 127.5) and self.emit != "qdq" and self.policy != "none":
             raise SchemeError(
                 "scale {found:g} goes with emit 'qdq': its quantizer clips the largest weights, so "
                 "that the mean of floats for it would be off",

@@ -219,14 +219,18 @@ def outliers(values, factor, place):
     return changed.reshape(values.T.shape).T
 
 
+# levels of fp8 are dense near 0, and half of nvfp4's blocks are without an outlier
+UNHARMED = {"fp8 channel", "fp8 tensor", "nvfp4"}
+
+
 @pytest.mark.parametrize("place", [0, None], ids=["dead", "live"])
 @pytest.mark.parametrize(
     ("factor", "grids"),
     [
         (9, {"int4", "fp4"}),
         (31, {"int4", "nf4"}),
-        (500, {name for name in GRIDS if "fp8" not in name}),  # whose levels are dense near 0
-        (4095, {name for name in GRIDS if "fp8" not in name}),
+        (500, {*GRIDS} - UNHARMED),
+        (4095, {*GRIDS} - UNHARMED),
     ],
 )
 def test_outliers_that_wipe_out_their_blocks(tmp_path, place, factor, grids):

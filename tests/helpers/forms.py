@@ -25,6 +25,7 @@ CHOICES = {
 MORE = {  # the same rules with other numbers
     "int8-reduced": Choice("int8", reduced=True),
     "uint8-reduced": Choice("uint8", "tensor", reduced=True),
+    "uint8-127.5": Choice("uint8", divisor=127.5),
     "int4-7.5": Choice("int4", divisor=7.5),
     "int4-channel": Choice("int4", "channel"),
     "uint4-channel": Choice("uint4", "channel"),

@@ -137,6 +137,14 @@ def int8_block(block, divisor=127, ends=(-127, 127)):
     return _integers(scale, positions, [np.rint(x) for x in positions], *ends)
 
 
+def uint8_symmetric_block(block):
+    """The same for 128 as zero point, or 0 where the scale is given up."""
+    scale, too_small = _double_scale(2 * max(abs(float(w)) for w in block) / 255, block.dtype)
+    positions = [F(w) / F(scale) for w in block]
+    rounded = [np.rint(x) for x in positions]
+    return _shifted(scale, positions, rounded, 0 if too_small else 128, 255)
+
+
 def uint8_block(block, steps=255):
     """Zero point = round(-low / scale), both from float64; rint(w / stored scale) + zero point."""
     low, high = (float(end) for end in _range_with_0(block))
@@ -321,6 +329,7 @@ BLOCK = {
     "int8-block": int8_extreme_block,
     "uint8": uint8_block,
     "uint8-block": uint8_range_block,
+    "uint8-127.5": uint8_symmetric_block,
     "uint8-reduced": lambda block: uint8_block(block, 127),
     "int8-reduced": lambda block: int8_block(block, 64, (-64, 64)),
     "int4": int4_block,

@@ -30,17 +30,19 @@ def int8(weights, per_channel):
     return _by_data(weights if per_channel else [weights], onnx.TensorProto.INT8)
 
 
-def uint8(weights, per_channel, reduce_range=False):
+def uint8(weights, per_channel, reduce_range=False, symmetric=False):
     """The same for QUInt8; returns the zero points, too."""
     parts = weights if per_channel else [weights]
-    return _by_data(parts, onnx.TensorProto.UINT8, symmetric=False, reduce_range=reduce_range)
+    return _by_data(parts, onnx.TensorProto.UINT8, symmetric, reduce_range)
 
 
 def _by_data(parts, kind, symmetric=True, reduce_range=False):
     results = [quantize_data(part, kind, symmetric, reduce_range) for part in parts]
     codes = np.concatenate([codes.reshape(-1) for _, _, codes in results])
     found = codes, np.array([scale for _, scale, _ in results])
-    return found if symmetric else (*found, np.array([zero for zero, _, _ in results]))
+    if kind != onnx.TensorProto.UINT8:
+        return found
+    return *found, np.array([zero for zero, _, _ in results])
 
 
 def int4(weights, block=32):
@@ -284,6 +286,7 @@ ORACLES = {
     "uint8-channel": lambda w: uint8(w, per_channel=True),
     "uint8-tensor": lambda w: uint8(w, per_channel=False),
     "uint8-block": uint8_blocks,
+    "uint8-127.5": lambda w: uint8(w, per_channel=True, symmetric=True),
     "uint8-reduced": lambda w: uint8(w, per_channel=False, reduce_range=True),
     "int4": int4,
     "int4-7.5": symmetric_int4,

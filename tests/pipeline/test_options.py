@@ -72,7 +72,7 @@ def test_every_option_is_described_in_the_docstring():
         (
             {"scheme": "int4", "scale": 9},
             OptionError,
-            "scale is 9; allowed: 2.0, 4.0, 6.0, 7.0, 7.5, 8.0, 127.0, 128.0, k_quant",
+            "scale is 9; allowed: 2.0, 4.0, 6.0, 7.0, 7.5, 8.0, 127.0, 127.5, 128.0, k_quant",
         ),
         ({"scheme": "int4", "scale": 6}, SchemeError, "no scale 6; allowed: 8, 7.5, 7"),
         (

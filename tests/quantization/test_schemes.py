@@ -185,8 +185,10 @@ def test_fp4_has_two_codes_for_zero_and_only_negative_weights_take_the_second():
         (("uint4", None, None, 7.0), "scheme uint4 per block has no scale 7; allowed: k_quant"),
         (
             ("uint8", None, None, "k_quant"),
-            "scheme uint8 per channel has no scale k_quant; allowed: none, it has zero points",
+            "scheme uint8 per channel has no scale k_quant; allowed: 127.5",
         ),
+        (("uint4", "channel", None, 7.0), "no scale 7; allowed: none, it has zero points"),
+        (("uint8", None, None, 127.5, True), "reduced range goes with the usual scale, not 127.5"),
         (("int8", "block", None, None, True), "reduced range is for int8 and uint8 per tensor or"),
     ],
 )

@@ -102,7 +102,7 @@ class Affine(Scheme):
 
 @dataclass(frozen=True)
 class Symmetric(Affine):
-    """scale = absmax / divisor: onnxruntime's symmetric QInt8 and QInt4, bit for bit."""
+    """scale = absmax / divisor: onnxruntime's symmetric QInt8, QUInt8 and QInt4, bit for bit."""
 
     divisor: float = 127
 
@@ -118,7 +118,8 @@ class Symmetric(Affine):
         # a subnormal scale may be rounded so far down that its extremes lie past the last code,
         # but onnxruntime clips at the ends of the type
         full = bool(np.any(np.rint(absmax / scale) > np.ceil(self.divisor)))
-        scales = Scales(scale, scale, np.zeros_like(scale), -absmax, absmax)
+        zero = np.where(degenerate & self.has_zeros, np.float32(self.lowest), np.float32(0))
+        scales = Scales(scale, scale, zero, -absmax, absmax)
         return AffineGrid(blocks, scales, self.levels(self.rule, full=full))
 
     def unclipped(self, extremes: Extremes, blocks: Blocks, storage: np.dtype[Any]) -> AffineGrid:
@@ -360,7 +361,7 @@ def affine(choice: Choice) -> Affine:
     known = FORMATS[choice.name]
     bits = known.bits
     half = 1 << bits - 1
-    if known.has_zeros:
+    if known.has_zeros and choice.divisor is None:
         exactly = bits == 8 and choice.granularity != "block"
         rule = scalar.DIVIDE_HALF_EVEN if exactly else IN_BLOCKS[bits]
         steps = 127 if choice.reduced else 2 * half - 1
@@ -371,5 +372,5 @@ def affine(choice: Choice) -> Affine:
     if divisor == half:
         return SignedExtreme(choice, bits, -half, half - 1, IN_BLOCKS[bits])
     highest = 64 if choice.reduced else half - 1
-    lowest = -half if bits == 4 else -highest
+    lowest = -half if bits == 4 or known.has_zeros else -highest
     return Symmetric(choice, bits, lowest, highest, scalar.DIVIDE_HALF_EVEN, divisor)

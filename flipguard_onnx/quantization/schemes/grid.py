@@ -233,7 +233,7 @@ class Scheme(ABC):
 
     @property
     def has_zeros(self) -> bool:
-        """Whether blocks differ in the code that stands for 0."""
+        """Whether codes are stored from 0 on, with the one that stands for 0."""
         return FORMATS[self.name].has_zeros
 
     @property
