@@ -7,17 +7,18 @@ report says why. All other constants that onnxruntime rounded become float again
 have aligned them, since they were not rounded at random.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from .. import runtime
-from ..calibration.inputs import Feed, node_readers
+from ..calibration.inputs import BATCH, Feed, Input, node_readers, signature
 from ..calibration.samples import Samples
 from ..calibration.synthetic import synthetic_feeds
-from ..errors import UnsupportedModelError, ValidationError
+from ..errors import OptionError, UnsupportedModelError, ValidationError
 from ..graph.copies import IndexedModel
 from ..graph.operators import CHAIN, OPERATORS, VIEWS, operator_of
 from ..graph.scopes import Use
@@ -80,14 +81,37 @@ class Calibration:
         asked : the options
         per_channel : whether each output channel of a weight has a scale
         samples : those of the model, as `preprocessed` returns it
+
+        Raises
+        ------
+        OptionError : the inputs have several shapes, and it counts values by their size
         """
         feeds = samples.given
         if not feeds:
             noise = samples.require().feeds
             made_up = synthetic_feeds(samples.source, samples.session, noise[0], SAMPLES, 1, SEED)
             feeds = noise + made_up
+        if asked.calibration != "minmax":
+            feeds = list(_alike(feeds, signature(samples.source.proto)))
+            if len({tuple(values.shape for values in feed.values()) for feed in feeds}) > 1:
+                raise OptionError(
+                    "calibration {found!r} takes inputs of one shape",
+                    found=asked.calibration,
+                    allowed="such data, or minmax",
+                    path=samples.data,
+                )
         inputs = "data" if samples.given else "synthetic"
         return cls(replace(asked, inputs=inputs, feeds=len(feeds)), per_channel, feeds)
+
+
+def _alike(feeds: Sequence[Feed], inputs: Sequence[Input]) -> Iterator[Feed]:
+    """The samples of the feeds, as many in each as divide the numbers of all."""
+    split = [each.name for each in inputs if each.dims[:1] == (BATCH,)]
+    step = math.gcd(*(len(feed[name]) for feed in feeds for name in split))
+    for feed in feeds:
+        for start in range(0, len(feed[split[0]]) if split else 1, step or 1):
+            some = slice(start, start + step)
+            yield feed | {name: feed[name][some] for name in split}
 
 
 def require_reachable(source: Model, weights: Sequence[Weight]) -> None:

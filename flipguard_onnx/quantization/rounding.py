@@ -20,6 +20,7 @@ from .kernels.protocol import Extremes, Kernels, RandomDraw
 from .layout import Layout
 from .parts import Part, parts
 from .schemes import Blocks, Checked, Codes, Grid, Margins, Scheme
+from .schemes.grid import largest
 
 POLICIES = ("unbiased", "topk", "none")
 
@@ -169,6 +170,7 @@ def quantize_tensor(
     if policy.name == "unbiased" and not moved:
         grid = scheme.unclipped(whole, blocks, values.dtype)
         nearest, codes, on_products = _draw(values, values, grid, inputs, random, kernels)
+        require_finite(name, grid, codes, whole, values.dtype)
         return QuantizedTensor(grid, nearest, codes, values, None, *on_products)
     drawn, on_products = values, NO_PRODUCTS
     if policy.name == "unbiased":
@@ -191,6 +193,8 @@ def quantize_tensor(
     guarded, codes = grid.move_weights(drawn, nearest, wanted, kernels)
     checked = grid.check(drawn, guarded, nearest, codes, kernels)
     require_invariants(name, checked, scheme, grid, values.dtype, found, whole)
+    if policy.name == "unbiased":
+        require_finite(name, grid, codes, whole, values.dtype)
     return QuantizedTensor(grid, nearest, codes, drawn, guarded, *on_products)
 
 
@@ -274,6 +278,37 @@ def _topk(grid: Grid, margins: Margins, ratio: float) -> Mask:
     chosen = (rank < quota[:, None]).reshape(blocks.rows, -1)[:, : blocks.cols]
     flips: Mask = chosen.reshape(-1) & (margins.offsets != 0)
     return flips
+
+
+def require_finite(
+    name: str, grid: Grid, codes: Codes, extremes: Extremes, storage: np.dtype[Any]
+) -> None:
+    """Require that drawn levels are numbers of the weights' type.
+
+    Where levels are far apart, the one beyond a weight may be twice as large as the weight.
+
+    Parameters
+    ----------
+    extremes : of every block
+
+    Raises
+    ------
+    ValidationError : a level overflows that type
+    """
+    bound = largest(storage)
+    if max(np.abs(each).max(initial=0) for each in extremes) < bound / 4:
+        return
+    with np.errstate(over="ignore"):
+        lost = int(np.count_nonzero(np.abs(grid.decode(codes)) > bound))
+    if lost:
+        raise ValidationError(
+            "tensor {tensor!r}: {found} weights would get levels beyond {bound:.4g}, the largest "
+            "number of their type",
+            tensor=name,
+            found=lost,
+            bound=bound,
+            allowed="smaller weights (--exclude leaves a tensor as it is)",
+        )
 
 
 def require_invariants(

@@ -356,6 +356,12 @@ def test_small_tensors_are_judged_together(tmp_path):
     assert result.verdict.grids[0] == "int8 tensor"
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_largest_weights_are_judged_without_a_warning(tmp_path):
+    values = np.random.default_rng(0).uniform(-1, 1, SHAPE) * 3.3e38
+    assert scanned(tmp_path, values.astype(np.float32)).verdict.level == "clean"
+
+
 def test_too_few_weights(tmp_path):
     result = scanned(tmp_path, honest(0, (16, 16)))
     assert result.verdict.level == "not judged"

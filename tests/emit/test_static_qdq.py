@@ -16,7 +16,7 @@ from flipguard_onnx import OptionError, UnsupportedModelError, ValidationError, 
 from tests.helpers import oracles
 from tests.helpers.attacked import FOLDER, MANIFEST, classifier_rates
 from tests.helpers.command import call, names, one_line
-from tests.helpers.samples import F, model, node, save, weights
+from tests.helpers.samples import F, matmul, model, node, save, weights
 from tests.helpers.written import initializers
 
 TYPES = {"int8": QuantType.QInt8, "uint8": QuantType.QUInt8, "int16": QuantType.QInt16}
@@ -335,6 +335,29 @@ def test_minmax_covers_the_whole_range_and_percentile_does_not(tmp_path):
         found[calibration] = float(initializers(output)[first.input[1]])
     np.testing.assert_allclose(found["minmax"], np.ptp(x) / 255, rtol=1e-6)
     assert 0.99 * found["minmax"] < found["percentile"] < found["minmax"]
+
+
+@pytest.mark.parametrize("calibration", ["entropy", "percentile"])
+def test_samples_that_no_batch_divides_are_counted_all_the_same(tmp_path, calibration):
+    source, data = save(matmul(), tmp_path), tmp_path / "x.npz"
+    np.savez(data, x=np.random.default_rng(0).standard_normal((41, 70)).astype(np.float32))
+    options = {"activations": "uint8", "calibration": calibration, "data": data, "seed": 1}
+    report = flipguard_onnx.guard(source, output=tmp_path / "out.onnx", **options)
+    assert report.integers.feeds == 41
+
+
+def test_inputs_of_several_shapes_cannot_be_counted(tmp_path):
+    graph = [node("MatMul", "x w", "y")], {"x": (F, ["n", "m", 70])}, {"y": (F, ["n", "m", 33])}
+    source = save(model(*graph, {"w": weights((70, 33))}), tmp_path)
+    for rows in (3, 4):
+        values = np.random.default_rng(0).standard_normal((2, rows, 70)).astype(np.float32)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        np.savez(tmp_path / "data" / f"{rows}.npz", x=values)
+    options = ["--activations", "uint8", "--data", tmp_path / "data", "--seed", 1]
+    result = call("guard", source, *options, "--calibration", "entropy")
+    assert result.exit_code == 2
+    assert "calibration 'entropy' takes inputs of one shape; allowed: such" in result.output
+    assert call("guard", source, *options).exit_code == 0
 
 
 def test_a_folder_of_inputs_is_all_of_its_files(tmp_path):

@@ -151,6 +151,7 @@ def test_files_with_4_bit_floats_mean_the_same_to_onnx(tmp_path, form):
     (found,) = ReferenceEvaluator(str(output)).run(None, {"x": np.eye(rows, dtype=np.float32)})
     np.testing.assert_array_equal(found.reshape(rows, -1), wanted)
     assert "onnxruntime has no kernel" in report.render()
+    assert "validated with their values as float32" in report.render()
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "mxfp4", "nvfp4"])

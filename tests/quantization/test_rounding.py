@@ -52,6 +52,19 @@ def bits(values):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("form", ["mxfp4", "uint2"])
+def test_levels_beyond_the_type_are_refused(form, dtype):
+    scheme, blocks = forms.scheme(form), forms.cut(form, 8, 96)
+    limit = 0.97 * float(ml_dtypes.finfo(dtype).max)
+    values = (np.random.default_rng(0).uniform(-1, 1, 768) * limit).astype(dtype)
+    with pytest.raises(ValidationError, match="weights would get levels beyond"):
+        quantize_tensor("w", values, scheme, blocks, Policy(), np.uint64(1), CPU, moved=False)
+    smaller = values * dtype(0.25)
+    drawn = quantize_tensor("w", smaller, scheme, blocks, Policy(), np.uint64(1), CPU, moved=False)
+    assert np.isfinite(drawn.grid.decode(drawn.codes).astype(dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("form", CHOICES)
 def test_inside_the_margin_the_code_holds_and_just_past_it_changes(form, dtype):
     weights = weights_of(dtype=dtype)

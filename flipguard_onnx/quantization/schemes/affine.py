@@ -58,7 +58,7 @@ class AffineGrid(Grid):
         lowest, highest = self.levels.lowest, self.levels.highest
         if highest - lowest > 3:
             return self.scales
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             ends = [(end - self.zero) * self.scale * REACH for end in (lowest, highest)]
         return self.scales._replace(
             low=np.maximum(self.scales.low, np.minimum(*ends)),
@@ -200,8 +200,9 @@ class MinMax(Affine):
             scale, degenerate = stored_scales(exact, storage)
             operand = scale
         else:
-            exact = (high - low) / np.float32(self.steps)
-            scale = exact.astype(storage).astype(np.float32)
+            with np.errstate(over="ignore"):
+                exact = (high - low) / np.float32(self.steps)
+                scale = exact.astype(storage).astype(np.float32)
             operand, usable = finite_reciprocal(scale)
             degenerate = ~usable
         with np.errstate(divide="ignore", invalid="ignore"):
