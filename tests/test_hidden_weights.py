@@ -1,6 +1,7 @@
 """An attacked model in many disguises: what a quantizer can wake is guarded, or refused."""
 
 import json
+import re
 
 import numpy as np
 import onnx
@@ -62,8 +63,10 @@ def test_hidden_weights_are_found_and_guarded(tmp_path, form):
         assert REFUSED[form] in ran.stderr
         return
     assert scanned.exit_code == 1, scanned.output
-    level = "suspicious" if form in BLURRED else "aligned"
-    assert f"scan      {level}, int4" in scanned.stdout
+    if form in BLURRED:  # other grids may be named first
+        assert re.search("scan      suspicious, .*int4", scanned.stdout)
+    else:
+        assert "scan      aligned, int4" in scanned.stdout
     if form in UNGUARDED:
         assert ran.exit_code == 2
         assert "a quantizer could reach weights that cannot be guarded" in ran.stderr

@@ -17,6 +17,7 @@ from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 import flipguard_onnx
+from flipguard_onnx import DriftError
 from flipguard_onnx.calibration.inputs import made_up_feeds
 from flipguard_onnx.emit import weight_forms as qdq
 from flipguard_onnx.formats import FLOAT4
@@ -31,13 +32,17 @@ from tests.helpers.real import FLOAT_MODELS, INTEGER_MODELS, downloaded
 
 SLOW = ("ddddocr", "ppocr_det", "ppocr_rec", "open_nsfw")  # to run for statistics; magika has Convs
 
+TWO_BITS = ("int2", "uint2")
 
 CASES = [
     (name, scheme)
     for name in FLOAT_MODELS
     for scheme in SCHEMES
-    if scheme not in ("nf4", "fp4", "fp8", *FLOAT4)
-    or name not in (*SLOW, "minilm")  # int4 with other levels
+    if scheme not in TWO_BITS
+    and (
+        scheme not in ("nf4", "fp4", "fp8", *FLOAT4)
+        or name not in (*SLOW, "minilm")  # int4 with other levels
+    )
 ]
 
 
@@ -57,6 +62,23 @@ def test_guarded_in_every_scheme(tmp_path, name, scheme):
     assert output.stat().st_size < 0.45 * source.stat().st_size
     assert file_sha256(source) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+
+
+@pytest.mark.parametrize("preserve", ["auto", "off"])
+@pytest.mark.parametrize("scheme", TWO_BITS)
+def test_a_model_that_two_bits_ruin_is_not_written(tmp_path, scheme, preserve):
+    source, output = downloaded("fsmn_vad"), tmp_path / "out.onnx"
+    with pytest.raises(DriftError):
+        flipguard_onnx.guard(source, scheme, preserve=preserve, output=output, seed=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_two_bits_would_ruin_get_int8(tmp_path):
+    output = tmp_path / "out.onnx"
+    report = flipguard_onnx.guard(downloaded("minilm"), "uint2", output=output, seed=1)
+    replaced = [tensor for tensor in report.tensors if tensor.fallback]
+    assert len(replaced) > 10
+    assert {tensor.scheme for tensor in replaced} == {"int8"}
 
 
 @pytest.mark.parametrize("name", INTEGER_MODELS)
@@ -142,7 +164,7 @@ def test_4_bit_codes_equal_onnxruntimes(scheme):
     assert compared > 5_000_000
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in ("fp8", *FLOAT4)])
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in ("fp8", *FLOAT4, *TWO_BITS)])
 def test_onnxruntimes_tools_turn_the_moved_model_into_our_codes(tmp_path, monkeypatch, scheme):
     """The float model that we write, put through onnxruntime's own quantizer of that format."""
     monkeypatch.setattr(qdq, "MIN_PACKED", 0)  # all in the kernels' layouts, which are theirs

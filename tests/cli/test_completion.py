@@ -72,7 +72,7 @@ def test_commands_options_values_and_files(terminal):
         ("flipguard-onnx --preser", "ve "),
         ("flipguard-onnx encoder.onnx --max-d", "rift "),
         ("flipguard-onnx guard enc", "oder.onnx "),
-        ("flipguard-onnx guard encoder.onnx --scheme n", "f4 "),
+        ("flipguard-onnx guard encoder.onnx --scheme nf", "4 "),
         ("flipguard-onnx scan --fail-on ali", "gned "),
     ):
         terminal.expect(f"{clear}{line}\t", f"{line}{rest}")
