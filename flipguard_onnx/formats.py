@@ -19,10 +19,9 @@ class Format:
 
     bits: of a code. granularities: of its scales. block_sizes: where there are blocks. divisors: by
     granularity, the level that the largest magnitude of a block gets, about; with zero points never
-    the default, and then these are all alike. searches: names of
-    ways to search for the scale of a block instead; never the default. reducible: whether there is
-    a form with a bit less. has_zeros: whether blocks differ in the code that stands for 0; files
-    then hold unsigned codes.
+    the default, and then these are all alike. searches: names of ways to search for the scale of a
+    block instead; never the default. reducible: whether there is a form with a bit less. has_zeros:
+    whether blocks differ in the code that stands for 0; files then hold unsigned codes.
     """
 
     bits: int
@@ -218,6 +217,11 @@ class Choice:
     def has_usual_scale(self) -> bool:
         """Whether the scale is the default."""
         return self.divisor in (None, FORMATS[self.name].usual_divisor(self._granularity))
+
+    @property
+    def clips(self) -> bool:
+        """Whether the largest magnitude gets no level of its own: half a step is cut off."""
+        return isinstance(self.divisor, float) and not self.divisor.is_integer()
 
     @property
     def searches(self) -> bool:

@@ -16,14 +16,14 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from ..graph.operators import FLOATS
 from ..graph.scopes import GraphIndex, Scope
 from ..graph.traversal import STANDARD, attribute
-from ..graph.weights import SMALL_FLOATS
+from ..graph.weights import QUANTIZED, SMALL_FLOATS
 from ..io.model import Model, open_model
 from ..reports.guard import Finding, TargetInspection
 
 SIGNED = {TensorProto.INT8, TensorProto.INT4, TensorProto.INT2, *SMALL_FLOATS}
 FOUR_BITS = {TensorProto.INT4, TensorProto.UINT4}
 FLOATS_OF_8_BITS = {*SMALL_FLOATS} - {TensorProto.FLOAT4E2M1}
-CODES = SIGNED | {TensorProto.UINT8, TensorProto.UINT4, TensorProto.UINT2}
+CODES = {*QUANTIZED, *SMALL_FLOATS}
 PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 
 

@@ -117,10 +117,9 @@ def opset_for(form: WeightForm, scheme: Scheme) -> int:
         return 23  # the first with 4-bit floats as tensors
     if isinstance(scheme, Float8) and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED):
         return 19  # the first with 8-bit floats as tensors
-    if scheme.bits == 2 and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED, WeightForm.GATHER):
-        return 25  # the first with 2-bit integers as tensors
-    if scheme.bits == 4 and form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED, WeightForm.GATHER):
-        return 21  # the first with 4-bit integers as tensors
+    as_tensors = form in (WeightForm.DEQUANTIZE, WeightForm.FOLDED, WeightForm.GATHER)
+    if scheme.bits < 8 and as_tensors:
+        return {2: 25, 4: 21}[scheme.bits]  # the first with such integers as tensors
     if scheme.in_blocks and form is WeightForm.DEQUANTIZE:
         return 21  # the first with scales per block
     if form is WeightForm.DEQUANTIZE:

@@ -292,14 +292,14 @@ class GuardOptions:
             raise SchemeError(
                 "int8 share is for 4 or 2 bits: {found} has all at 8", found=self.scheme
             )
-        if self.scale in (7.5, 127.5) and self.emit != "qdq" and self.policy != "none":
+        floats = self.emit != "qdq" and self.policy != "none"
+        if self.choice.clips and floats:
             raise SchemeError(
                 "scale {found:g} goes with emit 'qdq': its quantizer clips the largest weights, so "
                 "that the mean of floats for it would be off",
                 found=self.scale,
             )
-        moves = self.policy == "topk" or (self.emit != "qdq" and self.policy != "none")
-        if self.choice.searches and moves:
+        if self.choice.searches and (floats or self.policy == "topk"):
             raise SchemeError(
                 "scale {found!r} goes with emit 'qdq' and policy unbiased or none: it searches for "
                 "another grid over moved weights; leave it out, or use the quantized graph",

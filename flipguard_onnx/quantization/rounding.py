@@ -20,7 +20,7 @@ from .kernels.protocol import Extremes, Kernels, RandomDraw
 from .layout import Layout
 from .parts import Part, parts
 from .schemes import Blocks, Checked, Codes, Grid, Margins, Scheme
-from .schemes.grid import largest
+from .schemes.grid import absmax_of, largest
 
 POLICIES = ("unbiased", "topk", "none")
 
@@ -296,7 +296,7 @@ def require_finite(
     ValidationError : a level overflows that type
     """
     bound = largest(storage)
-    if max(np.abs(each).max(initial=0) for each in extremes) < bound / 4:
+    if absmax_of(extremes).max(initial=0) < bound / 4:
         return
     with np.errstate(over="ignore"):
         lost = int(np.count_nonzero(np.abs(grid.decode(codes)) > bound))

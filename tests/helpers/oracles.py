@@ -72,50 +72,42 @@ def _qdq(weights, block, symmetric):
 
 def int8_blocks(weights, block=32):
     """`quantize_matmul_8bits`: the MatMulNBits form at 8 bits."""
-    codes, scales, _ = _eight_bits(weights, block, symmetric=True)
+    codes, scales, _ = _nbits(weights, block, 8, symmetric=True)
     return codes.astype(np.int16) - 128, scales
 
 
 def uint8_blocks(weights, block=32):
     """The same with zero points, which it returns, too."""
-    return _eight_bits(weights, block, symmetric=False)
+    return _nbits(weights, block, 8, symmetric=False)
 
 
-def _eight_bits(weights, block, symmetric):
+def _nbits(weights, block, bits, symmetric):
+    """`quantize_matmul_<bits>bits`: unsigned codes, scales and zero points."""
     cols, rows = weights.T.shape
-    per_row = -(-cols // block)
+    per_row, per_byte = -(-cols // block), 8 // bits
     padded = np.ascontiguousarray(np.pad(weights.T, ((0, per_row * block - cols), (0, 0))))
-    codes = np.zeros((rows, per_row, block), np.uint8)
+    packed = np.zeros((rows, per_row, block // per_byte), np.uint8)
     scales = np.zeros((rows, per_row), weights.dtype)
-    zeros = np.zeros((rows, per_row), np.uint8)
-    native.quantize_matmul_8bits(codes, padded, scales, zeros, block, rows, cols, symmetric)
-    return codes.reshape(rows, -1)[:, :cols].reshape(-1), scales.reshape(-1), zeros.reshape(-1)
+    zeros = np.zeros((rows, -(-per_row // per_byte)), np.uint8)
+    quantize = getattr(native, f"quantize_matmul_{bits}bits")
+    quantize(packed, padded, scales, zeros, block, rows, cols, symmetric)
+    codes, zeros = (
+        np.stack([each >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], axis=-1)
+        for each in (packed, zeros)
+    )
+    codes, zeros = (each.reshape(rows, -1) for each in (codes, zeros))
+    return codes[:, :cols].reshape(-1), scales.reshape(-1), zeros[:, :per_row].reshape(-1)
 
 
 def int2(weights, block=32):
     """`quantize_matmul_2bits`: the MatMulNBits form at 2 bits."""
-    codes, scales, _ = _two_bits(weights, block, symmetric=True)
+    codes, scales, _ = _nbits(weights, block, 2, symmetric=True)
     return codes.astype(np.int8) - 2, scales
 
 
 def uint2(weights, block=32):
     """The same with zero points, which it returns, too."""
-    return _two_bits(weights, block, symmetric=False)
-
-
-def _two_bits(weights, block, symmetric):
-    cols, rows = weights.T.shape
-    per_row = -(-cols // block)
-    padded = np.ascontiguousarray(np.pad(weights.T, ((0, per_row * block - cols), (0, 0))))
-    packed = np.zeros((rows, per_row, block // 4), np.uint8)
-    scales = np.zeros((rows, per_row), weights.dtype)
-    zeros = np.zeros((rows, -(-per_row // 4)), np.uint8)
-    native.quantize_matmul_2bits(packed, padded, scales, zeros, block, rows, cols, symmetric)
-    codes, zeros = (
-        np.stack([each >> shift & 3 for shift in (0, 2, 4, 6)], axis=-1).reshape(rows, -1)
-        for each in (packed, zeros)
-    )
-    return codes[:, :cols].reshape(-1), scales.reshape(-1), zeros[:, :per_row].reshape(-1)
+    return _nbits(weights, block, 2, symmetric=False)
 
 
 def k_quant(weights, bits, block=32):
@@ -138,15 +130,8 @@ def symmetric_int4(weights, block=32):
 
 def int4_matmul_nbits(weights, block=32):
     """`quantize_matmul_4bits`: the MatMulNBits form; rounds w * (1 / s) + 8 instead."""
-    cols, rows = weights.T.shape
-    per_row = -(-cols // block)
-    padded = np.ascontiguousarray(np.pad(weights.T, ((0, per_row * block - cols), (0, 0))))
-    packed = np.zeros((rows, per_row, block // 2), np.uint8)
-    scales = np.zeros((rows, per_row), weights.dtype)
-    zero_points = np.zeros((rows, (per_row + 1) // 2), np.uint8)
-    native.quantize_matmul_4bits(packed, padded, scales, zero_points, block, rows, cols, True)
-    codes = _low_nibble_first(packed.reshape(-1)).reshape(rows, -1)[:, :cols].astype(np.int8) - 8
-    return codes.reshape(-1), scales.reshape(-1)
+    codes, scales, _ = _nbits(weights, block, 4, symmetric=True)
+    return codes.astype(np.int8) - 8, scales
 
 
 def bnb4(weights, kind, block=64):
