@@ -4,9 +4,8 @@ Source: `quant_tensor_k_quant_cpu` in onnxruntime.quantization.neural_compressor
 onnxruntime-genai and Olive call k_quant; equal to it bit for bit, the order of its sums included.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,11 @@ from .blocks import Blocks, Codes, Floats, Values
 
 TRIED = 20  # scales, from one step fewer than the codes have to almost one more
 
-CHUNK = 1 << 15  # weights that are searched for at a time, so that they stay in the cache
+CHUNK = 1 << 16  # weights that are searched for at a time, so that they stay in the cache
+
+PAIRED, LANES = 128, 8  # numpy adds up longer rows by halves, and this many sums side by side
+
+Sum = Callable[[Floats], Floats]
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,10 @@ class KQuant(MinMax):
         A row is filled up with zeros to whole blocks, which count like weights.
         """
         assert self.block_size
-        found = [_searched(each, self.steps) for each in _whole(values, blocks, self.block_size)]
+        one_block = blocks.cols <= self.block_size  # per row: onnxruntime has them as columns
+        add = _in_turn if one_block and blocks.rows > 1 else _in_pairs
+        whole = _whole(values, blocks, self.block_size)
+        found = [_searched(each, self.steps, add) for each in whole]
         scale, least = (np.concatenate(each) for each in zip(*found, strict=True))
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             zero = np.nan_to_num(np.clip(np.rint(-least / scale), 0, self.steps)) + self.lowest
@@ -83,43 +89,44 @@ def k_quant(choice: Choice) -> KQuant:
 
 
 def _whole(values: Values, blocks: Blocks, size: int) -> Iterator[Floats]:
-    """Blocks of `size` weights in float32, [blocks, size], a chunk of rows at a time.
-
-    Rows of one block lie in the memory as columns, since onnxruntime has them so: then numpy adds
-    the weights of a block one after the other, else in pairs. A single row is no column.
-    """
+    """Blocks of `size` weights in float32, [size, blocks], a chunk of rows at a time."""
     per_row = -(-blocks.cols // size)
     rows = values.reshape(blocks.rows, blocks.cols)
-    step = max(CHUNK // blocks.cols, 2)
-    starts = [*range(0, max(blocks.rows - 1, 1), step), blocks.rows]
-    for start, stop in pairwise(starts):
-        some = rows[start:stop].astype(np.float32)
+    step = max(CHUNK // blocks.cols, 1)
+    for start in range(0, blocks.rows, step):
+        some = rows[start : start + step].astype(np.float32)
         whole = np.pad(some, ((0, 0), (0, per_row * size - blocks.cols)))
-        yield np.asfortranarray(whole) if per_row == 1 else whole.reshape(-1, size)
+        yield np.ascontiguousarray(whole.reshape(-1, size).T)
 
 
-def _searched(weights: Floats, steps: int) -> tuple[Floats, Floats]:
+def _searched(weights: Floats, steps: int, add: Sum) -> tuple[Floats, Floats]:
     """Scale and the weight that the lowest code stands for, of every block.
 
     From the range of the weights on, codes are made with another scale in turn. The line through
     the weights over their codes, by least squares, gives scale and lowest weight; each line that
     leaves a smaller error than the last one kept is kept. Larger weights count more.
+
+    add: sums up the weights of every block, [size, blocks] -> [blocks]
     """
-    size = weights.shape[1]
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        norm = np.sqrt(_sum(weights * weights) / np.float32(size))
+        norm = np.sqrt(add(weights * weights) / np.float32(len(weights)))
         importance = norm + np.abs(weights)
-        total, moment = _sum(importance), _sum(importance * weights)
-        least, most = weights.min(axis=1, keepdims=True), weights.max(axis=1, keepdims=True)
+        total, moment = add(importance), add(importance * weights)
+        least, most = weights.min(axis=0), weights.max(axis=0)
 
         def codes(factor: np.float32) -> Floats:
             inverse = np.where(least != most, factor / (most - least), np.float32(1))
-            found: Floats = np.clip(np.rint(inverse * (weights - least)), 0, np.float32(steps))
-            return found
+            found: Floats = weights - least
+            found *= inverse
+            return np.clip(np.rint(found, out=found), 0, np.float32(steps), out=found)
 
         def error(scale: Values, least: Values, codes: Floats) -> Floats:
-            missed = scale * codes + least - weights
-            return _sum(importance * (missed * missed))
+            missed = scale * codes
+            missed += least
+            missed -= weights
+            missed *= missed
+            missed *= importance
+            return add(missed)
 
         span = np.where(least != most, most - least, np.float32(1))
         scale: Floats = np.where(least != most, 1 / (np.float32(steps) / span), np.float32(1))
@@ -127,8 +134,8 @@ def _searched(weights: Floats, steps: int) -> tuple[Floats, Floats]:
         for tried in range(TRIED):
             chosen = codes(np.float32(-1 + 0.1 * tried + steps))
             weighted = importance * chosen
-            first, second = _sum(weighted), _sum(weighted * chosen)
-            cross = _sum(weighted * weights)
+            first, second = add(weighted), add(weighted * chosen)
+            cross = add(weighted * weights)
             determinant = total * second - first * first
             slope = (total * cross - moment * first) / determinant
             intercept = (second * moment - first * cross) / determinant
@@ -136,10 +143,25 @@ def _searched(weights: Floats, steps: int) -> tuple[Floats, Floats]:
             better = left < smallest
             for kept, found in ((smallest, left), (scale, slope), (least, intercept)):
                 np.copyto(kept, found, where=better)
-    return scale[:, 0], least[:, 0]
+    return scale, least
 
 
-def _sum(values: Floats) -> Floats:
-    """Of every row, in numpy's order."""
-    found: Floats = np.sum(values, axis=1, keepdims=True)
+def _in_turn(values: Floats) -> Floats:
+    """Sums over the first axis, one number added after the other."""
+    found: Floats = np.add.reduce(values, axis=0)
+    return found
+
+
+def _in_pairs(values: Floats) -> Floats:
+    """The same in the order in which numpy adds up numbers that lie side by side in the memory.
+
+    Source: numpy's `pairwise_sum`, of 16 numbers or a larger power of two.
+    """
+    if len(values) > PAIRED:
+        half = len(values) // 2
+        return _in_pairs(values[:half]) + _in_pairs(values[half:])
+    lanes = _in_turn(values.reshape(-1, LANES, values.shape[1]))
+    while len(lanes) > 1:
+        lanes = lanes[0::2] + lanes[1::2]
+    found: Floats = lanes[0]
     return found
