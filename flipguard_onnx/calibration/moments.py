@@ -95,7 +95,7 @@ class MomentRecorder:
         self._passes = list(self._plan())
         self._gathered: dict[Inputs, InputMoments] = {}
         self._latest: tuple[Inputs, InputMoments] | None = None
-        self._template, self._counts, self._seconds_per_run = self._probe()
+        self._template, self._counts, self._seconds_per_sample = self._probe()
 
     @property
     def pieces(self) -> int:
@@ -103,7 +103,7 @@ class MomentRecorder:
         return self._pieces.count
 
     def _probe(self) -> tuple[Feed, dict[WeightInput, int], float]:
-        """A feed that the model accepts, how many rows each input gets, and seconds of the run."""
+        """A feed that the model accepts, how many rows each input gets, and seconds of all passes."""
         samples, problem = self._samples, NONE_FIT
         if samples.given or self._source.size <= self._max_bytes:
             candidates: Iterable[list[Feed]] = [samples.accepted] if samples.accepted else []
@@ -111,18 +111,24 @@ class MomentRecorder:
         else:
             candidates = samples.candidates()
         for feed, *_ in candidates:
-            started = time.perf_counter() - self._pieces.loading
             try:
-                counts = self._counted(feed)
+                counts, seconds = self._timed(feed)
+                if self._pieces.whole:  # the first run of a session takes longer
+                    counts, seconds = self._timed(feed)
             except RunError as error:
                 problem = str(error)
                 continue
-            seconds = time.perf_counter() - self._pieces.loading - started
             self._leave_out({each for each, count in counts.items() if count is None})
             return feed, {each: n for each, n in counts.items() if n is not None}, seconds
         raise UnsupportedModelError(
             "the model does not run on these inputs: {found}", found=problem
         )
+
+    def _timed(self, feed: Feed) -> tuple[dict[WeightInput, int | None], float]:
+        """As `_counted`, and how many seconds it took without loading."""
+        started = time.perf_counter() - self._pieces.loading
+        counts = self._counted(feed)
+        return counts, time.perf_counter() - self._pieces.loading - started
 
     def _leave_out(self, misfits: set[WeightInput]) -> None:
         """Record nothing for the weights that are not multiplied with these as it seemed."""
@@ -153,7 +159,8 @@ class MomentRecorder:
         rounds, loads = 0.0, 0
         if not self._samples.given:
             rounds, loads = sampling_rounds(self._source, self._template, self._pieces)
-        runs = samples * (len(self._passes) / self._pieces.count + rounds)
+        # what was timed are all passes, in each of which a model in one piece runs as a whole
+        runs = samples * (1 + rounds * self._pieces.count / len(self._passes))
         work, size = 0.0, 0
         for name, inputs in self._inputs.items():
             if inputs:
@@ -164,7 +171,7 @@ class MomentRecorder:
             for inputs, spans in plan.items():
                 rows = min(samples * sum(self._counts[each] for each in inputs), MAX_ROWS)
                 work += inputs[0].groups * sum(len(s) ** 2 * (len(s) / 3 + rows) for s in spans)
-        seconds = runs * self._seconds_per_run + (1 + loads) * self._pieces.loading
+        seconds = runs * self._seconds_per_sample + (1 + loads) * self._pieces.loading
         return seconds + work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
 
     @property
