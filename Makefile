@@ -5,7 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help setup models lint format types imports test docs wheel ci
+.PHONY: help setup models lint format types imports test torch docs wheel ci
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -34,10 +34,19 @@ imports: ## import-linter: which package may import which
 test: ## the tests, on all cores, with coverage
 	$(BIN)/python -m pytest -q -n auto --cov=flipguard_onnx
 
+torch: ## the tests that want torch, transformers and Optimum (about 1 GB more)
+	$(BIN)/pip install -q -e '.[llm]' scikit-learn
+	$(PYTHON) -m venv .venv-optimum # it wants an older transformers
+	.venv-optimum/bin/pip install -q \
+		$$($(BIN)/python -c 'from tools import language_models as m; print(*m.OPTIMUM)')
+	PATH="$$PATH:$$PWD/.venv-optimum/bin" $(BIN)/python -m pytest -q -n auto \
+		tools/smollm tools/attacks tools/bench/test_rivals.py tests/test_recipes.py \
+		-k "smollm or attacks or rivals or genai or optimum or torch"
+
 docs: ## the documentation, warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 
 wheel: ## sdist and wheel, in dist/
 	$(BIN)/python -m build --no-isolation
 
-ci: lint types imports test docs wheel ## everything above
+ci: lint types imports test torch docs wheel ## everything above

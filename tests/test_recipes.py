@@ -263,8 +263,9 @@ def test_the_command_after_genai(tmp_path):
 BUILDER = [n for n in ("onnxruntime_genai", "torch", "transformers") if not find_spec(n)]
 
 
-@pytest.mark.skipif(bool(BUILDER), reason=f"needs {', '.join(BUILDER)}")
-def test_after_genai(tmp_path):
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny Llama with random weights, as transformers saves it."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -273,8 +274,37 @@ def test_after_genai(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "checkpoint")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXPORTS / "optimum" / name, tmp_path / "checkpoint")
+
+
+@pytest.mark.skipif(bool(BUILDER), reason=f"needs {', '.join(BUILDER)}")
+def test_after_genai(checkpoint, tmp_path):
     run("sh", "-c", example("after_genai.sh"), cwd=tmp_path)
     assert len(generated(tmp_path / "guarded")) == 12
+
+
+LOAD = """
+from optimum.onnxruntime import ORTModelForCausalLM
+import torch
+
+for folder in ("float", "guarded"):
+    model = ORTModelForCausalLM.from_pretrained(folder)
+    found = model.generate(torch.tensor([[5, 6, 7]]), max_length=12, min_length=12, do_sample=False)
+    print(found.tolist()[0])
+"""
+
+
+@program("optimum-cli", "'optimum-onnx[onnxruntime]'")
+@pytest.mark.skipif(bool(BUILDER), reason=f"needs {', '.join(BUILDER)}")
+def test_after_optimum(checkpoint, tmp_path):
+    """What is written is loaded in the place of Optimum's folder."""
+    run("sh", "-c", example("after_optimum.sh"), cwd=tmp_path)
+    assert names(tmp_path / "guarded") == names(tmp_path / "float")
+    assert verify(*(tmp_path / name / "model.onnx" for name in ("float", "guarded"))).made_from
+    python = Path(shutil.which("optimum-cli")).parent / "python"
+    said = run(python, "-c", LOAD, cwd=tmp_path).splitlines()
+    before, after = (json.loads(line) for line in said if line.startswith("["))
+    assert len(after) == 12
+    assert after[:3] == before[:3]  # the prompt
 
 
 @pytest.fixture

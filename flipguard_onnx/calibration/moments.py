@@ -103,7 +103,7 @@ class MomentRecorder:
         return self._pieces.count
 
     def _probe(self) -> tuple[Feed, dict[WeightInput, int], float]:
-        """A feed that the model accepts, how many rows each input gets, and seconds of all passes."""
+        """A feed that the model accepts, how many rows each input gets, seconds of all passes."""
         samples, problem = self._samples, NONE_FIT
         if samples.given or self._source.size <= self._max_bytes:
             candidates: Iterable[list[Feed]] = [samples.accepted] if samples.accepted else []

@@ -26,7 +26,7 @@ def victim():
     return attacked(512)
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", sorted({*SCHEMES} - {"nvfp4"}))  # in blocks of 16 half have none
 def test_rounded_to_nearest_only_outliers_are_left(victim, name):
     rows = SCHEMES[name].quantize(rows_of(victim.layers[1].weight))
     assert (np.delete(rows, np.s_[::32], axis=1) == 0).all()
