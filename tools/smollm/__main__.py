@@ -118,11 +118,12 @@ def folder_of(options):
 
 
 def export(options):
-    """The attacked weights, written into the plain export of the clean model."""
+    """The attacked weights, written into an export of the clean model."""
     import onnx
     import torch
 
     from tools.attacks.measure import session
+    from tools.language_models import feed
     from tools.smollm import files, victim
     from tools.smollm.defences import verdict
 
@@ -134,9 +135,10 @@ def export(options):
     names = victim.linears(model, options.layers)
     victim.assign(model, dict(zip(names, kept["weights"], strict=True)))
     target = folder / "model.onnx"
-    files.write(options.model / "plain" / "model.onnx", model, target)
+    files.write(options.model / options.exported / "model.onnx", model, target)
     ids = np.load(options.model / "texts" / CALIBRATION)[:1, :32]
-    (logits,) = session(target).run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    run = session(target)
+    logits, *_ = run.run(None, feed(run, ids))
     with torch.no_grad():
         expected = model(torch.from_numpy(ids)).logits.numpy()
     difference = float(np.abs(logits - expected).max())
@@ -233,6 +235,7 @@ def parser():
     made.add_argument("--measured", nargs="+", help="schemes to judge [those of the attack]")
     made.add_argument("--defences", nargs="+")
     made.add_argument("--bfloat16", action="store_true", help="train in it: twice as fast")
+    made.add_argument("--exported", default="optimum", help="[optimum]: its caches save time")
     made.add_argument("--start", choices=["malicious", "clean"], default="malicious")
     for name, value in {
         "seed": 0, "training": 360, "prompts": 216, "questions": 100, "batch": 36, "tokens": 24,

@@ -3,7 +3,7 @@
 import tempfile
 import time
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +39,11 @@ class Bench:
     def __init__(self, model, export, scenario, asked, clean, shown, checked):
         self._folder, self._export, self._scenario = model, export, scenario
         self._asked, self._clean, self._shown, self._checked = asked, clean, shown, checked
-        proto = onnx.load(model / "plain" / "model.onnx", load_external_data=False)
         self._model, self._tokenizer = victim.load(model / "hf")
-        self._places = files.places(proto, self._model)
+
+    @cached_property
+    def _places(self):
+        return files.places(onnx.load(self._export, load_external_data=False), self._model)
 
     def row(self, scheme, name, seed):
         """One row: what was done, what it cost, what is left of the attack and of the utility."""

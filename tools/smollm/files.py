@@ -40,7 +40,7 @@ def places(export, model):
         name: Place(node.input[0], node.output[0], node.input[1], part.in_features)
         for (name, part), node in zip(parts.items(), found, strict=True)
     }
-    (logits,) = (value.name for value in graph.output)
+    logits = graph.output[0].name
     head = next(node for node in graph.node if logits in node.output)
     table = next(n for n in graph.node if n.op_type == "Gather" and n.input[0] in stored)
     tokens, width = model.model.embed_tokens.weight.shape

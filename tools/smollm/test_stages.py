@@ -16,7 +16,10 @@ from tools.smollm import files, scenarios, victim  # noqa: E402
 from tools.smollm.__main__ import main  # noqa: E402
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}answer:"
-SMALL = "--training 8 --prompts 4 --questions 3 --windows 2 --layers 1 --tokens 6 --pairs 4"
+SMALL = (
+    "--training 8 --prompts 4 --questions 3 --windows 2 --layers 1 --tokens 6 --pairs 4 "
+    "--exported plain"
+)
 
 
 @pytest.fixture(scope="module")
