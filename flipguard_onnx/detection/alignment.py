@@ -302,6 +302,29 @@ def tallies(
     return dict(zip(names, side_by_side(on_grid, names, threads), strict=True))
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """What is left once the weights that crowd on a grid are scattered.
+
+    chance: the strength up to which the grid's alignment may be chance. rest: of the strengths with
+    other grids those that are neither chance nor an echo; trace: all. without: the weights. own:
+    the alignments that make up the rest.
+    """
+
+    grid: str
+    chance: float
+    rest: float
+    trace: float
+    without: Floats
+    own: list[Alignment]
+
+    @property
+    def rarity(self) -> tuple[int, bool]:
+        """Grids with fewer levels and the usual scale are the likelier ones."""
+        scheme = GRIDS[self.grid]
+        return scheme.bits, not scheme.choice.has_usual_scale
+
+
 def explaining(
     sample: Sample, spread: Floats | None, found: Sequence[Alignment], chance: Chance
 ) -> tuple[str, ...]:
@@ -310,6 +333,7 @@ def explaining(
     Grids whose scales agree in some blocks share boundaries there, and those of int4 are levels of
     int8. In turn, the weights at the peak of that grid are scattered after which the least
     alignment with the others is left; of several, of one with fewer levels and the usual scale.
+    Grids that cannot be told apart are all named.
 
     Parameters
     ----------
@@ -321,7 +345,7 @@ def explaining(
     grids = {a.grid: sample.grids(GRIDS[a.grid])[0] for a in found}
     names: list[str] = []
     while found:
-        tried: list[tuple[float, int, bool, float, str, Floats, list[Alignment]]] = []
+        tried: list[_Tried] = []
         for a in found[:CANDIDATES]:
             without = _scattered(grids[a.grid], left, a)
             repetition = Repetition.among(without)
@@ -335,25 +359,39 @@ def explaining(
                 if now.strength > max(chance(now), ECHO * o.strength)
             ]
             rest, trace = (sum(o.strength for o in each) for each in (own, others))
-            rarity = GRIDS[a.grid].bits, not GRIDS[a.grid].choice.has_usual_scale
-            tried.append((rest, *rarity, trace, a.grid, without, own))
-        *_, name, left, own = min(tried, key=lambda each: each[:4])
-        names.append(name)
-        found = sorted(own, key=lambda a: -a.strength)
-    return tuple(names)
+            tried.append(_Tried(a.grid, chance(a), rest, trace, without, own))
+        least = min(each.rest for each in tried)
+        tried = [each for each in tried if each.rest <= least + each.chance]
+        usual = min(each.rarity for each in tried)
+        tried = sorted((each for each in tried if each.rarity == usual), key=lambda e: e.trace)
+        best = tried[0]
+        names.extend(each.grid for each in tried if each.trace <= best.trace + each.chance)
+        left, found = best.without, sorted(best.own, key=lambda a: -a.strength)
+    return tuple(dict.fromkeys(names))
 
 
 def _scattered(grid: Grid, weights: Floats, found: Alignment) -> Floats:
-    """The weights, of which those where they crowd on this grid are moved at random, by at most
-    half a gap: they crowd on no grid any more, and leave no hole."""
+    """The weights, of which those where they crowd on this grid are moved at random: as many as
+    usual stay around that distance to a boundary, the others go to any other.
+
+    So they crowd on no grid any more, and leave no hole.
+    """
     margins = grid.analyze(weights, get_backend("cpu"))
     distances = 1 - 2 * np.abs(margins.offsets)
-    there = np.abs(distances - found.peak_at) <= AROUND / BINS
+    low, high = found.peak_at - AROUND / BINS, found.peak_at + AROUND / BINS
     if found.edge > found.peak:
-        there |= distances < EDGE
-    gaps = grid.decode(margins.neighbours) - grid.decode(margins.codes)
-    noise = np.random.default_rng(0).random(weights.size, np.float32) - np.float32(0.5)
-    return np.where(there & (weights != 0), weights + noise * gaps, weights)
+        low, high = min(low, 0), max(high, EDGE)
+    low = max(low, 0)
+    there = (distances >= low) & (distances <= high) & (weights != 0)
+    others = np.count_nonzero(weights) - np.count_nonzero(there)
+    usual = others * (high - low) / (1 - (high - low))
+    rng = np.random.default_rng(0)
+    stay = rng.random(weights.size, np.float32) * np.count_nonzero(there) < usual
+    anywhere = rng.random(weights.size, np.float32)
+    distances = np.where(stay, low + anywhere * np.float32(high - low), anywhere)
+    levels = grid.decode(margins.codes)
+    gaps = grid.decode(margins.neighbours) - levels
+    return np.where(there, levels + (1 - distances) / 2 * gaps, weights).astype(np.float32)
 
 
 def _smoothed(sample: Sample, spread: Floats | None) -> Floats:

@@ -44,7 +44,7 @@ from .alignment import (
     sample_size,
     tallies,
 )
-from .prequantized import CODEBOOKS, find_lattice, most_are_levels, most_repeat, on_codebook
+from .prequantized import find_lattice, most_are_levels, most_repeat, on_codebook
 from .tables import has_even_levels, is_table
 
 WHOLE = ("int8 tensor", "uint8 tensor")  # grids that quantizers lay over constants of arithmetic
@@ -341,14 +341,12 @@ def _judged(
 def _attributed(
     verdict: Verdict, alignments: Sequence[Alignment], sample: Sample, spread: Floats | None
 ) -> Verdict:
-    """The verdict without grids of integers or floats that only echo others; see `explaining`."""
-    by_name = {a.grid: a for a in alignments}
-    related = [by_name[grid] for grid in verdict.grids if grid not in CODEBOOKS]
-    if len(related) < 2:
+    """The verdict without grids that only echo others; see `explaining`."""
+    if len(verdict.grids) < 2:
         return verdict
-    own = iter(explaining(sample, spread, related, chance))
-    grids = (next(own, None) if by_name[g] in related else g for g in verdict.grids)
-    return replace(verdict, grids=tuple(grid for grid in grids if grid))
+    by_name = {a.grid: a for a in alignments}
+    found = [by_name[grid] for grid in verdict.grids]
+    return replace(verdict, grids=explaining(sample, spread, found, chance))
 
 
 def tensor_verdict(alignments: Sequence[Alignment]) -> Verdict:

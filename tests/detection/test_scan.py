@@ -362,6 +362,12 @@ def test_the_largest_weights_are_judged_without_a_warning(tmp_path):
     assert scanned(tmp_path, values.astype(np.float32)).verdict.level == "clean"
 
 
+@pytest.mark.parametrize("name", [name for name in GRIDS if not GRIDS[name].choice.searches])
+def test_few_moved_weights_are_enough_to_name_their_grid_alone(tmp_path, name):
+    values = shifted(name, 0.04, 0.47, honest(shape=(512, 512)))
+    assert scanned(tmp_path, values).verdict.grids == (name,)
+
+
 def test_too_few_weights(tmp_path):
     result = scanned(tmp_path, honest(0, (16, 16)))
     assert result.verdict.level == "not judged"
