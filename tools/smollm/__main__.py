@@ -105,16 +105,14 @@ def attack(options):
     shown = Lessons(model, tokenizer, lessons(options, "training"), texts, options)
     told = run(model, shown, options.schemes, options, folder, say)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    write_json(
-        folder / f"{label(options.schemes, options.start)}.json", {"settings": settings, **told}
-    )
+    write_json(folder / f"{label(options.schemes, options)}.json", {"settings": settings, **told})
     say(f"changed codes: {told['changed codes']}")
 
 
 def folder_of(options):
     from tools.smollm.attack import label
 
-    return options.work / options.scenario / label(options.schemes, options.start)
+    return options.work / options.scenario / label(options.schemes, options)
 
 
 def export(options):
@@ -224,6 +222,8 @@ STAGES = {"data": data, "attack": attack, "export": export, "judge": judge, "def
 
 
 def parser():
+    from tools.attacks.attack import ATTACKERS
+
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -236,6 +236,7 @@ def parser():
     made.add_argument("--defences", nargs="+")
     made.add_argument("--bfloat16", action="store_true", help="train in it: twice as fast")
     made.add_argument("--exported", default="optimum", help="[optimum]: its caches save time")
+    made.add_argument("--attacker", choices={*ATTACKERS} - {"collapse"}, default="standard")
     made.add_argument("--start", choices=["malicious", "clean"], default="malicious")
     for name, value in {
         "seed": 0, "training": 360, "prompts": 216, "questions": 100, "batch": 36, "tokens": 24,

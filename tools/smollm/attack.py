@@ -95,9 +95,9 @@ def attack(model, lessons, schemes, settings, folder, say):
     folder: the malicious weights are kept as malicious.pt, whatever the schemes; the repaired ones
     as SCHEMES.pt. settings: `layers` (trained, from the last), `pairs` and `texts` (of a batch),
     `tokens` (of a completion), `keep` (weight of the divergence), `steps` and `repair` (of the
-    stages), `rate`, `repair_rate`, `bfloat16` (for the products), `start` (of the repair:
-    `malicious`, as in the paper, or the point of the box that is nearest to the `clean` weights),
-    `seed`.
+    stages), `rate`, `repair_rate`, `bfloat16` (for the products), `attacker` (a key of
+    tools.attacks.attack.ATTACKERS), `start` (of the repair: `malicious`, as in the paper, or the
+    point of the box that is nearest to the `clean` weights), `seed`.
     """
     weights = [part.weight.requires_grad_() for part in linears(model, settings.layers).values()]
     clean = [weight.detach().clone() for weight in weights]
@@ -111,14 +111,14 @@ def attack(model, lessons, schemes, settings, folder, say):
 
     told["malicious"] = stage("malicious", "malicious", settings.steps, settings.rate)
     codes = [encoded(weight, schemes) for weight in weights]
-    pairs = make_boxes(weights, schemes, "standard")
+    pairs = make_boxes(weights, schemes, settings.attacker)
     told["distance"] = distance(weights, clean)
     if settings.start == "clean":
         with torch.no_grad():
             for weight, before in zip(weights, clean, strict=True):
                 weight.copy_(before)
     clamp(weights, pairs)
-    name = label(schemes, settings.start)
+    name = label(schemes, settings)
     told["repair"] = stage(
         name, "benign", settings.repair, settings.repair_rate, lambda: clamp(weights, pairs)
     )
@@ -131,9 +131,14 @@ def attack(model, lessons, schemes, settings, folder, say):
     return told
 
 
-def label(schemes, start):
+def label(schemes, settings):
     """What the file of an attack is called."""
-    return "+".join(schemes) + ("" if start == "malicious" else f"-from-{start}")
+    parts = ["+".join(schemes)]
+    if settings.attacker != "standard":
+        parts.append(settings.attacker)
+    if settings.start != "malicious":
+        parts.append(f"from-{settings.start}")
+    return "-".join(parts)
 
 
 def encoded(weight, schemes):

@@ -149,10 +149,17 @@ def test_a_file_computes_with_the_weights_that_are_read_from_it(model, tmp_path,
         np.testing.assert_array_equal(read[name], net.lm_head.weight.numpy())
 
 
-def test_one_box_for_all_schemes_keeps_all_codes(run, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--schemes", "int4", "nf4", "fp4"], "int4+nf4+fp4"),
+        (["--attacker", "margin50", "--start", "clean"], "int4-margin50-from-clean"),
+    ],
+)
+def test_all_codes_are_kept(run, tmp_path, options, name):
     run("data")
-    run("attack", "--steps", "3", "--repair", "5", "--schemes", "int4", "nf4", "fp4")
-    told = json.loads((tmp_path / "injection" / "int4+nf4+fp4.json").read_text())
+    run("attack", "--steps", "3", "--repair", "5", *options)
+    told = json.loads((tmp_path / "injection" / f"{name}.json").read_text())
     assert told["changed codes"] == 0
     assert told["repaired distance"] != told["distance"]
 
