@@ -54,6 +54,8 @@ SAMPLES = 16  # that a model runs on at once, at most
 
 LOGITS = 1 << 25  # of a decoder, in each run
 
+ATTENTION = 1 << 22  # pairs of tokens of a text, in each run
+
 BATCH = "batch"  # stands for a dimension that is open and counts samples
 
 # operators that index constant tables: the numbers of both inputs
@@ -228,6 +230,18 @@ def _require_fit(path: Path, wanted: Input, array: npt.NDArray[Any]) -> None:
             found=f"{array.dtype} {array.shape}",
             allowed=f"{wanted.dtype} {dims}",
         )
+    if wanted.dtype.kind in "iu":
+        limits = np.iinfo(wanted.dtype)
+        with np.errstate(invalid="ignore"):
+            fits = (array == np.rint(array)) & (array >= limits.min) & (array <= limits.max)
+        if not fits.all():
+            raise ModelError(
+                "input {tensor!r} holds {found}",
+                path=path,
+                tensor=wanted.name,
+                found=array[~fits][0],
+                allowed=f"values of {wanted.dtype}",
+            )
 
 
 def samples_at_a_time(feed: Feed, inputs: Sequence[Input]) -> int:
@@ -236,8 +250,9 @@ def samples_at_a_time(feed: Feed, inputs: Sequence[Input]) -> int:
     for wanted in inputs:
         shape = feed[wanted.name].shape
         if wanted.table_rows and shape:
-            logits = math.prod(shape[wanted.dims[0] == BATCH :]) * wanted.table_rows
-            count = max(1, min(count, LOGITS // max(logits, 1)))
+            tokens = max(math.prod(shape[wanted.dims[0] == BATCH :]), 1)
+            most = min(LOGITS // (tokens * wanted.table_rows), ATTENTION // tokens**2)
+            count = max(1, min(count, most))
     return count
 
 

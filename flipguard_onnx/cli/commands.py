@@ -156,8 +156,9 @@ def guard(
                 batch = guard_many(
                     models, output, jobs=jobs, scheduler=scheduler, progress=progress, **options
                 )
-            publish(replace(batch, config=config), report, quiet)
-            for outcome in batch.outcomes if quiet else ():
+            failed = len(batch.outcomes) == 1 and batch.code != 0
+            publish(replace(batch, config=config), report, quiet or failed)
+            for outcome in batch.outcomes if quiet or failed else ():
                 if outcome.error:
                     echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
             sys.exit(batch.code)

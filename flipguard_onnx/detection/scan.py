@@ -474,8 +474,7 @@ def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdic
     unjudged = [tensor for tensor in tensors if _on_a_grid(tensor)]
     if not alarming and not together.alarming:
         if sum(t.weights for t in unjudged) * 2 > sum(t.weights for t in tensors):
-            reason = max(unjudged, key=lambda t: t.weights).verdict.reason
-            return Verdict(NOT_JUDGED, f"in {len(unjudged)} of {len(tensors)} tensors {reason}")
+            return Verdict(NOT_JUDGED, _why_unjudged(unjudged, len(tensors)))
         return together
     verdicts = [together, *(tensor.verdict for tensor in alarming)]
     level = max((v.level for v in verdicts if v.alarming), key=LEVELS.index)
@@ -497,6 +496,15 @@ def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdic
             )
     strength = max(v.strength for v in verdicts if v.level == level)
     return Verdict(level, "; ".join(reasons), grids, strength)
+
+
+def _why_unjudged(unjudged: Sequence[ScannedTensor], count: int) -> str:
+    """The reasons, that for most of the weights first."""
+    sizes: dict[str, list[int]] = defaultdict(list)
+    for tensor in unjudged:
+        sizes[tensor.verdict.reason].append(tensor.weights)
+    reasons = sorted(sizes, key=lambda reason: -sum(sizes[reason]))
+    return "; ".join(f"in {len(sizes[r])} of {count} tensors {r}" for r in reasons[:NAMED])
 
 
 def not_judged_completely(

@@ -33,7 +33,7 @@ from ..reports.guard import ActivationQuantization
 from .preprocessing import bias_of, make_room
 from .rewriter import drop_lost_defaults
 from .static_codes import StaticGraphChecker, quantized_axis
-from .weight_forms import Emitter
+from .weight_forms import Emitter, Target
 from .writers import FloatWriter, guarded_values, save
 
 WEIGHTED = tuple(operator.name for operator in OPERATORS if operator.static)
@@ -335,7 +335,7 @@ class StaticQdqWriter:
             raise ValidationError(
                 "tensor {tensor!r}: its codes found no place in the graph", tensor=min(lost)
             )
-        emitter = Emitter(proto, self.output, self._target)
+        emitter = Emitter(proto, self.output, Target.of(proto, self._target))
         for name, found in left.items():
             guarded = self._guarded[name]
             weight = replace(found, rows=self._rows[name])  # whatever stands before its operator

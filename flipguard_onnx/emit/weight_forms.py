@@ -170,8 +170,8 @@ def _decoded_form(scheme: Scheme, target: Target) -> WeightForm:
 class Emitter:
     """Rewrites one model: `emit` every weight, then `finish`."""
 
-    def __init__(self, proto: ModelProto, output: Output, target: str) -> None:
-        self._target = Target.of(proto, target)
+    def __init__(self, proto: ModelProto, output: Output, target: Target) -> None:
+        self._target = target
         self._rewriter = Rewriter(proto, output)
         self.finish = self._rewriter.finish
 

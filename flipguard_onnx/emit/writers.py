@@ -14,7 +14,7 @@ from ..quantization.arrays import raw_bytes
 from ..quantization.chunks import stored_values
 from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Scheme
-from .weight_forms import Emitter
+from .weight_forms import Emitter, Target
 
 
 class ModelWriter(Protocol):
@@ -39,7 +39,7 @@ class QdqWriter:
     ----------
     source, prepared : the model, and its graph at the opset that is written
     output : where it is written
-    target : as in GuardOptions
+    target : what it is written for
     nearest : take the codes of rounding to nearest instead of the guarded ones
 
     Attributes
@@ -52,7 +52,7 @@ class QdqWriter:
         source: Model,
         graph: IndexedModel,
         output: Output,
-        target: str,
+        target: Target,
         nearest: bool = False,
     ) -> None:
         self.output = output

@@ -17,9 +17,9 @@ from ..calibration.inputs import npz_files
 from ..errors import FlipguardError, ModelError, exit_code
 from ..io.model import open_model
 from ..io.publish import WORKSPACE, check_target, sweep
-from ..progress import Progress
+from ..progress import Progress, silent
 from ..reports.batch import BatchReport, ModelOutcome
-from ..runtime.pool import Lost, described, in_processes, on_dask
+from ..runtime.pool import Event, Lost, described, in_processes, on_dask
 from .guard import guard
 from .options import GuardKeywords, GuardOptions, StrPath, output_paths
 
@@ -69,7 +69,8 @@ def guard_many(
     jobs : how many processes work at a time, each on its share of the cores
     scheduler : address of a Dask scheduler; its workers then do the work instead. They must have
         this package and see the same files under the same paths.
-    progress : called with ("guarding models", models done, models in all)
+    progress : called with ("guarding models", models done, models in all), and with the stages of
+        each model that is guarded on this machine, as "MODEL: STAGE"
 
     Returns
     -------
@@ -91,7 +92,7 @@ def guard_many(
     >>> result.code, len(result.outcomes)
     (0, 1)
     """
-    progress = progress or (lambda *_: None)
+    progress = progress or silent
     folder = Path(output) if output else None
     opts = GuardOptions(scheme=scheme, **options)
     planned = plan_jobs([Path(model) for model in models], folder, opts)
@@ -99,13 +100,19 @@ def guard_many(
         npz_files(opts.data_path)  # there, before anything is done
     companions = [] if folder is None else plan_copies(map(Path, models), folder, opts.force)
     folders = {job.outputs[0].parent for job in planned}
+    missing = {p for folder in folders for p in (folder, *folder.parents) if not p.exists()}
     _make(folders)
     outcomes = _refused(planned)
     left = [index for index in range(len(planned)) if index not in outcomes]
     if scheduler:
         work = on_dask(run, [_for_dask(planned[index]) for index in left], scheduler)
     else:
-        work = in_processes(run, [planned[index] for index in left], jobs)
+
+        def tell(place: int, event: Event) -> None:
+            model = planned[left[place]].model.name
+            progress(f"{model}: {event.stage}", event.done, event.total)
+
+        work = in_processes(run, [planned[index] for index in left], jobs, tell)
     progress("guarding models", len(outcomes), len(planned))
     with closing(work):
         for place, result in work:
@@ -116,6 +123,9 @@ def guard_many(
             progress("guarding models", len(outcomes), len(planned))
     for written in folders:
         sweep(written)
+    for made in sorted(missing, key=lambda path: -len(path.parts)):
+        with suppress(OSError):  # something was written there
+            made.rmdir()
     done = tuple(outcomes[index] for index in range(len(planned)))
     guarded = any(outcome.report for outcome in done)
     return BatchReport(done, tuple(map(_copy, companions)) if guarded else ())
@@ -199,7 +209,7 @@ def model_seed(seed: int, model: Path) -> int:
     return int.from_bytes(hashlib.sha256(" ".join(parts).encode()).digest()[:16], "big")
 
 
-def run(job: Job) -> ModelOutcome:
+def run(job: Job, progress: Progress = silent) -> ModelOutcome:
     """guard() as data, whatever happens."""
     started = time.perf_counter()
     report, error, code = None, None, 0
@@ -208,7 +218,9 @@ def run(job: Job) -> ModelOutcome:
             seed = job.options.seed
             seed = None if seed is None else model_seed(seed, job.model)
             options = replace(job.options, seed=seed)
-            report = guard(job.model, output=job.outputs[0], **options.keywords())
+            report = guard(
+                job.model, output=job.outputs[0], progress=progress, **options.keywords()
+            )
     except FlipguardError as problem:
         error, code = str(problem), exit_code(problem)
     except Exception as problem:  # a defect of ours, or no memory: the others go on

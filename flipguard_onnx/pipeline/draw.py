@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ..calibration.moments import Moments
 from ..detection.scan import collapses
 from ..emit.static_qdq import Calibration, StaticQdqWriter
+from ..emit.weight_forms import Target
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, guarded_values
 from ..errors import ModelError, ValidationError
 from ..formats import FORMATS
@@ -329,7 +330,8 @@ def _writers(
                 model, graph, output, calibration, target, nearest=kind == "plain"
             )
     elif validator or "qdq" in run.targets:
-        writers["qdq"] = QdqWriter(model, graph, run.output(folder, "qdq"), target)
+        aim = Target.of(graph.proto, target)
+        writers["qdq"] = QdqWriter(model, graph, run.output(folder, "qdq"), aim)
     if "float" in run.targets:
         writers["float"] = FloatWriter(
             model, prepared.original, run.output(folder, "float"), guarded_values

@@ -24,6 +24,8 @@ from ..quantization.rounding import Policy
 from ..runtime import require_openable
 from .options import GuardOptions, StrPath, output_paths
 
+BESIDE = "*.json", "*.jinja", "*.model", "*.txt"  # a tokenizer and settings
+
 HIDDEN = re.compile(rf"[^\s'\"(]*/{WORKSPACE.pattern}/[^\s'\":;,)]*")  # a file of a workspace
 
 
@@ -118,7 +120,7 @@ def open_run(
         stack.enter_context(naming(opened.path))
         targets = output_paths(opened.path, output, options.scheme, options.emit)
         inputs = [opened.path, *(opened.path.parent / name for name in opened.data_sha256)]
-        inputs += data
+        inputs += [*data, *beside(opened.path)]
         for target in targets.values():
             check_target(target, inputs, options.force)
         if _runs_models(options):
@@ -138,6 +140,11 @@ def _kept(model: Model, options: GuardOptions) -> Kept:
         "seed": options.seed,
     }
     return Kept(Path(options.resume), identity)
+
+
+def beside(model: Path) -> list[Path]:
+    """The tokenizer and the settings in a model's folder."""
+    return [file for pattern in BESIDE for file in model.parent.glob(pattern)]
 
 
 @contextmanager

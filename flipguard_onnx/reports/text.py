@@ -393,7 +393,11 @@ def render_verification(verification: Verification) -> str:
 
 
 def render_batch(batch: BatchReport) -> str:
-    """The result of guard_many()."""
+    """The result of guard_many(): a line per model, of a single one its own report."""
+    copied = f"{plural(len(batch.copied), 'other file')} of the models' folders"
+    if len(batch.outcomes) == 1 and (report := batch.outcomes[0].report):
+        lines = [*map(printable, config_line(batch.config)), report.render()]
+        return "\n".join([*lines, f"copied    {copied}"] if batch.copied else lines)
     head = ("model", "exit", "coverage", "flipped", "drift", "nearest", "seconds", "output")
     rows = [head, *map(_outcome_cells, batch.outcomes)]
     width = max(len(row[0]) for row in rows)
@@ -413,7 +417,7 @@ def render_batch(batch: BatchReport) -> str:
         )
     lines += _warning_lines([outcome.report for outcome in batch.outcomes if outcome.report])
     if batch.copied:
-        lines.append(f"copied    {plural(len(batch.copied), 'other file')} of the models' folders")
+        lines.append(f"copied    {copied}")
     lines.append(f"guarded   {plural(len(batch.outcomes) - failed, 'model')}, {failed} failed")
     return "\n".join(lines)
 

@@ -1,14 +1,17 @@
 """One task for many items: in processes of this machine, or on a Dask cluster.
 
-A task is a function of a module. It returns the failures that it expects; if it raises, or its
-process dies, the result is Lost. Items and results are pickled: these processes run the tool's own
-code, and leave models to a child of theirs (see `session`), which speaks JSON.
+A task is a function of a module, of an item and of the progress to report. It returns the failures
+that it expects; if it raises, or its process dies, the result is Lost. Items and results are
+pickled: these processes run the tool's own code, and leave models to a child of theirs (see
+`session`), which speaks JSON.
 """
 
 import gc
 import multiprocessing
 import os
 import signal
+import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import DeviceError, first_line
 from ..interrupts import Interrupted, interruptible
@@ -25,7 +28,9 @@ CONNECT_SECONDS = 10.0  # to find a scheduler
 
 STOP_SECONDS = 30.0  # for a process to remove unfinished files; then it is killed
 
-Task = Callable[[Any], Any]
+TELL_SECONDS = 0.1  # between two reports of the progress of one stage
+
+Task = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,24 @@ class Lost:
     reason: str
 
 
-def in_processes(task: Task, items: Sequence[Any], count: int) -> Generator[tuple[int, Any]]:
+class Event(NamedTuple):
+    """Progress, as it is called."""
+
+    stage: str
+    done: int
+    total: int
+
+
+def in_processes(
+    task: Task, items: Sequence[Any], count: int, tell: Callable[[int, Event], None]
+) -> Generator[tuple[int, Any]]:
     """Run the task in processes that have equal shares of the cores.
 
     Parameters
     ----------
     task, items : the function and its arguments
     count : of processes, at the most
+    tell : called with the index of an item and its progress
 
     Returns
     -------
@@ -65,6 +81,9 @@ def in_processes(task: Task, items: Sequence[Any], count: int) -> Generator[tupl
             for connection in wait(list(busy)):
                 process, index = busy[connection]  # type: ignore[index]
                 result = process.result()
+                if isinstance(result, Event):
+                    tell(index, result)
+                    continue
                 del busy[connection]  # type: ignore[arg-type]
                 idle.append(process)
                 yield index, result
@@ -153,13 +172,13 @@ class _Process:
         other_end.close()
 
     def start(self, item: Any) -> Connection:
-        """Start with an item; its result has come when the connection returned is ready."""
+        """Start with an item; when the connection returned is ready, `result` has something."""
         with suppress(BrokenPipeError):  # dead: result() will tell
             self._connection.send(item)
         return self._connection
 
     def result(self) -> Any:
-        """The result that has come, or Lost if the process has died."""
+        """The result or the Event that has come, or Lost if the process has died."""
         try:
             return self._connection.recv()
         except (EOFError, ConnectionResetError):
@@ -194,6 +213,16 @@ def _inherited(cores: set[int]) -> Iterator[None]:
 
 
 def _serve(task: Task, connection: Connection) -> None:
+    told, last, sending = "", 0.0, threading.Lock()
+
+    def tell(stage: str, done: int, total: int) -> None:
+        nonlocal told, last
+        with sending:
+            now = time.monotonic()
+            if stage != told or done in (0, total) or now - last > TELL_SECONDS:
+                told, last = stage, now
+                connection.send(Event(stage, done, total))
+
     with suppress(Interrupted, EOFError, BrokenPipeError), interruptible():
         while True:
-            connection.send(task(connection.recv()))
+            connection.send(task(connection.recv(), tell))

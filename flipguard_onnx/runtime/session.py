@@ -29,6 +29,8 @@ from ..errors import LoadError, ModelError, RunError, ValidationError
 from .messages import Array, Channel, Message, MessageError, UnsendableError, outputs_of
 from .settings import Limits, StaticQuantization
 
+OUT_OF_MEMORY = "bad_alloc", "BFCArena"  # in onnxruntime's words
+
 Answer = TypeVar("Answer")
 
 
@@ -218,7 +220,11 @@ class Session:
                 list(feed.values()),
             )
         except RemoteError as error:
-            raise RunError(str(error)) from None
+            problem = str(error)
+            if any(words in problem for words in OUT_OF_MEMORY):
+                memory = self._child.limits.memory_for(self._size) >> 20
+                problem = f"needs more than {memory} MiB, fewer or shorter samples less: {problem}"
+            raise RunError(problem) from None
         except ValidationError as error:
             raise error.at(self._name) from None
 

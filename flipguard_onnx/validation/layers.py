@@ -47,7 +47,7 @@ class Layer:
 
 
 def sample(
-    source: Model, weights: Sequence[Weight], schemes: Sequence[Scheme], target: str
+    source: Model, weights: Sequence[Weight], schemes: Sequence[Scheme], target: Target
 ) -> list[Layer]:
     """Some layers of every kind (operator, scheme, form in which the codes are written).
 
@@ -55,7 +55,7 @@ def sample(
     ----------
     source : the original
     weights, schemes : its weights, and the scheme of each
-    target : as in GuardOptions
+    target : what the models are written for
 
     Raises
     ------
@@ -63,11 +63,10 @@ def sample(
     """
     kinds: dict[tuple[str, str, WeightForm], list[tuple[Weight, Layer]]] = defaultdict(list)
     origins = _origins(source.proto.graph)
-    aim = Target.of(source.proto, target)
     for weight, scheme in zip(weights, schemes, strict=True):
         layer = _layer(source.proto.graph, weight, origins)
         if layer:
-            form = form_of(weight.uses[0], weight, scheme, aim)
+            form = form_of(weight.uses[0], weight, scheme, target)
             kinds[weight.uses[0].op, scheme.name, form].append((weight, layer))
     chosen = {}
     for found in kinds.values():

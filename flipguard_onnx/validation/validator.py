@@ -20,6 +20,7 @@ from .. import runtime
 from ..calibration.inputs import required_inputs
 from ..calibration.samples import Array, Found, Samples, finite
 from ..emit.opset import converted
+from ..emit.weight_forms import Target
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, decoded_values
 from ..errors import RunError, ValidationError
 from ..graph.constants import RANDOM
@@ -137,8 +138,8 @@ class Validator:
 
     original: the model that is guarded. source: what is run in its place, itself unless it is too
     large; original_graph: the graph of that, graph: the same at the opset that will be written;
-    samples: those of `source`; layers: those that were cut out, if they were. target,
-    max_drift: as in GuardOptions.
+    samples: those of `source`; layers: those that were cut out, if they were; target: what the
+    models are written for; max_drift: as in GuardOptions.
     """
 
     original: Model
@@ -147,7 +148,7 @@ class Validator:
     graph: IndexedModel
     samples: Samples
     layers: tuple[Layer, ...]
-    target: str
+    target: Target
     max_drift: float
 
     @classmethod
@@ -170,17 +171,18 @@ class Validator:
         with its scheme; folder: new, for the layers.
         """
         source = samples.source
+        aim = Target.of(graph.proto, target)  # the same for layers, so that their forms are
         names = {weight.tensor_name for weight, _ in weights}
         if source.size <= max_bytes and _comparable(samples, names):
-            return cls(source, source, original, graph, samples, (), target, max_drift)
+            return cls(source, source, original, graph, samples, (), aim, max_drift)
         schemes = [scheme for _, scheme in weights]
-        layers = sample(source, [weight for weight, _ in weights], schemes, target)
+        layers = sample(source, [weight for weight, _ in weights], schemes, aim)
         small = cut_out(source, layers, folder)
         opset = opset_of(graph.proto)
         found = IndexedModel.of(small.proto)
         prepared = converted(small, opset, found)
         own = Samples(small, None, samples.without, takes_data=False)
-        return cls(source, small, found, prepared, own, tuple(layers), target, max_drift)
+        return cls(source, small, found, prepared, own, tuple(layers), aim, max_drift)
 
     def writers(self, folder: Path) -> dict[str, ModelWriter]:
         """The models to compare with: rounded to nearest, and what the codes must compute."""

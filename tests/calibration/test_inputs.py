@@ -1,11 +1,22 @@
 """Made-up inputs fit the graph's signature; drift is measured as it says."""
 
+import re
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
 
-from flipguard_onnx.calibration.inputs import FEEDS, FEWER_FEEDS, LARGE, load_feeds, made_up_feeds
+from flipguard_onnx.calibration.inputs import (
+    BATCH,
+    FEEDS,
+    FEWER_FEEDS,
+    LARGE,
+    Input,
+    load_feeds,
+    made_up_feeds,
+    samples_at_a_time,
+)
 from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.errors import DriftError, ModelError, OptionError, ValidationError
 from flipguard_onnx.io.model import open_model
@@ -162,6 +173,28 @@ def test_a_dimension_of_zero_is_made_up_as_it_is(tmp_path):
     found = Samples(open_model(save(proto, tmp_path)), None).require()
     assert {feed["past"].shape for feed in found.feeds} == {(1, 0, 8)}
     assert all(feed["x"].size for feed in found.feeds)
+
+
+def test_long_texts_run_one_by_one():
+    """Attention takes memory that grows with the square of their length."""
+    inputs = [Input("ids", np.dtype(np.int64), (BATCH, "length"), 100)]
+
+    def at_a_time(length):
+        return samples_at_a_time({"ids": np.zeros((16, length), np.int64)}, inputs)
+
+    assert [at_a_time(length) for length in (64, 512, 1024, 9000)] == [16, 16, 4, 1]
+
+
+@pytest.mark.parametrize("wrong", [0.5, np.nan, 2.0**63])
+def test_numbers_that_are_no_integers_are_refused(tmp_path, wrong):
+    proto = model([node("Gather", "table ids", "y")], {"ids": (TensorProto.INT64, ["n"])},
+                  {"y": (F, None)}, {"table": weights((9, 4))})  # fmt: skip
+    ids = np.array([1.0, wrong])
+    np.savez(tmp_path / "ids.npz", ids=ids)
+    with pytest.raises(ModelError, match=re.escape(f"'ids' holds {ids[1]}; allowed: values of")):
+        load_feeds(tmp_path / "ids.npz", proto)
+    np.savez(tmp_path / "ids.npz", ids=np.array([1.0, 2.0]))
+    assert load_feeds(tmp_path / "ids.npz", proto)[0]["ids"].tolist() == [1, 2]
 
 
 def test_data_without_samples_are_refused(tmp_path):

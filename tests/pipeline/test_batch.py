@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from flipguard_onnx.pipeline.batch import find_models, model_seed
 from flipguard_onnx.runtime.pool import Lost, core_shares, on_dask
 from tests.helpers.command import call, heed_interrupts, held, names, one_line, workspaces
 from tests.helpers.samples import SAMPLES, matmul, model, node, save, tied_embedding, weights
+
+EXPORTS = Path(__file__).parents[2] / "models" / "exports"
 
 FAST = {"validate": False, "preserve": "off"}
 PLAIN = ("--no-validate", "--preserve", "off")
@@ -46,7 +49,9 @@ def models(tmp_path):
 def one_process(monkeypatch):
     """For what does not depend on processes: they take a second each to start."""
     monkeypatch.setattr(
-        fleet, "in_processes", lambda task, items, _: (pair for pair in enumerate(map(task, items)))
+        fleet,
+        "in_processes",
+        lambda task, items, *_: (pair for pair in enumerate(map(task, items))),
     )
 
 
@@ -162,7 +167,24 @@ def test_nothing_goes_along_where_no_model_was_guarded(model_folder, tmp_path):
     (model_folder / "onnx" / "model.onnx").write_text("broken")
     (model_folder / "onnx" / "encoder.onnx").write_text("broken")
     assert call("guard", model_folder, "-o", tmp_path / "out", *PLAIN).exit_code == 2
-    assert outputs(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_one_model_has_the_report_and_the_progress_of_the_model(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(EXPORTS / "genai", folder)
+    result = call("guard", folder, "-o", tmp_path / "out", "--preserve", "off")
+    assert result.exit_code == 0
+    assert "model.onnx: validating ..." in result.stderr.splitlines()
+    assert "\nvalid     on 8 inputs" in result.stdout
+    assert result.stdout.endswith("\ncopied    3 other files of the models' folders\n")
+    (folder / "model.onnx.data").unlink()
+    failed = call("guard", folder, "-o", tmp_path / "other" / "out")
+    assert failed.exit_code == 2
+    assert not failed.stdout
+    said = failed.stderr.splitlines()
+    assert said[-1].endswith("needs the data file 'model.onnx.data': it does not exist")
+    assert not (tmp_path / "other").exists()
 
 
 def test_large_files_of_a_model_folder_are_linked(model_folder, tmp_path):
@@ -497,7 +519,7 @@ def test_dask_overwrites_nothing_without_force(cluster, models, tmp_path):
         *("--scheduler", cluster.scheduler_address),
     )
     assert result.exit_code == 2
-    assert "exists already" in result.stdout
+    assert "exists already" in result.stderr
     assert (tmp_path / "out" / "good.flipguard-int8.onnx").read_text() == "mine"
 
 

@@ -259,6 +259,14 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path, value):
     assert names(tmp_path) == ["model.onnx"]
 
 
+def test_a_tokenizer_beside_the_model_is_not_replaced(tmp_path):
+    source, tokenizer = save(matmul(), tmp_path), tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    with pytest.raises(ModelError, match="belongs to the input"):
+        flipguard_onnx.guard(source, output=tokenizer, force=True, validate=False)
+    assert tokenizer.read_text() == "{}"
+
+
 def test_outputs_are_not_overwritten_without_force(tmp_path):
     source = save(matmul(), tmp_path)
     before = source.read_bytes()

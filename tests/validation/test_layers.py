@@ -9,6 +9,7 @@ from onnx import TensorProto, helper
 
 import flipguard_onnx
 from flipguard_onnx import ValidationError
+from flipguard_onnx.emit.weight_forms import Target
 from flipguard_onnx.emit.writers import QdqWriter
 from flipguard_onnx.graph.operands import SAMPLE_ROWS
 from flipguard_onnx.graph.weights import find_weights
@@ -17,6 +18,7 @@ from flipguard_onnx.pipeline.options import GuardOptions
 from flipguard_onnx.pipeline.plan import plan_weights
 from flipguard_onnx.validation import layers as sampled
 from flipguard_onnx.validation.validator import Validator
+from tests.helpers.decoders import decoder
 from tests.helpers.samples import SAMPLES, gather, model, node, save, weights
 
 SCHEMES = ("int8", "int4", "nf4", "fp4")
@@ -59,7 +61,7 @@ def pick(proto, tmp_path, scheme="int8"):
     source = open_model(save(proto, tmp_path))
     found = find_weights(source.proto)[0]
     kinds = [plan.scheme for plan in plan_weights(found, GuardOptions(scheme=scheme))]
-    return source, sampled.sample(source, found, kinds, False)
+    return source, sampled.sample(source, found, kinds, Target("portable"))
 
 
 @pytest.mark.parametrize("emit", ["qdq", "float", "both"])
@@ -81,6 +83,19 @@ def test_layers_of_every_kind_are_validated(tmp_path, too_large, scheme, emit, d
 ALONE = """matmul matmul_left matmul_batched gemm_transposed gemm_alpha conv conv_transpose
     constant_through_chain initializer_as_input conv_old_opset bfloat16_cast"""
 TOGETHER = "shared tied_embedding lstm nested"
+
+
+@pytest.mark.parametrize("scheme", ["int4", "uint4", "nf4"])
+def test_layers_have_the_forms_of_the_model_and_need_no_later_opset(tmp_path, too_large, scheme):
+    """A decoder's matrices stay packed, whatever their size; one alone is no decoder."""
+    proto = decoder()
+    proto.opset_import[0].version = 17
+    output = tmp_path / "o.onnx"
+    report = flipguard_onnx.guard(
+        save(proto, tmp_path), scheme, target="onnxruntime", output=output, preserve="off"
+    )
+    assert report.validation.layers
+    assert onnx.load(output).opset_import[0].version == 17
 
 
 @pytest.mark.parametrize("sample", ALONE.split())
