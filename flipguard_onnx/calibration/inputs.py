@@ -230,10 +230,10 @@ def _require_fit(path: Path, wanted: Input, array: npt.NDArray[Any]) -> None:
             found=f"{array.dtype} {array.shape}",
             allowed=f"{wanted.dtype} {dims}",
         )
-    if wanted.dtype.kind in "iu":
+    if wanted.dtype.kind in "iu" and array.dtype.kind in "iuf":
         limits = np.iinfo(wanted.dtype)
         with np.errstate(invalid="ignore"):
-            fits = (array == np.rint(array)) & (array >= limits.min) & (array <= limits.max)
+            fits = (array == np.rint(array)) & (array >= limits.min) & (array < limits.max + 1)
         if not fits.all():
             raise ModelError(
                 "input {tensor!r} holds {found}",

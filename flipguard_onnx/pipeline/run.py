@@ -24,7 +24,7 @@ from ..quantization.rounding import Policy
 from ..runtime import require_openable
 from .options import GuardOptions, StrPath, output_paths
 
-BESIDE = "*.json", "*.jinja", "*.model", "*.txt"  # a tokenizer and settings
+BESIDE = "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"  # tokenizers, settings
 
 HIDDEN = re.compile(rf"[^\s'\"(]*/{WORKSPACE.pattern}/[^\s'\":;,)]*")  # a file of a workspace
 

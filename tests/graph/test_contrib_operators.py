@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 import flipguard_onnx
 from flipguard_onnx import ModelError, ValidationError
 from flipguard_onnx.calibration.weight_inputs import weight_input
+from flipguard_onnx.emit.weight_forms import Target
 from flipguard_onnx.graph.operators import OPERATORS, operator_of
 from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import open_model
@@ -254,9 +255,9 @@ def test_layers_run_alone(tmp_path, name):
     schemes = [SCHEMES["int8"]] * len(found)
     if name.startswith(("experts", "embedded", "causal")) or "batched" in name:
         with pytest.raises(ValidationError, match="no layer of it can be run alone"):
-            layers.sample(source, found, schemes, False)
+            layers.sample(source, found, schemes, Target("portable"))
         return
-    chosen = layers.sample(source, found, schemes, False)
+    chosen = layers.sample(source, found, schemes, Target("portable"))
     cut = layers.cut_out(source, chosen, tmp_path / "cut")
     proto = onnx.load(cut.path)
     assert run(cut.path, feed_for(proto)).size > 0
