@@ -232,7 +232,7 @@ def _require_fit(path: Path, wanted: Input, array: npt.NDArray[Any]) -> None:
         )
     if wanted.dtype.kind in "iu" and array.dtype.kind in "iuf":
         limits = np.iinfo(wanted.dtype)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             fits = (array == np.rint(array)) & (array >= limits.min) & (array < limits.max + 1)
         if not fits.all():
             raise ModelError(
