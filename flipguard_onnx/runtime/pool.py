@@ -46,7 +46,7 @@ class Lost:
 
 
 class Event(NamedTuple):
-    """Progress, as it is called."""
+    """What a Progress is called with."""
 
     stage: str
     done: int
