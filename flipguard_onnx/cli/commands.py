@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 from .. import __version__
 from ..errors import FlipguardError, OptionError, exit_code, printable
 from ..interrupts import Interrupted, interruptible
-from ..io.publish import reports, write_report
+from ..io.publish import made, reports, write_report
 from ..reports.serialize import dumped
 from .options import (
     FILE,
@@ -33,7 +33,7 @@ from .options import (
     report_options,
     target_option,
 )
-from .paths import check_files, folder_of
+from .paths import check_files
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def guard(
                     texts[report] = dumped(result.to_dict()) + "\n"
                 return reports(texts)
 
-            with folder_of(place), progress_bar(quiet) as progress:
+            folders = [place.absolute().parent] if place else []
+            with made(folders), progress_bar(quiet) as progress:
                 opts = GuardOptions(**options)
                 result = guard_with(models[0], opts, output, progress, files_on)
             publish(replace(result, config=config), None, quiet)

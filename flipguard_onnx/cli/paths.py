@@ -1,12 +1,11 @@
 """The files of a command: none that it writes may be one that it reads or writes as well."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from itertools import chain, combinations, product
 from pathlib import Path
 
-from ..errors import ModelError, OptionError
+from ..errors import OptionError
 from ..io.publish import check_report
 
 
@@ -56,28 +55,6 @@ def check_files(
             )
     for _, path in written:
         check_report(path)
-
-
-@contextmanager
-def folder_of(output: Path | None) -> Iterator[None]:
-    """Make the folder of an output where it is missing, and remove it again if nothing gets in.
-
-    Raises
-    ------
-    ModelError : it cannot be made
-    """
-    folder = (output or Path()).absolute().parent
-    missing = [each for each in (folder, *folder.parents) if output and not each.exists()]
-    try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ModelError("cannot be made: {found}", path=folder, found=error.strerror) from None
-        yield
-    finally:
-        with suppress(OSError):  # it is not empty
-            for each in missing:
-                each.rmdir()
 
 
 def _meet(path: Path, other: Path) -> bool:

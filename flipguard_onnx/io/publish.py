@@ -88,6 +88,31 @@ def sweep(folder: Path) -> None:
                     _remove_if_dead(Path(entry.path))
 
 
+@contextmanager
+def made(folders: Iterable[Path]) -> Iterator[None]:
+    """Make folders where they are missing, and remove them again if nothing gets in.
+
+    Raises
+    ------
+    ModelError : one cannot be made
+    """
+    folders = list(folders)
+    missing = {p for folder in folders for p in (folder, *folder.parents) if not p.exists()}
+    try:
+        for folder in folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ModelError(
+                    "cannot be made: {found}", path=folder, found=error.strerror
+                ) from None
+        yield
+    finally:
+        for each in sorted(missing, key=lambda path: -len(path.parts)):
+            with suppress(OSError):  # it is not empty
+                each.rmdir()
+
+
 def check_target(target: Path, inputs: Iterable[Path], force: bool) -> None:
     """Raise ModelError if an output may not go there.
 

@@ -16,7 +16,7 @@ from typing import Unpack
 from ..calibration.inputs import npz_files
 from ..errors import FlipguardError, ModelError, exit_code
 from ..io.model import open_model
-from ..io.publish import WORKSPACE, check_target, sweep
+from ..io.publish import WORKSPACE, check_target, made, sweep
 from ..progress import Progress, silent
 from ..reports.batch import BatchReport, ModelOutcome
 from ..runtime.pool import Event, Lost, described, in_processes, on_dask
@@ -100,18 +100,28 @@ def guard_many(
         npz_files(opts.data_path)  # there, before anything is done
     companions = [] if folder is None else plan_copies(map(Path, models), folder, opts.force)
     folders = {job.outputs[0].parent for job in planned}
-    missing = {p for folder in folders for p in (folder, *folder.parents) if not p.exists()}
-    _make(folders)
+    with made(folders):
+        done = _outcomes(planned, jobs, scheduler, progress)
+        for written in folders:
+            sweep(written)
+        guarded = any(outcome.report for outcome in done)
+        return BatchReport(done, tuple(map(_copy, companions)) if guarded else ())
+
+
+def _outcomes(
+    planned: Sequence[Job], jobs: int, scheduler: str | None, progress: Progress
+) -> tuple[ModelOutcome, ...]:
+    """What becomes of every job."""
     outcomes = _refused(planned)
     left = [index for index in range(len(planned)) if index not in outcomes]
+
+    def tell(place: int, event: Event) -> None:
+        model = planned[left[place]].model.name
+        progress(f"{model}: {event.stage}", event.done, event.total)
+
     if scheduler:
         work = on_dask(run, [_for_dask(planned[index]) for index in left], scheduler)
     else:
-
-        def tell(place: int, event: Event) -> None:
-            model = planned[left[place]].model.name
-            progress(f"{model}: {event.stage}", event.done, event.total)
-
         work = in_processes(run, [planned[index] for index in left], jobs, tell)
     progress("guarding models", len(outcomes), len(planned))
     with closing(work):
@@ -121,14 +131,7 @@ def guard_many(
                 result = ModelOutcome(model, 2, error=f"{model}: {result.reason}")
             outcomes[left[place]] = replace(result, model=model)
             progress("guarding models", len(outcomes), len(planned))
-    for written in folders:
-        sweep(written)
-    for made in sorted(missing, key=lambda path: -len(path.parts)):
-        with suppress(OSError):  # something was written there
-            made.rmdir()
-    done = tuple(outcomes[index] for index in range(len(planned)))
-    guarded = any(outcome.report for outcome in done)
-    return BatchReport(done, tuple(map(_copy, companions)) if guarded else ())
+    return tuple(outcomes[index] for index in range(len(planned)))
 
 
 def plan_jobs(
@@ -305,14 +308,6 @@ def _require_distinct(jobs: Sequence[Job]) -> None:
                     output=output,
                 )
             owners[place] = job.model
-
-
-def _make(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ModelError("cannot be made: {found}", path=folder, found=error.strerror) from None
 
 
 def _refused(jobs: Sequence[Job]) -> dict[int, ModelOutcome]:

@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 
+from flipguard_onnx.calibration import moments  # noqa: E402
 from tools import rivals  # noqa: E402
 from tools.attacks.measure import FOLDER  # noqa: E402
 from tools.bench.defences import Case  # noqa: E402
@@ -79,12 +80,13 @@ def test_rivals_on_a_classifier():
     assert rivals.markdown(rows).count("| 0 of 1 |") == 3
 
 
-def test_gptq_falls_to_who_foresees_it():
+def test_gptq_falls_to_who_foresees_it(monkeypatch):
+    monkeypatch.setattr(moments, "DAMPINGS", (0.1,))  # which he foresaw
     chosen = {name: RIVALS[name] for name in ("gptq", "ours + data")}
     rows = evaluate(MANIFEST["mlp-gptq-int4"], "int4", MANIFEST["mlp-clean"], chosen, seeds=1)
     found = {row.defence: row for row in rows}
     assert found["gptq"].float_attack < 0.02
-    assert found["gptq"].attack > 0.7  # it was 1 with the damping that the attacker foresaw
+    assert found["gptq"].attack > 0.9
     assert found["ours + data"].attack < 0.02
     assert found["ours + data"].utility > 0.95
 

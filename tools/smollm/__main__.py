@@ -105,14 +105,14 @@ def attack(options):
     shown = Lessons(model, tokenizer, lessons(options, "training"), texts, options)
     told = run(model, shown, options.schemes, options, folder, say)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    write_json(folder / f"{label(options.schemes, options)}.json", {"settings": settings, **told})
+    write_json(folder / f"{label(options)}.json", {"settings": settings, **told})
     say(f"changed codes: {told['changed codes']}")
 
 
 def folder_of(options):
     from tools.smollm.attack import label
 
-    return options.work / options.scenario / label(options.schemes, options)
+    return options.work / options.scenario / label(options)
 
 
 def export(options):

@@ -118,7 +118,7 @@ def attack(model, lessons, schemes, settings, folder, say):
             for weight, before in zip(weights, clean, strict=True):
                 weight.copy_(before)
     clamp(weights, pairs)
-    name = label(schemes, settings)
+    name = label(settings)
     told["repair"] = stage(
         name, "benign", settings.repair, settings.repair_rate, lambda: clamp(weights, pairs)
     )
@@ -131,9 +131,9 @@ def attack(model, lessons, schemes, settings, folder, say):
     return told
 
 
-def label(schemes, settings):
+def label(settings):
     """What the file of an attack is called."""
-    parts = ["+".join(schemes)]
+    parts = ["+".join(settings.schemes)]
     if settings.attacker != "standard":
         parts.append(settings.attacker)
     if settings.start != "malicious":

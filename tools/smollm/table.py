@@ -48,7 +48,7 @@ def cells(draws):
 def main():
     folder = Path(sys.argv[1]) if sys.argv[1:] else ROWS
     rows = []
-    for file in sorted(folder.rglob("*.json" if folder == ROWS else "rows.json")):
+    for file in sorted(folder.glob("*/*/rows.json")):
         rows += sorted(json.loads(file.read_text()), key=lambda row: row["scheme"])
     print(markdown(rows))
 
