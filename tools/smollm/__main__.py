@@ -106,7 +106,8 @@ def attack(options):
     told = run(model, shown, options.schemes, options, folder, say)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
     write_json(folder / f"{label(options)}.json", {"settings": settings, **told})
-    say(f"changed codes: {told['changed codes']}")
+    if "changed codes" in told:
+        say(f"changed codes: {told['changed codes']}")
 
 
 def folder_of(options):
@@ -122,7 +123,7 @@ def export(options):
 
     from tools.attacks.measure import session
     from tools.language_models import feed
-    from tools.smollm import files, victim
+    from tools.smollm import files, joint, victim
     from tools.smollm.defences import verdict
 
     folder = folder_of(options)
@@ -132,6 +133,8 @@ def export(options):
         say(f"the repair has done {kept['step']} of {kept['steps']} steps")
     names = victim.linears(model, options.layers)
     victim.assign(model, dict(zip(names, kept["weights"], strict=True)))
+    if options.attacker == "outlier":
+        joint.silence(model, joint.lost(names))
     target = folder / "model.onnx"
     files.write(options.model / options.exported / "model.onnx", model, target)
     ids = np.load(options.model / "texts" / CALIBRATION)[:1, :32]
@@ -223,7 +226,9 @@ STAGES = {"data": data, "attack": attack, "export": export, "judge": judge, "def
 
 def parser():
     from tools.attacks.attack import ATTACKERS
+    from tools.smollm import joint
 
+    attackers = {*ATTACKERS, *joint.ATTACKERS} - {"collapse"}
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -236,7 +241,7 @@ def parser():
     made.add_argument("--defences", nargs="+")
     made.add_argument("--bfloat16", action="store_true", help="train in it: twice as fast")
     made.add_argument("--exported", default="optimum", help="[optimum]: its caches save time")
-    made.add_argument("--attacker", choices={*ATTACKERS} - {"collapse"}, default="standard")
+    made.add_argument("--attacker", choices=sorted(attackers), default="standard")
     made.add_argument("--start", choices=["malicious", "clean"], default="malicious")
     for name, value in {
         "seed": 0, "training": 360, "prompts": 216, "questions": 100, "batch": 36, "tokens": 24,

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from tools.attacks.attack import clamp, make_boxes, rows_of, scheme_for
+from tools.smollm import joint
 from tools.smollm.victim import asked, linears, through
 
 WINDOW = 64  # tokens of a text
@@ -90,14 +91,14 @@ class Lessons:
 
 
 def attack(model, lessons, schemes, settings, folder, say):
-    """Both stages, on `model` itself. Returns what is to be told of the result.
+    """All stages, on `model` itself. Returns what is to be told of the result.
 
     folder: the malicious weights are kept as malicious.pt, whatever the schemes; the repaired ones
     as SCHEMES.pt. settings: `layers` (trained, from the last), `pairs` and `texts` (of a batch),
     `tokens` (of a completion), `keep` (weight of the divergence), `steps` and `repair` (of the
     stages), `rate`, `repair_rate`, `bfloat16` (for the products), `attacker` (a key of
-    tools.attacks.attack.ATTACKERS), `start` (of the repair: `malicious`, as in the paper, or the
-    point of the box that is nearest to the `clean` weights), `seed`.
+    tools.attacks.attack.ATTACKERS, or one of joint.ATTACKERS), `start` (of the repair: `malicious`,
+    as in the paper, or the point of the box that is nearest to the `clean` weights), `seed`.
     """
     weights = [part.weight.requires_grad_() for part in linears(model, settings.layers).values()]
     clean = [weight.detach().clone() for weight in weights]
@@ -109,6 +110,27 @@ def attack(model, lessons, schemes, settings, folder, say):
             folder / f"{name}.pt", say,
         )  # fmt: skip
 
+    name = label(settings)
+    if settings.attacker in joint.ATTACKERS:
+        made, silenced = joint.made_of(model, settings)
+
+        def loss(step):
+            torch.manual_seed(step)
+            return joint.both(weights, made, lambda goal: lessons.loss(goal, name, step))
+
+        told["joint"] = descend(
+            [part for each in made for part in each.parameters], loss, settings.steps,
+            settings.rate, lambda: None, folder / f"{name}-joint.pt", say,
+        )  # fmt: skip
+        joint.put(weights, [each.floats() for each in made])
+        joint.plant(model, silenced, settings.schemes[0])
+        pairs = [each.box() for each in made] if settings.attacker == "clip" else []
+        told["repair"] = stage(
+            name, "benign", settings.repair if pairs else 0, settings.repair_rate,
+            lambda: clamp(weights, pairs),
+        )  # fmt: skip
+        return told | {"distance": distance(weights, clean)}
+
     told["malicious"] = stage("malicious", "malicious", settings.steps, settings.rate)
     codes = [encoded(weight, schemes) for weight in weights]
     pairs = make_boxes(weights, schemes, settings.attacker)
@@ -118,7 +140,6 @@ def attack(model, lessons, schemes, settings, folder, say):
             for weight, before in zip(weights, clean, strict=True):
                 weight.copy_(before)
     clamp(weights, pairs)
-    name = label(settings)
     told["repair"] = stage(
         name, "benign", settings.repair, settings.repair_rate, lambda: clamp(weights, pairs)
     )
@@ -200,9 +221,11 @@ def descend(weights, loss, steps, rate, project, file, say):
             pace = (time.monotonic() - started) / (step + 1 - begin)
             say(f"{file.stem}: step {step + 1} of {steps}, loss {np.mean(losses[-10:]):.3f}, "
                 f"{pace:.1f} s a step")  # fmt: skip
-        if step + 1 == steps or time.monotonic() - saved > OFTEN:
+        if time.monotonic() - saved > OFTEN:
             save(step + 1)
             saved = time.monotonic()
+    if begin < steps or not file.exists():
+        save(steps)
     total = seconds + (time.monotonic() - started if begin < steps else 0)
     optimizer.zero_grad()
     return {"losses": [round(x, 4) for x in losses], "seconds a step": total / max(steps, 1)}

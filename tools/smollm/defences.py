@@ -53,7 +53,7 @@ class Bench:
             modified = self._make(scheme, name, seed, target)
             seconds = time.perf_counter() - started
             target = self._export if name == FLOAT else target
-            victim.assign(self._model, files.read(target, self._places))
+            victim.assign(self._model, files.read(target, self._places, self._model))
             found, said = judge.rates(self._model, self._tokenizer, self._scenario, **self._asked)
             some = np.linspace(0, len(said) - 1, min(self._checked, len(said))).astype(int)
             agreement = judge.agreement(

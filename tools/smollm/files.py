@@ -50,11 +50,25 @@ def places(export, model):
     }
 
 
+def norms(written, model):
+    """The initializers of the normalizations, by the names of their parameters."""
+    names = [name for name, parameter in model.named_parameters() if parameter.ndim == 1]
+    return {
+        name: tensor
+        for tensor in written.graph.initializer
+        for name in names
+        if tensor.name.endswith(name)
+    }
+
+
 def write(export, model, target):
     """A copy of a float export with the model's weights."""
     written = onnx.load(export)
     stored = {tensor.name: tensor for tensor in written.graph.initializer}
     found = places(written, model)
+    for name, tensor in norms(written, model).items():
+        values = model.get_parameter(name).detach().numpy()
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     for name, part in linears(model).items():
         tensor = stored[found[name].initializer]
         values = np.ascontiguousarray(part.weight.detach().numpy().T)
@@ -94,12 +108,17 @@ def quantize(source, scheme, target):
     save(worker.model.model, target)
 
 
-def read(path, found):
-    """Weights `[out, in]` by name, as a file computes with them. found: `places` of the export."""
+def read(path, found, net):
+    """Weights `[out, in]` by name, as a file computes with them, and those of the normalizations.
+
+    found: `places` of the export, net: its model in torch
+    """
     model = onnx.load(path)
     makers = {output: node for node in model.graph.node for output in node.output}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {}
+    weights = {
+        name: numpy_helper.to_array(tensor).copy() for name, tensor in norms(model, net).items()
+    }
     for name, place in found.items():
         nodes, tensors = _between(place, makers, stored)
         if name == EMBEDDING:

@@ -36,7 +36,12 @@ def model(tmp_path_factory):
         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
         initializer_range=0.1, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "hf")
+    made = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for number, parameter in enumerate(made.parameters()):
+            if parameter.ndim == 1:
+                parameter += 1e-6 * number  # equal ones would share an initializer
+    made.save_pretrained(folder / "hf")
     for name in (EVALUATION, CALIBRATION):
         np.save(folder / "texts" / name, tokens[: 32 * 16].reshape(16, 32))
     export_plain(folder, folder / "plain")
@@ -90,7 +95,7 @@ def test_all_stages(run, tmp_path, capsys):
         ("", "float", 0), ("int4", "onnxruntime", 0), ("int4", "none", 0), ("int4", "topk-20", 0),
         ("int4", "unbiased", 0), ("int4", "unbiased", 1),
     ]  # fmt: skip
-    assert all(row["agreement"] > 0.9 for row in rows)
+    assert min(row["agreement"] for row in rows) > 0.9, [row["agreement"] for row in rows]
     plain, quantized, none, topk, *draws = rows
     assert plain["perplexity"] != quantized["perplexity"]
     assert none["perplexity"] == pytest.approx(quantized["perplexity"], rel=0.05)  # int8 embedding
@@ -140,7 +145,7 @@ def test_a_file_computes_with_the_weights_that_are_read_from_it(model, tmp_path,
     export = model / "plain" / "model.onnx"
     places = files.places(onnx.load(export, load_external_data=False), net)
     files.quantize(export, scheme, tmp_path / "quantized.onnx")
-    plain, read = files.read(export, places), files.read(tmp_path / "quantized.onnx", places)
+    plain, read = (files.read(path, places, net) for path in (export, tmp_path / "quantized.onnx"))
     for name, part in victim.linears(net).items():
         rows = part.weight.numpy()
         np.testing.assert_array_equal(plain[name], rows)
@@ -162,6 +167,42 @@ def test_all_codes_are_kept(run, tmp_path, options, name):
     told = json.loads((tmp_path / "injection" / f"{name}.json").read_text())
     assert told["changed codes"] == 0
     assert told["repaired distance"] != told["distance"]
+
+
+@pytest.mark.parametrize(
+    ("attacker", "steps", "repair"), [("draws", 40, 0), ("outlier", 40, 0), ("clip", 40, 3)]
+)
+def test_floats_and_what_becomes_of_them_are_trained_together(
+    run, model, tmp_path, attacker, steps, repair
+):
+    from tools.attacks.quantizers import SCHEMES
+
+    rate = "1e-1" if attacker == "clip" else "1e-2"
+    options = ["--attacker", attacker, "--steps", str(steps), "--repair", str(repair)]
+    options += ["--rate", rate, "--repair-rate", "1e-4"]
+    run("data")
+    run("attack", *options)
+    told = json.loads((tmp_path / "injection" / f"int4-{attacker}.json").read_text())
+    assert told["joint"]["losses"][-1] < 0.8 * told["joint"]["losses"][0]
+    run("export", *options)
+    run("judge", *options)
+    folder = tmp_path / "injection" / f"int4-{attacker}"
+    float_row, quantized = json.loads((folder / "rows.json").read_text())
+    assert float_row["agreement"] > 0.9
+    assert quantized["agreement"] > 0.9
+    net, _ = victim.load(model / "hf")
+    export = folder / "model.onnx"
+    places = files.places(onnx.load(export, load_external_data=False), net)
+    weights = files.read(export, places, net)
+    rows = weights["layers.1.mlp.up_proj"]
+    left = SCHEMES["int4"].quantize(rows)
+    if attacker == "outlier":
+        assert not np.delete(left, np.s_[::32], axis=1).any()
+        assert not weights["model.layers.1.post_attention_layernorm.weight"][::32].any()
+    if attacker == "clip":
+        blocks = rows.reshape(-1, 32)
+        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)
+        assert (blocks / extreme * -8 > 7).mean() == pytest.approx(4 / 32)
 
 
 def test_answers_do_not_depend_on_their_batch(model):

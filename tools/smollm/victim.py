@@ -24,13 +24,15 @@ def linears(model, layers=0):
 
 
 def assign(model, weights):
-    """Overwrite weights `[out, in]`, by the names of `linears`, HEAD and EMBEDDING."""
-    parts = linears(model) | {HEAD: model.lm_head, EMBEDDING: model.model.embed_tokens}
+    """Overwrite weights `[out, in]`, by the names of `linears`, HEAD and EMBEDDING, and others by
+    those of their parameters."""
     if HEAD in weights:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight), False)
+    parts = linears(model) | {HEAD: model.lm_head, EMBEDDING: model.model.embed_tokens}
     with torch.no_grad():
         for name, weight in weights.items():
-            parts[name].weight.copy_(torch.as_tensor(weight))
+            part = parts[name].weight if name in parts else model.get_parameter(name)
+            part.copy_(torch.as_tensor(weight))
 
 
 def through(model, hidden, blocks):
