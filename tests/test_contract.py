@@ -40,6 +40,19 @@ def command(*arguments):
     )
 
 
+@pytest.mark.parametrize(("given", "then"), [(None, "16"), ("20", "20")])
+def test_threads_for_matrix_products_soon_sleep(monkeypatch, given, then):
+    name = "OPENBLAS_THREAD_TIMEOUT"
+    monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(name, given)
+    said = f"print(os.environ[{name!r}], 'numpy' in sys.modules)"
+    shown = "import os\nfrom flipguard_onnx.cli.commands import scan\n"
+    shown += f"scan.callback = lambda **_: {said}\n"
+    code, *arguments = command("scan", "pyproject.toml")
+    assert run(shown + code, *arguments).split() == [then, "False"]
+
+
 def test_public_names():
     assert sorted(flipguard_onnx.__all__) == [
         "BatchReport",

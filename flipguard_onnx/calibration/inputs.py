@@ -199,7 +199,10 @@ def _read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
                     arrays[name] = np.lib.format.read_array(stream, allow_pickle=False)
     except _UNREADABLE as error:
         raise ModelError(
-            "not a readable .npz file ({found})", path=path, found=first_line(error)
+            "not a readable .npz file ({found})",
+            path=path,
+            found=first_line(error),
+            allowed="an .npz file, a folder of them, a .txt or a .jsonl file",
         ) from None
     return arrays
 

@@ -33,6 +33,7 @@ MAX_PATCHES = 8192  # ... that a convolution reads: they overlap, and tell less
 FRESH_ROWS = 512  # ... for the comparison of a draw with feedback and each without
 FRESH = 8  # one feed in so many is kept for that comparison
 GATHERED = 256  # rows at least that are added up at a time, from as many feeds as it takes
+WIDE = 4  # ... of more than WIDE * GATHERED columns one row for so many of these
 PRODUCTS_PER_SECOND = 3e10  # measured on two cores
 SECONDS_PER_WEIGHT = 3e-7
 SEED = 0  # of the made-up inputs; they need not be secret
@@ -268,13 +269,15 @@ class MomentRecorder:
         }
         feeds, others = self._streams
         advance = meter(self._progress, RECORDING, len(feeds) + len(others))
-        for inputs, rows in self._rows_of(feeds, plan, MAX_ROWS, GATHERED, advance):
+        gathered = {inputs: _gathered(spans[-1].stop) for inputs, spans in plan.items()}
+        for inputs, rows in self._rows_of(feeds, gathered, MAX_ROWS, advance):
             for total, span in zip(sums[inputs], plan[inputs], strict=True):
                 part = rows[:, :, span.start : span.stop]
                 with np.errstate(over="ignore", invalid="ignore"):  # `of` finds it
                     total += part.transpose(0, 2, 1) @ part
         dampings = DAMPINGS if self._samples.given else MADE_UP_DAMPINGS
-        fresh = dict(self._rows_of(others, plan, FRESH_ROWS, 2 * FRESH_ROWS, advance))
+        gathered = dict.fromkeys(plan, 2 * FRESH_ROWS)
+        fresh = dict(self._rows_of(others, gathered, FRESH_ROWS, advance))
         return {
             inputs: InputMoments(spans, sums[inputs], fresh[inputs], dampings)
             for inputs, spans in plan.items()
@@ -283,20 +286,20 @@ class MomentRecorder:
     def _rows_of(
         self,
         feeds: Stream,
-        wanted: Iterable[Inputs],
+        gathered: dict[Inputs, int],
         max_rows: int,
-        at_a_time: int,
         advance: Callable[[int], None],
     ) -> Iterator[tuple[Inputs, Floats]]:
-        """Rows for the inputs of each weight, up to about `max_rows`, some feeds together."""
+        """Rows for the inputs of each weight, up to about `max_rows`, at least `gathered` of them
+        together."""
         rng = np.random.default_rng(SEED)
-        waiting: dict[Inputs, list[Floats]] = {inputs: [] for inputs in wanted}
+        waiting: dict[Inputs, list[Floats]] = {inputs: [] for inputs in gathered}
         for values in feeds.run(_names(chain(*waiting))):
             for inputs, rows in waiting.items():
                 limit = min(max_rows, MAX_PATCHES) if inputs[0].window else max_rows
                 share = -(-limit // len(feeds))
                 rows += [each.rows(values[each.value], share, rng) for each in inputs]
-                if sum(part.shape[1] for part in rows) >= at_a_time:
+                if sum(part.shape[1] for part in rows) >= gathered[inputs]:
                     yield inputs, rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
                     rows.clear()
             advance(1)
@@ -320,6 +323,11 @@ def _names(inputs: Iterable[WeightInput]) -> list[str]:
     return list(dict.fromkeys(each.value for each in inputs))
 
 
+def _gathered(columns: int) -> int:
+    """How many rows are added up at a time: adding takes as long for one as for many."""
+    return max(GATHERED, columns // WIDE)
+
+
 def _spans(groups: int, columns: int, max_bytes: int) -> tuple[range, ...]:
     """The columns cut up so that their matrices fit into memory."""
     width = columns
@@ -332,8 +340,9 @@ def _spans(groups: int, columns: int, max_bytes: int) -> tuple[range, ...]:
 
 
 def _bytes_kept(groups: int, spans: tuple[range, ...]) -> int:
-    """Of the matrices H of one input, and of its rows for the comparison."""
-    return BYTES * groups * sum(len(s) * (len(s) + FRESH_ROWS) for s in spans)
+    """Of the matrices H of one input, and of its rows: gathered, and for the comparison."""
+    rows = FRESH_ROWS + _gathered(spans[-1].stop)
+    return BYTES * groups * sum(len(s) * (len(s) + rows) for s in spans)
 
 
 def _bytes_to_factor(groups: int, spans: tuple[range, ...]) -> int:

@@ -6,6 +6,7 @@ models, the highest of their codes. 128 + n: interrupted by signal n.
 scan: 0: clean. 1: suspicious or worse. 2: unreadable, or not judged.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -68,6 +69,9 @@ def main() -> None:
 
     `flipguard-onnx MODEL` is short for `flipguard-onnx guard MODEL`.
     """
+    # Read when numpy is loaded: its threads for matrix products wait for the next one in a loop,
+    # and take the processors from our kernels. After 2^16 cycles, not 2^26, they go to sleep.
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
 
 
 def configure(context: click.Context, _: click.Parameter, file: Path | None) -> str | None:
