@@ -69,8 +69,8 @@ def main() -> None:
 
     `flipguard-onnx MODEL` is short for `flipguard-onnx guard MODEL`.
     """
-    # Read when numpy is loaded: its threads for matrix products wait for the next one in a loop,
-    # and take the processors from our kernels. After 2^16 cycles, not 2^26, they go to sleep.
+    # Read when numpy is loaded, whose threads for matrix products wait for the next one in a loop
+    # and take the processors from our kernels: after 2^16 cycles they shall sleep.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
 
 
