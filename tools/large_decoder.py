@@ -337,14 +337,25 @@ def measured(folder: Path, shape: Shape, dtype: Any, options: Sequence[str]) -> 
     output = sum(file.stat().st_size for file in run.glob("guarded.onnx*"))
     shutil.rmtree(source)
     shutil.rmtree(run)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    found = {"model": model, "output": output, "wall": ended - started, "cpu": cpu}
+    peaks = {"private": private, "resident": largest, "disk": disk}
+    return Cost(
+        layers=shape.layers,
+        parameters=shape.parameters,
+        stages=by_stage(lines, ended),
+        **found,
+        **peaks,
+    )
+
+
+def by_stage(lines: Sequence[tuple[float, str]], ended: float) -> dict[str, float]:
+    """Seconds of each stage. lines: what a guard says, and when it began to say it."""
     stages: dict[str, float] = {}
     for (begun, line), (end, _) in zip(lines, [*lines[1:], (ended, "")], strict=True):
         stage = line.removesuffix(" ...").partition(",")[0]
         stages[stage] = stages.get(stage, 0) + end - begun
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    found = {"model": model, "output": output, "wall": ended - started, "cpu": cpu}
-    peaks = {"private": private, "resident": largest, "disk": disk}
-    return Cost(layers=shape.layers, parameters=shape.parameters, stages=stages, **found, **peaks)
+    return stages
 
 
 def size_of(folder: Path) -> int:

@@ -107,6 +107,11 @@ class Pieces:
         """As `Stream.run`, once."""
         return self.stream(feeds).run(names)
 
+    def go_on(self, names: list[str], feed: Feed, successors: dict[str, str]) -> list[Array]:
+        """As `Session.go_on`, of a model in one piece."""
+        given = {name: feed[name] for name in self._pieces[0].reads if name in feed}
+        return self._session(0, feed).go_on(names, given, successors)
+
     def texts(self, caches: Mapping[str, str], logits: str) -> "Texts | None":
         """Texts to run a decoder on, token by token; None if it does not take its caches back.
 

@@ -46,7 +46,16 @@ _AFFINE = ("Sub", "Add", "Mul", "Div")
 _VALUE_KEEPING = ("Cast", "Identity", "Transpose", "Unsqueeze", "Reshape")
 
 
-class Runner(Protocol):
+class Runs(Protocol):
+    """A model that runs on feeds."""
+
+    def run_all(
+        self, names: Sequence[str], feeds: Sequence[Feed]
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
+        """These outputs, by name, for one feed after the other."""
+
+
+class Runner(Runs, Protocol):
     """A model that runs.
 
     whole: it is in memory, so that it can be run often.
@@ -55,10 +64,10 @@ class Runner(Protocol):
     @property
     def whole(self) -> bool: ...
 
-    def run_all(
-        self, names: Sequence[str], feeds: Sequence[Feed]
-    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
-        """These outputs, by name, for one feed after the other."""
+    def go_on(
+        self, names: list[str], feed: Feed, successors: dict[str, str]
+    ) -> list[npt.NDArray[Any]]:
+        """As `Session.go_on`, of a model that is whole."""
 
 
 def synthetic_feeds(
@@ -309,19 +318,22 @@ def _one_by_one(
     rows = batch if text.ids.dims[0] == BATCH else rows
     together = CACHES // (text.cache_bytes * length * rows) if batch > 1 else 1
     groups = np.array_split(np.arange(count), -(-count // max(together, 1)))
+    caches = (cache.name for cache in text.past)
+    successors = dict(zip(text.present, caches, strict=True))
     advance = meter(progress, "sampling token ids", len(groups) * (length - 1))
     feeds: list[Feed] = []
     for group in groups:
         shape = len(group) * rows, length
         tokens = text.drawn(shape, rng)
         chances = rng.random((*shape, 1), dtype=np.float32)
-        past: Feed = {}
+        past: Feed = {}  # of the right lengths alone: the caches stay where the model runs
         for place in range(length - 1):
             feed = text.filled({name: tokens[:, place : place + 1]} | past)
-            (found,) = runner.run_all([text.logits, *text.present], [feed])
-            logits = _logits(text, feed, found)
+            given = {n: values for n, values in feed.items() if n not in past}
+            (logits,) = runner.go_on([text.logits], given, successors)
+            logits = _logits(text, feed, {text.logits: logits})
             tokens[:, place + 1] = _drawn(logits[:, 0], chances[:, place + 1])
-            past = {c.name: found[n] for c, n in zip(text.past, text.present, strict=True)}
+            past = text.past_of(len(tokens), place + 1)
             advance(1)
         feeds += [text.filled({name: part}) for part in np.split(tokens, len(group))]
     return feeds
@@ -435,7 +447,7 @@ def _in_rounds(
 
 
 def _all_logits(
-    text: TextModel, runner: Runner, feeds: Sequence[Feed]
+    text: TextModel, runner: Runs, feeds: Sequence[Feed]
 ) -> Iterator[npt.NDArray[np.float32]]:
     """As `_logits`, for one feed after the other."""
     assert text.logits

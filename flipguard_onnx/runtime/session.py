@@ -207,16 +207,30 @@ class Session:
         ValidationError
             When it crashes, takes too long, or returns what is no tensor.
         """
+        return self._asked("run", self.outputs if names is None else names, feed, {})
+
+    def go_on(
+        self, names: list[str], feed: dict[str, Array], successors: dict[str, str]
+    ) -> list[Array]:
+        """As `run`, where other outputs stay in the child: a decoder's caches.
+
+        successors: by the names of these outputs, those of the inputs that they are in the next
+        such run unless its feed has others
+        """
+        return self._asked("go_on", names, feed, {"successors": successors})
+
+    def _asked(
+        self, request: str, names: list[str], feed: dict[str, Array], more: dict[str, Any]
+    ) -> list[Array]:
         if self._life != self._child.life:
             raise ValidationError("is gone: another model crashed onnxruntime", path=self._name)
-        wanted = self.outputs if names is None else names
-        arguments = {"session": self._number, "outputs": wanted, "inputs": list(feed)}
+        arguments = {"session": self._number, "outputs": names, "inputs": list(feed), **more}
         try:
             return self._child.ask(
-                "run",
+                request,
                 arguments,
                 self._size,
-                lambda answer: outputs_of(answer, len(wanted)),
+                lambda answer: outputs_of(answer, len(names)),
                 list(feed.values()),
             )
         except RemoteError as error:

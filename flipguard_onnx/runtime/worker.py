@@ -31,6 +31,8 @@ from .settings import StaticQuantization
 
 SESSIONS: dict[int, Any] = {}  # onnxruntime's, by number
 
+LEFT: dict[int, dict[str, Any]] = {}  # values for the next run of a session, by its inputs' names
+
 HIDDEN_DOMAIN = "flipguard.hidden"  # of nodes that onnx's converter is to leave alone
 
 FIRST_PLAIN_CONSTANTS = 4  # the first IR version whose constants need not be inputs as well
@@ -90,8 +92,31 @@ def run(
     session: int, outputs: list[str], inputs: list[str], arrays: Sequence[Array] = ()
 ) -> Message:
     """Run a session: the outputs of these names, for arrays that are the inputs of these names."""
+    LEFT.pop(session, None)
     feed = dict(zip(inputs, arrays, strict=True))
     return outputs_message(outputs, SESSIONS[session].run(outputs, feed))
+
+
+def go_on(
+    session: int,
+    outputs: list[str],
+    inputs: list[str],
+    successors: dict[str, str],
+    arrays: Sequence[Array] = (),
+) -> Message:
+    """As `run`, where some outputs stay here: the caches of a decoder.
+
+    successors: by the names of these outputs, those of the inputs that they are in the next such
+    run unless it gives others
+    """
+    import onnxruntime
+
+    feed = LEFT.pop(session, {})
+    for name, array in zip(inputs, arrays, strict=True):
+        feed[name] = onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    made = SESSIONS[session].run_with_ort_values([*outputs, *successors], feed)
+    LEFT[session] = dict(zip(successors.values(), made[len(outputs) :], strict=True))
+    return outputs_message(outputs, [value.numpy() for value in made[: len(outputs)]])
 
 
 def evaluate(path: str, result: str, max_bytes: int) -> Message:
@@ -313,7 +338,19 @@ def tokenize(path: str, arrays: Sequence[Array]) -> Message:
 
 REQUESTS = {
     f.__name__: f
-    for f in (load, run, evaluate, check, convert, inline, infer, preprocess, quantize, tokenize)
+    for f in (
+        load,
+        run,
+        go_on,
+        evaluate,
+        check,
+        convert,
+        inline,
+        infer,
+        preprocess,
+        quantize,
+        tokenize,
+    )
 }
 
 
@@ -335,6 +372,7 @@ def serve(channel: Channel) -> None:
             return
         for number in call.fields["forget"]:
             SESSIONS.pop(number, None)
+            LEFT.pop(number, None)
         with _memory_limit(call.fields["memory"]):
             _answer(channel, call)
 

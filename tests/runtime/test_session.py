@@ -121,6 +121,29 @@ def test_a_refusal_of_onnxruntime(tmp_path, child):
         converted(matmul(MATRIX), 9999)
 
 
+def test_an_output_stays_to_be_the_input_of_the_next_run(tmp_path, child):
+    shape = (F, ["n"])
+    proto = model(
+        [node("Add", "x before", "y"), node("Add", "y y", "after")],
+        {"x": shape, "before": shape},
+        {"y": shape, "after": shape},
+    )
+    session = open_session(save(proto, tmp_path), True, 0, child)
+
+    def go_on(**feed):
+        arrays = {name: np.array([value], np.float32) for name, value in feed.items()}
+        (y,) = session.go_on(["y"], arrays, {"after": "before"})
+        return y.tolist()
+
+    assert go_on(x=1, before=3) == [4]
+    assert go_on(x=1) == [9]
+    assert go_on(x=1) == [19]
+    assert go_on(x=1, before=0) == [1]
+    session.run(None, {"x": np.ones(1, np.float32), "before": np.ones(1, np.float32)})
+    with pytest.raises(RunError, match="before"):
+        go_on(x=1)  # what was left is gone
+
+
 def test_sessions_that_nobody_holds_are_forgotten(tmp_path):
     child = Child()
     path = save(matmul(MATRIX), tmp_path)
