@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 
-from tools.language_models import feed
+from flipguard_onnx.calibration.text_model import TextModel
 from tools.large_decoder import by_stage
 from tools.real_models import markdown
 
@@ -44,12 +45,14 @@ def guarded(model: Path, options: Sequence[str]) -> dict[str, float]:
 def one_pass(model: Path) -> float:
     """Seconds."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    output = session.get_outputs()[0].name
-    tokens = np.random.default_rng(0).integers(0, 1000, (TEXTS, LENGTH))
-    session.run([output], feed(session, tokens[:TOGETHER]))  # the first takes longer
+    text = TextModel.of(onnx.load(model, load_external_data=False))
+    assert text
+    tokens = np.random.default_rng(0).integers(0, text.ids.table_rows, (TEXTS, LENGTH))
+    feeds = [text.filled({text.ids.name: some}) for some in np.split(tokens, TEXTS // TOGETHER)]
+    session.run([text.logits], feeds[0])  # the first takes longer
     started = time.perf_counter()
-    for some in np.split(tokens, TEXTS // TOGETHER):
-        session.run([output], feed(session, some))
+    for each in feeds:
+        session.run([text.logits], each)
     return time.perf_counter() - started
 
 
