@@ -7,12 +7,12 @@ The first prints a Markdown table, a row per scheme and storage type. All but th
 times as multiples of the copy's, the smallest of several repetitions each, copy and job in turn:
 
 codes: fit the grid, then the code and the offset of every weight; drawn: the same with an unbiased
-draw instead of the offsets, nearest and drawn codes; guard: all of `quantize_tensor`, with its
-invariants and the arrays that it returns; numpy: grid and codes, written in plain numpy;
-onnxruntime: its own quantizer on any number of threads, without bfloat16. two threads: how many
-times as fast `drawn` is on two as on one, by the clock on the wall; all others are CPU time of one
-thread, but onnxruntime's, which is wall time, too. Per tensor, int8 is one block; otherwise blocks
-are of 64 weights.
+draw instead of the offsets, nearest and drawn codes; guard: all of `quantize_tensor`, with the
+arrays that it returns; floats: the same with the weights moved for `--emit float`, and checked;
+numpy: grid and codes, written in plain numpy; onnxruntime: its own quantizer on any number of
+threads, without bfloat16. two threads: how many times as fast `drawn` is on two as on one, by the
+clock on the wall; all others are CPU time of one thread, but onnxruntime's, which is wall time,
+too. Per tensor, int8 is one block; otherwise blocks are of 64 weights.
 
 The second prints what the command line takes for a model of 90,000 weights, in processor time of
 all its processes: first, with no compiled kernels, and next, with those of the run before. Each is
@@ -88,9 +88,9 @@ class Case:
 
         return run
 
-    def guard(self) -> Job:
-        scheme, blocks = self.scheme, self.blocks
-        return lambda: quantize_tensor("w", self.values, scheme, blocks, Policy(), RANDOM.key, CPU)
+    def guard(self, moved: bool) -> Job:
+        given = "w", self.values, self.scheme, self.blocks, Policy(), RANDOM.key, CPU
+        return lambda: quantize_tensor(*given, moved=moved)
 
     def numpy(self) -> Job:
         rows = self.values.reshape(self.blocks.count, -1)
@@ -157,7 +157,8 @@ def row(case: Case, repeats: int) -> list[str]:
         np.copyto(target, case.values)
 
     drawn = case.kernels("draw")
-    jobs = [case.kernels("analyze"), drawn, case.guard(), case.numpy()]
+    guards = [case.guard(moved) for moved in (False, True)]
+    jobs = [case.kernels("analyze"), drawn, *guards, case.numpy()]
     with on_cores(1):
         cells = [f"{ratio(job, copy, time.thread_time, repeats):.2f}" for job in jobs]
     own = case.onnxruntime()
@@ -202,9 +203,9 @@ def main() -> None:
         first_runs(options.repeats)
         return
     weights = np.random.default_rng(0).standard_normal(options.weights, np.float32)
-    header = ["scheme", "type", "copy, ns a weight", "codes", "drawn", "guard", "numpy"]
-    print("|", " | ".join([*header, "onnxruntime", "two threads"]), "|")
-    print("|", " | ".join(["---"] * 9), "|")
+    header = ["scheme", "type", "copy, ns a weight", "codes", "drawn", "guard", "floats"]
+    print("|", " | ".join([*header, "numpy", "onnxruntime", "two threads"]), "|")
+    print("|", " | ".join(["---"] * 10), "|")
     for dtype in options.types:
         values = weights.astype(TYPES[dtype])
         for form in options.schemes:
