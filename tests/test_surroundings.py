@@ -102,6 +102,26 @@ def test_an_output_follows_no_link_out_of_its_folder(source, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+def test_nothing_is_left_elsewhere_and_nothing_reported(source, tmp_path):
+    """onnxruntime collects reports to its maker in the cache folder, and sends them later."""
+    places = {name: tmp_path / name for name in ("HOME", "XDG_CACHE_HOME", "TMPDIR")}
+    for folder in places.values():
+        folder.mkdir()
+    kernels = places["XDG_CACHE_HOME"] / "flipguard-onnx"
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flipguard-onnx"
+    if kept.is_dir():
+        shutil.copytree(kept, kernels)  # compiling them takes long
+    output = source.with_name("guarded.onnx")
+    command = [sys.executable, "-P", "-m", "flipguard_onnx", source, "-o", output, "--quiet"]
+    environment = {"PATH": os.defpath, **{name: str(path) for name, path in places.items()}}
+    if "PYTHONPATH" in os.environ:
+        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    subprocess.run(command, env=environment, check=True, cwd=Path(__file__).parents[1])
+    assert output.exists()
+    found = [path.relative_to(tmp_path) for place in places.values() for path in place.iterdir()]
+    assert found == [kernels.relative_to(tmp_path)]
+
+
 HARD = [
     "mit Leerzeichen",
     "模型 é",

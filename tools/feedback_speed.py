@@ -3,7 +3,7 @@
     python -m tools.feedback_speed FILE.onnx [-- OPTIONS OF GUARD]
 
 A pass: onnxruntime runs the float model on as many tokens as error feedback makes up, 8,192 and an
-eighth for the comparison of draws, in texts of 128. Seconds are those of the clock.
+eighth for the comparison of draws, in texts of 64. Seconds are those of the clock.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from flipguard_onnx.calibration.text_model import TextModel
 from tools.large_decoder import by_stage
 from tools.real_models import markdown
 
-TEXTS, LENGTH, TOGETHER = 72, 128, 8
+TEXTS, LENGTH, TOGETHER = 150, 64, 10
 
 
 def guarded(model: Path, options: Sequence[str]) -> dict[str, float]:

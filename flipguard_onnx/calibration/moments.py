@@ -23,7 +23,7 @@ from .branches import at_the_start
 from .inputs import NONE_FIT, Feed, samples_at_a_time, signature
 from .pieces import Pieces, Stream
 from .samples import Samples
-from .synthetic import sampling_rounds, synthetic_feeds
+from .synthetic import decoder, sampling_rounds, synthetic_feeds, texts_at_a_time
 from .weight_inputs import NOT_AS_STORED, WeightInput, weight_input
 
 ROWS = 8192  # of inputs that a weight should see at least
@@ -204,6 +204,8 @@ class MomentRecorder:
         batch = samples_at_a_time(template, signature(source.proto))
         # attention takes memory that grows with the square of the rows of a sample
         batch = min(batch, max(1, ROWS // max(1, *self._counts.values())))
+        if text := decoder(source, template):
+            batch = min(batch, texts_at_a_time(text, template))
         if batch > 1:
             try:
                 self._counted(synthetic_feeds(source, None, template, batch, batch, SEED)[0])

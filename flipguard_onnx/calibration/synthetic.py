@@ -133,6 +133,12 @@ def decoder(source: Model, template: Feed) -> TextModel | None:
     return text if begins else None
 
 
+def texts_at_a_time(text: TextModel, like: Feed) -> int:
+    """How many texts, as long as in a feed, have caches that take no more than CACHES bytes."""
+    length = int(like[text.ids.name].shape[1])
+    return max(1, CACHES // max(1, text.cache_bytes * length))
+
+
 def _value(
     source: Model, wanted: Input, like: tuple[int, ...], batch: int, rng: np.random.Generator
 ) -> npt.NDArray[Any]:
@@ -316,7 +322,7 @@ def _one_by_one(
     assert vocabulary
     rows, length = template[name].shape[:2]
     rows = batch if text.ids.dims[0] == BATCH else rows
-    together = CACHES // (text.cache_bytes * length * rows) if batch > 1 else 1
+    together = texts_at_a_time(text, template) // rows if batch > 1 else 1
     groups = np.array_split(np.arange(count), -(-count // max(together, 1)))
     caches = (cache.name for cache in text.past)
     successors = dict(zip(text.present, caches, strict=True))

@@ -29,6 +29,9 @@ from ..errors import LoadError, ModelError, RunError, ValidationError
 from .messages import Array, Channel, Message, MessageError, UnsendableError, outputs_of
 from .settings import Limits, StaticQuantization
 
+# From 1.29 on onnxruntime reports to its maker what it loads, unless it is told not to.
+NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}  # by version
+
 OUT_OF_MEMORY = "bad_alloc", "BFCArena"  # in onnxruntime's words
 
 Answer = TypeVar("Answer")
@@ -145,6 +148,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=os.environ | NO_TELEMETRY,
         )
         os.close(requests)
         os.close(answers)
