@@ -2,5 +2,6 @@
 
 import os
 
-for name in ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"):  # read by onnxruntime and genai
-    os.environ.setdefault(name, "1")
+from flipguard_onnx.runtime.settings import NO_TELEMETRY
+
+os.environ |= NO_TELEMETRY

@@ -205,7 +205,7 @@ class MomentRecorder:
         # attention takes memory that grows with the square of the rows of a sample
         batch = min(batch, max(1, ROWS // max(1, *self._counts.values())))
         if text := decoder(source, template):
-            batch = min(batch, texts_at_a_time(text, template))
+            batch = min(batch, texts_at_a_time(text, template[text.ids.name].shape[1]))
         if batch > 1:
             try:
                 self._counted(synthetic_feeds(source, None, template, batch, batch, SEED)[0])

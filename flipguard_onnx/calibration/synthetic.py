@@ -133,9 +133,8 @@ def decoder(source: Model, template: Feed) -> TextModel | None:
     return text if begins else None
 
 
-def texts_at_a_time(text: TextModel, like: Feed) -> int:
-    """How many texts, as long as in a feed, have caches that take no more than CACHES bytes."""
-    length = int(like[text.ids.name].shape[1])
+def texts_at_a_time(text: TextModel, length: int) -> int:
+    """How many texts of this length have caches that take no more than CACHES bytes."""
     return max(1, CACHES // max(1, text.cache_bytes * length))
 
 
@@ -322,7 +321,7 @@ def _one_by_one(
     assert vocabulary
     rows, length = template[name].shape[:2]
     rows = batch if text.ids.dims[0] == BATCH else rows
-    together = texts_at_a_time(text, template) // rows if batch > 1 else 1
+    together = texts_at_a_time(text, length) // rows if batch > 1 else 1
     groups = np.array_split(np.arange(count), -(-count // max(together, 1)))
     caches = (cache.name for cache in text.past)
     successors = dict(zip(text.present, caches, strict=True))
@@ -401,7 +400,7 @@ def _going_on(
     rows, length = feeds[0][name].shape[:2]
     size = _text_length(length)
     parts = -(-length // size)
-    together = min(CACHES // (text.cache_bytes * size), LOGITS // vocabulary) // rows
+    together = min(texts_at_a_time(text, size), LOGITS // vocabulary) // rows
     count = len(feeds) * parts
     groups = -(-count // max(together, 1)) if batch > 1 else count
     shapes = [(len(group) * rows, size) for group in np.array_split(np.arange(count), groups)]

@@ -27,10 +27,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from ..errors import LoadError, ModelError, RunError, ValidationError
 from .messages import Array, Channel, Message, MessageError, UnsendableError, outputs_of
-from .settings import Limits, StaticQuantization
-
-# From 1.29 on onnxruntime reports to its maker what it loads, unless it is told not to.
-NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}  # by version
+from .settings import NO_TELEMETRY, Limits, StaticQuantization
 
 OUT_OF_MEMORY = "bad_alloc", "BFCArena"  # in onnxruntime's words
 

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# In the environment: from 1.29 on onnxruntime, and genai, report to their maker what they load.
+NO_TELEMETRY = {"ORT_DISABLE_TELEMETRY": "1", "ORT_TELEMETRY_DISABLED": "1"}
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -43,17 +43,25 @@ def given(tmp_path, **arrays):
     return tmp_path / "data.npz"
 
 
-@pytest.mark.parametrize("columns", [70, 1400])  # one feed is added, or several together
-def test_second_moments_of_the_given_inputs(tmp_path, columns):
-    x = np.random.default_rng(0).standard_normal((10, 90, columns)).astype(np.float32)
-    proto = matmul((columns, 30))
-    recorded, (weight,) = recorder(tmp_path, proto, given(tmp_path, x=x))
+def test_second_moments_of_the_given_inputs(tmp_path):
+    x = np.random.default_rng(0).standard_normal((10, 7, 70)).astype(np.float32)
+    recorded, (weight,) = recorder(tmp_path, matmul(), given(tmp_path, x=x))
     inputs = recorded.of(weight)
-    rows = x.reshape(-1, columns).astype(np.float64)
-    kept = len(rows) // 9  # the last tenth, about, for the comparison
+    rows = x[:9].reshape(-1, 70).astype(np.float64)  # the tenth is kept for the comparison
+    np.testing.assert_allclose(inputs.hessians[0][0], rows.T @ rows, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(inputs.fresh[0], x[9])
+
+
+def test_many_rows_of_wide_inputs_are_added_up_in_turn(tmp_path):
+    x = np.random.default_rng(0).standard_normal((10, 90, 1400)).astype(np.float32)
+    recorded, (weight,) = recorder(tmp_path, matmul((1400, 30)), given(tmp_path, x=x))
+    inputs = recorded.of(weight)
+    rows = x.reshape(-1, 1400).astype(np.float64)
+    kept = inputs.fresh.shape[1]
+    assert 0 < kept < 200
     np.testing.assert_array_equal(inputs.fresh[0], rows[-kept:])
-    rows = rows[:-kept]
-    np.testing.assert_allclose(inputs.hessians[0][0], rows.T @ rows, rtol=1e-5, atol=1e-3)
+    moments = rows[:-kept].T @ rows[:-kept]
+    np.testing.assert_allclose(inputs.hessians[0][0], moments, rtol=1e-5, atol=1e-4)
 
 
 def test_a_weight_on_the_left_of_a_vector(tmp_path):
