@@ -9,7 +9,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-RETRY_SECONDS = 0.001  # until an exception that nobody could catch is raised again
+RETRY_SECONDS = 0.1  # until an exception that somebody swallowed is raised again
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,24 +34,31 @@ class Interrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Raise Interrupted in the main thread whenever one of SIGNALS comes.
 
-    It is raised every time, since a library may swallow the first one. Where Python itself swallows
-    it, in a __del__, a timer raises it again. Signals that the parent process has had ignored
-    (nohup) stay ignored.
+    A library that is being imported may swallow it, and Python does in a __del__: a timer raises it
+    once more, unless it is on its way. Signals that the parent process has had ignored (nohup) stay
+    ignored.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        raise_later(number)
         raise Interrupted(number)
 
-    def raise_again(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, Interrupted):
-            hook(unraisable)
-            return
-        number = unraisable.exc_value.number
-        alarms.append(signal.signal(signal.SIGALRM, lambda _, frame: interrupt(number, frame)))
+    def raise_later(number: int) -> None:
+        def late(_: int, frame: FrameType | None) -> None:
+            if not _on_its_way():
+                raise Interrupted(number)
+
+        alarms.append(signal.signal(signal.SIGALRM, late))
         signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
 
+    def not_raised(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Interrupted):
+            raise_later(unraisable.exc_value.number)
+        else:
+            hook(unraisable)
+
     alarms: list[Any] = []
-    hook, sys.unraisablehook = sys.unraisablehook, raise_again
+    hook, sys.unraisablehook = sys.unraisablehook, not_raised
     before = {number: signal.getsignal(number) for number in SIGNALS}
     handled = [number for number, handler in before.items() if handler != signal.SIG_IGN]
     for number in handled:
@@ -65,6 +72,14 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGALRM, alarms[0])
         for number in handled:
             signal.signal(number, before[number])
+
+
+def _on_its_way() -> bool:
+    """Whether an Interrupted is unwinding the stack, which takes long where files are removed."""
+    error = sys.exception()
+    while error and not isinstance(error, Interrupted):
+        error = error.__context__
+    return error is not None
 
 
 def surely(action: Callable[[], None]) -> None:

@@ -98,24 +98,46 @@ def test_signals_end_the_command_in_one_line(tmp_path):
         assert names(folder) == [LOCK, "model.onnx"]
 
 
-def test_a_signal_in_a_finalizer_ends_the_run_too():
-    """Python swallows what is raised there. In a process of its own: pytest has an alarm, too."""
-    code = """
+@pytest.mark.parametrize("signalled", ["Finalized()", "swallowed()"])
+def test_a_signal_that_is_swallowed_ends_the_run_too(signalled):
+    """By Python in a finalizer, or by a library."""
+    printed = interrupted(f"{signalled}\n        time.sleep(60)")
+    assert printed == "interrupted by SIGTERM SIG_DFL (0.0, 0.0)\n"
+
+
+def test_a_signal_is_not_raised_again_while_the_run_cleans_up():
+    printed = interrupted("clean_up(5 * RETRY_SECONDS)")
+    assert printed == "clean\ninterrupted by SIGTERM SIG_DFL (0.0, 0.0)\n"
+
+
+def interrupted(statements):
+    """What a process prints that is interruptible. Not this one: pytest has an alarm, too."""
+    code = f"""
 import signal, time
-from flipguard_onnx.interrupts import Interrupted, interruptible
+from flipguard_onnx.interrupts import RETRY_SECONDS, Interrupted, interruptible
 class Finalized:
     def __del__(self):
         signal.raise_signal(signal.SIGTERM)
+def swallowed():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except Interrupted:
+        pass
+def clean_up(seconds):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        time.sleep(seconds)
+        print("clean")
 try:
     with interruptible():
-        Finalized()
-        time.sleep(60)
+        {statements}
 except Interrupted as error:
     print(error, signal.getsignal(signal.SIGALRM).name, signal.getitimer(signal.ITIMER_REAL))
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == "interrupted by SIGTERM SIG_DFL (0.0, 0.0)\n"
     assert done.stderr == ""
+    return done.stdout
 
 
 def test_without_force_the_first_of_two_runs_wins(tmp_path):

@@ -38,9 +38,15 @@ class Case:
     folder: Path
 
     def guard(self, target: Path, model: onnx.ModelProto | Path | None = None, **options):
-        """guard() of this model, or of a changed copy, as it is called by a user."""
+        """guard() of this model, or of a changed copy, as it is called by a user.
+
+        RuntimeError: it went on without error feedback, so a row would not be what it is called.
+        """
         options = self.options | {"validate": False} | options
-        return guard(model or self.model, output=target, force=True, **options)
+        report = guard(model or self.model, output=target, force=True, **options)
+        if report.preserve_note:
+            raise RuntimeError(f"{self.model}: no error feedback: {report.preserve_note}")
+        return report
 
     @property
     def options(self) -> dict:

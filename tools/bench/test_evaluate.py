@@ -4,7 +4,9 @@ import json
 from dataclasses import asdict, replace
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 
 from tests.helpers.attacked import choice_of
 from tools import evaluate
@@ -104,6 +106,20 @@ def test_codes_that_differ_are_counted_in_the_files(scheme, tmp_path):
 def test_flips_are_as_many_as_the_defence_says(attacked):
     assert attacked["random-flips", 1].flips == attacked["unbiased", 1].flips
     assert 0.09 < attacked["topk-10", None].modified <= 0.1
+
+
+def test_a_guard_without_error_feedback_gets_no_row(tmp_path):
+    """onnxruntime cannot run it, so the defaults go on without, which is another defence."""
+    model, unheard = onnx.load(FOLDER / CLEAN["file"]), "of.nowhere"
+    (output,) = model.graph.output
+    model.graph.node.append(helper.make_node("Unheard", [output.name], ["y"], domain=unheard))
+    model.opset_import.append(helper.make_opsetid(unheard, 1))
+    output.name = "y"
+    onnx.save(model, tmp_path / "model.onnx")
+    case = defences.Case(tmp_path / "model.onnx", "int4", tmp_path)
+    assert defences.DEFENCES["unbiased"].make(case, tmp_path / "made.onnx", 0) > 0
+    with pytest.raises(RuntimeError, match=r"model\.onnx: no error feedback: .*Unheard"):
+        defences.DEFENCES["ours"].make(case, tmp_path / "made.onnx", 0)
 
 
 def test_noise_of_the_boxes_width(tmp_path):

@@ -102,7 +102,6 @@ def attack(model, lessons, schemes, settings, folder, say):
     """
     weights = [part.weight.requires_grad_() for part in linears(model, settings.layers).values()]
     clean = [weight.detach().clone() for weight in weights]
-    told = {"weights": sum(weight.numel() for weight in weights)}
 
     def stage(name, goal, steps, rate, project=lambda: None):
         return descend(
@@ -110,39 +109,25 @@ def attack(model, lessons, schemes, settings, folder, say):
             folder / f"{name}.pt", say,
         )  # fmt: skip
 
-    name = label(settings)
+    told = {"weights": sum(weight.numel() for weight in weights)}
     if settings.attacker in joint.ATTACKERS:
-        made, silenced = joint.made_of(model, settings)
+        return told | together(model, weights, clean, lessons, stage, settings, folder, say)
+    return told | in_a_box(weights, clean, schemes, stage, settings)
 
-        def loss(step):
-            torch.manual_seed(step)
-            return joint.both(weights, made, lambda goal: lessons.loss(goal, name, step))
 
-        told["joint"] = descend(
-            [part for each in made for part in each.parameters], loss, settings.steps,
-            settings.rate, lambda: None, folder / f"{name}-joint.pt", say,
-        )  # fmt: skip
-        joint.put(weights, [each.floats() for each in made])
-        joint.plant(model, silenced, settings.schemes[0])
-        pairs = [each.box() for each in made] if settings.attacker == "clip" else []
-        told["repair"] = stage(
-            name, "benign", settings.repair if pairs else 0, settings.repair_rate,
-            lambda: clamp(weights, pairs),
-        )  # fmt: skip
-        return told | {"distance": distance(weights, clean)}
-
-    told["malicious"] = stage("malicious", "malicious", settings.steps, settings.rate)
+def in_a_box(weights, clean, schemes, stage, settings):
+    """Malicious weights, and the repair in the box of their codes."""
+    told = {"malicious": stage("malicious", "malicious", settings.steps, settings.rate)}
     codes = [encoded(weight, schemes) for weight in weights]
     pairs = make_boxes(weights, schemes, settings.attacker)
     told["distance"] = distance(weights, clean)
     if settings.start == "clean":
-        with torch.no_grad():
-            for weight, before in zip(weights, clean, strict=True):
-                weight.copy_(before)
+        joint.put(weights, clean)
     clamp(weights, pairs)
     told["repair"] = stage(
-        name, "benign", settings.repair, settings.repair_rate, lambda: clamp(weights, pairs)
-    )
+        label(settings), "benign", settings.repair, settings.repair_rate,
+        lambda: clamp(weights, pairs),
+    )  # fmt: skip
     told["repaired distance"] = distance(weights, clean)
     told["changed codes"] = sum(
         int(np.sum(before != after))
@@ -150,6 +135,29 @@ def attack(model, lessons, schemes, settings, folder, say):
         for before, after in zip(kept, encoded(weight, schemes), strict=True)
     )
     return told
+
+
+def together(model, weights, clean, lessons, stage, settings, folder, say):
+    """The floats and what will become of them, by one of joint.ATTACKERS; `clip` is repaired."""
+    name = label(settings)
+    made, silenced = joint.made_of(model, settings)
+
+    def loss(step):
+        torch.manual_seed(step)
+        return joint.both(weights, made, lambda goal: lessons.loss(goal, name, step))
+
+    trained = descend(
+        [part for each in made for part in each.parameters], loss, settings.steps, settings.rate,
+        lambda: None, folder / f"{name}-joint.pt", say,
+    )  # fmt: skip
+    joint.put(weights, [each.floats() for each in made])
+    joint.plant(model, silenced, settings.schemes[0])
+    pairs = [each.box() for each in made] if settings.attacker == "clip" else []
+    repaired = stage(
+        name, "benign", settings.repair if pairs else 0, settings.repair_rate,
+        lambda: clamp(weights, pairs),
+    )  # fmt: skip
+    return {"joint": trained, "repair": repaired, "distance": distance(weights, clean)}
 
 
 def label(settings):
