@@ -3,6 +3,11 @@
 Whatever a weight is multiplied with is made an output of a copy of the model, which runs in
 onnxruntime on given or made-up samples, a large one piece by piece. Kept are the second moments of
 it, and a few rows.
+
+Few given samples say nothing of most directions in which inputs may lie, and feedback that trusts
+them does worse than without. So made-up ones stand beside them as a prior: their second moments, in
+the given ones' scale, count as PRIOR rows per column, however many they are. That is shrinkage of a
+covariance towards a target (Ledoit and Wolf, J. Multivariate Analysis 88, 2004).
 """
 
 import time
@@ -38,6 +43,8 @@ PRODUCTS_PER_SECOND = 3e10  # measured on two cores
 SECONDS_PER_WEIGHT = 3e-7
 SEED = 0  # of the made-up inputs; they need not be secret
 MADE_UP_DAMPINGS = (0.05,)  # what is made up says little of fresh inputs, so it does not choose
+PRIOR = 0.1  # rows per column that made-up inputs count as beside given ones
+FEW = "few, so made-up ones stand beside them"
 BYTES = 4  # of an entry of a matrix H, and of a factor
 BYTES_TO_FACTOR = 40  # per entry, of one H while it is factored
 
@@ -156,12 +163,13 @@ class MomentRecorder:
     @property
     def seconds(self) -> float:
         """About how long the statistics and the feedback will take on a machine with two cores."""
-        samples = len(self._samples.given) or self._wanted
-        rounds, loads = 0.0, 0
-        if not self._samples.given:
+        made_up, rounds, loads = 0, 0.0, 0
+        if self._few:
+            made_up = self._wanted
             rounds, loads = sampling_rounds(self._source, self._template, self._pieces)
+        samples = len(self._samples.given) + made_up
         # what was timed are all passes, in each of which a model in one piece runs as a whole
-        runs = samples * (1 + rounds * self._pieces.count / len(self._passes))
+        runs = samples + made_up * rounds * self._pieces.count / len(self._passes)
         work, size = 0.0, 0
         for name, inputs in self._inputs.items():
             if inputs:
@@ -176,10 +184,33 @@ class MomentRecorder:
         return seconds + work / PRODUCTS_PER_SECOND + size * SECONDS_PER_WEIGHT
 
     @property
+    def note(self) -> str | None:
+        """What there is beside given samples."""
+        return FEW if self._beside else None
+
+    @property
+    def _rows_per_sample(self) -> float:
+        return max(1.0, float(np.median(list(self._counts.values()))))
+
+    @property
     def _wanted(self) -> int:
         """How many samples to make up."""
-        rows = float(np.median(list(self._counts.values())))
-        return int(np.clip(-(-ROWS // max(rows, 1)), SAMPLES.start, SAMPLES.stop - 1))
+        return int(np.clip(-(-ROWS // self._rows_per_sample), SAMPLES.start, SAMPLES.stop - 1))
+
+    @property
+    def _few(self) -> bool:
+        """Whether there are fewer given samples than would be made up, if any."""
+        return len(self._samples.given) * self._rows_per_sample < ROWS
+
+    @cached_property
+    def _beside(self) -> Stream | None:
+        """Made-up feeds beside few given ones, unless it turns out that the model refuses them."""
+        if not (self._samples.given and self._few):
+            return None
+        try:
+            return self._pieces.stream(self._made_up())
+        except RunError:
+            return None
 
     @cached_property
     def _streams(self) -> tuple[Stream, Stream]:
@@ -269,21 +300,42 @@ class MomentRecorder:
             inputs: tuple(np.zeros((inputs[0].groups, len(s), len(s)), np.float32) for s in spans)
             for inputs, spans in plan.items()
         }
-        feeds, others = self._streams
-        advance = meter(self._progress, RECORDING, len(feeds) + len(others))
+        beside, (feeds, others) = self._beside, self._streams
+        runs = len(beside or ()) + len(feeds) + len(others)
+        advance = meter(self._progress, RECORDING, runs)
+        gathered = dict.fromkeys(plan, 2 * FRESH_ROWS)
+        fresh = dict(self._rows_of(others, gathered, FRESH_ROWS, advance))
+        if beside:
+            try:
+                self._add(beside, plan, sums, advance)
+            except RunError:
+                self._beside = None
+            for inputs, totals in sums.items():
+                for total, span in zip(totals, plan[inputs], strict=True):
+                    count = PRIOR * len(span) if self._beside else 0
+                    _scale(total, fresh[inputs][:, :, span.start : span.stop], count)
+        self._add(feeds, plan, sums, advance)
+        are_fresh = self._samples.given[1:]  # else they are those of the statistics
+        dampings = DAMPINGS if are_fresh else MADE_UP_DAMPINGS
+        return {
+            inputs: InputMoments(spans, sums[inputs], fresh[inputs], dampings)
+            for inputs, spans in plan.items()
+        }
+
+    def _add(
+        self,
+        feeds: Stream,
+        plan: Plan,
+        sums: dict[Inputs, tuple[Floats, ...]],
+        advance: Callable[[int], None],
+    ) -> None:
+        """Add the second moments of feeds to those of each input."""
         gathered = {inputs: _gathered(spans[-1].stop) for inputs, spans in plan.items()}
         for inputs, rows in self._rows_of(feeds, gathered, MAX_ROWS, advance):
             for total, span in zip(sums[inputs], plan[inputs], strict=True):
                 part = rows[:, :, span.start : span.stop]
                 with np.errstate(over="ignore", invalid="ignore"):  # `of` finds it
                     total += part.transpose(0, 2, 1) @ part
-        dampings = DAMPINGS if self._samples.given else MADE_UP_DAMPINGS
-        gathered = dict.fromkeys(plan, 2 * FRESH_ROWS)
-        fresh = dict(self._rows_of(others, gathered, FRESH_ROWS, advance))
-        return {
-            inputs: InputMoments(spans, sums[inputs], fresh[inputs], dampings)
-            for inputs, spans in plan.items()
-        }
 
     def _rows_of(
         self,
@@ -308,6 +360,16 @@ class MomentRecorder:
         for inputs, rows in waiting.items():
             if rows:
                 yield inputs, np.concatenate(rows, axis=1)
+
+
+def _scale(moments: Floats, rows: Floats, count: float) -> None:
+    """Scale second moments [groups, columns, columns] to those of so many rows as large as these
+    [groups, rows, columns]; 0 where they are not finite."""
+    power = np.square(rows, dtype=np.float64).sum(axis=(1, 2)) / max(rows.shape[1], 1)
+    trace = np.einsum("gii->g", moments, dtype=np.float64)
+    with np.errstate(all="ignore"):
+        moments *= (count * power / trace).astype(np.float32)[:, None, None]
+    moments[~np.isfinite(moments).all(axis=(1, 2))] = 0
 
 
 def _numbered(arrays: Arrays) -> list[Feed]:
@@ -356,7 +418,8 @@ def _bytes_to_factor(groups: int, spans: tuple[range, ...]) -> int:
 class Moments:
     """What a run knows of the inputs of its weights.
 
-    inputs: "synthetic" or "data" where errors are fed forward, else "off"; note: why they are not.
+    inputs: "synthetic" or "data" where errors are fed forward, else "off"; note: why they are not,
+    or what there is beside the data.
     """
 
     def __init__(
@@ -364,7 +427,7 @@ class Moments:
     ) -> None:
         self._recorder = recorder
         self.inputs = inputs if recorder else "off"
-        self.note = note
+        self.note = recorder.note if recorder else note
 
     def of(self, weight: Weight) -> InputMoments | str | None:
         """The moments of a weight's inputs, or why there are none; None where feedback is off."""

@@ -91,6 +91,7 @@ class Samples:
             feeds = load_feeds(self.data, self.source.proto, text.determined if text else ())
         if text:
             text.require_known(feeds, self.data)
+            text.require_all_caches(feeds, self.data)
         inputs = signature(self.source.proto)
         parts = (part for feed in feeds for part in cut_up(feed, inputs))
         return [text.filled(part) for part in parts] if text else list(parts)

@@ -185,6 +185,20 @@ class TextModel:
                     allowed=f"0 to {rows - 1}, the model's vocabulary",
                 )
 
+    def require_all_caches(self, feeds: Iterable[Feed], path: Path) -> None:
+        """Raise ModelError, naming the file, for feeds with some of the caches and not the rest."""
+        names = [cache.name for cache in self.past]
+        for feed in feeds:
+            missing = [name for name in names if name not in feed]
+            if missing and len(missing) < len(names):
+                raise ModelError(
+                    "no array for input {tensor!r}, a cache; found {found}",
+                    path=path,
+                    tensor=missing[0],
+                    found=f"{len(names) - len(missing)} of {len(names)}",
+                    allowed="all of them, or none, which are empty ones",
+                )
+
     def starting(self, candidates: Iterable[list[Feed]]) -> Iterator[list[Feed]]:
         """Made-up feeds, with masks, positions and caches as at the start of a text."""
         kept = [wanted.name for wanted in self.inputs if wanted.name not in self.determined]

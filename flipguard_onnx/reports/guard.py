@@ -218,7 +218,7 @@ class GuardReport:
     int8_share : share of the weights up to which the most sensitive tensors stay at 8 bits, too
     preserve : the inputs on which errors were fed forward, "data" or "synthetic"; "off" if they
         were not
-    preserve_note : why they were not
+    preserve_note : why they were not, or that made-up inputs stood beside few data
     data_sha256 : of the inputs that were given
     seed : of the draws; None where the policy draws nothing
     draws : how many draws it took until one passed the validation

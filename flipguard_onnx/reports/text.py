@@ -235,8 +235,9 @@ def _feedback_lines(report: GuardReport) -> list[str]:
         return lines
     fed = [tensor for tensor in report.tensors if tensor.preserved]
     share = sum(tensor.weights for tensor in fed) / max(report.weights, 1)
+    beside = f" ({report.preserve_note})" if report.preserve_note else ""
     lines = [
-        f"preserve  on {report.preserve} inputs: {len(fed)} of "
+        f"preserve  on {report.preserve} inputs{beside}: {len(fed)} of "
         f"{plural(len(report.tensors), 'tensor')}, {share:.1%} of the weights"
     ]
     if fed:

@@ -1,6 +1,7 @@
 """What weights are multiplied with: recorded from the float model, on made-up inputs or given."""
 
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from onnx import TensorProto, helper
 
 import flipguard_onnx
 from flipguard_onnx import OptionError, UnsupportedModelError
+from flipguard_onnx.calibration import moments
 from flipguard_onnx.calibration.moments import RECORDING, MomentRecorder
 from flipguard_onnx.calibration.samples import Samples
 from flipguard_onnx.calibration.synthetic import input_range, synthetic_feeds
@@ -43,6 +45,13 @@ def given(tmp_path, **arrays):
     return tmp_path / "data.npz"
 
 
+@pytest.fixture
+def nothing_beside(monkeypatch):
+    """However few inputs are given."""
+    monkeypatch.setattr(moments, "ROWS", 0)
+
+
+@pytest.mark.usefixtures("nothing_beside")
 def test_second_moments_of_the_given_inputs(tmp_path):
     x = np.random.default_rng(0).standard_normal((10, 7, 70)).astype(np.float32)
     recorded, (weight,) = recorder(tmp_path, matmul(), given(tmp_path, x=x))
@@ -52,6 +61,7 @@ def test_second_moments_of_the_given_inputs(tmp_path):
     np.testing.assert_array_equal(inputs.fresh[0], x[9])
 
 
+@pytest.mark.usefixtures("nothing_beside")
 def test_many_rows_of_wide_inputs_are_added_up_in_turn(tmp_path):
     x = np.random.default_rng(0).standard_normal((10, 90, 1400)).astype(np.float32)
     recorded, (weight,) = recorder(tmp_path, matmul((1400, 30)), given(tmp_path, x=x))
@@ -60,20 +70,56 @@ def test_many_rows_of_wide_inputs_are_added_up_in_turn(tmp_path):
     kept = inputs.fresh.shape[1]
     assert 0 < kept < 200
     np.testing.assert_array_equal(inputs.fresh[0], rows[-kept:])
-    moments = rows[:-kept].T @ rows[:-kept]
-    np.testing.assert_allclose(inputs.hessians[0][0], moments, rtol=1e-5, atol=1e-4)
+    expected = rows[:-kept].T @ rows[:-kept]
+    np.testing.assert_allclose(inputs.hessians[0][0], expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_weight_on_the_left_of_a_vector(tmp_path):
+def test_made_up_inputs_count_as_few_rows_beside_few_given_ones(tmp_path):
+    """A tenth of a row for each of the 70 columns, as large as those given, in all directions."""
+    x = 100 * np.random.default_rng(0).standard_normal((9, 1, 70)).astype(np.float32)
+    recorded, (weight,) = recorder(tmp_path, matmul(), given(tmp_path, x=x))
+    rows = x[:8, 0].astype(np.float64)
+    beside = recorded.of(weight).hessians[0][0] - rows.T @ rows
+    assert np.trace(beside) == pytest.approx(7 * np.square(x[8]).sum(), rel=1e-3)
+    assert np.linalg.eigvalsh(beside)[0] > 0.01 * np.trace(beside) / 70
+    assert recorded.note == moments.FEW
+
+
+def test_nothing_stands_beside_many_given_inputs(tmp_path):
+    x = np.random.default_rng(0).standard_normal((64, 150, 70)).astype(np.float32)
+    recorded, (weight,) = recorder(tmp_path, matmul(), given(tmp_path, x=x))
+    rows = x[:56].reshape(-1, 70).astype(np.float64)
+    found = recorded.of(weight).hessians[0][0]
+    np.testing.assert_allclose(found, rows.T @ rows, rtol=1e-4, atol=0.1)
+    assert recorded.note is None
+
+
+@pytest.mark.parametrize("made_up", ["are refused", "overflow"])
+def test_nothing_stands_beside_given_inputs_where_made_up_ones_will_not_do(tmp_path, made_up):
+    """The index 0 alone is in a table, or exponentials of exponentials are infinite."""
+    exponentials = [node("Exp", f"{a}", f"{b}") for a, b in itertools.pairwise("xabcd")]
+    nodes, arrays = {
+        "are refused": (
+            [node("Cast", "i", "n", to=TensorProto.INT64), node("Gather", "t n", "d")],
+            {"i": np.zeros((9, 1), np.float32)},
+        ),
+        "overflow": (exponentials, {}),
+    }[made_up]
     proto = model(
-        [node("MatMul", "w x", "y")], {"x": (F, [70])}, {"y": (F, [33])}, {"w": weights((33, 70))}
+        [*nodes, node("Mul", "x d", "z"), node("MatMul", "z w", "y")],
+        {"x": (F, [1, 70])} | {name: (F, [1]) for name in arrays},
+        {"y": (F, [1, 33])},
+        {"w": weights((70, 33)), "t": np.ones(1, np.float32)},
     )
-    x = np.random.default_rng(0).standard_normal((10, 70)).astype(np.float32)
-    recorded, (weight,) = recorder(tmp_path, proto, given(tmp_path, x=x))
-    inputs = recorded.of(weight)
-    rows = x[:9].astype(np.float64)
-    np.testing.assert_allclose(inputs.hessians[0][0], rows.T @ rows, rtol=1e-5, atol=1e-4)
-    np.testing.assert_array_equal(inputs.fresh[0], x[9:])
+    x = np.random.default_rng(0).uniform(-0.1, 0.1, (9, 1, 70)).astype(np.float32)
+    recorded, found = recorder(tmp_path, proto, given(tmp_path, x=x, **arrays))
+    (weight,) = (each for each in found if each.name == "w")
+    z = x if arrays else x * np.exp(np.exp(np.exp(np.exp(x))))
+    rows = z[:8, 0].astype(np.float64)
+    np.testing.assert_allclose(
+        recorded.of(weight).hessians[0][0], rows.T @ rows, rtol=1e-3, atol=1e-6 * np.square(z).max()
+    )
+    assert (recorded.note is None) == (made_up == "are refused")
 
 
 CONVOLUTIONS = {
@@ -348,7 +394,8 @@ def test_guard_preserves_the_products_of_a_layer(tmp_path, scheme):
     (tensor,) = report.tensors
     assert tensor.preserved
     assert 0 < tensor.gain < 0.3
-    assert "preserve  on data inputs: 1 of 1 tensor, 100.0% of the weights" in report.render()
+    line = f"preserve  on data inputs ({moments.FEW}): 1 of 1 tensor, 100.0% of the weights"
+    assert line in report.render()
     assert report.data_sha256 == hashlib.sha256(data.read_bytes()).hexdigest()
     written = onnx.load(tmp_path / "out.onnx")
     record = {entry.key: entry.value for entry in written.metadata_props}

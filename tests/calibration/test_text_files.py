@@ -105,6 +105,18 @@ def test_token_ids_beyond_the_vocabulary(tmp_path, token):
     assert names(tmp_path) == ["data.npz", "model.onnx"]
 
 
+def test_some_of_the_caches(tmp_path):
+    source = save(decoder(), tmp_path)
+    cache = np.ones((1, 1, 3, WIDTH), np.float32)
+    data = npz(tmp_path, input_ids=IDS[:1], **{CACHES[1]: cache})
+    message = one_line(call(source, "--data", data))
+    assert message == (
+        f"flipguard-onnx: {data}: no array for input '{CACHES[0]}', a cache; found 1 of 2; "
+        "allowed: all of them, or none, which are empty ones"
+    )
+    assert names(tmp_path) == ["data.npz", "model.onnx"]
+
+
 @reads_text
 @pytest.mark.parametrize("folder", ["", "onnx"])
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
