@@ -43,7 +43,8 @@ PRODUCTS_PER_SECOND = 3e10  # measured on two cores
 SECONDS_PER_WEIGHT = 3e-7
 SEED = 0  # of the made-up inputs; they need not be secret
 MADE_UP_DAMPINGS = (0.05,)  # what is made up says little of fresh inputs, so it does not choose
-PRIOR = 0.1  # rows per column that made-up inputs count as beside given ones
+ENOUGH = 4  # given rows per column, so that nothing is made up
+PRIOR = 0.1  # ... that made-up inputs count as beside fewer
 FEW = "few, so made-up ones stand beside them"
 BYTES = 4  # of an entry of a matrix H, and of a factor
 BYTES_TO_FACTOR = 40  # per entry, of one H while it is factored
@@ -189,18 +190,21 @@ class MomentRecorder:
         return FEW if self._beside else None
 
     @property
-    def _rows_per_sample(self) -> float:
-        return max(1.0, float(np.median(list(self._counts.values()))))
-
-    @property
     def _wanted(self) -> int:
         """How many samples to make up."""
-        return int(np.clip(-(-ROWS // self._rows_per_sample), SAMPLES.start, SAMPLES.stop - 1))
+        rows = float(np.median(list(self._counts.values())))
+        return int(np.clip(-(-ROWS // max(rows, 1)), SAMPLES.start, SAMPLES.stop - 1))
 
     @property
     def _few(self) -> bool:
-        """Whether there are fewer given samples than would be made up, if any."""
-        return len(self._samples.given) * self._rows_per_sample < ROWS
+        """Whether given samples, if any, are too few for some weight."""
+        samples = len(self._samples.given)
+        return any(
+            samples * sum(self._counts[each] for each in inputs)
+            < min(ENOUGH * self._cuts[name].cols, MAX_ROWS)
+            for name, inputs in self._inputs.items()
+            if inputs
+        )
 
     @cached_property
     def _beside(self) -> Stream | None:
