@@ -9,7 +9,9 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-RETRY_SECONDS = 0.1  # until an exception that somebody swallowed is raised again
+RETRY_SECONDS = 0.1  # until an exception that had to wait, or that somebody swallowed, is raised
+
+IMPORTS = "<frozen importlib._bootstrap>"  # the file of Python's own code that imports
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,18 +36,22 @@ class Interrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Raise Interrupted in the main thread whenever one of SIGNALS comes.
 
-    A library that is being imported may swallow it, and Python does in a __del__: a timer raises it
-    once more, unless it is on its way. Signals that the parent process has had ignored (nohup) stay
-    ignored.
+    A first one that comes during an import is raised after it: compiled libraries crash, or swallow
+    it, while they are loaded. Where one is swallowed, as Python does in a __del__, a timer raises
+    it once more. Signals that the parent process has had ignored (nohup) stay ignored.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        is_first = not alarms
         raise_later(number)
-        raise Interrupted(number)
+        if not (is_first and _imports(frame)):
+            raise Interrupted(number)
 
     def raise_later(number: int) -> None:
         def late(_: int, frame: FrameType | None) -> None:
-            if not _on_its_way():
+            if _imports(frame):
+                raise_later(number)
+            elif not _on_its_way():
                 raise Interrupted(number)
 
         alarms.append(signal.signal(signal.SIGALRM, late))
@@ -72,6 +78,13 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGALRM, alarms[0])
         for number in handled:
             signal.signal(number, before[number])
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether the code that runs there is part of an import."""
+    while frame and frame.f_code.co_filename != IMPORTS:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _on_its_way() -> bool:

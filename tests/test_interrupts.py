@@ -110,6 +110,17 @@ def test_a_signal_is_not_raised_again_while_the_run_cleans_up():
     assert printed == "clean\ninterrupted by SIGTERM SIG_DFL (0.0, 0.0)\n"
 
 
+def test_a_signal_during_an_import_is_raised_after_it(tmp_path):
+    """A library that is being loaded may crash. The second signal is raised wherever it comes."""
+    slow = "import signal, time\nsignal.raise_signal(signal.SIGTERM)\n"
+    (tmp_path / "slow.py").write_text(slow + "time.sleep(0.5)\nprint('loaded')\n")
+    (tmp_path / "twice.py").write_text(slow + slow + "print('loaded')\n")
+    end = "interrupted by SIGTERM SIG_DFL (0.0, 0.0)\n"
+    path = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    assert interrupted(f"{path}; import slow; time.sleep(60)") == "loaded\n" + end
+    assert interrupted(f"{path}; import twice; time.sleep(60)") == end
+
+
 def interrupted(statements):
     """What a process prints that is interruptible. Not this one: pytest has an alarm, too."""
     code = f"""

@@ -6,8 +6,9 @@ it, and a few rows.
 
 Few given samples say nothing of most directions in which inputs may lie, and feedback that trusts
 them does worse than without. So made-up ones stand beside them as a prior: their second moments, in
-the given ones' scale, count as PRIOR rows per column, however many they are. That is shrinkage of a
-covariance towards a target (Ledoit and Wolf, J. Multivariate Analysis 88, 2004).
+the given ones' scale, count as PRIOR rows per column, or as PRIOR_OF_TEXTS, however many they are.
+That is shrinkage of a covariance towards a target (Ledoit and Wolf, J. Multivariate Analysis 88,
+2004).
 """
 
 import time
@@ -29,6 +30,7 @@ from .inputs import NONE_FIT, Feed, samples_at_a_time, signature
 from .pieces import Pieces, Stream
 from .samples import Samples
 from .synthetic import decoder, sampling_rounds, synthetic_feeds, texts_at_a_time
+from .text_model import TextModel
 from .weight_inputs import NOT_AS_STORED, WeightInput, weight_input
 
 ROWS = 8192  # of inputs that a weight should see at least
@@ -45,6 +47,7 @@ SEED = 0  # of the made-up inputs; they need not be secret
 MADE_UP_DAMPINGS = (0.05,)  # what is made up says little of fresh inputs, so it does not choose
 ENOUGH = 4  # given rows per column, so that nothing is made up
 PRIOR = 0.1  # ... that made-up inputs count as beside fewer
+PRIOR_OF_TEXTS = 1.0  # ... that texts do which a decoder wrote: they are more like real ones
 FEW = "few, so made-up ones stand beside them"
 BYTES = 4  # of an entry of a matrix H, and of a factor
 BYTES_TO_FACTOR = 40  # per entry, of one H while it is factored
@@ -189,6 +192,11 @@ class MomentRecorder:
         """What there is beside given samples."""
         return FEW if self._beside else None
 
+    @cached_property
+    def _decoder(self) -> TextModel | None:
+        """The model, if it writes texts itself."""
+        return decoder(self._source, self._template)
+
     @property
     def _wanted(self) -> int:
         """How many samples to make up."""
@@ -239,7 +247,7 @@ class MomentRecorder:
         batch = samples_at_a_time(template, signature(source.proto))
         # attention takes memory that grows with the square of the rows of a sample
         batch = min(batch, max(1, ROWS // max(1, *self._counts.values())))
-        if text := decoder(source, template):
+        if text := self._decoder:
             batch = min(batch, texts_at_a_time(text, template[text.ids.name].shape[1]))
         if batch > 1:
             try:
@@ -310,13 +318,14 @@ class MomentRecorder:
         gathered = dict.fromkeys(plan, 2 * FRESH_ROWS)
         fresh = dict(self._rows_of(others, gathered, FRESH_ROWS, advance))
         if beside:
+            prior = PRIOR_OF_TEXTS if self._decoder else PRIOR
             try:
                 self._add(beside, plan, sums, advance)
             except RunError:
                 self._beside = None
             for inputs, totals in sums.items():
                 for total, span in zip(totals, plan[inputs], strict=True):
-                    count = PRIOR * len(span) if self._beside else 0
+                    count = prior * len(span) if self._beside else 0
                     _scale(total, fresh[inputs][:, :, span.start : span.stop], count)
         self._add(feeds, plan, sums, advance)
         are_fresh = self._samples.given[1:]  # else they are those of the statistics
