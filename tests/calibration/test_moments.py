@@ -25,6 +25,7 @@ from flipguard_onnx.graph.weights import find_weights
 from flipguard_onnx.io.model import open_model
 from flipguard_onnx.quantization.error_feedback import InputMoments
 from flipguard_onnx.runtime.session import open_session
+from tests.helpers import decoders
 from tests.helpers.command import call
 from tests.helpers.samples import SAMPLES, matmul, model, node, save, weights
 
@@ -84,6 +85,23 @@ def test_made_up_inputs_count_as_few_rows_beside_few_given_ones(tmp_path):
     assert np.linalg.eigvalsh(beside)[0] > 0.01 * np.trace(beside) / 70
     report = guard(tmp_path, matmul(), data=tmp_path / "data.npz")
     assert "preserve  on data inputs (few, so made-up ones stand beside them): " in report.render()
+
+
+def test_texts_that_a_decoder_wrote_count_for_more(tmp_path, monkeypatch):
+    """A row for each column."""
+    ids = np.random.default_rng(0).integers(0, decoders.VOCABULARY, (4, 1, 9))
+    data, found = given(tmp_path, input_ids=ids), []
+    for prior in (0, moments.PRIOR_OF_TEXTS):
+        monkeypatch.setattr(moments, "PRIOR_OF_TEXTS", prior)
+        folder = tmp_path / str(prior)
+        folder.mkdir()
+        recorded, known = recorder(folder, decoders.decoder(), data)
+        matrix = next(each for each in known if each.op == "MatMul")
+        found.append(recorded.of(matrix))
+    alone, together = (np.trace(inputs.hessians[0][0]) for inputs in found)
+    power = np.square(found[0].fresh[0]).sum(axis=1).mean()
+    columns = found[0].spans[0].stop
+    assert together - alone == pytest.approx(columns * power, rel=1e-3)
 
 
 def test_nothing_stands_beside_many_given_inputs(tmp_path):
