@@ -98,6 +98,18 @@ def test_signals_end_the_command_in_one_line(tmp_path):
         assert names(folder) == [LOCK, "model.onnx"]
 
 
+def test_a_signal_while_the_command_line_is_read():
+    code = """
+import signal
+from flipguard_onnx.cli import main
+main.commands["scan"].parse_args = lambda *_: signal.raise_signal(signal.SIGTERM)
+main(["scan", "model.onnx"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "flipguard-onnx: interrupted by SIGTERM\n"
+
+
 @pytest.mark.parametrize("signalled", ["Finalized()", "swallowed()"])
 def test_a_signal_that_is_swallowed_ends_the_run_too(signalled):
     """By Python in a finalizer, or by a library."""

@@ -52,6 +52,11 @@ class DefaultGroup(click.Group):
             args = ["guard", *args]
         return super().parse_args(ctx, args)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Parse what a command is given, and run it."""
+        with failures():
+            return super().invoke(ctx)
+
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Of the first word: a command, or what the command that goes unnamed takes."""
         named = super().shell_complete(ctx, incomplete)
@@ -80,9 +85,8 @@ def configure(context: click.Context, _: click.Parameter, file: Path | None) -> 
         return None
     from .config_file import configured
 
-    with failures():
-        read, context.default_map = configured(main, context.command.name or "", file)
-        return str(read) if read else None
+    read, context.default_map = configured(main, context.command.name or "", file)
+    return str(read) if read else None
 
 
 EXAMPLES = """\b
@@ -114,59 +118,58 @@ def guard(
     **options: Any,
 ) -> None:
     """Guard MODELS and write them quantized; folders are searched for .onnx files."""
-    with failures():
-        from ..pipeline.batch import plan_jobs
-        from ..pipeline.options import GuardOptions
+    from ..pipeline.batch import plan_jobs
+    from ..pipeline.options import GuardOptions
 
-        alone = len(models) == 1 and not models[0].is_dir() and not scheduler
-        place = Path(output) if output else None
-        plan = plan_jobs(models, place, GuardOptions(**options), alone=alone)
-        check_files(
-            {"--report": report, "--html": html, "--sbom": sbom},
-            models=[job.model for job in plan],
-            outputs=[path for job in plan for path in job.outputs],
-            data=options["data"],
-            config=config,
-        )
-        if sbom:
-            from ..reports.sbom import sbom as bom  # before the run: it may not be installed
-        if alone:
-            from ..pipeline.guard import guard_with
+    alone = len(models) == 1 and not models[0].is_dir() and not scheduler
+    place = Path(output) if output else None
+    plan = plan_jobs(models, place, GuardOptions(**options), alone=alone)
+    check_files(
+        {"--report": report, "--html": html, "--sbom": sbom},
+        models=[job.model for job in plan],
+        outputs=[path for job in plan for path in job.outputs],
+        data=options["data"],
+        config=config,
+    )
+    if sbom:
+        from ..reports.sbom import sbom as bom  # before the run: it may not be installed
+    if alone:
+        from ..pipeline.guard import guard_with
 
-            def files_on(result: "GuardReport") -> AbstractContextManager[None]:
-                """The reports, which are written in full before the models are published."""
-                result, texts = replace(result, config=config), {}
-                if html:
-                    from ..reports.html import guard_html
+        def files_on(result: "GuardReport") -> AbstractContextManager[None]:
+            """The reports, which are written in full before the models are published."""
+            result, texts = replace(result, config=config), {}
+            if html:
+                from ..reports.html import guard_html
 
-                    texts[html] = guard_html(result)
-                if sbom:
-                    texts[sbom] = bom(result)
-                if report:
-                    texts[report] = dumped(result.to_dict()) + "\n"
-                return reports(texts)
+                texts[html] = guard_html(result)
+            if sbom:
+                texts[sbom] = bom(result)
+            if report:
+                texts[report] = dumped(result.to_dict()) + "\n"
+            return reports(texts)
 
-            folders = [place.absolute().parent] if place else []
-            with made(folders), progress_bar(quiet) as progress:
-                opts = GuardOptions(**options)
-                result = guard_with(models[0], opts, output, progress, files_on)
-            publish(replace(result, config=config), None, quiet)
-        elif html or sbom:
-            option = "--html" if html else "--sbom"
-            raise OptionError("{option} is for one model; --report has all of them", option=option)
-        else:
-            from .. import guard_many
+        folders = [place.absolute().parent] if place else []
+        with made(folders), progress_bar(quiet) as progress:
+            opts = GuardOptions(**options)
+            result = guard_with(models[0], opts, output, progress, files_on)
+        publish(replace(result, config=config), None, quiet)
+    elif html or sbom:
+        option = "--html" if html else "--sbom"
+        raise OptionError("{option} is for one model; --report has all of them", option=option)
+    else:
+        from .. import guard_many
 
-            with progress_bar(quiet) as progress:
-                batch = guard_many(
-                    models, output, jobs=jobs, scheduler=scheduler, progress=progress, **options
-                )
-            failed = len(batch.outcomes) == 1 and batch.code != 0
-            publish(replace(batch, config=config), report, quiet or failed)
-            for outcome in batch.outcomes if quiet or failed else ():
-                if outcome.error:
-                    echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
-            sys.exit(batch.code)
+        with progress_bar(quiet) as progress:
+            batch = guard_many(
+                models, output, jobs=jobs, scheduler=scheduler, progress=progress, **options
+            )
+        failed = len(batch.outcomes) == 1 and batch.code != 0
+        publish(replace(batch, config=config), report, quiet or failed)
+        for outcome in batch.outcomes if quiet or failed else ():
+            if outcome.error:
+                echo(f"flipguard-onnx: {printable(outcome.error)}", err=True)
+        sys.exit(batch.code)
 
 
 @main.command(cls=GroupedCommand)
@@ -187,18 +190,17 @@ def inspect(
 
     With --target MODEL is a quantized file, and what that runtime would not take is shown.
     """
-    with failures():
-        check_files({"--report": report}, models=[model], config=config)
-        found: Inspection | TargetInspection
-        if target:
-            from ..detection.requirements import inspect_for
+    check_files({"--report": report}, models=[model], config=config)
+    found: Inspection | TargetInspection
+    if target:
+        from ..detection.requirements import inspect_for
 
-            found = inspect_for(model, target)
-        else:
-            from .. import inspect as run
+        found = inspect_for(model, target)
+    else:
+        from .. import inspect as run
 
-            found = run(model, **options)
-        publish(replace(found, config=config), report, quiet)
+        found = run(model, **options)
+    publish(replace(found, config=config), report, quiet)
 
 
 @main.command(cls=GroupedCommand)
@@ -227,12 +229,11 @@ def verify(
     **options: Any,
 ) -> None:
     """Validate GUARDED against ORIGINAL, as guard does with its own output."""
-    with failures():
-        from .. import verify as run
+    from .. import verify as run
 
-        models = [original, guarded]
-        check_files({"--report": report}, models=models, data=options["data"], config=config)
-        publish(replace(run(original, guarded, **options), config=config), report, quiet)
+    models = [original, guarded]
+    check_files({"--report": report}, models=models, data=options["data"], config=config)
+    publish(replace(run(original, guarded, **options), config=config), report, quiet)
 
 
 @main.command()
@@ -271,38 +272,35 @@ def scan(
     summary; exit code 1 is a verdict, and 2 a model that could not be read or judged.
     """
     codes: list[int] = []
-    with failures():
-        from .. import scan as run
-        from ..pipeline.batch import find_models
+    from .. import scan as run
+    from ..pipeline.batch import find_models
 
-        found: list[tuple[Path, FlipguardError | None]] = []
-        for path in models:
-            try:
-                found += [(model, None) for model, _ in find_models([path])]
-            except FlipguardError as error:
-                found.append((path, error))
-        if len(found) > 1 and (report or form != "text"):
-            raise OptionError(
-                "--report and --format are for one model, not {found}", found=len(found)
-            )
-        check_files({"--report": report}, models=[model for model, _ in found], config=config)
-        for model, problem in found:
-            try:
-                if problem:
-                    raise problem
-                with progress_bar(quiet) as progress:
-                    result = replace(run(model, progress=progress), config=config)
-            except (FlipguardError, MemoryError, OSError) as error:
-                codes.append(tell(error, model))
-                continue
-            text = scan_output(result, form)
-            if report:
-                write_report(report, text + "\n")
-            if not quiet:
-                echo("\n" * bool(codes) + (result.render() if report else text))
-            elif result.verdict.level == "not judged":
-                echo(f"flipguard-onnx: {printable(f'{model}: {result.verdict.reason}')}", err=True)
-            codes.append(scan_code(result.verdict.level, fail_on))
+    found: list[tuple[Path, FlipguardError | None]] = []
+    for path in models:
+        try:
+            found += [(model, None) for model, _ in find_models([path])]
+        except FlipguardError as error:
+            found.append((path, error))
+    if len(found) > 1 and (report or form != "text"):
+        raise OptionError("--report and --format are for one model, not {found}", found=len(found))
+    check_files({"--report": report}, models=[model for model, _ in found], config=config)
+    for model, problem in found:
+        try:
+            if problem:
+                raise problem
+            with progress_bar(quiet) as progress:
+                result = replace(run(model, progress=progress), config=config)
+        except (FlipguardError, MemoryError, OSError) as error:
+            codes.append(tell(error, model))
+            continue
+        text = scan_output(result, form)
+        if report:
+            write_report(report, text + "\n")
+        if not quiet:
+            echo("\n" * bool(codes) + (result.render() if report else text))
+        elif result.verdict.level == "not judged":
+            echo(f"flipguard-onnx: {printable(f'{model}: {result.verdict.reason}')}", err=True)
+        codes.append(scan_code(result.verdict.level, fail_on))
     sys.exit(max(codes))
 
 

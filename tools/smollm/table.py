@@ -1,4 +1,4 @@
-"""The rows of all attacked files as one Markdown table. No torch.
+"""The rows of all attacked files as Markdown tables: a summary, and all of them. No torch.
 
     python -m tools.smollm.table [FOLDER]
 
@@ -7,18 +7,56 @@ FOLDER: the work folder of `python -m tools.smollm`; by default the rows in the 
 
 import json
 import sys
-from itertools import groupby
+from collections import defaultdict
+from itertools import groupby, product
 from pathlib import Path
 from statistics import mean
 
 from tools.bench.rows import wilson
+from tools.smollm.scenarios import SCENARIOS
 
 ROWS = Path(__file__).parent / "rows"
+SCHEMES = "int8", "int4", "nf4", "fp4"
 KEY = "scenario", "export", "scheme", "defence"
 HEAD = (
     "scenario", "file", "quantized as", "defence", "draws", "attack", "worst draw", "perplexity",
     "next", "choice", "modified", "DER",
 )  # fmt: skip
+
+
+SUMMARY = (
+    "scenario", "scheme", "float", "onnxruntime", "`topk`", "`ours`", "ratio of `topk`",
+    "published: undefended → defended",
+)  # fmt: skip
+PUBLISHED = {  # arXiv 2606.28962; of code it has the share of secure completions
+    ("injection", "nf4"): "Phi-2: 92.9% → 0.1%",
+    ("refusal", "nf4"): "Phi-2: 30.2% → 0.53%",
+    ("code", "int8"): "StarCoderBase-3B: 93.0% → 1.3%",
+}
+
+
+def summary(rows):
+    """The attack of the paper, a line for each scenario and scheme: attack and perplexity.
+
+    The ratio of `topk` is its best in hindsight: the least attack, then the least perplexity.
+    """
+    lines = [f"| {' | '.join(SUMMARY)} |", "|" + "---|" * len(SUMMARY)]
+    for scenario, scheme in product(SCENARIOS, SCHEMES):
+        draws = defaultdict(list)
+        for row in rows:
+            if (row["scenario"], row["export"].removesuffix("-from-clean")) == (scenario, scheme):
+                draws[row["defence"]].append((row["attack"], row["perplexity"]))
+        if not draws:
+            continue
+        found = {name: tuple(map(mean, zip(*some, strict=True))) for name, some in draws.items()}
+        best = min((name for name in found if name.startswith("topk")), key=found.get)
+        shown = (
+            f"{attack:.1%}, {perplexity:.1f}"
+            for attack, perplexity in map(found.get, ("float", "onnxruntime", best, "ours"))
+        )
+        ratio, published = best.removeprefix("topk-"), PUBLISHED.get((scenario, scheme), "")
+        lines.append(f"| {' | '.join((scenario, scheme, *shown, f'{ratio}%', published))} |")
+    return "\n".join(lines)
 
 
 def markdown(rows):
@@ -50,7 +88,7 @@ def main():
     rows = []
     for file in sorted(folder.glob("*/*/rows.json")):
         rows += sorted(json.loads(file.read_text()), key=lambda row: row["scheme"])
-    print(markdown(rows))
+    print(summary(rows), markdown(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
