@@ -26,6 +26,7 @@ from ..io.kept import NOTHING_KEPT, Arrays, Kept
 from ..progress import Progress, meter, silent
 from ..quantization.error_feedback import DAMPINGS, PANEL, Floats, InputMoments
 from .branches import at_the_start
+from .embeddings import text_model
 from .inputs import NONE_FIT, Feed, samples_at_a_time, signature
 from .pieces import Pieces, Stream
 from .samples import Samples
@@ -170,7 +171,7 @@ class MomentRecorder:
         made_up, rounds, loads = 0, 0.0, 0
         if self._few:
             made_up = self._wanted
-            rounds, loads = sampling_rounds(self._source, self._template, self._pieces)
+            rounds, loads = sampling_rounds(self._source, self._pattern, self._pieces)
         samples = len(self._samples.given) + made_up
         # what was timed are all passes, in each of which a model in one piece runs as a whole
         runs = samples + made_up * rounds * self._pieces.count / len(self._passes)
@@ -193,14 +194,26 @@ class MomentRecorder:
         return FEW if self._beside else None
 
     @cached_property
+    def _pattern(self) -> Feed:
+        """A feed of the shapes that are made up: a given one, but a text begins as without any.
+
+        Small models lose their way in long texts.
+        """
+        if self._samples.given and text_model(self._source):
+            return next(self._samples.candidates())[0]
+        return self._template
+
+    @cached_property
     def _decoder(self) -> TextModel | None:
         """The model, if it writes texts itself."""
-        return decoder(self._source, self._template)
+        return decoder(self._source, self._pattern)
 
     @property
     def _wanted(self) -> int:
         """How many samples to make up."""
         rows = float(np.median(list(self._counts.values())))
+        if text := self._decoder:
+            rows *= self._pattern[text.ids.name].size / self._template[text.ids.name].size
         return int(np.clip(-(-ROWS // max(rows, 1)), SAMPLES.start, SAMPLES.stop - 1))
 
     @property
@@ -243,7 +256,7 @@ class MomentRecorder:
         return feeds
 
     def _sampled(self) -> list[Feed]:
-        source, template = self._source, self._template
+        source, template = self._source, self._pattern
         batch = samples_at_a_time(template, signature(source.proto))
         # attention takes memory that grows with the square of the rows of a sample
         batch = min(batch, max(1, ROWS // max(1, *self._counts.values())))
