@@ -195,12 +195,14 @@ class MomentRecorder:
 
     @cached_property
     def _pattern(self) -> Feed:
-        """A feed of the shapes that are made up: a given one, but a text begins as without any.
+        """A feed of the shapes that are made up: a given one, but a decoder begins a text of its own.
 
-        Small models lose their way in long texts.
+        It is as long as without data: in long texts small models lose their way.
         """
         if self._samples.given and text_model(self._source):
-            return next(self._samples.candidates())[0]
+            begun = next(self._samples.candidates())[0]
+            if decoder(self._source, begun):
+                return begun
         return self._template
 
     @cached_property
