@@ -195,7 +195,7 @@ class MomentRecorder:
 
     @cached_property
     def _pattern(self) -> Feed:
-        """A feed of the shapes that are made up: a given one, but a decoder begins a text of its own.
+        """A feed of the shapes that are made up: a given one, or the beginning of a decoder's text.
 
         It is as long as without data: in long texts small models lose their way.
         """
