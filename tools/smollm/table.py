@@ -5,8 +5,8 @@
 FOLDER: the work folder of `python -m tools.smollm`; by default the rows in the repository.
 """
 
+import argparse
 import json
-import sys
 from collections import defaultdict
 from itertools import groupby, product
 from pathlib import Path
@@ -84,10 +84,15 @@ def cells(draws):
 
 
 def main():
-    folder = Path(sys.argv[1]) if sys.argv[1:] else ROWS
-    rows = []
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=ROWS)
+    folder, rows = parser.parse_args().folder, []
     for file in sorted(folder.glob("*/*/rows.json")):
         rows += sorted(json.loads(file.read_text()), key=lambda row: row["scheme"])
+    if not rows:
+        parser.error(f"{folder}: no SCENARIO/FILE/rows.json")
     print(summary(rows), markdown(rows), sep="\n\n")
 
 
