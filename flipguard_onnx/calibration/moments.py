@@ -49,7 +49,7 @@ MADE_UP_DAMPINGS = (0.05,)  # what is made up says little of fresh inputs, so it
 ENOUGH = 4  # given rows per column, so that nothing is made up
 PRIOR = 0.1  # ... that made-up inputs count as beside fewer
 PRIOR_OF_TEXTS = 1.0  # ... that texts do which a decoder wrote: they are more like real ones
-FEW = "few, so made-up ones stand beside them"
+FEW = f"fewer than {ENOUGH} rows per column of some weight, so made-up ones stand beside them"
 BYTES = 4  # of an entry of a matrix H, and of a factor
 BYTES_TO_FACTOR = 40  # per entry, of one H while it is factored
 

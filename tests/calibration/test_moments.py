@@ -84,7 +84,10 @@ def test_made_up_inputs_count_as_few_rows_beside_few_given_ones(tmp_path):
     assert np.trace(beside) == pytest.approx(7 * np.square(x[8]).sum(), rel=1e-3)
     assert np.linalg.eigvalsh(beside)[0] > 0.01 * np.trace(beside) / 70
     report = guard(tmp_path, matmul(), data=tmp_path / "data.npz")
-    assert "preserve  on data inputs (few, so made-up ones stand beside them): " in report.render()
+    assert f"preserve  on data inputs ({report.preserve_note}): " in report.render()
+    assert report.preserve_note == (
+        "fewer than 4 rows per column of some weight, so made-up ones stand beside them"
+    )
 
 
 def test_texts_that_a_decoder_wrote_count_for_more(tmp_path, monkeypatch):
