@@ -255,8 +255,10 @@ def parser():
 
 
 def main(given=None):
-    import torch
-
+    try:
+        import torch
+    except ModuleNotFoundError:
+        sys.exit("python -m tools.smollm needs torch: pip install '.[cpu,llm]'")
     options = parser().parse_args(given)
     torch.set_num_threads(options.threads)
     STAGES[options.stage](options)
