@@ -110,6 +110,21 @@ main(["scan", "model.onnx"])
     assert done.stderr == "flipguard-onnx: interrupted by SIGTERM\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_python_ends_changes_nothing(number):
+    code = f"""
+import atexit, signal, sys
+from flipguard_onnx.__main__ import run
+atexit.register(signal.raise_signal, {number:d})
+sys.argv[1:] = ["--version"]
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.startswith("flipguard-onnx, version ")
+
+
 @pytest.mark.parametrize("signalled", ["Finalized()", "swallowed()"])
 def test_a_signal_that_is_swallowed_ends_the_run_too(signalled):
     """By Python in a finalizer, or by a library."""

@@ -277,7 +277,8 @@ def test_no_library_is_loaded_from_where_the_model_lies(tmp_path):
     for name in ("onnx", "onnxruntime", "numpy", "resource", "flipguard_onnx"):
         (tmp_path / f"{name}.py").write_text("open('pwned', 'w')\n")
     path = save(matmul(MATRIX), tmp_path)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import flipguard_onnx.__main__"
+    start = "from flipguard_onnx.__main__ import run; run()"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {start}"
     result = subprocess.run(
         [sys.executable, "-P", "-c", code, str(path)],
         cwd=tmp_path,
