@@ -80,8 +80,8 @@ class QuantizedTensor:
     codes : int8, the guarded codes
     drawn : the weights in their own type as they were drawn: as they are, except where the
         quantizer's grid would have clipped some
-    guarded : the weights, moved so that the scheme's quantizer yields `codes`; None if they are not
-        wanted
+    guarded : the weights, moved so that the scheme's quantizer yields `codes`, whichever way it
+        rounds what lies on a boundary; None if they are not wanted
     gain : squared error of the products with error feedback / without; None if it was not tried
     product_error : see `Products.error`; None without inputs
     """
@@ -184,14 +184,14 @@ def quantize_tensor(
     if policy.name == "none":
         nearest = grid.encode(values, kernels)
         return QuantizedTensor(grid, nearest, nearest, values, values)
+    margins = grid.analyze(drawn, kernels)
+    nearest = margins.codes
     if policy.name == "topk":
-        margins = grid.analyze(values, kernels)
-        nearest = margins.codes
         wanted = np.where(_topk(grid, margins, policy.ratio), margins.neighbours, nearest)
     else:
-        nearest, wanted, on_products = _draw(values, drawn, grid, inputs, random, kernels)
-    guarded, codes = grid.move_weights(drawn, nearest, wanted, kernels)
-    checked = grid.check(drawn, guarded, nearest, codes, kernels)
+        _, wanted, on_products = _draw(values, drawn, grid, inputs, random, kernels)
+    guarded, codes = grid.move_weights(drawn, margins, wanted, kernels)
+    checked = grid.check(drawn, guarded, margins, codes, kernels)
     require_invariants(name, checked, scheme, grid, values.dtype, found, whole)
     if policy.name == "unbiased":
         require_finite(name, grid, codes, whole, values.dtype)

@@ -100,10 +100,10 @@ def compare_kernels(form, weights, gpu):
         yield from (nearest, drawn)
         far = np.where(margins.offsets != 0, grid.encode(-flat, CPU), margins.codes)
         for wanted in (margins.neighbours, far):
-            yield from grid.move_weights(flat, margins.codes, wanted, kernels)
-        moved, codes = grid.move_weights(flat, nearest, drawn, CPU)
+            yield from grid.move_weights(flat, margins, wanted, kernels)
+        moved, codes = grid.move_weights(flat, margins, drawn, CPU)
         for stated in (codes, nearest):
-            checked = grid.check(flat, moved, nearest, stated, kernels)
+            checked = grid.check(flat, moved, margins, stated, kernels)
             yield from (*checked.extremes, np.array([checked.wrong, checked.moved]))
         random = RandomDraw(KEY, np.uint64(0), LIMIT)
         yield draw_with_feedback(flat, grid, inputs_of(weights), random, kernels, panel_width=32)

@@ -87,8 +87,11 @@ def print_ptx(capability):
             "extremes": [index, tensor, extremes, weights],
             "analyze": [index, tensor, *grid, weights, codes, floats],
             "draw": [index, tensor, *grid, random, weights, codes, codes],
-            "move_weights": [index, tensor, *grid, codes, weights, codes],
-            "check": [index, tensor, *grid, extremes, array(index), weights, weights, codes, codes],
+            "move_weights": [index, tensor, *grid, codes, floats, weights, codes],
+            "check": [
+                index, tensor, *grid, extremes, array(index), weights, weights, codes, floats,
+                codes,
+            ],
             "draw_with_feedback": [
                 index, tensor, *grid, panel, random, rows, table, matrix, table,
             ],

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flipguard_onnx.errors import SchemeError, ValidationError
-from flipguard_onnx.quantization.kernels import get_backend
+from flipguard_onnx.quantization.kernels import get_backend, scalar
 from flipguard_onnx.quantization.kernels.threads import ENOUGH
 from flipguard_onnx.quantization.rounding import (
     Policy,
@@ -38,8 +38,8 @@ def flipped(form, weights, policy=POLICIES[0], seed=0, name="w"):
     return quantize_tensor(name, weights.reshape(-1), scheme, blocks, policy, key, CPU)
 
 
-def margins_of(result, weights):
-    return result.grid.analyze(weights.astype(np.float32).reshape(-1), CPU)
+def margins_of(grid, weights):
+    return grid.analyze(weights.astype(np.float32).reshape(-1), CPU)
 
 
 def naives(form, weights):
@@ -74,7 +74,7 @@ def test_inside_the_margin_the_code_holds_and_just_past_it_changes(form, dtype):
     movable = margins.offsets != 0
     assert movable.mean() > 0.8
     wanted = np.where(movable, margins.neighbours, margins.codes)
-    past, _ = grid.move_weights(flat, margins.codes, wanted, CPU)
+    past, _ = grid.move_weights(flat, margins, wanted, CPU)
     np.testing.assert_array_equal(grid.encode(past, CPU)[movable], margins.neighbours[movable])
     np.testing.assert_array_equal(past[~movable], flat[~movable])
     scale = np.abs(grid.blocks.spread(grid.scale))
@@ -96,9 +96,11 @@ def test_flips_keep_the_grid_and_every_unselected_weight(form, dtype, policy):
     np.testing.assert_array_equal(refitted.codes, result.codes)
     crossed = result.codes != result.nearest
     assert result.count == np.count_nonzero(crossed) > 0
-    np.testing.assert_array_equal(bits(guarded)[~crossed], bits(result.drawn)[~crossed])
-    neighbours = margins_of(result, result.drawn).neighbours
-    np.testing.assert_array_equal(result.codes[crossed], neighbours[crossed])
+    margins = margins_of(result.grid, result.drawn)
+    left = ~crossed & (np.abs(margins.offsets) < 0.499)
+    assert left.mean() > 0.3
+    np.testing.assert_array_equal(bits(guarded)[left], bits(result.drawn)[left])
+    np.testing.assert_array_equal(result.codes[crossed], margins.neighbours[crossed])
 
 
 @pytest.mark.parametrize("form", CHOICES)
@@ -121,11 +123,54 @@ def test_onnxruntime_quantizes_the_guarded_weights_to_the_guarded_codes(form, dt
     np.testing.assert_array_equal(codes, theirs)
     np.testing.assert_array_equal(result.grid.scale, scales.astype(np.float32))
     if form == "int4":
-        crossed = (
-            result.codes != result.nearest
-        )  # past the half step, on which the two forms differ
         theirs, _ = oracles.int4_matmul_nbits(result.guarded.reshape(weights.shape))
-        np.testing.assert_array_equal(codes[crossed], theirs[crossed])
+        np.testing.assert_array_equal(codes, theirs)
+
+
+def on_boundaries(form, dtype):
+    """Weights that stand on a boundary of their grid, or next to it."""
+    weights = weights_of(dtype=dtype)
+    grid = flipped(form, weights, Policy("none")).grid
+    margins = margins_of(grid, weights)
+    levels, zero = grid.levels, grid.blocks.spread(grid.zero)
+    near, beyond = (each - zero for each in (margins.codes, margins.neighbours))
+    places = [
+        scalar.edge(int(a), int(b), levels.rule, levels)[0] if a != b else 0
+        for a, b in zip(near, beyond, strict=True)
+    ]
+    placed = grid.blocks.spread(grid.scale) * np.array(places, np.float32)
+    placed = np.where(margins.offsets != 0, placed, weights.astype(np.float32).reshape(-1))
+    placed = placed.astype(dtype).reshape(weights.shape)
+    towards = np.random.default_rng(1).choice([-np.inf, np.inf], weights.shape).astype(dtype)
+    beside = np.random.default_rng(2).random(weights.shape) < 0.5
+    return np.where(beside, np.nextafter(placed, towards), placed)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.name}-{p.tau}")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("form", CHOICES)
+def test_no_guarded_weight_is_left_on_a_boundary(form, dtype, policy):
+    """Where tools differ, an attacker could else choose what a tool makes of all that stay."""
+    result = flipped(form, on_boundaries(form, dtype), policy)
+    grid, guarded = result.grid, result.guarded.astype(np.float32)
+    margins = margins_of(grid, result.drawn)
+    free = margins.offsets != 0
+    edge = free & (np.abs(margins.offsets) > 0.49)
+    if dtype is np.float32:  # others are coarse
+        assert edge.mean() > 0.05
+        assert 0.1 < (result.codes != result.nearest)[edge].mean() < 0.9
+    step = np.abs(grid.blocks.spread(grid.scale)) * np.float32(1e-6)
+    for near in (guarded - step, guarded + step):
+        np.testing.assert_array_equal(grid.encode(near, CPU)[free], result.codes[free])
+
+
+def test_both_of_onnxruntimes_int4_quantizers_agree_on_guarded_weights():
+    """One rounds w / s, the other w / s + 8, which is a tie for other weights."""
+    weights = on_boundaries("int4", np.float32)
+    differ = oracles.int4(weights)[0] != oracles.int4_matmul_nbits(weights)[0]
+    assert differ.mean() > 0.2
+    guarded = flipped("int4", weights).guarded.reshape(weights.shape)
+    np.testing.assert_array_equal(oracles.int4(guarded)[0], oracles.int4_matmul_nbits(guarded)[0])
 
 
 @pytest.mark.parametrize("form", CHOICES)
@@ -220,7 +265,7 @@ def test_tau_selects_by_margin_and_a_larger_tau_only_adds(form):
     for tau in (0.1, 0.3, 0.7, 1.0):
         result = flipped(form, weights, Policy(tau=tau))
         crossed = result.codes != result.nearest
-        margin = 1 - 2 * np.abs(margins_of(result, result.drawn).offsets)
+        margin = 1 - 2 * np.abs(margins_of(result.grid, result.drawn).offsets)
         assert crossed.any()
         assert np.all(margin[crossed] < tau)
         assert np.all(crossed[smaller])
@@ -327,7 +372,8 @@ def test_check_refuses_a_tampered_result(form, dtype, tamper, complaint):
     guarded, codes = rounded.guarded.copy(), rounded.codes.copy()
     tamper(guarded, codes)
     scheme, grid = forms.scheme(form), rounded.grid
-    checked = grid.check(weights.reshape(-1), guarded, rounded.codes, codes, CPU)
+    margins = grid.analyze(weights.reshape(-1), CPU)
+    checked = grid.check(weights.reshape(-1), guarded, margins, codes, CPU)
     whole = grid.blocks.extremes(weights.reshape(-1), CPU)
     with pytest.raises(ValidationError, match=f"tensor 'w': .*{complaint}"):
         require_invariants("w", checked, scheme, grid, weights.dtype, whole, whole)

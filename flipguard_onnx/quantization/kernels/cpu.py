@@ -55,6 +55,10 @@ _offset = inline(scalar.offset)
 
 _edge = inline(scalar.edge)
 
+_at_an_edge = inline(scalar.at_an_edge)
+
+_left = inline(scalar.left)
+
 _lands = inline(scalar.lands)
 
 _just_past = inline(scalar.just_past)
@@ -299,13 +303,13 @@ def _draw(first, stop, cut, stored, form, scales, levels, random, nearest, codes
             state += scalar.GAMMA
 
 
-def move_weights(weights, scales, levels, nearest, codes):
+def move_weights(weights, scales, levels, nearest, offsets, codes):
     stored = weights.patterns, weights.form
-    run(_move_weights, cut_of(weights), *stored, scales, levels, nearest, codes)
+    run(_move_weights, cut_of(weights), *stored, scales, levels, nearest, offsets, codes)
 
 
 @kernel
-def _move_weights(first, stop, cut, patterns, form, scales, levels, nearest, codes):
+def _move_weights(first, stop, cut, patterns, form, scales, levels, nearest, offsets, codes):
     rule = levels.rule
     chosen = np.empty(PIECE, np.int64)
     for number in range(first, stop):
@@ -315,13 +319,17 @@ def _move_weights(first, stop, cut, patterns, form, scales, levels, nearest, cod
             count = 0
             for i in range(start, end):  # a list, as no processor foresees who will be on it
                 chosen[count] = i
-                count += codes[i] != nearest[i]
+                count += (codes[i] != nearest[i]) | _at_an_edge(offsets[i])
             zero, (lowest, highest) = np.int32(scales.zero[b]), ends_of(scales.zero[b], levels)
             for i in chosen[:count]:
                 wanted = codes[i] - zero
-                boundary, direction = _edge(nearest[i] - zero, wanted, rule, levels)
+                behind = _left(nearest[i] - zero, wanted, offsets[i])
+                boundary, direction = _edge(behind, wanted, rule, levels)
                 target = _just_past(boundary, direction) * scales.scale[b]
-                upward = target > _value(patterns[i], form)
+                upward = (direction > scalar.ZERO) == (scales.scale[b] > scalar.ZERO)
+                there = _value(patterns[i], form)
+                if _lands(there, target, upward, scales.low[b], scales.high[b]):
+                    continue
                 bits = _pattern(target, form)
                 found = False
                 for _ in range(MAX_STEPS):
@@ -338,12 +346,12 @@ def _move_weights(first, stop, cut, patterns, form, scales, levels, nearest, cod
                     codes[i] = nearest[i]
 
 
-def check(before, after, scales, levels, nearest, codes, found, faults):
+def check(before, after, scales, levels, nearest, offsets, codes, found, faults):
     cut = cut_of(after)
     keys, counts = _no_keys(cut), np.empty((cut.shares, 2), np.int64)
     patterns = before.patterns, after.patterns
     grid = scales, levels
-    run(_check, cut, *patterns, *_stored(after), *grid, nearest, codes, *keys, counts)
+    run(_check, cut, *patterns, *_stored(after), *grid, nearest, offsets, codes, *keys, counts)
     faults[:] = counts.sum(axis=0)
     _merge(keys, cut, found)
 
@@ -360,6 +368,7 @@ def _check(
     scales,
     levels,
     nearest,
+    offsets,
     codes,
     low,
     high,
@@ -370,14 +379,15 @@ def _check(
         here = slice(share.start, share.stop)
         values = _read(stored[here], form)
         _piece_extremes(values, share, cut, low, high)
-        encoded, offsets = np.empty(values.size, np.int8), np.empty_like(values)
-        share_margins(values, share, cut, scales, levels, encoded, offsets)
+        encoded, margins = np.empty(values.size, np.int8), np.empty_like(values)
+        share_margins(values, share, cut, scales, levels, encoded, margins)
         was, now = earlier[here], patterns[here]
-        rounded, stated = nearest[here], codes[here]
+        rounded, stood, stated = nearest[here], offsets[here], codes[here]
         wrong, moved = 0, 0
         for i in range(now.size):
             wrong += encoded[i] != stated[i]
-            moved += (was[i] != now[i]) & (rounded[i] == stated[i])
+            keeps = (rounded[i] == stated[i]) & (not _at_an_edge(stood[i]))
+            moved += (was[i] != now[i]) & keeps
         counts[number, 0], counts[number, 1] = wrong, moved
 
 

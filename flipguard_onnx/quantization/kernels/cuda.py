@@ -45,6 +45,10 @@ _offset = _device(scalar.offset)
 
 _edge = _device(scalar.edge)
 
+_at_an_edge = _device(scalar.at_an_edge)
+
+_left = _device(scalar.left)
+
 _lands = _device(scalar.lands)
 
 _just_past = _device(scalar.just_past)
@@ -105,14 +109,15 @@ class CudaKernels:
         shared = [_shared(weights), scales, levels, random]
         self._launch(draw, shared, [weights.patterns], filled=[nearest, codes])
 
-    def move_weights(self, weights, scales, levels, nearest, codes):
+    def move_weights(self, weights, scales, levels, nearest, offsets, codes):
         shared = [_shared(weights), scales, levels]
-        self._launch(move_weights, shared, [nearest], changed=[weights.patterns, codes])
+        self._launch(move_weights, shared, [nearest, offsets], changed=[weights.patterns, codes])
 
-    def check(self, before, after, scales, levels, nearest, codes, found, faults):
+    def check(self, before, after, scales, levels, nearest, offsets, codes, found, faults):
         keys, counts = _no_extremes(found.lowest.size), cuda.to_device(np.zeros(2, np.int64))
         shared = [_shared(after), scales, levels, keys, counts]
-        self._launch(check, shared, [before.patterns, after.patterns, nearest, codes])
+        inputs = [before.patterns, after.patterns, nearest, offsets, codes]
+        self._launch(check, shared, inputs)
         counts.copy_to_host(faults)
         _read_extremes(keys, found)
 
@@ -250,16 +255,20 @@ def draw(start, tensor, scales, levels, random, patterns, nearest, codes):
 
 
 @cuda.jit
-def move_weights(start, tensor, scales, levels, nearest, patterns, codes):
+def move_weights(start, tensor, scales, levels, nearest, offsets, patterns, codes):
     i = cuda.grid(1)
-    if i < patterns.size and codes[i] != nearest[i]:
+    if i < patterns.size and (codes[i] != nearest[i] or _at_an_edge(offsets[i])):
         b = _block_of(start + i, tensor)
         rule = levels.rule
         zero, (lowest, highest) = np.int32(scales.zero[b]), _ends(scales.zero[b], levels)
         wanted = codes[i] - zero
-        boundary, direction = _edge(nearest[i] - zero, wanted, rule, levels)
+        behind = _left(nearest[i] - zero, wanted, offsets[i])
+        boundary, direction = _edge(behind, wanted, rule, levels)
         target = _just_past(boundary, direction) * scales.scale[b]
-        upward = target > _value(patterns[i], tensor.form)
+        upward = (direction > scalar.ZERO) == (scales.scale[b] > scalar.ZERO)
+        there = _value(patterns[i], tensor.form)
+        if _lands(there, target, upward, scales.low[b], scales.high[b]):
+            return
         bits = _pattern(target, tensor.form)
         found = False
         for _ in range(MAX_STEPS):
@@ -277,7 +286,7 @@ def move_weights(start, tensor, scales, levels, nearest, patterns, codes):
 
 
 @cuda.jit
-def check(start, tensor, scales, levels, keys, faults, before, after, nearest, codes):
+def check(start, tensor, scales, levels, keys, faults, before, after, nearest, offsets, codes):
     i = cuda.grid(1)
     if i < after.size:
         b = _block_of(start + i, tensor)
@@ -288,7 +297,7 @@ def check(start, tensor, scales, levels, keys, faults, before, after, nearest, c
         level = _level(position, levels.rule, lowest, levels)
         if level + np.int32(scales.zero[b]) != codes[i]:
             cuda.atomic.add(faults, 0, 1)
-        if before[i] != after[i] and nearest[i] == codes[i]:
+        if before[i] != after[i] and nearest[i] == codes[i] and not _at_an_edge(offsets[i]):
             cuda.atomic.add(faults, 1, 1)
 
 

@@ -128,14 +128,22 @@ class Kernels(Protocol):
         """Find the codes of the nearest levels, and draw codes by `scalar.step`; both int8 [n]."""
 
     def move_weights(
-        self, weights: StoredWeights, scales: Scales, levels: Levels, nearest: Codes, codes: Codes
+        self,
+        weights: StoredWeights,
+        scales: Scales,
+        levels: Levels,
+        nearest: Codes,
+        offsets: Floats,
+        codes: Codes,
     ) -> None:
         """Move every weight that is to change its code just across the edge of its new cell.
 
-        The weights, whose codes are `nearest`, are changed in place. Each takes the value of its
-        own type nearest past the edge, and never one short of it: a float16 on the boundary itself
-        would be rounded one way by some quantizers and the other way by others. Where no such value
-        has the wanted code, the weight stays, and its entry in `codes` becomes the nearest code.
+        The weights, for which `analyze` finds `nearest` and `offsets`, are changed in place. Each
+        takes the value of its own type nearest past the edge, and never one short of it: on the
+        boundary itself, some quantizers round one way and others the other way. So a weight that
+        keeps its code, but stands on the edge of its cell, moves away from it just as far. Where no
+        such value has the wanted code, the weight stays, and its entry in `codes` becomes the
+        nearest code.
         """
 
     def check(
@@ -145,14 +153,16 @@ class Kernels(Protocol):
         scales: Scales,
         levels: Levels,
         nearest: Codes,
+        offsets: Floats,
         codes: Codes,
         found: Extremes,
         faults: npt.NDArray[np.int64],
     ) -> None:
         """Read moved weights again: find their extremes, and count those that are at fault.
 
-        faults: int64 [2], the weights whose code is not the one in `codes`, and those that have
-        changed although `codes` and `nearest` agree.
+        nearest, offsets: of the weights before. faults: int64 [2], the weights whose code is not
+        the one in `codes`, and those that have changed although `codes` and `nearest` agree and
+        they were not at an edge.
         """
 
     def draw_with_feedback(

@@ -60,6 +60,8 @@ EPSILON = np.float32(1e-5)  # how far past a boundary a flipped weight is put, i
 
 RELATIVE_EPSILON = np.float32(2.0**-19)  # ... and at least this share of the boundary's position
 
+AT_AN_EDGE = np.float32(0.499)  # of an offset: the weight may stand on a boundary, about 0.5
+
 MIDDLE = np.int32(127)
 
 FLOAT8_NORMAL = np.float32(2.0**-6)  # the smallest number that is not subnormal
@@ -226,6 +228,17 @@ def just_past(boundary, direction):
     """Grid position a little further than the boundary."""
     step = max(EPSILON, abs(boundary) * RELATIVE_EPSILON)
     return boundary + step if direction > ZERO else boundary - step
+
+
+def at_an_edge(offset):
+    """Whether a weight is so near to a boundary that it may have to move to keep its code."""
+    return abs(offset) > AT_AN_EDGE
+
+
+def left(level, wanted, offset):
+    """The level whose cell a weight is to leave behind: its own, or that beyond the near edge."""
+    beyond = level + np.int32(1) if offset > ZERO else level - np.int32(1)
+    return beyond if level == wanted else level
 
 
 def lands(value, target, upward, low, high):

@@ -45,7 +45,7 @@ class Checked:
     """What is found when moved weights are read again.
 
     extremes: of every block. wrong: how many weights have another code than stated. moved: how many
-    have changed although their stated code is the nearest one.
+    have changed although their stated code is the nearest one and they were not on an edge.
     """
 
     extremes: Extremes
@@ -112,12 +112,13 @@ class Grid(ABC):
         return nearest, codes
 
     def move_weights(
-        self, values: Values, nearest: Codes, wanted: Codes, kernels: Kernels
+        self, values: Values, margins: Margins, wanted: Codes, kernels: Kernels
     ) -> tuple[Values, Codes]:
-        """Move weights, whose codes are `nearest`, so that their codes become `wanted`.
+        """Move weights, which have these margins, so that their codes become `wanted`.
 
         A weight that moves stands just inside the wanted cell, at the edge closest to where it was.
-        Where its type is too coarse for that, it stays.
+        Where its type is too coarse for that, it stays. So do weights that have their code already,
+        but for those on the very edge of their cell, which tools round one way or the other.
 
         Returns
         -------
@@ -125,17 +126,29 @@ class Grid(ABC):
         """
         moved, codes = values.copy(), wanted.copy()
         stored = self.blocks.weights(values)._replace(patterns=as_bits(moved))
-        kernels.move_weights(stored, self.scales, self.levels, nearest, codes)
+        kernels.move_weights(
+            stored, self.scales, self.levels, margins.codes, margins.offsets, codes
+        )
         return moved, codes
 
     def check(
-        self, before: Values, after: Values, nearest: Codes, codes: Codes, kernels: Kernels
+        self, before: Values, after: Values, margins: Margins, codes: Codes, kernels: Kernels
     ) -> Checked:
-        """Read weights that were moved as the quantizer will; `codes` are those stated for them."""
+        """Read weights that were moved as the quantizer will; `codes` are those stated for them.
+
+        margins: of the weights before.
+        """
         found, faults = self.blocks.no_extremes(), np.zeros(2, np.int64)
-        read = self.blocks.weights
         kernels.check(
-            read(before), read(after), self.scales, self.levels, nearest, codes, found, faults
+            self.blocks.weights(before),
+            self.blocks.weights(after),
+            self.scales,
+            self.levels,
+            margins.codes,
+            margins.offsets,
+            codes,
+            found,
+            faults,
         )
         wrong, moved = faults.tolist()
         return Checked(found, wrong, moved)
