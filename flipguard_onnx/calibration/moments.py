@@ -171,7 +171,7 @@ class MomentRecorder:
         made_up, rounds, loads = 0, 0.0, 0
         if self._few:
             made_up = self._wanted
-            rounds, loads = sampling_rounds(self._source, self._pattern, self._pieces)
+            rounds, loads = sampling_rounds(self._source, self._pattern[0], self._pieces)
         samples = len(self._samples.given) + made_up
         # what was timed are all passes, in each of which a model in one piece runs as a whole
         runs = samples + made_up * rounds * self._pieces.count / len(self._passes)
@@ -194,28 +194,25 @@ class MomentRecorder:
         return FEW if self._beside else None
 
     @cached_property
-    def _pattern(self) -> Feed:
-        """A feed of the shapes that are made up: a given one, or the beginning of a decoder's text.
+    def _pattern(self) -> tuple[Feed, TextModel | None]:
+        """A feed of the shapes that are made up, a given one or the beginning of a decoder's text;
+        and the model, if it writes texts itself.
 
-        It is as long as without data: in long texts small models lose their way.
+        A text is as long as without data: in long ones small models lose their way.
         """
         if self._samples.given and text_model(self._source):
             begun = next(self._samples.candidates())[0]
-            if decoder(self._source, begun):
-                return begun
-        return self._template
-
-    @cached_property
-    def _decoder(self) -> TextModel | None:
-        """The model, if it writes texts itself."""
-        return decoder(self._source, self._pattern)
+            if found := decoder(self._source, begun):
+                return begun, found
+        return self._template, decoder(self._source, self._template)
 
     @property
     def _wanted(self) -> int:
         """How many samples to make up."""
         rows = float(np.median(list(self._counts.values())))
-        if text := self._decoder:
-            rows *= self._pattern[text.ids.name].size / self._template[text.ids.name].size
+        pattern, text = self._pattern
+        if text:
+            rows *= pattern[text.ids.name].size / self._template[text.ids.name].size
         return int(np.clip(-(-ROWS // max(rows, 1)), SAMPLES.start, SAMPLES.stop - 1))
 
     @property
@@ -258,11 +255,11 @@ class MomentRecorder:
         return feeds
 
     def _sampled(self) -> list[Feed]:
-        source, template = self._source, self._pattern
+        source, (template, text) = self._source, self._pattern
         batch = samples_at_a_time(template, signature(source.proto))
         # attention takes memory that grows with the square of the rows of a sample
         batch = min(batch, max(1, ROWS // max(1, *self._counts.values())))
-        if text := self._decoder:
+        if text:
             batch = min(batch, texts_at_a_time(text, template[text.ids.name].shape[1]))
         if batch > 1:
             try:
@@ -333,15 +330,7 @@ class MomentRecorder:
         gathered = dict.fromkeys(plan, 2 * FRESH_ROWS)
         fresh = dict(self._rows_of(others, gathered, FRESH_ROWS, advance))
         if beside:
-            prior = PRIOR_OF_TEXTS if self._decoder else PRIOR
-            try:
-                self._add(beside, plan, sums, advance)
-            except RunError:
-                self._beside = None
-            for inputs, totals in sums.items():
-                for total, span in zip(totals, plan[inputs], strict=True):
-                    count = prior * len(span) if self._beside else 0
-                    _scale(total, fresh[inputs][:, :, span.start : span.stop], count)
+            self._add_prior(beside, plan, sums, fresh, advance)
         self._add(feeds, plan, sums, advance)
         are_fresh = self._samples.given[1:]  # else they are those of the statistics
         dampings = DAMPINGS if are_fresh else MADE_UP_DAMPINGS
@@ -349,6 +338,25 @@ class MomentRecorder:
             inputs: InputMoments(spans, sums[inputs], fresh[inputs], dampings)
             for inputs, spans in plan.items()
         }
+
+    def _add_prior(
+        self,
+        feeds: Stream,
+        plan: Plan,
+        sums: dict[Inputs, tuple[Floats, ...]],
+        fresh: dict[Inputs, Floats],
+        advance: Callable[[int], None],
+    ) -> None:
+        """Add those of made-up feeds, as if they were few and as large as the fresh rows."""
+        rows_per_column = PRIOR_OF_TEXTS if self._pattern[1] else PRIOR
+        try:
+            self._add(feeds, plan, sums, advance)
+        except RunError:
+            self._beside, rows_per_column = None, 0
+        for inputs, totals in sums.items():
+            for total, span in zip(totals, plan[inputs], strict=True):
+                rows = fresh[inputs][:, :, span.start : span.stop]
+                _scale(total, rows, rows_per_column * len(span))
 
     def _add(
         self,

@@ -441,6 +441,16 @@ def collapses(scan: Scan) -> frozenset[tuple[str, str]]:
     )
 
 
+def clipped(scan: Scan) -> dict[str, str]:
+    """Names of tensors many of whose weights lie beyond the last level of a grid, and how many."""
+    return {
+        tensor.name: f"{found.strength:.1%} of its weights lie beyond the last level of "
+        f"{found.grids[0]}"
+        for tensor in scan.tensors
+        if tensor.verdict.alarming and (found := _clipped(tensor.alignments))
+    }
+
+
 def _is_collapsed(alignment: Alignment) -> bool:
     return alignment.loss > COLLAPSED.get(alignment.grid, math.inf)
 

@@ -1,7 +1,7 @@
 """One draw: every weight is quantized once and put into every model that the run writes."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ..calibration.moments import Moments
-from ..detection.scan import collapses
+from ..detection.scan import clipped, collapses
 from ..emit.static_qdq import Calibration, StaticQdqWriter
 from ..emit.weight_forms import Target
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, guarded_values
@@ -29,7 +29,7 @@ from ..reports.validation import Validation
 from ..validation.validator import Validator
 from .drawn import Account, DrawnWeight
 from .options import GuardOptions
-from .plan import Prepared, WeightPlan
+from .plan import INT8, Prepared, WeightPlan
 from .run import Run
 
 WORST = 3  # tensors that an advice names
@@ -139,6 +139,7 @@ def quantize(
         options=run.options,
         kept=run.kept,
         collapsing=collapses(scan) if scan else frozenset(),
+        clipped=clipped(scan) if scan else {},
     )
     advance = meter(run.progress, "guarding", prepared.nbytes)
     drawn = {
@@ -196,7 +197,7 @@ class WeightQuantizer:
     """Quantizes weights of a model, one after the other.
 
     moved: whether somebody wants the float weights that yield the chosen codes. options: those of
-    the run. collapsing: see `detection.scan.collapses`.
+    the run. collapsing, clipped: see `detection.scan`.
     """
 
     model: Model
@@ -208,18 +209,19 @@ class WeightQuantizer:
     options: GuardOptions
     kept: Kept
     collapsing: frozenset[tuple[str, str]] = frozenset()
+    clipped: Mapping[str, str] = field(default_factory=dict)
 
     def quantize(
         self, plan: WeightPlan, writers: Iterable[ModelWriter], advance: Callable[[int], None]
     ) -> Tensor:
         """Quantize one weight and put it into the models; `advance` is told the bytes done.
 
-        A weight whose products would be lost in rounding errors gets a finer plan; where there is
-        none it stays float, and is put into no model.
+        A weight that would be lost in rounding errors, or was prepared to be clipped, gets a finer
+        plan; where there is none it stays float, and is put into no model.
         """
         quantized, tensor = self._draw(plan, advance)
         fallback = None
-        while lost := self._lost(tensor, quantized):
+        while lost := self._lost(tensor, quantized) or self._foreseen(plan):
             if self.moved or self.options.on_collapse == "refuse":
                 raise ValidationError("{tensor!r}: {lost}", tensor=tensor.name, lost=lost).advise(
                     "--exclude leaves a tensor as it is"
@@ -254,6 +256,16 @@ class WeightQuantizer:
         if (tensor.name, grid) in self.collapsing and not known:
             return f"at {tensor.scheme} outliers wipe out its other weights"
         return None
+
+    def _foreseen(self, plan: WeightPlan) -> str | None:
+        """Why the weight gets more bits, if an attacker seems to have counted on few.
+
+        A grid that clips nothing undoes the attack, but where the float model itself is close to
+        being malicious, the rounding errors of few bits alone may make it so.
+        """
+        if self.policy.name != "unbiased" or plan.scheme.bits >= INT8.bits:
+            return None
+        return self.clipped.get(plan.weight.name)
 
     def _draw(
         self, plan: WeightPlan, advance: Callable[[int], None]

@@ -149,7 +149,7 @@ def render_guard(report: GuardReport) -> str:
         *_option_lines(report),
         *([f"device    {report.device}: {report.device_note}"] if report.device_note else []),
         *([f"int8      {report.at_8_bits}"] if report.at_8_bits else []),
-        *_collapse_lines(report),
+        *_fallback_lines(report),
         *_feedback_lines(report),
         *(_activation_lines(report.integers, report.tensors) if report.integers else []),
         *_speed_lines(report),
@@ -211,13 +211,13 @@ def _option_lines(report: GuardReport) -> list[str]:
     return [f"options   {' '.join(shown)}"] if shown else []
 
 
-def _collapse_lines(report: GuardReport) -> list[str]:
-    """The tensors that got another form, since they would have been lost in rounding errors."""
+def _fallback_lines(report: GuardReport) -> list[str]:
+    """The tensors that got another form than the one asked for, and why."""
     forms = [(t.name, t.scheme, t.fallback) for t in report.tensors if t.fallback]
     forms += [
         (s.name, "float", s.detail) for s in report.skipped if s.reason is SkipReason.COLLAPSES
     ]
-    return [f"collapse  {printable(n, CELL)}: {form}, since {why}" for n, form, why in forms]
+    return [f"fallback  {printable(n, CELL)}: {form}, since {why}" for n, form, why in forms]
 
 
 def _feedback_lines(report: GuardReport) -> list[str]:
@@ -429,7 +429,7 @@ def _warning_lines(reports: Sequence[GuardReport]) -> list[str]:
     for report in reports:
         scan = report.scan
         for lines in (
-            _collapse_lines(report),
+            _fallback_lines(report),
             _feedback_lines(report) if report.preserve == "off" else [],
             _speed_lines(report),
             _quantizer_lines(report),

@@ -103,7 +103,7 @@ def test_the_next_form_is_int8_and_then_float(tmp_path):
     assert [tensor.name for tensor in report.tensors] == ["first"]
     (kept,) = [tensor for tensor in report.skipped if tensor.name == "second"]
     assert kept.text.startswith("left float: at int4 its products would be off by ")
-    assert f"collapse  second: float, since {kept.detail}" in report.render()
+    assert f"fallback  second: float, since {kept.detail}" in report.render()
     assert report.coverage < 0.6
 
 
