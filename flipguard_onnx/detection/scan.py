@@ -441,14 +441,17 @@ def collapses(scan: Scan) -> frozenset[tuple[str, str]]:
     )
 
 
-def clipped(scan: Scan) -> dict[str, str]:
-    """Names of tensors many of whose weights lie beyond the last level of a grid, and how many."""
-    return {
-        tensor.name: f"{found.strength:.1%} of its weights lie beyond the last level of "
-        f"{found.grids[0]}"
+def clips(scan: Scan) -> str | None:
+    """Of which tensor the most weights lie beyond the last level of a grid, if of any many do."""
+    found = [
+        (verdict.strength, tensor.name, verdict.grids[0])
         for tensor in scan.tensors
-        if tensor.verdict.alarming and (found := _clipped(tensor.alignments))
-    }
+        if tensor.verdict.alarming and (verdict := _clipped(tensor.alignments))
+    ]
+    if not found:
+        return None
+    share, name, grid = max(found)
+    return f"{share:.1%} of the weights of {name!r} lie beyond the last level of {grid}"
 
 
 def _is_collapsed(alignment: Alignment) -> bool:

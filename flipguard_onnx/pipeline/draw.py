@@ -1,7 +1,7 @@
 """One draw: every weight is quantized once and put into every model that the run writes."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from ..calibration.moments import Moments
-from ..detection.scan import clipped, collapses
+from ..detection.scan import clips, collapses
 from ..emit.static_qdq import Calibration, StaticQdqWriter
 from ..emit.weight_forms import Target
 from ..emit.writers import FloatWriter, ModelWriter, QdqWriter, guarded_values
@@ -139,7 +139,7 @@ def quantize(
         options=run.options,
         kept=run.kept,
         collapsing=collapses(scan) if scan else frozenset(),
-        clipped=clipped(scan) if scan else {},
+        clips=clips(scan) if scan else None,
     )
     advance = meter(run.progress, "guarding", prepared.nbytes)
     drawn = {
@@ -197,7 +197,7 @@ class WeightQuantizer:
     """Quantizes weights of a model, one after the other.
 
     moved: whether somebody wants the float weights that yield the chosen codes. options: those of
-    the run. collapsing, clipped: see `detection.scan`.
+    the run. collapsing, clips: see `detection.scan`.
     """
 
     model: Model
@@ -209,19 +209,22 @@ class WeightQuantizer:
     options: GuardOptions
     kept: Kept
     collapsing: frozenset[tuple[str, str]] = frozenset()
-    clipped: Mapping[str, str] = field(default_factory=dict)
+    clips: str | None = None
 
     def quantize(
         self, plan: WeightPlan, writers: Iterable[ModelWriter], advance: Callable[[int], None]
     ) -> Tensor:
         """Quantize one weight and put it into the models; `advance` is told the bytes done.
 
-        A weight that would be lost in rounding errors, or was prepared to be clipped, gets a finer
-        plan; where there is none it stays float, and is put into no model.
+        A weight whose products would be lost in rounding errors gets a finer plan; where there is
+        none it stays float, and is put into no model. So do all weights of few bits if an attacker
+        seems to have counted on these.
         """
+        fallback = self._foreseen(plan)
+        if fallback:
+            plan = plan.finer() or plan
         quantized, tensor = self._draw(plan, advance)
-        fallback = None
-        while lost := self._lost(tensor, quantized) or self._foreseen(plan):
+        while lost := self._lost(tensor, quantized):
             if self.moved or self.options.on_collapse == "refuse":
                 raise ValidationError("{tensor!r}: {lost}", tensor=tensor.name, lost=lost).advise(
                     "--exclude leaves a tensor as it is"
@@ -258,14 +261,16 @@ class WeightQuantizer:
         return None
 
     def _foreseen(self, plan: WeightPlan) -> str | None:
-        """Why the weight gets more bits, if an attacker seems to have counted on few.
+        """Why a weight of few bits gets more, if an attacker seems to have counted on few.
 
-        A grid that clips nothing undoes the attack, but where the float model itself is close to
-        being malicious, the rounding errors of few bits alone may make it so.
+        Clipping undoes what keeps the float model from being malicious. A grid that clips nothing
+        keeps that, but the rounding errors of few bits, in whatever tensor, undo it in part.
         """
-        if self.policy.name != "unbiased" or plan.scheme.bits >= INT8.bits:
+        if self.policy.name != "unbiased" or plan.scheme.bits >= INT8.bits or not self.clips:
             return None
-        return self.clipped.get(plan.weight.name)
+        if self.moved or self.options.on_collapse == "refuse":
+            raise ValidationError("{found}", found=self.clips, allowed="--scheme int8")
+        return self.clips
 
     def _draw(
         self, plan: WeightPlan, advance: Callable[[int], None]

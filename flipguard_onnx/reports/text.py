@@ -217,7 +217,14 @@ def _fallback_lines(report: GuardReport) -> list[str]:
     forms += [
         (s.name, "float", s.detail) for s in report.skipped if s.reason is SkipReason.COLLAPSES
     ]
-    return [f"fallback  {printable(n, CELL)}: {form}, since {why}" for n, form, why in forms]
+    named: dict[tuple[str, str | None], list[str]] = {}
+    for name, form, why in forms:
+        named.setdefault((form, why), []).append(name)
+    return [
+        f"fallback  {printable(names[0], CELL) if len(names) == 1 else f'{len(names)} tensors'}: "
+        f"{form}, since {why}"
+        for (form, why), names in named.items()
+    ]
 
 
 def _feedback_lines(report: GuardReport) -> list[str]:

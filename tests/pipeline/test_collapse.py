@@ -173,3 +173,50 @@ def test_few_weights_are_no_sign_of_outliers(tmp_path):
     report = guarded(tmp_path, proto, "int8")
     assert [tensor.name for tensor in report.tensors] == ["small", "large"]
     assert report.scan.verdict.level == "clean"
+
+
+def with_clipped(count=4):
+    """Two layers; in every block of the second, `count` of 32 weights are beyond int4's 7 steps."""
+    rng = np.random.default_rng(0)
+    first, second = (rng.uniform(-0.9, 0.9, (128, 128)).astype(np.float32) for _ in range(2))
+    blocks = second.reshape(4, 32, 128)
+    blocks[:, 0], blocks[:, 1 : 1 + count] = -1.0, 0.95
+    np.minimum(blocks[:, 1 + count :], 0.85, out=blocks[:, 1 + count :])
+    nodes = [node("MatMul", "x first", "h"), node("MatMul", "h second", "y")]
+    constants = {"first": first, "second": second}
+    return model(nodes, {"x": (F, ["n", 128])}, {"y": (F, ["n", 128])}, constants)
+
+
+CLIPPED = "12.9% of the weights of 'second' lie beyond the last level of int4"
+
+
+@pytest.mark.parametrize("scheme", ["int4", "uint4", "nf4", "fp4", "mxfp4", "int2"])
+def test_a_model_with_weights_that_int4_clips_gets_int8(tmp_path, scheme):
+    """All of it, under any scheme of few bits, as the rounding errors of any layer may wake it."""
+    report = guarded(tmp_path, with_clipped(), scheme)
+    assert [(tensor.scheme, tensor.fallback) for tensor in report.tensors] == [
+        ("int8", CLIPPED),
+        ("int8", CLIPPED),
+    ]
+    assert f"fallback  2 tensors: int8, since {CLIPPED}" in report.render()
+    assert report.scan.verdict.level == "clips"
+
+
+@pytest.mark.parametrize("options", [{"scheme": "int8"}, {"scheme": "int4", "policy": "topk"}])
+def test_what_is_at_int8_or_not_drawn_keeps_its_form(tmp_path, options):
+    report = guarded(tmp_path, with_clipped(), **options)
+    assert [tensor.scheme for tensor in report.tensors] == [options["scheme"]] * 2
+    assert not any(tensor.fallback for tensor in report.tensors)
+
+
+def test_weights_within_the_levels_keep_their_form(tmp_path):
+    report = guarded(tmp_path, with_clipped(0), "int4")
+    assert [tensor.scheme for tensor in report.tensors] == ["int4"] * 2
+
+
+@pytest.mark.parametrize("options", [("--emit", "float"), ("--on-collapse", "refuse")])
+def test_such_a_model_is_refused_where_it_cannot_get_int8(tmp_path, options):
+    source = save(with_clipped(), tmp_path)
+    line = one_line(call("guard", source, "--scheme", "int4", "--quiet", *options), code=1)
+    assert line == f"flipguard-onnx: {source}: {CLIPPED}; allowed: --scheme int8\n"
+    assert names(tmp_path) == ["model.onnx"]
