@@ -105,8 +105,8 @@ class GuardOptions:
     int8 : shell patterns over the names of weights that stay at 8 bits under a scheme of fewer
     int8_share : keep, besides, the most sensitive weights at 8 bits, up to this share of the
         weights with fewer; 0 <= int8_share < 1
-    on_collapse : what becomes of a tensor whose products would be lost in rounding errors, or of
-        which the scan says that a grid clips it: "keep" gives it the cheapest form that keeps it,
+    on_collapse : what becomes of a tensor whose products would be lost in rounding errors, or of a
+        model of which the scan says *clips*: "keep" gives them the cheapest form that keeps them,
         int8 or else floats; "refuse" writes nothing
     max_drift : allowed drift of the outputs from the original's, as a multiple of the drift that
         rounding to nearest causes
@@ -244,8 +244,8 @@ class GuardOptions:
     on_collapse: str = _option(
         "keep",
         "Accuracy",
-        "A tensor whose products would be lost in rounding errors, or that scan says is clipped, "
-        "gets int8, or stays float; or refuse to write.",
+        "A tensor whose products would be lost in rounding errors, or a model of which scan says "
+        "clips, gets int8, or stays float; or refuse to write.",
         choices=("keep", "refuse"),
     )
     max_drift: float = _option(
