@@ -8,7 +8,7 @@ FOLDER: the work folder of `python -m tools.smollm`; by default the rows in the 
 import argparse
 import json
 from collections import defaultdict
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -62,8 +62,10 @@ def summary(rows):
 def markdown(rows):
     """A line for each defence of each file, in the rows' order; draws with other seeds are one."""
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
-    for key, group in groupby(rows, lambda row: tuple(row[name] for name in KEY)):
-        lines.append(f"| {' | '.join((*key, *cells(list(group))))} |")
+    draws = defaultdict(list)
+    for row in rows:
+        draws[tuple(row[name] for name in KEY)].append(row)
+    lines += (f"| {' | '.join((*key, *cells(found)))} |" for key, found in draws.items())
     return "\n".join(lines)
 
 
