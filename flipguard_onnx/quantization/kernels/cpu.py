@@ -57,7 +57,7 @@ _edge = inline(scalar.edge)
 
 _at_an_edge = inline(scalar.at_an_edge)
 
-_left = inline(scalar.left)
+_behind = inline(scalar.behind)
 
 _lands = inline(scalar.lands)
 
@@ -323,8 +323,8 @@ def _move_weights(first, stop, cut, patterns, form, scales, levels, nearest, off
             zero, (lowest, highest) = np.int32(scales.zero[b]), ends_of(scales.zero[b], levels)
             for i in chosen[:count]:
                 wanted = codes[i] - zero
-                behind = _left(nearest[i] - zero, wanted, offsets[i])
-                boundary, direction = _edge(behind, wanted, rule, levels)
+                other = _behind(nearest[i] - zero, wanted, offsets[i])
+                boundary, direction = _edge(other, wanted, rule, levels)
                 target = _just_past(boundary, direction) * scales.scale[b]
                 upward = (direction > scalar.ZERO) == (scales.scale[b] > scalar.ZERO)
                 there = _value(patterns[i], form)

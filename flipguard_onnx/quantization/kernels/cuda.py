@@ -47,7 +47,7 @@ _edge = _device(scalar.edge)
 
 _at_an_edge = _device(scalar.at_an_edge)
 
-_left = _device(scalar.left)
+_behind = _device(scalar.behind)
 
 _lands = _device(scalar.lands)
 
@@ -262,8 +262,8 @@ def move_weights(start, tensor, scales, levels, nearest, offsets, patterns, code
         rule = levels.rule
         zero, (lowest, highest) = np.int32(scales.zero[b]), _ends(scales.zero[b], levels)
         wanted = codes[i] - zero
-        behind = _left(nearest[i] - zero, wanted, offsets[i])
-        boundary, direction = _edge(behind, wanted, rule, levels)
+        other = _behind(nearest[i] - zero, wanted, offsets[i])
+        boundary, direction = _edge(other, wanted, rule, levels)
         target = _just_past(boundary, direction) * scales.scale[b]
         upward = (direction > scalar.ZERO) == (scales.scale[b] > scalar.ZERO)
         there = _value(patterns[i], tensor.form)

@@ -235,7 +235,7 @@ def at_an_edge(offset):
     return abs(offset) > AT_AN_EDGE
 
 
-def left(level, wanted, offset):
+def behind(level, wanted, offset):
     """The level whose cell a weight is to leave behind: its own, or that beyond the near edge."""
     beyond = level + np.int32(1) if offset > ZERO else level - np.int32(1)
     return beyond if level == wanted else level
