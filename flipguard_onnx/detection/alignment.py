@@ -84,6 +84,8 @@ SAMPLE_PART = 1 << 14  # weights of which a sample has all or none, about
 
 AFTER_GUARD = slice(3, 5)  # of the sums: what a guard leaves to choose, and what it draws
 
+FREE = 7  # ... how many weights do not set a scale; of those that are not 0, as the kernels count
+
 LIMIT = np.float32(0.75)  # of a block's largest magnitude: placebos would clip what is above
 
 FLOAT16_ZERO_BITS = range(13, 16)  # how many low bits of a float32 are 0 if it was a float16
@@ -412,6 +414,7 @@ def tally(counted: Counted, grid: Grid, guarded: Grid | None = None) -> Tally:
     kernels, weights = get_scan_kernels(), counted.weights
     found = _surveyed(counted.smoothed, counted.repetition, grid)
     sums = np.append(grid.rounding_error_sums(weights, np.float32(0), kernels), counted.magnitude)
+    sums[FREE] += weights.size - sums[0]  # few weights that are not 0 leave little to choose
     if guarded and not guarded.same_as(grid):
         after = guarded.rounding_error_sums(weights, np.float32(0), kernels, AFTER_GUARD.stop)
         sums[AFTER_GUARD] = after[AFTER_GUARD]

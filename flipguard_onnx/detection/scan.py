@@ -20,7 +20,7 @@ from ..io.model import Model
 from ..opening import open_folded
 from ..progress import Progress
 from ..quantization.rounding import unsound
-from ..quantization.schemes import Floats
+from ..quantization.schemes import Floats, SignedExtreme
 from ..reports.scan import (
     LEVELS,
     NOT_JUDGED,
@@ -459,11 +459,16 @@ def _is_collapsed(alignment: Alignment) -> bool:
 
 
 def _clipped(alignments: Sequence[Alignment]) -> Verdict | None:
-    """Do many weights lie beyond the last level of a grid? Not of 2 bits, where that is honest."""
+    """Do many weights lie beyond the last level of a grid?
+
+    Of one that cuts off a whole step on one side: half a step is no more than rounding does, and a
+    scale that is searched for, or one of 2 bits, clips honest weights.
+    """
     found = [
         a
         for a in alignments
-        if GRIDS[a.grid].bits > 2
+        if isinstance(GRIDS[a.grid], SignedExtreme)
+        and GRIDS[a.grid].bits > 2
         and (
             a.clipped - a.mirrored > CLIPPED + NOISE / math.sqrt(max(a.independent, 1))
             or a.clipped > CLIPPED_ANYHOW

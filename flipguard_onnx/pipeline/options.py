@@ -312,6 +312,10 @@ class GuardOptions:
                 found=self.policy,
                 preserve=self.preserve,
             )
+        if self.on_collapse == "refuse" and self.policy != "unbiased":
+            raise SchemeError(
+                "on collapse 'refuse' is for the unbiased policy, not {found!r}", found=self.policy
+            )
         if self.preserve == "data" and not self.data:
             raise OptionError("preserve 'data' needs inputs: give --data")
         if self.symmetric and self.activations is None:

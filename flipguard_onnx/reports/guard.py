@@ -1,5 +1,6 @@
 """The results of guard() and inspect(), and of a look at a quantized file."""
 
+import glob
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -309,6 +310,7 @@ class GuardReport:
     def metadata(self) -> dict[str, str]:
         """What goes into the model's metadata_props: what the codes depend on, and the counts."""
         integers = self.integers
+        finer = [glob.escape(t.name) for t in self.tensors if t.fallback and t.scheme == "int8"]
         on_data = "data" in (self.preserve, integers and integers.inputs)
         entries = {
             "version": self.version,
@@ -325,7 +327,7 @@ class GuardReport:
             "activations": integers and integers.activations,
             "symmetric": integers and integers.symmetric,
             "calibration": integers and integers.calibration,
-            "int8": " ".join(self.int8) or None,
+            "int8": " ".join([*self.int8, *finer]) or None,
             "int8_share": self.int8_share or None,
             "options": json.dumps(self.options),
             "seed": self.seed,

@@ -17,7 +17,14 @@ from .svg import (
     skipped_section,
 )
 from .validation import Validation, joined, pooled
-from .words import SCAN_TERMS, megabytes, percent, policy_in_words, scheme_in_words
+from .words import (
+    SCAN_TERMS,
+    fallbacks,
+    megabytes,
+    percent,
+    policy_in_words,
+    scheme_in_words,
+)
 
 TONES = {
     "clean": "good",
@@ -291,8 +298,9 @@ def _verdict(verdict: Verdict, about: str = "") -> tuple[str, str, str]:
 
 
 def _outcome(report: GuardReport) -> tuple[str, str, str]:
+    schemes = dict.fromkeys(tensor.scheme for tensor in report.tensors)
     sentence = (
-        f"{report.weights:,} weights in {len(report.tensors)} tensors at {report.scheme}, "
+        f"{report.weights:,} weights in {len(report.tensors)} tensors at {' and '.join(schemes)}, "
         f"{percent(report.coverage)} of all; {percent(report.flips / max(report.weights, 1))} of "
         "them moved across a boundary."
     )
@@ -314,6 +322,7 @@ def _run_facts(report: GuardReport) -> tuple[tuple[str, str], ...]:
     kept = "off" if report.preserve == "off" else f"on {report.preserve} inputs"
     facts = [
         ("scheme", scheme_in_words(report)),
+        *(("fallback", f"{who}: {what}") for who, what in fallbacks(report)),
         *((("at 8 bits", report.at_8_bits),) if report.at_8_bits else ()),
         ("policy", policy_in_words(report)),
         ("error feedback", kept + note),

@@ -190,8 +190,8 @@ class Alignment:
     outlier : largest / second largest magnitude of a block, median over the blocks
     loss : relative L2 error, when rounded, of the weights without the largest eighth in every run
         of 32; mean over the runs
-    clipped : share of the weights, without zeros and those that set a scale, above the highest
-        level of a grid that does not reach as far there as on the other side
+    clipped : share of the weights, without those that set a scale, above the highest level of a
+        grid that does not reach as far there as on the other side
     mirrored : share of the same weights that are as far out on the other side
     budget : what an attacker could choose, before and after a guard on this grid
     """

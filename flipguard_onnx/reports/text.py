@@ -27,6 +27,7 @@ from .validation import (
 )
 from .words import (
     SCAN_TERMS,
+    fallbacks,
     fingerprint,
     megabytes,
     percent,
@@ -212,19 +213,7 @@ def _option_lines(report: GuardReport) -> list[str]:
 
 
 def _fallback_lines(report: GuardReport) -> list[str]:
-    """The tensors that got another form than the one asked for, and why."""
-    forms = [(t.name, t.scheme, t.fallback) for t in report.tensors if t.fallback]
-    forms += [
-        (s.name, "float", s.detail) for s in report.skipped if s.reason is SkipReason.COLLAPSES
-    ]
-    named: dict[tuple[str, str | None], list[str]] = {}
-    for name, form, why in forms:
-        named.setdefault((form, why), []).append(name)
-    return [
-        f"fallback  {printable(names[0], CELL) if len(names) == 1 else f'{len(names)} tensors'}: "
-        f"{form}, since {why}"
-        for (form, why), names in named.items()
-    ]
+    return [f"fallback  {printable(who, CELL)}: {what}" for who, what in fallbacks(report)]
 
 
 def _feedback_lines(report: GuardReport) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ..formats import FORMATS
 from .guard import GuardReport
+from .scan import SkipReason
 
 SCAN_TERMS = {  # columns of a scan
     "near": "share of the weights at a distance below 0.1 from a decision boundary (0: on the "
@@ -38,6 +39,21 @@ def scheme_in_words(report: GuardReport) -> str:
     if report.grid in {tensor.grid for tensor in report.tensors}:
         return words
     return f"{words}; but no weight got it: all are int8, one scale per channel"
+
+
+def fallbacks(report: GuardReport) -> list[tuple[str, str]]:
+    """Tensors that got another form than the one asked for: their name or number; form and why."""
+    named: dict[str, list[str]] = {}
+    for tensor in report.tensors:
+        if tensor.fallback:
+            named.setdefault(f"{tensor.scheme}, since {tensor.fallback}", []).append(tensor.name)
+    for left in report.skipped:
+        if left.reason is SkipReason.COLLAPSES:
+            named.setdefault(f"float, since {left.detail}", []).append(left.name)
+    return [
+        (names[0] if len(names) == 1 else f"{len(names)} tensors", what)
+        for what, names in named.items()
+    ]
 
 
 def policy_in_words(report: GuardReport) -> str:

@@ -297,6 +297,33 @@ def test_evenly_spread_blocks_do_not_clip(tmp_path):
     assert scanned(tmp_path, values).verdict.level == "clean"
 
 
+def one_sided(rng):
+    return rng.uniform(0, 1, SHAPE)
+
+
+def nearly_centred(rng):
+    return rng.uniform(-0.8, 1, SHAPE)
+
+
+def gates(rng):
+    return 1 / (1 + np.exp(-rng.standard_normal(SHAPE)))
+
+
+def positions(_):
+    return np.cos(np.arange(SHAPE[0])[:, None] * 1e-4 ** np.linspace(0, 1, SHAPE[1]))
+
+
+def pruned(rng):
+    values = rng.uniform(-1, 1, SHAPE)
+    return np.where(np.abs(values) > 0.9, values, 0)
+
+
+@pytest.mark.parametrize("made", [one_sided, nearly_centred, gates, positions, pruned])
+def test_honest_weights_of_odd_shapes_do_not_clip(tmp_path, made):
+    values = made(np.random.default_rng(5)).astype(np.float32)
+    assert scanned(tmp_path, values).verdict.level in ("clean", "not judged")
+
+
 def test_new_verdicts_in_sarif_and_html(tmp_path):
     path = save(matmuls(a=outliers(honest(), 500, 0), b=beyond(0.5)), tmp_path)
     log = json.loads(call("scan", path, "--format", "sarif").stdout)

@@ -220,3 +220,27 @@ def test_such_a_model_is_refused_where_it_cannot_get_int8(tmp_path, options):
     line = one_line(call("guard", source, "--scheme", "int4", "--quiet", *options), code=1)
     assert line == f"flipguard-onnx: {source}: {CLIPPED}; allowed: --scheme int8\n"
     assert names(tmp_path) == ["model.onnx"]
+
+
+def test_verify_compares_such_a_model_with_int8(tmp_path):
+    report = guarded(tmp_path, with_clipped(), "int4")
+    found = flipguard_onnx.verify(tmp_path / "model.onnx", tmp_path / "out.onnx")
+    assert found.validation.allowed == pytest.approx(report.validation.allowed, rel=1e-6)
+
+
+def test_the_page_says_what_such_a_model_got(tmp_path):
+    source, page = save(with_clipped(), tmp_path), tmp_path / "report.html"
+    output = tmp_path / "out.onnx"
+    result = call("guard", source, "--scheme", "int4", "--output", output, "--html", page)
+    assert result.exit_code == 0
+    html = page.read_text()
+    assert "32,768 weights in 2 tensors at int8, " in html
+    assert "2 tensors: int8, since 12.9% of the weights of" in html
+
+
+@pytest.mark.parametrize("policy", ["topk", "none"])
+def test_refusing_needs_draws(tmp_path, policy):
+    source = save(with_clipped(), tmp_path)
+    options = ("--policy", policy, "--on-collapse", "refuse")
+    line = one_line(call("guard", source, "--scheme", "int4", "--quiet", *options))
+    assert "on collapse 'refuse' is for the unbiased policy" in line

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import cache
 
 from ...formats import FORMATS, Choice
-from .affine import Affine, AffineGrid, affine
+from .affine import Affine, AffineGrid, SignedExtreme, affine
 from .blocks import Blocks, Codes, Floats
 from .codebook import FP4, NF4, Codebook
 from .float8 import Float8, Float8Grid, float8
@@ -49,5 +49,6 @@ __all__ = [
     "KQuant",
     "Margins",
     "Scheme",
+    "SignedExtreme",
     "scheme_of",
 ]
