@@ -86,7 +86,7 @@ def test_made_up_inputs_count_as_few_rows_beside_few_given_ones(tmp_path):
     report = guard(tmp_path, matmul(), data=tmp_path / "data.npz")
     assert f"preserve  on data inputs ({report.preserve_note}): " in report.render()
     assert report.preserve_note == (
-        "fewer than 4 rows per column of some weight, so made-up ones stand beside them"
+        "fewer than 16 rows per column of some weight, so made-up ones stand beside them"
     )
 
 
@@ -108,10 +108,10 @@ def test_texts_that_a_decoder_wrote_count_for_more(tmp_path, monkeypatch):
 
 
 def test_nothing_stands_beside_many_given_inputs(tmp_path):
-    """Four for every column."""
-    x = np.random.default_rng(0).standard_normal((64, 5, 70)).astype(np.float32)
+    """Sixteen for every column."""
+    x = np.random.default_rng(0).standard_normal((256, 5, 70)).astype(np.float32)
     recorded, (weight,) = recorder(tmp_path, matmul(), given(tmp_path, x=x))
-    rows = x[:56].reshape(-1, 70).astype(np.float64)
+    rows = x[:224].reshape(-1, 70).astype(np.float64)
     found = recorded.of(weight).hessians[0][0]
     np.testing.assert_allclose(found, rows.T @ rows, rtol=1e-4, atol=1e-3)
     assert recorded.note is None
@@ -401,7 +401,7 @@ def guard(tmp_path, proto, **options):
 def correlated(tmp_path, dtype=np.float32):
     """Inputs of 70 values that 12 determine."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((64, 5, 12)) @ rng.standard_normal((12, 70))
+    x = rng.standard_normal((256, 5, 12)) @ rng.standard_normal((12, 70))
     return given(tmp_path, x=x.astype(dtype))
 
 
