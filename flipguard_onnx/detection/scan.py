@@ -442,11 +442,14 @@ def collapses(scan: Scan) -> frozenset[tuple[str, str]]:
 
 
 def clips(scan: Scan) -> str | None:
-    """Of which tensor the most weights lie beyond the last level of a grid, if of any many do."""
+    """Of which tensor the most weights lie beyond the last level of a grid, more than on its other
+    side, if of any many do."""
     found = [
-        (verdict.strength, tensor.name, verdict.grids[0])
+        (first.clipped, tensor.name, first.grid)
         for tensor in scan.tensors
-        if tensor.verdict.alarming and (verdict := _clipped(tensor.alignments))
+        if tensor.verdict.alarming
+        and (lopsided := [a for a in tensor.alignments if _cuts(a) and _is_lopsided(a)])
+        and (first := _foremost(lopsided, lambda a: a.clipped))
     ]
     if not found:
         return None
@@ -459,21 +462,8 @@ def _is_collapsed(alignment: Alignment) -> bool:
 
 
 def _clipped(alignments: Sequence[Alignment]) -> Verdict | None:
-    """Do many weights lie beyond the last level of a grid?
-
-    Of one that cuts off a whole step on one side: half a step is no more than rounding does, and a
-    scale that is searched for, or one of 2 bits, clips honest weights.
-    """
-    found = [
-        a
-        for a in alignments
-        if isinstance(GRIDS[a.grid], SignedExtreme)
-        and GRIDS[a.grid].bits > 2
-        and (
-            a.clipped - a.mirrored > CLIPPED + NOISE / math.sqrt(max(a.independent, 1))
-            or a.clipped > CLIPPED_ANYHOW
-        )
-    ]
+    """Do many weights lie beyond the last level of a grid?"""
+    found = [a for a in alignments if _cuts(a) and (_is_lopsided(a) or a.clipped > CLIPPED_ANYHOW)]
     if not found:
         return None
     first = _foremost(found, lambda a: a.clipped)
@@ -484,6 +474,19 @@ def _clipped(alignments: Sequence[Alignment]) -> Verdict | None:
         (first.grid,),
         first.clipped,
     )
+
+
+def _cuts(alignment: Alignment) -> bool:
+    """Whether the grid cuts off a whole step on one side: half a step is no more than rounding
+    does. A scale that is searched for, or one of 2 bits, clips honest weights, too."""
+    scheme = GRIDS[alignment.grid]
+    return isinstance(scheme, SignedExtreme) and scheme.bits > 2
+
+
+def _is_lopsided(alignment: Alignment) -> bool:
+    """Whether many more weights are cut off than are as far out on the other side."""
+    chance = NOISE / math.sqrt(max(alignment.independent, 1))
+    return alignment.clipped - alignment.mirrored > CLIPPED + chance
 
 
 def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdict:

@@ -175,13 +175,17 @@ def test_few_weights_are_no_sign_of_outliers(tmp_path):
     assert report.scan.verdict.level == "clean"
 
 
-def with_clipped(count=4):
-    """Two layers; in every block of the second, `count` of 32 weights are beyond int4's 7 steps."""
+def with_clipped(count=4, other=0):
+    """Two layers; in every block of the second, `count` of 32 weights are beyond int4's 7 steps.
+
+    other: how many are as far out on the other side, besides the extreme.
+    """
     rng = np.random.default_rng(0)
     first, second = (rng.uniform(-0.9, 0.9, (128, 128)).astype(np.float32) for _ in range(2))
     blocks = second.reshape(4, 32, 128)
     blocks[:, 0], blocks[:, 1 : 1 + count] = -1.0, 0.95
-    np.minimum(blocks[:, 1 + count :], 0.85, out=blocks[:, 1 + count :])
+    np.clip(blocks[:, 1 + count :], -0.85, 0.85, out=blocks[:, 1 + count :])
+    blocks[:, 1 + count : 1 + count + other] = -0.95
     nodes = [node("MatMul", "x first", "h"), node("MatMul", "h second", "y")]
     constants = {"first": first, "second": second}
     return model(nodes, {"x": (F, ["n", 128])}, {"y": (F, ["n", 128])}, constants)
@@ -244,3 +248,10 @@ def test_refusing_needs_draws(tmp_path, policy):
     options = ("--policy", policy, "--on-collapse", "refuse")
     line = one_line(call("guard", source, "--scheme", "int4", "--quiet", *options))
     assert "on collapse 'refuse' is for the unbiased policy" in line
+
+
+def test_a_model_with_as_many_on_either_side_keeps_its_form(tmp_path):
+    """As one that was trained for two or three values."""
+    report = guarded(tmp_path, with_clipped(8, 8), "int4")
+    assert report.scan.verdict.level == "clips"
+    assert [tensor.scheme for tensor in report.tensors] == ["int4"] * 2

@@ -23,7 +23,7 @@ WORK = {  # calls of kernels, and the bytes of the arrays that they were given, 
     "int8": (3, 14),
     "int4": (3, 15.5),
     "nf4": (3, 15),
-    "int8 and floats": (5, 30),
+    "int8 and floats": (6, 47),
 }
 
 
