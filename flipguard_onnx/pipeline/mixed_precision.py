@@ -6,7 +6,6 @@ load it once only, it gets a switch per weight: weight + switch * (drawn - weigh
 
 import math
 from collections.abc import Sequence
-from glob import escape
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from ..quantization.arrays import raw_bytes
 from ..quantization.chunks import stored_values
 from ..quantization.rounding import QuantizedTensor
 from ..quantization.schemes import Scheme
+from ..reports.guard import pattern_of
 from ..reports.validation import pooled
 from ..runtime.session import open_session
 from ..validation.drift import drifts
@@ -151,6 +151,6 @@ def most_sensitive(
     chosen = []
     for name in sorted(costs, key=lambda name: -costs[name] / sizes[name]):
         if sizes[name] <= left:
-            chosen.append("".join("?" if c.isspace() else c for c in escape(name)))
+            chosen.append(pattern_of(name))
             left -= sizes[name]
     return tuple(chosen)

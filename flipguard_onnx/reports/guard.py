@@ -1,10 +1,10 @@
 """The results of guard() and inspect(), and of a look at a quantized file."""
 
-import glob
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import reduce
+from glob import escape
 from operator import add
 from typing import Any, Literal
 
@@ -310,7 +310,7 @@ class GuardReport:
     def metadata(self) -> dict[str, str]:
         """What goes into the model's metadata_props: what the codes depend on, and the counts."""
         integers = self.integers
-        finer = [glob.escape(t.name) for t in self.tensors if t.fallback and t.scheme == "int8"]
+        finer = [pattern_of(t.name) for t in self.tensors if t.fallback and t.scheme == "int8"]
         on_data = "data" in (self.preserve, integers and integers.inputs)
         entries = {
             "version": self.version,
@@ -360,3 +360,8 @@ def coverage(tensors: Iterable[Tensor], skipped: Iterable[Skipped]) -> float:
     """Guarded weights / all constant float values, those of skipped tensors included."""
     guarded = sum(tensor.weights for tensor in tensors)
     return guarded / max(guarded + sum(tensor.size for tensor in skipped), 1)
+
+
+def pattern_of(name: str) -> str:
+    """A shell pattern that names a tensor, without spaces, as a list of patterns is split there."""
+    return "".join("?" if c.isspace() else c for c in escape(name))

@@ -1,4 +1,4 @@
-"""Tensors whose products would be lost in rounding errors: injected outliers, dead or live."""
+"""Tensors that get another form: injected outliers, dead or live, and weights that int4 clips."""
 
 import numpy as np
 import onnxruntime
@@ -226,8 +226,12 @@ def test_such_a_model_is_refused_where_it_cannot_get_int8(tmp_path, options):
     assert names(tmp_path) == ["model.onnx"]
 
 
-def test_verify_compares_such_a_model_with_int8(tmp_path):
-    report = guarded(tmp_path, with_clipped(), "int4")
+@pytest.mark.parametrize("name", ["second", "the second[0]"])
+def test_verify_compares_such_a_model_with_int8(tmp_path, name):
+    proto = with_clipped()
+    proto.graph.initializer[1].name = proto.graph.node[1].input[1] = name
+    report = guarded(tmp_path, proto, "int4")
+    assert report.tensors[1].name == name
     found = flipguard_onnx.verify(tmp_path / "model.onnx", tmp_path / "out.onnx")
     assert found.validation.allowed == pytest.approx(report.validation.allowed, rel=1e-6)
 
