@@ -485,8 +485,7 @@ def _cuts(alignment: Alignment) -> bool:
 
 def _is_lopsided(alignment: Alignment) -> bool:
     """Whether many more weights are cut off than are as far out on the other side."""
-    chance = NOISE / math.sqrt(max(alignment.independent, 1))
-    return alignment.clipped - alignment.mirrored > CLIPPED + chance
+    return alignment.clipped - alignment.mirrored > CLIPPED + noise(alignment)
 
 
 def model_verdict(together: Verdict, tensors: Sequence[ScannedTensor]) -> Verdict:
@@ -565,7 +564,12 @@ def _foremost(alignments: Sequence[Alignment], value: Callable[[Alignment], floa
 
 def chance(alignment: Alignment) -> float:
     """The strength up to which the alignment may be chance."""
-    return SUSPICIOUS + NOISE / math.sqrt(max(alignment.independent, 1))
+    return SUSPICIOUS + noise(alignment)
+
+
+def noise(alignment: Alignment) -> float:
+    """The share of the weights that may be chance, as they are so few."""
+    return NOISE / math.sqrt(max(alignment.independent, 1))
 
 
 def _result(

@@ -222,10 +222,10 @@ class WeightQuantizer:
         """
         fallback = self._foreseen(plan)
         if fallback:
-            plan = plan.finer() or plan
+            plan = WeightPlan.in_scheme(plan.weight, INT8)
         quantized, tensor = self._draw(plan, advance)
         while lost := self._lost(tensor, quantized):
-            if self.moved or self.options.on_collapse == "refuse":
+            if self._keeps_forms:
                 raise ValidationError("{tensor!r}: {lost}", tensor=tensor.name, lost=lost).advise(
                     "--exclude leaves a tensor as it is"
                 )
@@ -237,6 +237,11 @@ class WeightQuantizer:
         for writer in writers:
             writer.add_weight(tensor.name, plan.scheme, quantized)
         return replace(tensor, fallback=fallback)
+
+    @property
+    def _keeps_forms(self) -> bool:
+        """Whether no weight may get another form: another quantizer rounds, or nobody wants it."""
+        return self.moved or self.options.on_collapse == "refuse"
 
     def _lost(self, tensor: Tensor, quantized: QuantizedTensor) -> str | None:
         """Why the weight would be lost in rounding errors, if it would.
@@ -268,7 +273,7 @@ class WeightQuantizer:
         """
         if self.policy.name != "unbiased" or plan.scheme.bits >= INT8.bits or not self.clips:
             return None
-        if self.moved or self.options.on_collapse == "refuse":
+        if self._keeps_forms:
             raise ValidationError("{found}", found=self.clips, allowed="--scheme int8")
         return self.clips
 
